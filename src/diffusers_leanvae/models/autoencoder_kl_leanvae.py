@@ -1,0 +1,739 @@
+"""LeanVAE: an ultra-efficient reconstruction VAE for video diffusion models (arXiv 2503.14325).
+
+Read bottom-up in the order of use: causal depthwise convolution -> block -> patch embedding -> encoder -> bottleneck ->
+decoder -> `AutoencoderKLLeanVAE`; `encode`, `decode` and `forward` are the last lines of the file.
+
+Shape letters in the margins: B batch, C pixel channels, T H W frames and pixels; t h w latent frames and size; c width of
+the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c)` from the patch embedding to the last projection.
+"""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from einops import rearrange
+from torch import nn
+
+from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
+from .temporal_cache import TemporalCache
+from .tiling import spans, time_chunks
+from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
+
+
+class Subbands(NamedTuple):
+    r"""What the decoder predicts, in the model's internal pixel range (`pixel_factor` times the public one).
+
+    Attributes:
+        image: First frame, `(batch_size, 4 * C, 1, height / 2, width / 2)`, or `None` in a later chunk of a stream.
+        video: Later frames, `(batch_size, 8 * C, (num_frames - 1) / 2, height / 2, width / 2)`, or `None` without any.
+        In both the first `C` channels are the low-pass band.
+    """
+
+    image: torch.Tensor | None
+    video: torch.Tensor | None
+
+
+class CausalDepthwiseConv3d(nn.Conv3d):
+    r"""Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, kernel_size=3, padding=(0, 1, 1), groups=dim)
+        self.name = ""  # qualified name in the model, the key of this layer in a `TemporalCache`
+
+    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        device_type = hidden_states.device.type
+        weight, bias = self.weight, self.bias
+        if device_type == "cpu" and (dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")):
+            # PyTorch has no fast 16-bit depthwise kernel on CPU: in float32 it is 40 times faster, and more exact.
+            hidden_states, weight, bias = hidden_states.float(), weight.float(), bias.float()
+        if cache is None:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 0, 0, 0, self.kernel_size[0] - 1, 0))
+        else:
+            hidden_states = cache.extend(self.name, hidden_states, self.kernel_size[0] - 1)
+        # The permuted view is exactly `channels_last_3d`: no copy, and a kernel 12 times faster than the packed layout's.
+        with torch.autocast(device_type, enabled=False):
+            hidden_states = F.conv3d(
+                hidden_states.permute(0, 4, 1, 2, 3), weight, bias, padding=self.padding, groups=self.groups
+            )
+        return hidden_states.permute(0, 2, 3, 4, 1).to(dtype)  # (B, t, h, w, c)
+
+
+class LeanVAEFeedForward(nn.Module):
+    r"""LayerNorm -> Linear to twice the inner width -> `gelu(gate) * value` -> Linear, per token."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        inner_dim = int(4 * (2 / 3) * dim)  # the reference's rounding: 1365 for 512, 341 for 128, 21 for 8
+        self.norm = nn.LayerNorm(dim)
+        self.up_proj = nn.Linear(dim, 2 * inner_dim, bias=False)
+        self.down_proj = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        value, gate = self.up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate) * value)
+
+
+class LeanVAEBlock(nn.Module):
+    r"""Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF)."""
+
+    def __init__(self, dim: int, residual: bool = True):
+        super().__init__()
+        self.residual = residual
+        self.conv = CausalDepthwiseConv3d(dim)
+        self.ff = LeanVAEFeedForward(dim)
+
+    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+        if not self.residual:
+            return self.ff(self.conv(hidden_states, cache))
+        hidden_states = hidden_states + self.conv(hidden_states, cache)
+        return hidden_states + self.ff(hidden_states)
+
+
+class LeanVAEBlocks(nn.ModuleList):
+    r"""A chain of blocks with gradient checkpointing."""
+
+    def __init__(self, dim: int, num_layers: int, residual: bool = True):
+        super().__init__([LeanVAEBlock(dim, residual) for _ in range(num_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+        for block in self:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cache)
+            else:
+                hidden_states = block(hidden_states, cache)
+        return hidden_states
+
+
+def _split_patches(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+    pt, ph, pw = patch_size
+    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+
+
+def _merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+    pt, ph, pw = patch_size
+    return rearrange(tokens, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
+
+
+class PatchProjection(nn.Sequential):
+    r"""Linear projection of flattened patches, with LayerNorm on both sides if `norm` (ablation 3 of the paper)."""
+
+    def __init__(self, in_dim: int, out_dim: int, norm: bool):
+        super().__init__(
+            nn.LayerNorm(in_dim) if norm else nn.Identity(),
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim) if norm else nn.Identity(),
+        )
+
+
+class LeanVAEPatchGeometry(NamedTuple):
+    r"""Everything that follows from the pixel channels, the patch size and the kind of patch embedding."""
+
+    in_channels: int
+    patch_size: tuple[int, int, int]
+    patch_embedding_type: str
+
+    @property
+    def image_patch(self) -> tuple[int, int, int]:
+        _, ph, pw = self.patch_size
+        return (1, ph, pw) if self.patch_embedding_type != "no_wavelet" else (1, 2 * ph, 2 * pw)
+
+    @property
+    def video_patch(self) -> tuple[int, int, int]:
+        pt, ph, pw = self.patch_size
+        return (pt, ph, pw) if self.patch_embedding_type != "no_wavelet" else (2 * pt, 2 * ph, 2 * pw)
+
+    @property
+    def image_dim(self) -> int:
+        return 4 * self.in_channels * math.prod(self.patch_size[1:])
+
+    @property
+    def video_dim(self) -> int:
+        return 8 * self.in_channels * math.prod(self.patch_size)
+
+    @property
+    def image_low_dim(self) -> int:
+        return self.image_dim // 4
+
+    @property
+    def video_low_dim(self) -> int:
+        return self.video_dim // 8
+
+
+class LeanVAEEncoder(nn.Module):
+    r"""Wavelet, patch embedding, branch layers for the low and the high bands, fusion layers.
+
+    With a `"joint"` or `"no_wavelet"` patch embedding there are no branches: one stack of all layers at full width.
+    """
+
+    def __init__(
+        self, geometry: LeanVAEPatchGeometry, low_dim: int, high_dim: int, num_branch: int, num_fusion: int, norm: bool
+    ):
+        super().__init__()
+        self.geometry = geometry
+        self.separate = geometry.patch_embedding_type == "separate"
+        dim = low_dim + high_dim
+        image_dim, image_low, video_dim, video_low = (
+            geometry.image_dim,
+            geometry.image_low_dim,
+            geometry.video_dim,
+            geometry.video_low_dim,
+        )
+        if self.separate:
+            self.image_low_proj = PatchProjection(image_low, low_dim, norm)
+            self.image_high_proj = PatchProjection(image_dim - image_low, high_dim, norm)
+            self.video_low_proj = PatchProjection(video_low, low_dim, norm)
+            self.video_high_proj = PatchProjection(video_dim - video_low, high_dim, norm)
+            self.low_layers = LeanVAEBlocks(low_dim, num_branch)
+            self.high_layers = LeanVAEBlocks(high_dim, num_branch)
+            self.fusion_layers = LeanVAEBlocks(dim, num_fusion)
+        else:
+            self.image_proj = PatchProjection(image_dim, dim, norm)
+            self.video_proj = PatchProjection(video_dim, dim, norm)
+            self.fusion_layers = LeanVAEBlocks(dim, num_branch + num_fusion)
+
+    def forward(
+        self, image: torch.Tensor | None, video: torch.Tensor | None, cache: TemporalCache | None = None
+    ) -> torch.Tensor:
+        geometry = self.geometry
+        if geometry.patch_embedding_type != "no_wavelet":
+            image = None if image is None else haar_analysis_2d(image)  # (B, 4C, 1, H/2, W/2)
+            video = None if video is None else haar_analysis_3d(video)  # (B, 8C, (T-1)/2, H/2, W/2)
+        image = None if image is None else _split_patches(image, geometry.image_patch)  # (B, 1, h, w, image_dim)
+        video = None if video is None else _split_patches(video, geometry.video_patch)  # (B, t-1, h, w, video_dim)
+
+        if not self.separate:
+            tokens = _concatenate_time(
+                None if image is None else self.image_proj(image), None if video is None else self.video_proj(video)
+            )
+            return self.fusion_layers(tokens, cache)
+
+        image_low = image_high = video_low = video_high = None
+        if image is not None:
+            n = geometry.image_low_dim
+            image_low, image_high = self.image_low_proj(image[..., :n]), self.image_high_proj(image[..., n:])
+        if video is not None:
+            n = geometry.video_low_dim
+            video_low, video_high = self.video_low_proj(video[..., :n]), self.video_high_proj(video[..., n:])
+        low = self.low_layers(_concatenate_time(image_low, video_low), cache)  # (B, t, h, w, low_dim)
+        high = self.high_layers(_concatenate_time(image_high, video_high), cache)  # (B, t, h, w, high_dim)
+        return self.fusion_layers(torch.cat((low, high), dim=-1), cache)  # (B, t, h, w, c)
+
+
+def _concatenate_time(image: torch.Tensor | None, video: torch.Tensor | None) -> torch.Tensor:
+    if image is None or video is None:
+        return image if image is not None else video  # type: ignore[return-value]
+    return torch.cat((image, video), dim=1)
+
+
+class ISTAIteration(nn.Module):
+    r"""One unrolled iteration of ISTA-Net+ (paper, section 3.3): gradient step, then a learned proximal step."""
+
+    def __init__(self, dim: int, num_layers: int):
+        super().__init__()
+        self.step_size = nn.Parameter(torch.tensor(1.0))
+        self.threshold = nn.Parameter(torch.tensor([0.01]))
+        self.forward_transform = LeanVAEBlocks(dim, num_layers, residual=False)
+        self.backward_transform = LeanVAEBlocks(dim, num_layers, residual=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, latents: torch.Tensor, phi: torch.Tensor, cache: TemporalCache | None = None
+    ) -> torch.Tensor:
+        residual = F.linear(hidden_states, phi) - latents  # (B, t, h, w, z)
+        hidden_states = hidden_states - self.step_size.to(phi.dtype) * F.linear(residual, phi.t())
+        sparse = self.forward_transform(hidden_states, cache)
+        sparse = torch.sign(sparse) * F.relu(torch.abs(sparse) - self.threshold.to(sparse.dtype))
+        return hidden_states + self.backward_transform(sparse, cache)
+
+
+class CompressedSensingBottleneck(nn.Module):
+    r"""Linear sensing of `dim` features into `latent_channels`, and their reconstruction by unrolled ISTA-Net+.
+
+    Both directions go through `forward`, so that offloading hooks see the parameters used.
+    """
+
+    def __init__(self, dim: int, latent_channels: int, num_iterations: int, num_layers: int):
+        super().__init__()
+        self.phi = nn.Parameter(torch.randn(latent_channels, dim) / math.sqrt(dim))
+        self.initial = nn.Parameter(self.phi.detach().t().clone())
+        self.iterations = nn.ModuleList([ISTAIteration(dim, num_layers) for _ in range(num_iterations)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, *, reconstruct: bool = False
+    ) -> torch.Tensor:
+        phi = self.phi.to(hidden_states.dtype)
+        if not reconstruct:
+            return F.linear(hidden_states, phi)  # (B, t, h, w, c) -> (B, t, h, w, z)
+        latents = hidden_states
+        hidden_states = F.linear(latents, self.initial.to(latents.dtype))  # (B, t, h, w, z) -> (B, t, h, w, c)
+        for iteration in self.iterations:
+            hidden_states = iteration(hidden_states, latents, phi, cache)
+        return hidden_states
+
+
+class LinearBottleneck(nn.Module):
+    r"""Plain linear autoencoder of the features (ablation 2 of the paper)."""
+
+    def __init__(self, dim: int, latent_channels: int):
+        super().__init__()
+        self.compress = nn.Linear(dim, latent_channels)
+        self.expand = nn.Linear(latent_channels, dim)
+
+    def forward(
+        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, *, reconstruct: bool = False
+    ) -> torch.Tensor:
+        return self.expand(hidden_states) if reconstruct else self.compress(hidden_states)
+
+
+class LeanVAEDecoder(nn.Module):
+    r"""Mirror of the encoder: fusion layers, branch layers, projection to sub-bands."""
+
+    def __init__(
+        self, geometry: LeanVAEPatchGeometry, low_dim: int, high_dim: int, num_branch: int, num_fusion: int
+    ):
+        super().__init__()
+        self.geometry = geometry
+        self.low_dim = low_dim
+        self.separate = geometry.patch_embedding_type == "separate"
+        dim = low_dim + high_dim
+        image_dim, image_low, video_dim, video_low = (
+            geometry.image_dim,
+            geometry.image_low_dim,
+            geometry.video_dim,
+            geometry.video_low_dim,
+        )
+        if self.separate:
+            self.fusion_layers = LeanVAEBlocks(dim, num_fusion)
+            self.low_layers = LeanVAEBlocks(low_dim, num_branch)
+            self.high_layers = LeanVAEBlocks(high_dim, num_branch)
+            self.image_low_proj = nn.Linear(low_dim, image_low)
+            self.image_high_proj = nn.Linear(high_dim, image_dim - image_low)
+            self.video_low_proj = nn.Linear(low_dim, video_low)
+            self.video_high_proj = nn.Linear(high_dim, video_dim - video_low)
+        else:
+            self.fusion_layers = LeanVAEBlocks(dim, num_branch + num_fusion)
+            self.image_proj = nn.Linear(dim, image_dim)
+            self.video_proj = nn.Linear(dim, video_dim)
+
+    def forward(self, hidden_states: torch.Tensor, has_image: bool, cache: TemporalCache | None = None) -> Subbands:
+        geometry = self.geometry
+        num_image = int(has_image)
+        has_video = hidden_states.shape[1] > num_image
+        hidden_states = self.fusion_layers(hidden_states, cache)  # (B, t, h, w, c)
+        image = video = None
+        if self.separate:
+            low = self.low_layers(hidden_states[..., : self.low_dim], cache)
+            high = self.high_layers(hidden_states[..., self.low_dim :], cache)
+            if has_image:
+                image = torch.cat((self.image_low_proj(low[:, :1]), self.image_high_proj(high[:, :1])), dim=-1)
+            if has_video:
+                video = torch.cat(
+                    (self.video_low_proj(low[:, num_image:]), self.video_high_proj(high[:, num_image:])), dim=-1
+                )
+        else:
+            image = self.image_proj(hidden_states[:, :1]) if has_image else None
+            video = self.video_proj(hidden_states[:, num_image:]) if has_video else None
+        image = None if image is None else _merge_patches(image, geometry.image_patch)
+        video = None if video is None else _merge_patches(video, geometry.video_patch)
+        if geometry.patch_embedding_type == "no_wavelet":  # the patches are pixels
+            image = None if image is None else haar_analysis_2d(image)
+            video = None if video is None else haar_analysis_3d(video)
+        return Subbands(image, video)
+
+
+def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
+
+
+def _initialize(module: nn.Module) -> None:
+    r"""The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv3d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+class LeanVAEConfig(FrozenDict):
+    r"""The config, answering also to the derived names that diffusers' Wan pipelines read; those are not stored."""
+
+    @property
+    def z_dim(self) -> int:
+        return self["latent_channels"]
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return 2 * self["patch_size"][0]
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        return 2 * self["patch_size"][1]
+
+
+class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
+
+    Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n + 1
+    (1, 5, 9, ...) and sizes that are multiples of 8 for the default patch size; the first frame is an image of its own,
+    every later group of four frames shares one latent frame. Latents are *not* normalised: multiply by
+    `config.scaling_factor`, or use `config.latents_mean` / `config.latents_std`, as the pipeline in hand does.
+
+    Args:
+        in_channels: Pixel channels, of input and output.
+        latent_channels: Channels of the latents (4 and 16 in the released models).
+        low_freq_dim: Width of the low-frequency branch.
+        high_freq_dim: Width of the high-frequency branch; the fused width is the sum of both.
+        num_branch_layers: ResNAF blocks in each branch, of the encoder and of the decoder.
+        num_fusion_layers: ResNAF blocks at the fused width, of the encoder and of the decoder.
+        num_ista_iterations: Unrolled iterations of the bottleneck.
+        num_ista_layers: NAF blocks in each of the two transforms of an iteration.
+        patch_size: Patch of the sub-bands `(time, height, width)`; the compression ratios are twice as large.
+        patch_embedding_type: `"separate"` (low and high bands apart, then merged), `"joint"` or `"no_wavelet"` (ablation 1).
+        bottleneck_type: `"compressed_sensing"` or `"linear"` (ablation 2).
+        patch_norm: LayerNorm inside the patch embedding (ablation 3; gives blocking artefacts, off by default).
+        pixel_factor: Public pixels times this are the network's: 0.5 for released weights, 1.0 for Wan-aligned ones.
+        scaling_factor: Factor that pipelines apply to latents for diffusion (0.7744 for the released 4-channel model).
+        latents_mean: Mean of each latent channel, or `None`.
+        latents_std: Standard deviation of each latent channel, or `None`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LeanVAEEncoder", "LeanVAEDecoder", "ISTAIteration"]
+    _repeated_blocks = ["LeanVAEBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 4,
+        low_freq_dim: int = 128,
+        high_freq_dim: int = 384,
+        num_branch_layers: int = 2,
+        num_fusion_layers: int = 4,
+        num_ista_iterations: int = 2,
+        num_ista_layers: int = 2,
+        patch_size: tuple[int, int, int] = (2, 4, 4),
+        patch_embedding_type: str = "separate",
+        bottleneck_type: str = "compressed_sensing",
+        patch_norm: bool = False,
+        pixel_factor: float = 0.5,
+        scaling_factor: float = 1.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        _check_choice("patch_embedding_type", patch_embedding_type, ("separate", "joint", "no_wavelet"))
+        _check_choice("bottleneck_type", bottleneck_type, ("compressed_sensing", "linear"))
+        if len(patch_size) != 3 or min(patch_size) < 1 or patch_size[1] != patch_size[2]:
+            raise ValueError(
+                f"`patch_size` must be three positive integers (time, height, width) with height = width, got {patch_size}."
+            )
+        for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if statistics is not None and len(statistics) != latent_channels:
+                raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+
+        geometry = LeanVAEPatchGeometry(in_channels, tuple(patch_size), patch_embedding_type)
+        dim = low_freq_dim + high_freq_dim
+        self.encoder = LeanVAEEncoder(
+            geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, patch_norm
+        )
+        if bottleneck_type == "compressed_sensing":
+            self.bottleneck = CompressedSensingBottleneck(dim, latent_channels, num_ista_iterations, num_ista_layers)
+        else:
+            self.bottleneck = LinearBottleneck(dim, latent_channels)
+        self.logvar_proj = nn.Linear(dim, latent_channels)
+        self.decoder = LeanVAEDecoder(geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers)
+        for name, module in self.named_modules():
+            _initialize(module)
+            if isinstance(module, CausalDepthwiseConv3d):
+                module.name = name
+
+        self.temporal_compression_ratio = 2 * patch_size[0]
+        self.spatial_compression_ratio = 2 * patch_size[1]
+        self.in_channels = in_channels
+        self.latent_channels = latent_channels
+        self.pixel_factor = pixel_factor
+        # Each convolution reaches one token to every side, so this many tokens around a tile make its result exact.
+        self.encoder_halo = num_branch_layers + num_fusion_layers
+        self.decoder_halo = self.encoder_halo
+        if bottleneck_type == "compressed_sensing":
+            self.decoder_halo += 2 * num_ista_iterations * num_ista_layers
+
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = 256
+        self.tile_sample_min_width = 256
+        self.num_frames_per_chunk = 17
+
+    @property
+    def config(self) -> LeanVAEConfig:
+        return LeanVAEConfig(self._internal_dict)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> "AutoencoderKLLeanVAE":
+        r"""Load an original LeanVAE checkpoint: release, Lightning or safetensors layout.
+
+        Args:
+            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL.
+            torch_dtype: Dtype to cast the weights to; as stored if `None`.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` go to `huggingface_hub`; any
+                other is a config value that the file cannot tell (`pixel_factor=1.0` for Wan-aligned weights).
+        """
+        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
+        unknown = set(kwargs) - set(inspect.signature(cls.__init__).parameters)
+        if unknown:
+            raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
+        config, state_dict = read_original_checkpoint(resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs))
+        model = cls(**(config | kwargs))
+        model.load_state_dict(state_dict, strict=True)
+        model.eval()
+        return model.to(torch_dtype) if torch_dtype is not None else model
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        r"""Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
+        return (num_frames - 1) // self.temporal_compression_ratio + 1
+
+    def num_sample_frames(self, num_latent_frames: int) -> int:
+        r"""Frames that `num_latent_frames` latent frames decode to."""
+        return (num_latent_frames - 1) * self.temporal_compression_ratio + 1
+
+    def _check_sample(self, x: torch.Tensor, name: str) -> None:
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"`{name}` must have shape (batch_size, {self.in_channels}, num_frames, height, width) or "
+                f"(batch_size, {self.in_channels}, height, width), got {tuple(x.shape)}."
+            )
+        if x.shape[2] % ratio_t != 1:
+            raise ValueError(
+                f"`num_frames` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, {2 * ratio_t + 1}, ...), got {x.shape[2]}."
+            )
+        if x.shape[3] == 0 or x.shape[4] == 0 or x.shape[3] % ratio_s or x.shape[4] % ratio_s:
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {ratio_s}, got {x.shape[3]} and {x.shape[4]}."
+            )
+        self._check_dtype(x, name)
+
+    def _check_latents(self, z: torch.Tensor, name: str) -> None:
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or min(z.shape[2:]) < 1:
+            raise ValueError(
+                f"`{name}` must have shape (batch_size, {self.latent_channels}, num_latent_frames, latent_height, "
+                f"latent_width) or (batch_size, {self.latent_channels}, latent_height, latent_width), got {tuple(z.shape)}."
+            )
+        self._check_dtype(z, name)
+
+    def _check_dtype(self, x: torch.Tensor, name: str) -> None:
+        if not x.is_floating_point():
+            raise ValueError(f"`{name}` must be a floating-point tensor, got {x.dtype}.")
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
+
+    # ---- sub-bands, for training ---------------------------------------------------------------------------------------
+
+    def analyze(self, sample: torch.Tensor) -> Subbands:
+        r"""Sub-bands of a video in `[-1, 1]`, in the internal pixel range; what `decode_subbands` should predict."""
+        sample = sample * self.pixel_factor
+        video = sample[:, :, 1:]
+        return Subbands(haar_analysis_2d(sample[:, :, :1]), haar_analysis_3d(video) if video.shape[2] else None)
+
+    def decode_subbands(self, z: torch.Tensor) -> Subbands:
+        r"""Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
+        return self._decode_tokens(z, None)
+
+    def synthesize(self, subbands: Subbands) -> torch.Tensor:
+        r"""Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
+        parts = []
+        if subbands.image is not None:
+            parts.append(haar_synthesis_2d(subbands.image))
+        if subbands.video is not None:
+            parts.append(haar_synthesis_3d(subbands.video))
+        return torch.cat(parts, dim=2) * (1 / self.pixel_factor)
+
+    # ---- one chunk -----------------------------------------------------------------------------------------------------
+
+    def _encode_chunk(self, x: torch.Tensor, cache: TemporalCache | None) -> torch.Tensor:
+        r"""Moments `(B, 2z, t, h, w)` of the next frames of a stream (of a whole video without `cache`)."""
+        x = x * self.pixel_factor
+        image, video = x[:, :, :1], x[:, :, 1:]
+        if cache is not None and cache.num_latent_frames > 0:
+            image, video = None, x
+        features = self.encoder(image, video if video.shape[2] else None, cache)  # (B, t, h, w, c)
+        moments = torch.cat((self.bottleneck(features), self.logvar_proj(features)), dim=-1)  # (B, t, h, w, 2z)
+        if cache is not None:
+            cache.num_latent_frames += features.shape[1]
+        return moments.permute(0, 4, 1, 2, 3).contiguous()
+
+    def _decode_tokens(self, z: torch.Tensor, cache: TemporalCache | None) -> Subbands:
+        has_image = cache is None or cache.num_latent_frames == 0
+        features = self.bottleneck(z.permute(0, 2, 3, 4, 1), cache, reconstruct=True)  # (B, t, h, w, c)
+        subbands = self.decoder(features, has_image, cache)
+        if cache is not None:
+            cache.num_latent_frames += z.shape[2]
+        return subbands
+
+    def _decode_chunk(self, z: torch.Tensor, cache: TemporalCache | None) -> torch.Tensor:
+        r"""Pixels `(B, C, T, H, W)` of the next latent frames of a stream (of a whole video without `cache`)."""
+        return self.synthesize(self._decode_tokens(z, cache))
+
+    # ---- tiles and slices ----------------------------------------------------------------------------------------------
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        num_frames_per_chunk: int | None = None,
+    ) -> None:
+        r"""Encode and decode in tiles and in chunks of time, *exactly*: tiles carry a halo as wide as the receptive
+        field and are cropped, never blended; chunks hand the last steps of every causal convolution on.
+
+        Args:
+            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio.
+            tile_sample_min_width: Width of a tile in pixels, without halo; a multiple of the spatial ratio.
+            num_frames_per_chunk: Frames of the first chunk, `temporal_compression_ratio * n + 1` with n >= 1; later
+                chunks have one frame less.
+        """
+        height = self.tile_sample_min_height if tile_sample_min_height is None else tile_sample_min_height
+        width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
+        num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
+            if size < ratio_s or size % ratio_s:
+                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size}.")
+        if num_frames <= ratio_t or num_frames % ratio_t != 1:
+            raise ValueError(
+                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, ...), "
+                f"got {num_frames}."
+            )
+        self.tile_sample_min_height, self.tile_sample_min_width = height, width
+        self.num_frames_per_chunk = num_frames
+        self.use_tiling = True
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.use_tiling:
+            return self._encode_chunk(x, None)
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        num_latent_frames, height, width = self.num_latent_frames(x.shape[2]), x.shape[3] // ratio_s, x.shape[4] // ratio_s
+        moments = x.new_empty(x.shape[0], 2 * self.latent_channels, num_latent_frames, height, width)
+        for rows in spans(height, self.tile_sample_min_height // ratio_s, self.encoder_halo):
+            for columns in spans(width, self.tile_sample_min_width // ratio_s, self.encoder_halo):
+                tile = x[:, :, :, rows.source(ratio_s), columns.source(ratio_s)]
+                cache = TemporalCache()
+                for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t):
+                    frames = slice(self.num_sample_frames(start) if start else 0, self.num_sample_frames(stop))
+                    chunk = self._encode_chunk(tile[:, :, frames], cache)
+                    moments[:, :, start:stop, rows.target(), columns.target()] = chunk[
+                        ..., rows.crop(), columns.crop()
+                    ]
+        return moments
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        if not self.use_tiling:
+            return self._decode_chunk(z, None)
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        num_latent_frames, height, width = z.shape[2:]
+        sample = z.new_empty(
+            z.shape[0], self.in_channels, self.num_sample_frames(num_latent_frames), height * ratio_s, width * ratio_s
+        )
+        for rows in spans(height, self.tile_sample_min_height // ratio_s, self.decoder_halo):
+            for columns in spans(width, self.tile_sample_min_width // ratio_s, self.decoder_halo):
+                tile = z[:, :, :, rows.source(), columns.source()]
+                cache = TemporalCache()
+                for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t):
+                    frames = slice(self.num_sample_frames(start) if start else 0, self.num_sample_frames(stop))
+                    chunk = self._decode_chunk(tile[:, :, start:stop], cache)
+                    sample[:, :, frames, rows.target(ratio_s), columns.target(ratio_s)] = chunk[
+                        ..., rows.crop(ratio_s), columns.crop(ratio_s)
+                    ]
+        return sample
+
+    # ---- public --------------------------------------------------------------------------------------------------------
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        r"""Encode videos or images into the posterior over latents.
+
+        Args:
+            x: Videos in `[-1, 1]`, `(batch_size, in_channels, num_frames, height, width)`, or images
+                `(batch_size, in_channels, height, width)`, which are videos of one frame.
+            return_dict: Whether to return an `AutoencoderKLOutput` instead of a tuple.
+
+        Returns:
+            The posterior, `latent_dist`: mean and log-variance (clamped to [-30, 20]) of shape `(batch_size,
+            latent_channels, 1 + (num_frames - 1) / 4, height / 8, width / 8)` (default ratios), not normalised.
+
+        Raises:
+            ValueError: If shape, size or dtype of `x` is not legal.
+        """
+        x = x.unsqueeze(2) if x.ndim == 4 else x
+        self._check_sample(x, "x")
+        if self.use_slicing and x.shape[0] > 1:
+            moments = torch.cat([self._encode(x_slice) for x_slice in x.split(1)])
+        else:
+            moments = self._encode(x)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        r"""Decode latents, not normalised, to videos.
+
+        Args:
+            z: Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, or of images
+                without the third axis.
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
+
+        Returns:
+            `sample`: videos of shape `(batch_size, in_channels, 4 * (num_latent_frames - 1) + 1, 8 * latent_height,
+            8 * latent_width)` (default ratios), nominally in `[-1, 1]`, not clamped; 4-D for 4-D latents.
+
+        Raises:
+            ValueError: If shape or dtype of `z` is not legal.
+        """
+        is_image = z.ndim == 4
+        z = z.unsqueeze(2) if is_image else z
+        self._check_latents(z, "z")
+        if self.use_slicing and z.shape[0] > 1:
+            sample = torch.cat([self._decode(z_slice) for z_slice in z.split(1)])
+        else:
+            sample = self._decode(z)
+        sample = sample.squeeze(2) if is_image else sample
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple:
+        r"""Reconstruct videos or images.
+
+        Args:
+            sample: As `x` of [`encode`].
+            sample_posterior: Whether to decode a sample of the posterior instead of its mean.
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
+            generator: Random generator of the posterior sample.
+        """
+        posterior = self.encode(sample, return_dict=False)[0]
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        reconstruction = self.decode(z, return_dict=False)[0]
+        reconstruction = reconstruction.squeeze(2) if sample.ndim == 4 else reconstruction
+        return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction,)

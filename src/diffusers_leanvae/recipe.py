@@ -1,0 +1,122 @@
+"""Training recipes: a YAML file becomes a dataclass; what the dataclass does not know is an error.
+
+A script owns its dataclasses, this file only fills and saves them:
+
+    recipe = load_recipe(Recipe, "training/configs/smoke.yaml", ["num_steps=10", "data.train=clips"])
+    save_recipe(recipe, "runs/smoke/recipe.yaml")
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+Recipe = TypeVar("Recipe")
+
+
+def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    r"""Read a YAML recipe into `recipe_class`.
+
+    Args:
+        recipe_class: A dataclass; nested sections are fields whose type is a dataclass. A field without a default must
+            be given.
+        path: The YAML file.
+        overrides: `key=value` strings, applied in order; dots reach into sections and the value is read as YAML
+            (`optimizer.learning_rate=1e-4`, `data.clip_sizes=[[17,64,64]]`, `resume=null`).
+    """
+    yaml = _import_yaml()
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`path` must be a readable YAML recipe, got {str(path)!r}: {error}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ValueError(f"A recipe must be a mapping of keys to values, got {type(tree).__name__} in {str(path)!r}.")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"An override must read `key=value`, got {override!r}.")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ValueError(f"The value of an override must be YAML, got {override!r}: {error}") from error
+        _set(tree, key.strip(), value)
+    return _fill(recipe_class, tree, prefix="")
+
+
+def save_recipe(recipe: Any, path: str | Path) -> None:
+    """Write a recipe with every default and override resolved; `load_recipe` reads it back to an equal object."""
+    text = _import_yaml().safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _set(tree: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *sections, last = dotted_key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise ValueError(f"`{dotted_key}` reaches into `{section}`, which is a value and not a section.")
+    tree[last] = value
+
+
+def _fill(recipe_class: type[Recipe], tree: Any, prefix: str) -> Recipe:
+    if not isinstance(tree, dict):
+        raise ValueError(f"`{prefix.rstrip('.')}` must be a section of keys, got {tree!r}.")
+    hints = typing.get_type_hints(recipe_class)
+    fields = {field.name: field for field in dataclasses.fields(recipe_class)}  # pyright: ignore[reportArgumentType]
+    unknown = [str(key) for key in tree if key not in fields]
+    if unknown:
+        legal = ", ".join(fields)
+        raise ValueError(f"Unknown recipe key `{prefix}{unknown[0]}`: legal keys here are {legal}.")
+    values = {}
+    for name, field in fields.items():
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"The recipe must set `{prefix}{name}`.")
+    return recipe_class(**values)
+
+
+def _convert(expected: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        return _fill(expected, {} if value is None else value, prefix=f"{key}.")
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (expected,) = [argument for argument in arguments if argument is not type(None)]
+        return _convert(expected, value, key)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"`{key}` must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return value
+    # YAML 1.1 reads `5e-4` as a string and `1` as an integer: both are meant as numbers here.
+    if expected is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    # bool is a subclass of int, so `num_steps: true` needs the exact type.
+    if origin is None and type(value) is expected:
+        return value
+    wanted = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
+    raise ValueError(f"`{key}` must be of type {wanted}, got {value!r}.")
+
+
+def _import_yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError('Recipes need PyYAML: pip install "diffusers-leanvae[train]"') from error
+    return yaml
