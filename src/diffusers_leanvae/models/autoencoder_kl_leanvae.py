@@ -114,12 +114,12 @@ class LeanVAEBlocks(nn.ModuleList):
         return hidden_states
 
 
-def _split_patches(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+def split_patches(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
     pt, ph, pw = patch_size
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
-def _merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+def merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
     pt, ph, pw = patch_size
     return rearrange(tokens, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
 
@@ -201,15 +201,20 @@ class LeanVAEEncoder(nn.Module):
             self.video_proj = PatchProjection(video_dim, dim, norm)
             self.fusion_layers = LeanVAEBlocks(dim, num_branch + num_fusion)
 
+    def transform(self, frames: torch.Tensor, image: bool) -> torch.Tensor:
+        r"""Sub-bands of the first frame (2D) or of the later ones (3D); the pixels themselves without wavelet."""
+        if self.geometry.patch_embedding_type == "no_wavelet":
+            return frames
+        return haar_analysis_2d(frames) if image else haar_analysis_3d(frames)
+
     def forward(
         self, image: torch.Tensor | None, video: torch.Tensor | None, cache: TemporalCache | None = None
     ) -> torch.Tensor:
         geometry = self.geometry
-        if geometry.patch_embedding_type != "no_wavelet":
-            image = None if image is None else haar_analysis_2d(image)  # (B, 4C, 1, H/2, W/2)
-            video = None if video is None else haar_analysis_3d(video)  # (B, 8C, (T-1)/2, H/2, W/2)
-        image = None if image is None else _split_patches(image, geometry.image_patch)  # (B, 1, h, w, image_dim)
-        video = None if video is None else _split_patches(video, geometry.video_patch)  # (B, t-1, h, w, video_dim)
+        if image is not None:  # (B, C, 1, H, W) -> (B, 1, h, w, image_dim)
+            image = split_patches(self.transform(image, image=True), geometry.image_patch)
+        if video is not None:  # (B, C, T-1, H, W) -> (B, t-1, h, w, video_dim)
+            video = split_patches(self.transform(video, image=False), geometry.video_patch)
 
         if not self.separate:
             tokens = _concatenate_time(
@@ -342,8 +347,8 @@ class LeanVAEDecoder(nn.Module):
         else:
             image = self.image_proj(hidden_states[:, :1]) if has_image else None
             video = self.video_proj(hidden_states[:, num_image:]) if has_video else None
-        image = None if image is None else _merge_patches(image, geometry.image_patch)
-        video = None if video is None else _merge_patches(video, geometry.video_patch)
+        image = None if image is None else merge_patches(image, geometry.image_patch)
+        video = None if video is None else merge_patches(video, geometry.video_patch)
         if geometry.patch_embedding_type == "no_wavelet":  # the patches are pixels
             image = None if image is None else haar_analysis_2d(image)
             video = None if video is None else haar_analysis_3d(video)
@@ -501,9 +506,10 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
         config, state_dict = read_original_checkpoint(resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs))
         model = cls(**(config | kwargs))
-        model.load_state_dict(state_dict, strict=True)
-        model.eval()
-        return model.to(torch_dtype) if torch_dtype is not None else model
+        if torch_dtype is not None:
+            state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
+        model.load_state_dict(state_dict, strict=True, assign=True)
+        return model.eval()
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
