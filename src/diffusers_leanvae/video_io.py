@@ -173,7 +173,8 @@ def iter_video(
         backend: `"torchcodec"` is faster at random access and gives the same pixels. It repairs damaged data without
             a word, so `on_error` says nothing there; interlaced or mirrored files and images are read by PyAV anyway.
         on_error: What to do where data are damaged or the frame size changes: `"raise"`, or `"stop"` to end after the
-            last good frame. A file whose first frame cannot be decoded always raises.
+            last good frame. A file whose first frame cannot be decoded always raises. A cut-off Matroska, WebM or
+            MPEG-TS file looks like a shorter one to FFmpeg and just ends early in both cases.
 
     Yields:
         RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)` with `1 <= n <= chunk_size`.
@@ -216,8 +217,8 @@ def _open_input(path: PathLike) -> Iterator[InputContainer]:
         if file.stat().st_size == 0:
             raise VideoError(f"Cannot read {str(path)!r}: the file is empty.")
         # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
-        # expanded, and the whitelist keeps a playlist that calls itself a video from opening anything else. Tags in
-        # a foreign encoding are no reason to refuse a video.
+        # expanded, and the whitelist keeps a playlist that calls itself a video off the network. Tags in a foreign
+        # encoding are no reason to refuse a video.
         options = {"protocol_whitelist": "file"} | ({"pattern_type": "none"} if "%" in file.name else {})
         with av.open(str(file.absolute()), "r", options=options, metadata_errors="replace") as container:
             yield container
@@ -230,17 +231,16 @@ def _open_input(path: PathLike) -> Iterator[InputContainer]:
 
 
 def _video_stream(container: InputContainer, path: PathLike) -> VideoStream:
-    # Cover art of a music file is a video stream to FFmpeg, and its "tty" reader renders any text as a video.
+    # Cover art of a music file is a video stream to FFmpeg, "tty" renders text as a video, playlists name other files.
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams or container.format.name == "tty":
+    if not streams or container.format.name in ("tty", "hls", "concat", "dash"):
         kind = "only audio" if container.streams.audio else "no video or image"
         raise VideoError(f"Cannot read {str(path)!r}: it holds {kind}, expected a video stream.")
     stream = streams[0]
-    try:
-        stream.codec_context.options = {"err_detect": "crccheck+explode"}  # report damage instead of concealing it
-        stream.thread_type = "AUTO"
-    except (RuntimeError, ValueError) as error:  # the file names a codec that this FFmpeg has no decoder for
-        raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.") from error
+    if cast(Any, stream).codec_context is None:
+        raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.")
+    stream.codec_context.options = {"err_detect": "crccheck+explode"}  # report damage instead of concealing it
+    stream.thread_type = "AUTO"
     return stream
 
 
@@ -282,33 +282,25 @@ def _probe(path: PathLike) -> tuple[VideoInfo, bool]:
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield frames in presentation order; raise `_Damaged` after the last one that is certainly good."""
-    damage: Exception | None = None
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except FFmpegError as error:
-            damage = error
-            break
-        if packet is None:
-            return
-        if packet.is_corrupt:
-            break
-        try:
-            frames = packet.decode()
-        except FFmpegError as error:
-            # Later packets may already be in the decoder's threads: what it still holds is not certain to be good.
-            raise _Damaged(str(getattr(error, "strerror", None) or error)) from error
-        for frame in frames:
-            if frame.is_corrupt:
-                raise _Damaged("the decoder marks the frame as corrupt")
-            yield frame
-    # The file is cut off inside a packet. All that the decoder was given so far is good and still comes out.
     try:
-        yield from stream.decode(None)
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                break
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise _Damaged("the decoder marks the frame as corrupt")
+                yield frame
+        else:
+            return
+        # Cut off inside a packet. What the decoder still holds is good, but only up to this packet's decoding time is
+        # it certain that no frame in between is missing.
+        for frame in stream.decode(None):
+            if frame.pts is None or packet.dts is None or frame.pts >= packet.dts:
+                break
+            yield frame
     except FFmpegError as error:
-        damage = error
-    raise _Damaged("the file is truncated or a packet is damaged") from damage
+        raise _Damaged(error.strerror or str(error)) from error
+    raise _Damaged("the file is truncated or a packet is damaged")
 
 
 def _find_keyframe(path: PathLike, start: int) -> tuple[int, int] | None:
@@ -784,7 +776,8 @@ class _AudioSource:
         )
         target = output.add_stream(encoder, rate=48000 if encoder == "libopus" else self.stream.rate)
         assert isinstance(target, AudioStream)
-        target.layout = self.stream.layout.name
+        # Mono stays mono; all else becomes stereo. Encoders refuse a bare "2 channels", as AVI files have it.
+        target.layout = "mono" if self.stream.layout.nb_channels == 1 else "stereo"
         self.packets = self._encode(target)
 
     def _copy(self, target: AudioStream) -> Iterator[Packet]:
@@ -827,9 +820,7 @@ def _open_audio(path: PathLike) -> Iterator[_AudioSource]:
         yield _AudioSource(container, path)
 
 
-def write_video(
-    path: PathLike, frames: torch.Tensor | np.ndarray, fps: Fraction | float, **options: Any
-) -> None:
+def write_video(path: PathLike, frames: torch.Tensor | np.ndarray, fps: Fraction | float, **options: Any) -> None:
     """Write all of a video, or an image, at once.
 
     Args:
