@@ -1,5 +1,8 @@
 """Caller-owned state of a causal video stream: what each temporal convolution must remember between chunks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -7,45 +10,88 @@ class TemporalCache:
     r"""The last two input time steps of every causal convolution, for one stream and one direction.
 
     Pass a fresh `TemporalCache()` with the first chunk and the same object with every later chunk; the model writes
-    nothing anywhere else, so streams interleave freely and the memory is freed with the object.
+    nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling each
+    tile has a cache of its own inside.
 
     Attributes:
         tails: Per convolution name, a tensor of shape `(batch_size, 2, latent_height, latent_width, channels)`.
+        tiles: Per tile name, the cache of that tile.
         num_latent_frames: Latent frames seen so far; 0 means that the next chunk starts with the image token.
     """
 
     def __init__(self) -> None:
         self.tails: dict[str, torch.Tensor] = {}
+        self.tiles: dict[str, TemporalCache] = {}
         self.num_latent_frames = 0
+        self._is_broken = False
+
+    @contextmanager
+    def step(self, num_latent_frames: int) -> Iterator[bool]:
+        r"""Around the computation of one chunk; yields whether it is the first.
+
+        A chunk that failed half-way has advanced some convolutions and not others: the stream refuses to go on.
+        """
+        if self._is_broken:
+            raise ValueError("`cache` must belong to a stream without failed chunks, got one; call `cache.reset()`.")
+        self._is_broken = True
+        yield self.num_latent_frames == 0
+        self.num_latent_frames += num_latent_frames
+        self._is_broken = False
 
     def extend(self, name: str, hidden_states: torch.Tensor, num_steps: int) -> torch.Tensor:
         r"""Put the remembered steps (zeros at the start) in front of `hidden_states` and remember its last ones."""
         tail = self.tails.get(name)
         if tail is None:
             tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
+        if tail.shape[0] != hidden_states.shape[0] or tail.shape[2:] != hidden_states.shape[2:]:
+            raise ValueError(
+                f"`cache` must be used with chunks of one shape, got tokens {tuple(hidden_states.shape)} after "
+                f"{tuple(tail.shape)} (batch, time, height, width, channels)."
+            )
         extended = torch.cat((tail, hidden_states), dim=1)
         # A clone, not a view: a view would keep the whole chunk's activation alive until the next chunk.
         self.tails[name] = extended[:, -num_steps:].clone()
         return extended
 
+    def tile(self, name: str) -> "TemporalCache":
+        r"""The cache of one spatial tile, made at its first use."""
+        return self.tiles.setdefault(name, TemporalCache())
+
     def reset(self) -> None:
         r"""Forget the stream; the next chunk is the first of a new one."""
-        self.tails.clear()
-        self.num_latent_frames = 0
+        self.__init__()
 
     def to(self, *args, **kwargs) -> "TemporalCache":
         r"""A copy with its tensors moved or cast as by `torch.Tensor.to`."""
         moved = TemporalCache()
         moved.tails = {name: tail.to(*args, **kwargs) for name, tail in self.tails.items()}
-        moved.num_latent_frames = self.num_latent_frames
+        moved.tiles = {name: tile.to(*args, **kwargs) for name, tile in self.tiles.items()}
+        moved.num_latent_frames, moved._is_broken = self.num_latent_frames, self._is_broken
         return moved
+
+    def nbytes(self) -> int:
+        r"""Memory held, in bytes."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        nested = {f"{name}/{key}": value for name, tile in self.tiles.items() for key, value in tile._tensors().items()}
+        return self.tails | nested
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
-        return {**self.tails, "num_latent_frames": torch.tensor(self.num_latent_frames)}
+        if self._is_broken:
+            raise ValueError("`state_dict` must be taken between chunks, got a stream whose last chunk failed.")
+        return self._tensors() | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         r"""Restore what [`TemporalCache.state_dict`] gave."""
-        tails = dict(state_dict)
-        self.num_latent_frames = int(tails.pop("num_latent_frames"))
-        self.tails = tails
+        self.reset()
+        count = int(state_dict.get("num_latent_frames", 0))
+        self.num_latent_frames = count
+        for key, tensor in state_dict.items():
+            if key == "num_latent_frames":
+                continue
+            tile, slash, name = key.rpartition("/")
+            cache = self.tile(tile) if slash else self
+            cache.tails[name] = tensor
+            cache.num_latent_frames = count

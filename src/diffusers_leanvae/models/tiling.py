@@ -35,10 +35,10 @@ def spans(size: int, tile: int, halo: int) -> list[Span]:
     ]
 
 
-def time_chunks(num_latent_frames: int, per_chunk: int) -> Iterator[tuple[int, int]]:
-    r"""Bounds of the chunks of a stream, in latent frames: `1 + per_chunk` first (with the image), then `per_chunk`."""
+def time_chunks(num_latent_frames: int, per_chunk: int, is_first: bool) -> Iterator[tuple[int, int]]:
+    r"""Bounds of the chunks, in latent frames: `per_chunk` each, and one more (the image) for the first of a stream."""
     start = 0
     while start < num_latent_frames:
-        stop = min(start + per_chunk + (start == 0), num_latent_frames)
+        stop = min(start + per_chunk + (is_first and start == 0), num_latent_frames)
         yield start, stop
         start = stop
