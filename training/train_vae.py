@@ -4,9 +4,9 @@ One process, CPU or GPU:
 
     python training/train_vae.py training/configs/smoke.yaml data.train=path/to/videos
 
-Several GPUs, or several processes on CPU:
+Several GPUs, or two processes on CPU:
 
-    accelerate launch training/train_vae.py training/configs/compact_16ch.yaml data.train=path/to/videos
+    accelerate launch training/train_vae.py training/configs/paper_4ch.yaml data.train=path/to/videos
     torchrun --nproc_per_node 2 training/train_vae.py training/configs/compact_16ch.yaml data.train=path/to/videos
 
 The recipe is a YAML file; `key=value` after it overrides one entry. The output folder receives
@@ -30,6 +30,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +39,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_leanvae.data import StepBatches, VideoFolder, pixels_to_sample, read_center_clip
+from diffusers_leanvae.evaluation.metrics import frame_psnr
 from diffusers_leanvae.initialization import initialize_from_principal_components
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights, VAETrainingModule
@@ -51,8 +53,7 @@ from diffusers_leanvae.recipe import load_recipe, save_recipe
 from diffusers_leanvae.video_io import list_videos
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recipe: what the YAML file may hold
+# --- Recipe: what the YAML file may hold ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -63,7 +64,7 @@ class DataRecipe:
     max_stride: int = 1
     max_zoom_out: float = 1.0
     flip: bool = True
-    cache_gib: float = 4.0  # decoded videos are kept in memory up to this size
+    cache_gib: float = 4.0  # decoded videos are kept in memory up to this size, by each process
     num_workers: int = 0  # with everything in the cache, cutting clips costs less than handing them over
 
 
@@ -114,9 +115,17 @@ class Recipe:
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the model in `vae/`
     num_statistics_clips: int = 256  # for latents_mean and latents_std
 
+    def __post_init__(self) -> None:
+        names = ["batch_size", "num_accumulation_steps", "num_steps", "log_every", "save_every", "keep_checkpoints"]
+        counts = {name: getattr(self, name) for name in names} | {"validation.every": self.validation.every}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if len(self.optimizer.betas) != 2:
+            raise ValueError(f"`optimizer.betas` must be two numbers, got {self.optimizer.betas}.")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
+
+# --- Model ------------------------------------------------------------------------------------------------------------
 
 
 def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
@@ -133,7 +142,7 @@ def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
             f"{recipe.init!r}, which does not exist."
         )
     load = AutoencoderKLLeanVAE.from_pretrained if source.is_dir() else AutoencoderKLLeanVAE.from_single_file
-    vae = load(recipe.init).float()
+    vae = load(recipe.init, torch_dtype=torch.float32)
     for key, value in recipe.model.items():
         if json.dumps(vae.config[key]) != json.dumps(value):
             raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")
@@ -142,87 +151,74 @@ def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
 
 def training_videos(dataset: VideoFolder, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
     """The first clips of training, one at a time: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
-    for index in range(num_clips):
-        yield pixels_to_sample(dataset[index]["pixels"][None].to(device))
+    return (pixels_to_sample(dataset[index].pixels[None].to(device)) for index in range(num_clips))
 
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLLeanVAE, videos: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over posterior means."""
-    totals = squares = torch.zeros(())
+    total = squares = torch.zeros(vae.latent_channels, dtype=torch.float64)
     count = 0
     for sample in videos:
-        latents = vae.encode(sample).latent_dist.mode().double().transpose(0, 1).flatten(1).cpu()
-        totals, squares = totals + latents.sum(1), squares + latents.square().sum(1)
-        count += latents.shape[1]
-    mean = totals / count
-    std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
-    return mean.tolist(), std.tolist()
+        latents = vae.encode(sample).latent_dist.mode().transpose(0, 1).flatten(1).cpu().double()  # (z, B * t * h * w)
+        total, squares, count = total + latents.sum(1), squares + latents.square().sum(1), count + latents.shape[1]
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The step's pure functions
+# --- What a step needs ------------------------------------------------------------------------------------------------
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate` at the last step, or constant."""
+    """Linear warm-up, then constant or a cosine that reaches `final_learning_rate` at `num_steps`."""
     if step < recipe.num_warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.num_warmup_steps
     if recipe.schedule == "constant":
         return recipe.learning_rate
     progress = (step - recipe.num_warmup_steps) / max(1, num_steps - recipe.num_warmup_steps)
     span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return recipe.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def posterior_noise(vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+def posterior_noise(vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: list[int], seed: int) -> torch.Tensor:
     """Standard normal noise for the posterior of each clip; it depends on the seed and on the clip's index alone."""
     height, width = (edge // vae.spatial_compression_ratio for edge in sample.shape[3:])
     shape = (vae.latent_channels, vae.num_latent_frames(sample.shape[2]), height, width)
-    noise = [np.random.default_rng([seed, 3, index]).standard_normal(shape, np.float32) for index in indices.tolist()]
+    noise = [np.random.default_rng([seed, 3, index]).standard_normal(shape, np.float32) for index in indices]
     return torch.from_numpy(np.stack(noise)).to(sample.device)
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set anywhere: processes must leave the loop together."""
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-def frame_psnr(sample: torch.Tensor, reconstruction: torch.Tensor) -> float:
-    """Mean over the frames of the PSNR of each; `(1, 3, num_frames, height, width)` in `[-1, 1]`, clamped here."""
-    error = (reconstruction.clamp(-1.0, 1.0) - sample).div(2.0).square().mean(dim=(0, 1, 3, 4))
-    return (-10.0 * error.clamp_min(1e-10).log10()).mean().item()
+# --- Validation: first frames, short side resized, centre crop, posterior means, float32, PSNR per frame --------------
 
 
 @torch.no_grad()
+def reconstruct(vae: AutoencoderKLLeanVAE, clip: torch.Tensor) -> tuple[float, np.ndarray]:
+    """PSNR of a clip `(3, num_frames, height, width)`, and its middle frame beside the original as uint8 pixels."""
+    reconstruction = vae.decode(vae.encode(clip[None].to(vae.device)).latent_dist.mode()).sample[0]
+    original, decoded = (x.transpose(0, 1).clamp(-1, 1).add(1).div(2) for x in (clip.to(vae.device), reconstruction))
+    pair = torch.cat((original, decoded), dim=3)[len(original) // 2]  # (3, H, 2 * W)
+    picture = pair.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return frame_psnr(decoded, original).mean().item(), picture
+
+
 def validate(
-    vae: AutoencoderKLLeanVAE, clips: dict[str, torch.Tensor], device: torch.device
-) -> tuple[dict[str, float], list[np.ndarray]]:
-    """PSNR of each clip reconstructed from its posterior mean, and its middle frame beside the original's."""
-    psnr, pictures = {}, []
-    for name, clip in clips.items():
-        sample = clip[None].to(device)
-        reconstruction = vae.decode(vae.encode(sample).latent_dist.mode()).sample
-        psnr[name] = frame_psnr(sample, reconstruction)
-        middle = sample.shape[2] // 2
-        pair = torch.cat((sample[0, :, middle], reconstruction[0, :, middle]), dim=2)  # (3, H, 2 * W)
-        pictures.append(pair.clamp(-1.0, 1.0).add(1.0).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-    return psnr, pictures
+    accelerator: Accelerator, vae: AutoencoderKLLeanVAE, clips: dict[str, torch.Tensor], output: Path, step: int
+) -> float:
+    """Reconstruct this process's clips, gather all, write the record and the picture; returns the mean PSNR."""
+    results = sorted(gather_object([(name, *reconstruct(vae, clip)) for name, clip in clips.items()]), key=lambda r: r[0])
+    psnr = {name: value for name, value, _ in results}
+    mean = sum(psnr.values()) / len(psnr)
+    if accelerator.is_main_process:
+        from PIL import Image
+
+        append_json(output / "validation.jsonl", {"step": step, "psnr_frame_mean_rgb": mean, "clips": psnr})
+        (output / "validation").mkdir(exist_ok=True)
+        picture = Image.fromarray(np.concatenate([picture for _, _, picture in results]))
+        picture.save(output / "validation" / f"step-{step:07d}.png")
+    return mean
 
 
-def write_picture(path: Path, pictures: list[np.ndarray]) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(pictures)).save(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of a run
+# --- Files of a run ---------------------------------------------------------------------------------------------------
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
@@ -230,51 +226,17 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def drop_records_after(path: Path, step: int) -> None:
-    """Forget what a killed run logged beyond the checkpoint that it is resumed from."""
+def forget_after(path: Path, step: int) -> None:
+    """Drop what a killed run logged beyond the checkpoint that it resumes from, and a line it did not finish."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def checkpoint_step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def find_checkpoint(recipe: Recipe) -> Path | None:
-    existing = sorted(Path(recipe.output, "checkpoints").glob("step-*"), key=checkpoint_step)
-    if recipe.resume == "latest":
-        return existing[-1] if existing else None
-    if recipe.resume is None:
-        if existing:
-            raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
-        return None
-    if not Path(recipe.resume).is_dir():
-        raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {recipe.resume!r}.")
-    return Path(recipe.resume)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Write beside and rename, so that a folder named `step-*` is always whole; then drop the oldest."""
-    partial = folder / f"partial-{step:07d}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        final = folder / f"step-{step:07d}"
-        if final.exists():
-            os.replace(final, folder / f"stale-{step:07d}")
-        os.replace(partial, final)
-        for old in sorted(folder.glob("step-*"), key=checkpoint_step)[:-keep]:
-            os.replace(old, folder / f"stale-{old.name}")
-        for leftover in [*folder.glob("stale-*"), *folder.glob("partial-*")]:
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-
-
 @dataclass
 class Progress:
-    """The counters of a checkpoint; data order, noise and learning rate follow from `step`."""
+    """The counters in a checkpoint; the clips, the noise and the learning rate follow from `step`."""
 
     step: int = 0
     num_skipped: int = 0
@@ -288,14 +250,40 @@ class Progress:
             setattr(self, name, value)
 
 
-def export_vae(vae: AutoencoderKLLeanVAE, folder: Path, dtype: str, statistics: tuple[list[float], list[float]]) -> None:
-    exported = copy.deepcopy(vae).to(getattr(torch, dtype))
-    exported.register_to_config(latents_mean=statistics[0], latents_std=statistics[1])
-    exported.save_pretrained(folder)
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    existing = sorted(Path(recipe.output, "checkpoints").glob("step-*"))
+    if recipe.resume == "latest":
+        return existing[-1] if existing else None
+    if recipe.resume is None:
+        if existing:
+            raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
+        return None
+    if not Path(recipe.resume).is_dir():
+        raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {recipe.resume!r}.")
+    return Path(recipe.resume)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
+    """Write beside and rename, so that a folder named `step-*` is always whole; then drop the oldest."""
+    partial, final = folder / f"partial-{step:07d}", folder / f"step-{step:07d}"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if final.exists():  # resumed from an earlier checkpoint than the newest
+            os.replace(final, folder / f"stale-{step:07d}")
+        os.replace(partial, final)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            os.replace(old, folder / old.name.replace("step", "stale"))
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+
+
+def remove_leftovers(folder: Path) -> None:
+    for leftover in [*folder.glob("stale-*"), *folder.glob("partial-*")]:
+        shutil.rmtree(leftover)
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -304,23 +292,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one entry of the recipe")
     options = parser.parse_args(arguments)
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
-    output = Path(recipe.output)
-    started = time.monotonic()
+    output, started = Path(recipe.output), time.monotonic()
 
     # --- Init ---------------------------------------------------------------------------------------------------------
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.set_float32_matmul_precision("high")
     # Clips of one frame leave the video half of the model without a gradient.
-    partial_graph = DistributedDataParallelKwargs(
-        find_unused_parameters=any(size[0] == 1 for size in recipe.data.clip_sizes)
+    has_images = any(size[0] == 1 for size in recipe.data.clip_sizes)
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision or "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_images)],
     )
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no", kwargs_handlers=[partial_graph])
     device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    say = tqdm.write if is_main else lambda text: None
+    has_fast_bf16 = device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if recipe.mixed_precision and not has_fast_bf16:
+        warnings.warn("This CPU has no bfloat16 arithmetic: `mixed_precision=null` is many times faster.", stacklevel=1)
     set_seed(recipe.seed)
     checkpoint = find_checkpoint(recipe)
-    progress = Progress(step=checkpoint_step(checkpoint) if checkpoint else 0)
-    say = tqdm.write if is_main else (lambda text: None)
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     dataset = VideoFolder(
@@ -335,35 +328,21 @@ def main(arguments: list[str] | None = None) -> None:
         seed=recipe.seed,
     )
     say(f"data: {len(dataset)} videos, {dataset.num_cached} in memory, {dataset.num_skipped} skipped")
-    step_batches = StepBatches(
-        recipe.batch_size,
-        progress.step,
-        recipe.num_steps,
-        recipe.num_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=step_batches,
-        num_workers=recipe.data.num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=recipe.data.num_workers > 0,
-    )
-    validation_clips = {}
-    if recipe.validation.folder is not None:
-        paths = [Path(path) for path in list_videos(recipe.validation.folder)]
-        for path in paths[accelerator.process_index :: accelerator.num_processes]:
-            name = path.relative_to(recipe.validation.folder).as_posix()
-            validation_clips[name] = read_center_clip(path, recipe.validation.num_frames, recipe.validation.size)
+    validation_paths = [] if recipe.validation.folder is None else list_videos(recipe.validation.folder)
+    validation_clips = {
+        path.relative_to(str(recipe.validation.folder)).as_posix(): read_center_clip(
+            path, recipe.validation.num_frames, recipe.validation.size
+        )
+        for path in validation_paths[rank::world_size]
+    }
 
     # --- Model --------------------------------------------------------------------------------------------------------
-    vae = build_vae(recipe).to(device)
+    vae = build_vae(recipe).to(device).train()
     if recipe.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if recipe.init == "pca" and checkpoint is None and is_main:  # the other processes receive these weights below
         initialize_from_principal_components(vae, training_videos(dataset, recipe.num_init_clips, device))
-    averaged_vae = copy.deepcopy(vae).requires_grad_(False)
+    averaged_vae = copy.deepcopy(vae).requires_grad_(False).eval()  # filled from `ema` when it is needed
     optimizer = torch.optim.AdamW(
         vae.parameters(),
         lr=recipe.optimizer.learning_rate,
@@ -376,91 +355,94 @@ def main(arguments: list[str] | None = None) -> None:
         module.compile()
     parameters = list(vae.parameters())
     ema = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
+    progress = Progress()
     accelerator.register_for_checkpointing(ema, progress)
     say(f"model: {sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M parameters on {device}")
 
+    # --- Resume -------------------------------------------------------------------------------------------------------
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
         say(f"resumed from {checkpoint}")
     if is_main:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output / "checkpoints")
         save_recipe(recipe, output / "recipe.yaml")
         for name in ("log.jsonl", "validation.jsonl"):
-            drop_records_after(output / name, progress.step if checkpoint is not None else -1)
+            forget_after(output / name, progress.step if checkpoint is not None else -1)
+    accelerator.wait_for_everyone()
+    loader = DataLoader(
+        dataset,
+        batch_sampler=StepBatches(
+            recipe.batch_size, progress.step, recipe.num_steps, recipe.num_accumulation_steps, rank, world_size
+        ),
+        num_workers=recipe.data.num_workers,
+        pin_memory=device.type == "cuda",
+    )
 
     def run_validation() -> None:
-        if recipe.validation.folder is None:
-            return
-        ema.copy_to(averaged_vae.parameters())
-        psnr, pictures = validate(averaged_vae, validation_clips, device)
-        gathered = gather_object([(name, value, picture) for (name, value), picture in zip(psnr.items(), pictures)])
-        if is_main:
-            gathered = sorted(gathered, key=lambda item: item[0])
-            psnr = {name: round(value, 4) for name, value, _ in gathered}
-            mean = sum(psnr.values()) / len(psnr)
-            record = {"step": progress.step, "psnr_frame_mean_rgb": round(mean, 4), "clips": psnr}
-            append_json(output / "validation.jsonl", record)
-            write_picture(
-                output / "validation" / f"step-{progress.step:07d}.png", [picture for _, _, picture in gathered]
-            )
-            say(f"step {progress.step}: validation PSNR {mean:.3f} dB")
+        if validation_paths:
+            ema.copy_to(averaged_vae.parameters())
+            psnr = validate(accelerator, averaged_vae, validation_clips, output, progress.step)
+            say(f"step {progress.step}: validation PSNR {psnr:.3f} dB")
 
     # --- Loop ---------------------------------------------------------------------------------------------------------
     if progress.step == 0:
         run_validation()
     batches = iter(loader)
-    bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not is_main, desc="training")
-    window: list[torch.Tensor] = []  # what was measured since the last log line
-    window_started = time.monotonic()
-    names: list[str] = []
+    interval = 1.0 if sys.stderr.isatty() else 60.0
+    bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not is_main, mininterval=interval)
+    window: list[dict[str, torch.Tensor | float]] = []  # what was measured since the last log line
     while progress.step < recipe.num_steps:
         # ---- one optimizer step --------------------------------------------------------------------------------------
+        step_started, data_seconds = time.monotonic(), 0.0
         lr = learning_rate(recipe.optimizer, progress.step, recipe.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        measured = torch.zeros((), device=device)
         for part in range(recipe.num_accumulation_steps):
+            data_started = time.monotonic()
             batch = next(batches)
-            sample = pixels_to_sample(batch["pixels"].to(device, non_blocking=True))
-            noise = posterior_noise(vae, sample, batch["index"], recipe.seed)
+            sample = pixels_to_sample(batch.pixels.to(device, non_blocking=True))
+            noise = posterior_noise(vae, sample, batch.index.tolist(), recipe.seed)
+            data_seconds += time.monotonic() - data_started
             is_last = part == recipe.num_accumulation_steps - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
                 loss, terms = module(sample, noise)
                 accelerator.backward(loss / recipe.num_accumulation_steps)
-            names = ["loss", *terms]
-            measured = measured + torch.stack([loss.detach(), *terms.values()]) / recipe.num_accumulation_steps
         grad_norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm)
-        if bool(torch.isfinite(grad_norm)):
+        is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are synchronised
+        if is_finite:
             optimizer.step()
             ema.step(parameters)
-            progress.num_skipped_in_a_row = 0
-        else:
-            progress.num_skipped += 1
-            progress.num_skipped_in_a_row += 1
         optimizer.zero_grad()
         progress.step += 1
+        progress.num_skipped += not is_finite
+        progress.num_skipped_in_a_row = 0 if is_finite else progress.num_skipped_in_a_row + 1
         # --------------------------------------------------------------------------------------------------------------
-        window.append(torch.cat([measured, grad_norm.reshape(1).to(measured)]))
-        minutes = (time.monotonic() - started) / 60
-        out_of_time = recipe.max_minutes is not None and any_process(accelerator, minutes >= recipe.max_minutes)
+        # The mean over the processes, so that all leave the loop at the same step.
+        minutes = accelerator.reduce(torch.tensor((time.monotonic() - started) / 60, device=device), "mean").item()
+        out_of_time = recipe.max_minutes is not None and minutes >= recipe.max_minutes
         is_over = out_of_time or progress.step == recipe.num_steps
+        seconds = {"seconds_per_step": time.monotonic() - step_started, "data_seconds_per_step": data_seconds}
+        if is_finite:  # with several accumulation steps, the terms of the last one stand for all
+            window.append({"loss": loss.detach(), **terms, "grad_norm": grad_norm, **seconds})
         bar.update()
 
         # ---- log, validate, save -------------------------------------------------------------------------------------
         if progress.step % recipe.log_every == 0 or is_over:
-            averages = accelerator.reduce(torch.stack(window).mean(0), reduction="mean").tolist()
-            now = time.monotonic()
-            record = {"step": progress.step, **dict(zip([*names, "grad_norm"], averages, strict=True)), "lr": lr}
-            record["seconds_per_step"] = (now - window_started) / len(window)
-            record["num_skipped"] = progress.num_skipped
+            record = {"step": progress.step, "lr": lr, "num_skipped": progress.num_skipped}
+            if window:
+                values = torch.tensor([[float(value) for value in measured.values()] for measured in window])
+                means = accelerator.reduce(values.mean(0).to(device), reduction="mean").tolist()
+                record |= dict(zip(window[0], means, strict=True))
+                window = []
             if is_main:
                 append_json(output / "log.jsonl", record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{lr:.2e}")
-            window, window_started = [], now
+                bar.set_postfix(loss=record.get("loss"), refresh=False)
         if progress.num_skipped_in_a_row >= recipe.max_skipped_steps:
             raise RuntimeError(
-                f"Stopped at step {progress.step}: {progress.num_skipped_in_a_row} steps in a row had no finite gradient."
+                f"Stopped at step {progress.step}: {progress.num_skipped_in_a_row} steps in a row without a finite "
+                "gradient. The newest checkpoint is from before or within them; lower the learning rate and resume."
             )
         if progress.step % recipe.validation.every == 0 or is_over:
             run_validation()
@@ -474,8 +456,11 @@ def main(arguments: list[str] | None = None) -> None:
     # --- Save ---------------------------------------------------------------------------------------------------------
     if is_main:
         ema.copy_to(averaged_vae.parameters())
-        videos = training_videos(dataset, recipe.num_statistics_clips, device)
-        export_vae(averaged_vae, output / "vae", recipe.save_dtype, measure_latents(averaged_vae, videos))
+        mean, std = measure_latents(averaged_vae, training_videos(dataset, recipe.num_statistics_clips, device))
+        averaged_vae.register_to_config(latents_mean=mean, latents_std=std)
+        if recipe.save_dtype != "float32":
+            averaged_vae.to(getattr(torch, recipe.save_dtype))
+        averaged_vae.save_pretrained(output / "vae")
         say(f"saved {output / 'vae'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

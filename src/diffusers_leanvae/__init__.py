@@ -1,0 +1,25 @@
+"""LeanVAE, the lightest good video autoencoder, as a first-class diffusers model."""
+
+# `ModelMixin` must be a name of this package: diffusers looks base classes of components up here (see `hub.py`).
+from diffusers.models.modeling_utils import ModelMixin
+
+from . import hub
+from ._version import __version__
+from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .models.temporal_cache import TemporalCache
+from .padding import Padding, crop_sample, pad_sample
+from .streaming import StreamingDecoder, StreamingEncoder
+
+hub.register()
+
+__all__ = [
+    "AutoencoderKLLeanVAE",
+    "ModelMixin",
+    "Padding",
+    "StreamingDecoder",
+    "StreamingEncoder",
+    "TemporalCache",
+    "__version__",
+    "crop_sample",
+    "pad_sample",
+]

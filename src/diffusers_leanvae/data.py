@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +58,14 @@ def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tens
     return clip.div(127.5).sub_(1.0).clamp_(-1.0, 1.0).contiguous()
 
 
-class VideoFolder(Dataset):
+class Clip(NamedTuple):
+    """`pixels` are uint8, `(3, num_frames, height, width)`; a batch of clips collates to `(batch_size, ...)` of both."""
+
+    pixels: torch.Tensor
+    index: int
+
+
+class VideoFolder(Dataset[Clip]):
     r"""Random clips of the videos below a folder, without end: any index from 0 is valid.
 
     Index `i` visits the videos in a new random order every epoch and cuts one clip: random start, stride, zoom,
@@ -75,8 +83,6 @@ class VideoFolder(Dataset):
         cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; the others
             are decoded for each clip.
         seed: Everything random depends on this and on the index alone.
-
-    Items are `{"pixels": uint8 (3, num_frames, height, width), "index": int}`.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class VideoFolder(Dataset):
         """The number of videos, which is the length of an epoch; indices go on beyond it."""
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+    def __getitem__(self, index: int) -> Clip:
         group = np.random.default_rng([self.seed, 1, index // self.clips_per_size])
         size = self.clip_sizes[group.integers(len(self.clip_sizes))]
         epoch, position = divmod(index, len(self.paths))
@@ -130,7 +136,7 @@ class VideoFolder(Dataset):
                 continue
             clip = self._cut(frames, size, np.random.default_rng([self.seed, 2, index]))
             if clip is not None:
-                return {"pixels": clip, "index": index}
+                return Clip(clip, index)
         raise ValueError(f"`clip_sizes` must fit at least one of the {len(self.paths)} videos, got {list(size)}.")
 
     @property

@@ -20,8 +20,8 @@ from .models.autoencoder_kl_leanvae import (
     split_patches,
 )
 
-# Latents start with unit variance; this is the log-variance of their noise (a standard deviation of 0.05).
-_INITIAL_LOGVAR = -6.0
+# Latents start with at most unit variance; this is the log-variance of their noise (a standard deviation of 0.02).
+_INITIAL_LOGVAR = -8.0
 
 
 class _Moments:
@@ -45,12 +45,10 @@ class _Moments:
         return self.outer / self.count - torch.outer(self.mean, self.mean)
 
 
-def _whitening(covariance: torch.Tensor, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""`(components, dim)` map to unit-variance principal components, and the `(dim, components)` map back."""
+def _principal_components(covariance: torch.Tensor, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""The first directions `(components, dim)`, orthonormal, and the standard deviation along each."""
     variance, vectors = torch.linalg.eigh(covariance)
-    variance, vectors = variance.flip(0)[:num_components], vectors.flip(1)[:, :num_components]
-    std = variance.clamp(min=1e-6 * variance[0].clamp(min=1e-12)).sqrt()
-    return vectors.t() / std[:, None], vectors * std
+    return vectors.flip(1)[:, :num_components].t(), variance.flip(0)[:num_components].clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -84,43 +82,49 @@ def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iter
         cross = cross + still.double().t() @ group.double()
     if video_moments.count == 0:
         raise ValueError("`videos` must hold at least one video of more than one frame, got none.")
-    encode_image, decode_image = _whitening(image_moments.covariance, num_latents)
-    encode_video, decode_video = _whitening(video_moments.covariance, num_latents)
+    image_axes, _ = _principal_components(image_moments.covariance, num_latents)
+    video_axes, latent_std = _principal_components(video_moments.covariance, num_latents)
     # Turn the image's latents to those of a resting video (orthogonal Procrustes): the causal convolutions then see one
-    # language in all latent frames.
+    # language in all latent frames. A resting video's sub-bands are larger than the image's, hence `image_gain`.
     cross = cross / video_moments.count - torch.outer(still_moments.mean, video_moments.mean)
-    left, _, right = torch.linalg.svd(encode_video @ cross.t() @ encode_image.t())
-    rotation = left @ right
-    encode_image, decode_image = rotation @ encode_image, decode_image @ rotation.t()
+    left, _, right = torch.linalg.svd(video_axes @ cross.t() @ image_axes.t())
+    image_axes = left @ right @ image_axes
+    image_gain = video_moments.covariance.trace().sqrt() / image_moments.covariance.trace().sqrt()
 
-    for kind, moments, encode, decode, low_dim in (
-        ("image", image_moments, encode_image, decode_image, geometry.image_low_dim),
-        ("video", video_moments, encode_video, decode_video, geometry.video_low_dim),
+    # Features are orthonormal coordinates, so that an error in any of them costs the same; a whitening embedding would
+    # make the first ones a hundred times more sensitive to the optimizer's noise (measured: the loss rises).
+    for kind, moments, axes, scale, low_dim in (
+        ("image", image_moments, image_axes, image_gain, geometry.image_low_dim),
+        ("video", video_moments, video_axes, torch.ones(()), geometry.video_low_dim),
     ):
         bounds = (0, low_dim, moments.mean.shape[0]) if separate else (0, moments.mean.shape[0])
         names = ("_low_proj", "_high_proj") if separate else ("_proj",)
         # Each branch carries the latents' share of its bands; `phi` adds the shares up.
-        gain = math.sqrt(len(names))
+        gain = math.sqrt(len(names)) * scale
         for name, start, stop, width in zip(names, bounds[:-1], bounds[1:], widths, strict=True):
             embed, unembed = getattr(vae.encoder, kind + name)[1], getattr(vae.decoder, kind + name)
             mean = moments.mean[start:stop]
-            others, _ = _whitening(moments.covariance[start:stop, start:stop], width - num_latents)
-            weight = torch.cat((gain * encode[:, start:stop], others))
+            others, _ = _principal_components(moments.covariance[start:stop, start:stop], width - num_latents)
+            weight = torch.cat((gain * axes[:, start:stop], scale * others))
             embed.weight[: weight.shape[0]] = weight
             embed.bias[: weight.shape[0]] = -weight @ mean
-            nn.init.normal_(unembed.weight, std=1e-3 * mean.shape[0] ** -0.5)
-            unembed.weight[:, :num_latents] = gain * decode[start:stop]
+            nn.init.normal_(unembed.weight, std=unembed.in_features**-0.5)
+            unembed.weight[:, :num_latents] = axes[:, start:stop].t() * math.sqrt(len(names)) / scale
             unembed.bias.copy_(mean)
 
-    phi = torch.zeros(num_latents, sum(widths))
+    # Unit variance is the latents' own affair: `phi` scales down (never up, the gradient steps of ISTA must contract).
+    latent_scale = (1 / latent_std).clamp(max=1).float()
+    phi, initial = torch.zeros(num_latents, sum(widths)), torch.zeros(sum(widths), num_latents)
     for offset in (0, widths[0])[: len(widths)]:
-        phi[:, offset : offset + num_latents] = torch.eye(num_latents) / math.sqrt(len(widths))
+        share = slice(offset, offset + num_latents)
+        phi[:, share] = torch.diag(latent_scale) / math.sqrt(len(widths))
+        initial[share] = torch.diag(1 / latent_scale) / math.sqrt(len(widths))
     bottleneck = vae.bottleneck
     if isinstance(bottleneck, CompressedSensingBottleneck):
         bottleneck.phi.copy_(phi)
-        bottleneck.initial.copy_(phi.t())
+        bottleneck.initial.copy_(initial)
     elif isinstance(bottleneck, LinearBottleneck):
-        for layer, weight in ((bottleneck.compress, phi), (bottleneck.expand, phi.t())):
+        for layer, weight in ((bottleneck.compress, phi), (bottleneck.expand, initial)):
             layer.weight.copy_(weight)
             nn.init.zeros_(layer.bias)
     nn.init.zeros_(vae.logvar_proj.weight)

@@ -116,6 +116,10 @@ class LeanVAEBlocks(nn.ModuleList):
         super().__init__([LeanVAEBlock(dim, residual) for _ in range(num_layers)])
         self.gradient_checkpointing = False
 
+    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
+        # A slice (group offloading takes them) would be built by this class's constructor, which takes no modules.
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
     def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
         for block in self:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -135,15 +139,13 @@ def merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> tor
     return rearrange(tokens, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
 
 
-class PatchProjection(nn.Sequential):
+def patch_projection(in_dim: int, out_dim: int, norm: bool) -> nn.Sequential:
     r"""Linear projection of flattened patches, with LayerNorm on both sides if `norm` (ablation 3 of the paper)."""
-
-    def __init__(self, in_dim: int, out_dim: int, norm: bool):
-        super().__init__(
-            nn.LayerNorm(in_dim) if norm else nn.Identity(),
-            nn.Linear(in_dim, out_dim),
-            nn.LayerNorm(out_dim) if norm else nn.Identity(),
-        )
+    return nn.Sequential(
+        nn.LayerNorm(in_dim) if norm else nn.Identity(),
+        nn.Linear(in_dim, out_dim),
+        nn.LayerNorm(out_dim) if norm else nn.Identity(),
+    )
 
 
 class LeanVAEPatchGeometry(NamedTuple):
@@ -200,16 +202,16 @@ class LeanVAEEncoder(nn.Module):
             geometry.video_low_dim,
         )
         if self.separate:
-            self.image_low_proj = PatchProjection(image_low, low_dim, norm)
-            self.image_high_proj = PatchProjection(image_dim - image_low, high_dim, norm)
-            self.video_low_proj = PatchProjection(video_low, low_dim, norm)
-            self.video_high_proj = PatchProjection(video_dim - video_low, high_dim, norm)
+            self.image_low_proj = patch_projection(image_low, low_dim, norm)
+            self.image_high_proj = patch_projection(image_dim - image_low, high_dim, norm)
+            self.video_low_proj = patch_projection(video_low, low_dim, norm)
+            self.video_high_proj = patch_projection(video_dim - video_low, high_dim, norm)
             self.low_layers = LeanVAEBlocks(low_dim, num_branch)
             self.high_layers = LeanVAEBlocks(high_dim, num_branch)
             self.fusion_layers = LeanVAEBlocks(dim, num_fusion)
         else:
-            self.image_proj = PatchProjection(image_dim, dim, norm)
-            self.video_proj = PatchProjection(video_dim, dim, norm)
+            self.image_proj = patch_projection(image_dim, dim, norm)
+            self.video_proj = patch_projection(video_dim, dim, norm)
             self.fusion_layers = LeanVAEBlocks(dim, num_branch + num_fusion)
 
     def transform(self, frames: torch.Tensor, image: bool) -> torch.Tensor:
@@ -280,7 +282,7 @@ class CompressedSensingBottleneck(nn.Module):
     def __init__(self, dim: int, latent_channels: int, num_iterations: int, num_layers: int):
         super().__init__()
         self.phi = nn.Parameter(torch.randn(latent_channels, dim) / math.sqrt(dim))
-        self.initial = nn.Parameter(self.phi.detach().t().clone())
+        self.initial = nn.Parameter(self.phi.detach().t().clone(memory_format=torch.contiguous_format))
         self.iterations = nn.ModuleList([ISTAIteration(dim, num_layers) for _ in range(num_iterations)])
 
     def forward(
@@ -427,6 +429,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LeanVAEEncoder", "LeanVAEDecoder", "ISTAIteration"]
+    # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
+    _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 

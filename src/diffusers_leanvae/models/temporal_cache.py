@@ -42,6 +42,7 @@ class TemporalCache:
         r"""Put the remembered steps (zeros at the start) in front of `hidden_states` and remember its last ones."""
         tail = self.tails.get(name)
         if tail is None:
+            self._check_unstarted()
             tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
         if tail.shape[0] != hidden_states.shape[0] or tail.shape[2:] != hidden_states.shape[2:]:
             raise ValueError(
@@ -55,7 +56,18 @@ class TemporalCache:
 
     def tile(self, name: str) -> "TemporalCache":
         r"""The cache of one spatial tile, made at its first use."""
-        return self.tiles.setdefault(name, TemporalCache())
+        if name not in self.tiles:
+            self._check_unstarted()
+            self.tiles[name] = TemporalCache()
+        return self.tiles[name]
+
+    def _check_unstarted(self) -> None:
+        # What is missing in the middle of a stream was remembered elsewhere: zeros in its place would be silently wrong.
+        if self.num_latent_frames > 0:
+            raise ValueError(
+                "`cache` must be used with one model and the same tiling for a whole stream, got a stream that started "
+                "differently."
+            )
 
     def reset(self) -> None:
         r"""Forget the stream; the next chunk is the first of a new one."""
@@ -87,7 +99,6 @@ class TemporalCache:
         r"""Restore what [`TemporalCache.state_dict`] gave."""
         self.reset()
         count = int(state_dict.get("num_latent_frames", 0))
-        self.num_latent_frames = count
         for key, tensor in state_dict.items():
             if key == "num_latent_frames":
                 continue
@@ -95,3 +106,4 @@ class TemporalCache:
             cache = self.tile(tile) if slash else self
             cache.tails[name] = tensor
             cache.num_latent_frames = count
+        self.num_latent_frames = count

@@ -1,0 +1,57 @@
+# `make demo` and `make test` do everything on a fresh machine that has Python 3.11 or newer.
+# One environment serves all targets: beside PyTorch, what only tests and checks need is small, and one is simpler.
+
+# The first of these that runs and is new enough; `make PYTHON=/path/to/python3 demo` takes another.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/installed
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow style quality wheel-check tables clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1: \2/p' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3 demo" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "Making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear .venv; }
+	@echo "Installing packages into .venv (PyTorch is large, this takes some minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e ".[train,test]"
+	@touch $@
+
+demo: $(STAMP)  ## encode and decode the bundled clip with the bundled weights
+	@$(BIN)/leanvae demo
+
+test: $(STAMP)  ## all tests that need neither a GPU, nor the Hub, nor much time
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hub"
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not hub"
+
+style: $(STAMP)  ## fix and format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+quality: $(STAMP)  ## check style, types and the import rule
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+wheel-check: $(STAMP)  ## build the wheel, and run the demo from it alone
+	rm -rf build dist
+	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install -qq --no-deps --target build/wheel dist/*.whl
+	mkdir build/empty
+	cd build/empty && PYTHONPATH=../wheel ../wheel/bin/leanvae demo
+	cd build/empty && PYTHONPATH=../wheel ../../$(BIN)/python -c "import diffusers_leanvae.training.train_vae as m; assert 'build/wheel' in m.__file__, m.__file__"
+
+tables: $(STAMP)  ## write the tables of README.md and model_card.md from results/
+	$(BIN)/python scripts/render_tables.py
+
+clean:  ## remove what building and testing left (.venv, runs/ and outputs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,330 @@
+"""`leanvae` on the command line: reconstruct, encode, decode, convert, info, demo."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm.auto import tqdm
+
+from . import bundled, files
+from ._version import __version__
+from .conversion.leanvae import write_original_checkpoint
+from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .video_io import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos, probe_video
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="LeanVAE video autoencoder: videos to latents and back, any length, any size.",
+)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help=f"A bundled model ({', '.join(bundled.MODELS)}), a folder, an original checkpoint file, or a Hub id "
+        "(user/repo, or user/repo/file.ckpt for original weights)."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is bfloat16 on CUDA, else float32.")]
+Start = Annotated[int, typer.Option(min=0, help="First frame.")]
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames to take; all by default.")]
+Size = Annotated[str | None, typer.Option(help="Resize first: a short side (256) or WIDTHxHEIGHT (640x360).")]
+Crf = Annotated[float, typer.Option(min=0, max=51, help="Quality of written H.264, lower is better.")]
+Overwrite = Annotated[bool, typer.Option(help="In a folder job, redo outputs that exist already.")]
+
+
+class CommandError(Exception):
+    r"""A sentence for the user; becomes `error: ...` and exit status 1."""
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> AutoencoderKLLeanVAE:
+    r"""The autoencoder of a `--model` argument, ready for inference."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in DTYPES:
+        raise CommandError(f"`--dtype` must be auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    torch_dtype = DTYPES[dtype]
+    try:
+        torch_device = torch.device(device)
+        torch.empty(0, device=torch_device)
+    except (RuntimeError, AssertionError):
+        raise CommandError(f"`--device` must be a device of this machine, got {device!r}.") from None
+    is_original = Path(name).suffix in (".ckpt", ".pt", ".pth", ".safetensors")
+    try:
+        if name in bundled.MODELS:
+            vae = AutoencoderKLLeanVAE.from_pretrained(bundled.model_path(name), torch_dtype=torch_dtype)
+        elif is_original:
+            vae = AutoencoderKLLeanVAE.from_single_file(name, torch_dtype=torch_dtype)
+        else:
+            vae = AutoencoderKLLeanVAE.from_pretrained(name, torch_dtype=torch_dtype)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"`--model` {name!r} cannot be loaded: {_first_sentence(error)}") from None
+    return vae.to(torch_device).eval()  # type: ignore[return-value]
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _run(command: Callable[[], Any]) -> Any:
+    r"""Run, and turn every error that a user can cause into one sentence."""
+    try:
+        return command()
+    except (CommandError, ValueError, OSError) as error:
+        typer.echo(f"error: {_first_sentence(error)}", err=True)
+        raise typer.Exit(1) from None
+    except torch.OutOfMemoryError:
+        typer.echo("error: out of memory; try a smaller `--size`, or `--dtype bfloat16`.", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; no unfinished output was left", err=True)
+        raise typer.Exit(130) from None
+
+
+def _jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], suffix: Callable[[Path], str]):
+    r"""The (input, output) pairs of a file or folder."""
+    if not source.exists():
+        raise CommandError(f"the input must exist, got {str(source)!r}.")
+    if not source.is_dir():
+        if target.is_dir():
+            target = target / source.with_suffix(suffix(source)).name
+        return [(source, target)]
+    if target.exists() and not target.is_dir():
+        raise CommandError(f"the output must be a folder when the input is one, got {str(target)!r}.")
+    found = find(source)
+    if not found:
+        raise CommandError(f"the input folder must hold at least one usable file, got none in {str(source)!r}.")
+    return [(path, target / path.relative_to(source).with_suffix(suffix(path))) for path in found]
+
+
+def _process(jobs: list[tuple[Path, Path]], overwrite: bool, work: Callable[[Path, Path, files.Progress], Any]) -> list:
+    r"""Do every job; in a folder go on past a bad file, skip what is finished, and fail at the end."""
+    results, failures = [], []
+    is_folder = len(jobs) > 1
+    for number, (source, target) in enumerate(jobs, start=1):
+        if is_folder and target.exists() and not overwrite:
+            typer.echo(f"{source}: done already, skipped ({target})", err=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        description = f"[{number}/{len(jobs)}] {source.name}" if is_folder else source.name
+        with tqdm(desc=description, unit=" frames", disable=not sys.stderr.isatty(), leave=False) as bar:
+            try:
+                results.append((source, target, work(source, target, bar.update)))
+            except (ValueError, OSError) as error:
+                if not is_folder:
+                    raise
+                failures.append(source)
+                typer.echo(f"error: {_first_sentence(error)}", err=True)
+    if failures:
+        raise CommandError(f"{len(failures)} of {len(jobs)} files failed: {', '.join(map(str, failures))}")
+    return results
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Video, image, or folder of them.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Video or image to write, or folder.")],
+    model: Model = bundled.DEFAULT,
+    side_by_side: Annotated[bool, typer.Option(help="Original to the left, reconstruction to the right.")] = False,
+    metrics: Annotated[bool, typer.Option(help="Print PSNR and SSIM of each clip.")] = False,
+    start: Start = 0,
+    num_frames: NumFrames = None,
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    crf: Crf = 16,
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode and decode videos: what the autoencoder keeps of them."""
+
+    def command() -> None:
+        jobs = _jobs(source, target, list_videos, files.default_suffix)
+        vae = load_model(model, device, dtype)
+
+        def work(path: Path, output: Path, progress: files.Progress) -> None:
+            summary = files.reconstruct_video(
+                vae,
+                path,
+                output,
+                start=start,
+                num_frames=num_frames,
+                size=size,
+                side_by_side=side_by_side,
+                metrics=metrics,
+                progress=progress,
+                crf=crf,
+            )
+            line = f"{output}  {summary['width']}x{summary['height']}  {summary['num_frames']} frames"
+            if metrics:
+                psnr, ssim = summary["psnr_frame_mean_rgb"], summary["ssim_frame_mean_rgb"]
+                line += f"  PSNR {psnr:.2f} dB  SSIM {ssim:.4f}"
+            typer.echo(line)
+
+        _process(jobs, overwrite, work)
+
+    _run(command)
+
+
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Video, image, or folder of them.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Latents to write (.safetensors), or folder.")],
+    model: Model = bundled.DEFAULT,
+    start: Start = 0,
+    num_frames: NumFrames = None,
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode videos to latents (posterior means, not normalised) in safetensors files."""
+
+    def command() -> None:
+        jobs = _jobs(source, target, list_videos, lambda _: ".safetensors")
+        vae = load_model(model, device, dtype)
+
+        def work(path: Path, output: Path, progress: files.Progress) -> None:
+            info = files.encode_video(
+                vae, path, output, model=model, start=start, num_frames=num_frames, size=size, progress=progress
+            )
+            typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
+
+        _process(jobs, overwrite, work)
+
+    _run(command)
+
+
+@app.command()
+def decode(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Latents of `leanvae encode`, or folder of them.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Video or image to write, or folder.")],
+    model: Annotated[str | None, typer.Option(help="Autoencoder; by default the one that encoded the file.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    crf: Crf = 16,
+    overwrite: Overwrite = False,
+) -> None:
+    """Decode latents to videos of the original size, length and frame rate."""
+
+    def suffix(path: Path) -> str:
+        try:
+            with files.open_latents(path) as (_, info):
+                return ".png" if info.is_image else ".mp4"
+        except ValueError:
+            return ".mp4"  # the job itself will say what is wrong with the file
+
+    def command() -> None:
+        jobs = _jobs(source, target, lambda folder: sorted(folder.rglob("*.safetensors")), suffix)
+        loaded: dict[str, AutoencoderKLLeanVAE] = {}
+
+        def work(path: Path, output: Path, progress: files.Progress) -> None:
+            with files.open_latents(path) as (_, info):
+                name = model or info.model
+            if name not in loaded:
+                loaded.clear()  # one model in memory at a time
+                loaded[name] = load_model(name, device, dtype)
+            files.decode_video(loaded[name], path, output, progress=progress, crf=crf)
+            typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
+
+        _process(jobs, overwrite, work)
+
+    _run(command)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Original checkpoint or Hub file; a model folder back.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to write; a .ckpt or .safetensors back.")],
+    to_original: Annotated[bool, typer.Option(help="From a diffusers folder to the original layout.")] = False,
+    dtype: Annotated[str | None, typer.Option(help=f"Cast the weights: {', '.join(DTYPES)}.")] = None,
+    pixel_factor: Annotated[
+        float | None, typer.Option(help="1.0 for weights trained on [-1, 1] (Wan-aligned); as stored by default.")
+    ] = None,
+) -> None:
+    """Convert original LeanVAE checkpoints to diffusers folders, and back; values are kept exactly without --dtype."""
+
+    def command() -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise CommandError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        torch_dtype = None if dtype is None else DTYPES[dtype]
+        if to_original:
+            if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
+                raise CommandError(f"OUT must end in .ckpt, .pt, .pth or .safetensors, got {str(target)!r}.")
+            path = bundled.model_path(source) if source in bundled.MODELS else source
+            vae = AutoencoderKLLeanVAE.from_pretrained(path, torch_dtype=torch_dtype)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_original_checkpoint(target, dict(vae.config), vae.state_dict())
+        else:
+            if target.suffix in (".ckpt", ".pt", ".pth", ".safetensors"):
+                raise CommandError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
+            extra = {} if pixel_factor is None else {"pixel_factor": pixel_factor}
+            vae = AutoencoderKLLeanVAE.from_single_file(source, torch_dtype=torch_dtype, **extra)
+            vae.save_pretrained(target)
+        typer.echo(f"{target}  {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+
+    _run(command)
+
+
+@app.command()
+def info(path: Annotated[str, typer.Argument(help="Video, image, latents file, model folder or checkpoint.")]) -> None:
+    """Print what a file or model is, as JSON."""
+
+    def command() -> None:
+        suffix = Path(path).suffix.lower()
+        if Path(path).is_file() and suffix in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
+            described: dict[str, Any] = {"kind": "video", **vars(probe_video(path))}
+        elif Path(path).is_file() and suffix == ".safetensors" and _is_latents(path):
+            with files.open_latents(path) as (latents, latents_info):
+                shape, kind = list(latents.get_shape()), str(latents.get_dtype())
+            described = {"kind": "latents", "shape": shape, "dtype": kind, **vars(latents_info)}
+        else:
+            vae = load_model(path, "cpu", "float32")
+            described = {
+                "kind": "model",
+                "class": type(vae).__name__,
+                "num_parameters": sum(p.numel() for p in vae.parameters()),
+                "temporal_compression_ratio": vae.temporal_compression_ratio,
+                "spatial_compression_ratio": vae.spatial_compression_ratio,
+                "config": {key: value for key, value in vae.config.items() if not key.startswith("_")},
+            }
+        typer.echo(json.dumps(described, indent=2, default=str))
+
+    _run(command)
+
+
+def _is_latents(path: str) -> bool:
+    try:
+        with files.open_latents(path):
+            return True
+    except ValueError:
+        return False
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/demo"),
+    device: Device = "auto",
+) -> None:
+    """Reconstruct the bundled clip with the bundled model, offline, and say where the result lies."""
+    from .demo import run_demo
+
+    _run(lambda: run_demo(output, load_model(bundled.DEFAULT, device)))
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {_first_sentence(message)}", err=True)  # type: ignore[arg-type, assignment]
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

@@ -1,0 +1,39 @@
+"""The demonstration behind `leanvae demo`: one clip through the bundled model, as video, picture and numbers."""
+
+from pathlib import Path
+
+import torch
+import typer
+
+from . import bundled, files
+from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .video_io import probe_video, read_video, write_video
+
+
+def write_contact_sheet(video: str | Path, target: str | Path, num_frames: int = 3) -> None:
+    r"""A picture of frames of a video, evenly spaced, one below the other."""
+    frames, _ = read_video(video)
+    chosen = torch.linspace(0, len(frames) - 1, num_frames).round().long()
+    write_video(target, torch.cat(tuple(frames[chosen]))[None], fps=1)
+
+
+def run_demo(output: Path, vae: AutoencoderKLLeanVAE) -> None:
+    r"""Write `side_by_side.mp4`, `frames.png` and `latents.safetensors` into `output`, and print what was measured."""
+    output.mkdir(parents=True, exist_ok=True)
+    clip = bundled.clip_path()
+    video, picture, latents = output / "side_by_side.mp4", output / "frames.png", output / "latents.safetensors"
+    info = probe_video(clip)
+    typer.echo(f"A clip of {info.width}x{info.height} through {bundled.DEFAULT} (a demonstration model) ...")
+    summary = files.reconstruct_video(vae, clip, video, side_by_side=True, metrics=True)
+    write_contact_sheet(video, picture)
+    encoded = files.encode_video(vae, clip, latents, model=bundled.DEFAULT)
+    pixels = encoded.num_frames * encoded.height * encoded.width * 3
+    with files.open_latents(latents) as (values, _):
+        numbers = torch.Size(values.get_shape()).numel()
+    typer.echo(
+        f"{summary['num_frames']} frames, PSNR {summary['psnr_frame_mean_rgb']:.2f} dB, "
+        f"SSIM {summary['ssim_frame_mean_rgb']:.4f}, {pixels / numbers:.1f} times fewer numbers than pixels.\n"
+        f"Original (left) and reconstruction (right): {video.resolve()}\n"
+        f"Three frames of it:                         {picture.resolve()}\n"
+        f"The latents:                                {latents.resolve()}"
+    )

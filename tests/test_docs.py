@@ -1,0 +1,66 @@
+"""Documentation is run: every Python block of the Markdown files, and every example."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.video_io import write_video
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = {
+    "reconstruct_video": ["vae", "clips/a.mp4", "out.mp4"],
+    "encode_folder": ["vae", "clips", "latents", "9", "64"],
+    "latent_diffusion_step": ["vae", "clips", "2"],
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    # One namespace per page, as a reader who pastes the blocks one after another has it.
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)  # line numbers are those of the page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in ROOT.glob("examples/*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    vae = AutoencoderKLLeanVAE(
+        low_freq_dim=8,
+        high_freq_dim=24,
+        num_branch_layers=1,
+        num_fusion_layers=1,
+        num_ista_iterations=1,
+        num_ista_layers=1,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "clips").mkdir()
+    for stem in "ab":
+        frames = torch.randint(0, 256, (11, 70, 90, 3), dtype=torch.uint8)
+        write_video(tmp_path / "clips" / f"{stem}.mp4", frames, fps=24)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *EXAMPLES[name]])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert name != "reconstruct_video" or (tmp_path / "out.mp4").is_file()
+    assert name != "encode_folder" or len(list((tmp_path / "latents").glob("*.safetensors"))) == 2

@@ -1,0 +1,142 @@
+"""Streams: any push sizes equal the whole video; streams do not influence each other."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder, TemporalCache
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLLeanVAE:
+    torch.manual_seed(0)
+    vae = AutoencoderKLLeanVAE(latent_channels=4, low_freq_dim=8, high_freq_dim=24).double().eval()
+    for parameter in vae.parameters():  # the training initialisation is so small that errors would hide
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=(parameter[0].numel()) ** -0.5)
+    return vae
+
+
+def video(num_frames: int, height: int = 24, width: int = 40, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, 3, num_frames, height, width, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def run(stream: StreamingEncoder | StreamingDecoder, whole: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    outputs = [stream.push(piece) for piece in whole.split(sizes, dim=2)] + [stream.flush()]
+    return torch.cat([output for output in outputs if output is not None], dim=2)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "sizes"),
+    [(1, [1]), (5, [3, 2]), (9, [1] * 9), (17, [17]), (21, [7, 7, 7]), (33, [1, 16, 16]), (33, [32, 1]), (13, [0, 13])],
+)
+@pytest.mark.parametrize("tiled", [False, True])
+@torch.no_grad()
+def test_pushes_of_any_size_equal_the_whole(vae, num_frames, sizes, tiled):
+    whole = video(num_frames)
+    vae.disable_tiling()
+    latents = vae.encode(whole).latent_dist.mode()
+    sample = vae.decode(latents).sample
+    assert latents.std() > 1e-2 and sample.std() > 1e-2
+    if tiled:
+        vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=24, num_frames_per_chunk=5)
+    streamed = run(StreamingEncoder(vae, num_frames_per_step=8), whole, sizes)
+    torch.testing.assert_close(streamed, latents, rtol=0, atol=1e-10)
+    streamed = run(StreamingDecoder(vae, num_latent_frames_per_step=2), latents, [1] * latents.shape[2])
+    torch.testing.assert_close(streamed, sample, rtol=0, atol=1e-10)
+    vae.disable_tiling()
+
+
+@pytest.mark.parametrize("num_frames", [2, 3, 4, 6, 20])
+@torch.no_grad()
+def test_lengths_that_are_not_legal_repeat_the_last_frame(vae, num_frames):
+    whole = video(num_frames)
+    padded = torch.cat((whole, whole[:, :, -1:].expand(-1, -1, (1 - num_frames) % 4, -1, -1)), dim=2)
+    streamed = run(StreamingEncoder(vae), whole, [num_frames])
+    torch.testing.assert_close(streamed, vae.encode(padded).latent_dist.mode(), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_interleaved_streams_and_an_image_between(vae):
+    first, second, image = video(17, seed=2), video(17, 16, 32, seed=3), video(1, seed=4)
+    expected = [vae.encode(x).latent_dist.mode() for x in (first, second, image)]
+    streams = [StreamingEncoder(vae, 4), StreamingEncoder(vae, 8)]
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for index in range(17):
+        for stream, whole, output in zip(streams, (first, second), outputs, strict=True):
+            latents = stream.push(whole[:, :, index : index + 1])
+            output.extend([] if latents is None else [latents])
+        torch.testing.assert_close(vae.encode(image).latent_dist.mode(), expected[2], rtol=0, atol=0)
+    for stream, output in zip(streams, outputs, strict=True):
+        latents = stream.flush()
+        output.extend([] if latents is None else [latents])
+    for output, whole in zip(outputs, expected, strict=False):
+        torch.testing.assert_close(torch.cat(output, dim=2), whole, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_failed_chunk_breaks_its_own_stream_only(vae, monkeypatch):
+    whole = video(9)
+    good, bad = TemporalCache(), TemporalCache()
+    expected = vae.encode(whole).latent_dist.mode()
+    vae.encode(whole[:, :, :5], cache=good)
+    vae.encode(whole[:, :, :5], cache=bad)
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.encoder.fusion_layers[1].ff, "forward", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            vae.encode(whole[:, :, 5:], cache=bad)
+    with pytest.raises(ValueError, match="without failed chunks"):
+        vae.encode(whole[:, :, 5:], cache=bad)
+    with pytest.raises(ValueError, match="whose last chunk failed"):
+        bad.state_dict()
+    rest = vae.encode(whole[:, :, 5:], cache=good).latent_dist.mode()
+    torch.testing.assert_close(rest, expected[:, :, 2:], rtol=0, atol=1e-10)
+    bad.reset()
+    torch.testing.assert_close(
+        vae.encode(whole, cache=bad).latent_dist.mode(), expected, rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@torch.no_grad()
+def test_state_is_saved_and_restored(vae, tmp_path, tiled):
+    if tiled:
+        vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=24, num_frames_per_chunk=5)
+    whole = video(23)
+    expected = run(StreamingEncoder(vae, 4), whole, [23])
+    stream = StreamingEncoder(vae, 4)
+    before = stream.push(whole[:, :, :15])
+    save_file(stream.state_dict(), tmp_path / "state.safetensors")
+    later = StreamingEncoder(vae, 4)
+    later.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    later.cache = later.cache.to("cpu")
+    assert later.cache.nbytes() == stream.cache.nbytes() > 0
+    after = run(later, whole[:, :, 15:], [8])
+    torch.testing.assert_close(torch.cat((before, after), dim=2), expected, rtol=0, atol=0)
+    vae.disable_tiling()
+
+
+@torch.no_grad()
+def test_misuse_is_named(vae):
+    with pytest.raises(ValueError, match="positive multiple of 4, got 6"):
+        StreamingEncoder(vae, num_frames_per_step=6)
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        StreamingDecoder(vae, num_latent_frames_per_step=0)
+    stream = StreamingEncoder(vae)
+    stream.push(video(2))
+    with pytest.raises(ValueError, match=r"stream's \(B, C, H, W\) \(1, 3, 24, 40\), got \(1, 3, 16, 40\)"):
+        stream.push(video(2, height=16))
+    with pytest.raises(ValueError, match="5 dimensions"):
+        stream.push(video(2)[0])
+    cache = TemporalCache()
+    vae.encode(video(5), cache=cache)
+    with pytest.raises(ValueError, match=r"must be 4 \* n .* in a later chunk"):
+        vae.encode(video(5), cache=cache)
+    with pytest.raises(ValueError, match="chunks of one shape"):
+        vae.encode(video(4, height=16), cache=cache)
+
+
+def test_the_end_of_an_empty_stream_is_nothing(vae):
+    assert StreamingEncoder(vae).flush() is None
+    assert StreamingDecoder(vae).flush() is None
