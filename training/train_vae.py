@@ -22,7 +22,6 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
 import argparse
 import contextlib
 import copy
-import dataclasses
 import inspect
 import json
 import math
@@ -30,7 +29,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +51,7 @@ from diffusers_leanvae.recipe import load_recipe, save_recipe
 from diffusers_leanvae.video_io import list_videos
 
 
-# --- Recipe: what the YAML file may hold ------------------------------------------------------------------------------
+# --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -125,7 +123,7 @@ class Recipe:
             raise ValueError(f"`optimizer.betas` must be two numbers, got {self.optimizer.betas}.")
 
 
-# --- Model ------------------------------------------------------------------------------------------------------------
+# --- Model -----------------------------------------------------------------------------------------------------------
 
 
 def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
@@ -160,13 +158,14 @@ def measure_latents(vae: AutoencoderKLLeanVAE, videos: Iterator[torch.Tensor]) -
     total = squares = torch.zeros(vae.latent_channels, dtype=torch.float64)
     count = 0
     for sample in videos:
-        latents = vae.encode(sample).latent_dist.mode().transpose(0, 1).flatten(1).cpu().double()  # (z, B * t * h * w)
+        posterior = vae.encode(sample, return_dict=False)[0]
+        latents = posterior.mode().transpose(0, 1).flatten(1).cpu().double()  # (z, B * t * h * w)
         total, squares, count = total + latents.sum(1), squares + latents.square().sum(1), count + latents.shape[1]
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
-# --- What a step needs ------------------------------------------------------------------------------------------------
+# --- What a step needs -----------------------------------------------------------------------------------------------
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, num_steps: int) -> float:
@@ -188,14 +187,21 @@ def posterior_noise(vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: li
     return torch.from_numpy(np.stack(noise)).to(sample.device)
 
 
-# --- Validation: first frames, short side resized, centre crop, posterior means, float32, PSNR per frame --------------
+def average(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The mean of each value over the processes."""
+    reduced: Any = accelerator.reduce(torch.tensor(values, device=accelerator.device), reduction="mean")
+    return reduced.tolist()
+
+
+# --- Validation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLLeanVAE, clip: torch.Tensor) -> tuple[float, np.ndarray]:
     """PSNR of a clip `(3, num_frames, height, width)`, and its middle frame beside the original as uint8 pixels."""
-    reconstruction = vae.decode(vae.encode(clip[None].to(vae.device)).latent_dist.mode()).sample[0]
-    original, decoded = (x.transpose(0, 1).clamp(-1, 1).add(1).div(2) for x in (clip.to(vae.device), reconstruction))
+    clip = clip.to(vae.device)
+    reconstruction = vae(clip[None], return_dict=False)[0][0]
+    original, decoded = (x.transpose(0, 1).clamp(-1, 1).add(1).div(2) for x in (clip, reconstruction))
     pair = torch.cat((original, decoded), dim=3)[len(original) // 2]  # (3, H, 2 * W)
     picture = pair.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     return frame_psnr(decoded, original).mean().item(), picture
@@ -205,7 +211,8 @@ def validate(
     accelerator: Accelerator, vae: AutoencoderKLLeanVAE, clips: dict[str, torch.Tensor], output: Path, step: int
 ) -> float:
     """Reconstruct this process's clips, gather all, write the record and the picture; returns the mean PSNR."""
-    results = sorted(gather_object([(name, *reconstruct(vae, clip)) for name, clip in clips.items()]), key=lambda r: r[0])
+    results = gather_object([(name, *reconstruct(vae, clip)) for name, clip in clips.items()])
+    results.sort(key=lambda result: result[0])
     psnr = {name: value for name, value, _ in results}
     mean = sum(psnr.values()) / len(psnr)
     if accelerator.is_main_process:
@@ -218,7 +225,7 @@ def validate(
     return mean
 
 
-# --- Files of a run ---------------------------------------------------------------------------------------------------
+# --- Files of a run --------------------------------------------------------------------------------------------------
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
@@ -243,24 +250,21 @@ class Progress:
     num_skipped_in_a_row: int = 0
 
     def state_dict(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
+    if recipe.resume not in ("latest", None):
+        if not Path(recipe.resume).is_dir():
+            raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {recipe.resume!r}.")
+        return Path(recipe.resume)
     existing = sorted(Path(recipe.output, "checkpoints").glob("step-*"))
-    if recipe.resume == "latest":
-        return existing[-1] if existing else None
-    if recipe.resume is None:
-        if existing:
-            raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
-        return None
-    if not Path(recipe.resume).is_dir():
-        raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {recipe.resume!r}.")
-    return Path(recipe.resume)
+    if existing and recipe.resume is None:
+        raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
+    return existing[-1] if existing else None
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
@@ -283,7 +287,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-# --- The run ----------------------------------------------------------------------------------------------------------
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -294,28 +298,22 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = load_recipe(Recipe, options.recipe, options.overrides)
     output, started = Path(recipe.output), time.monotonic()
 
-    # --- Init ---------------------------------------------------------------------------------------------------------
+    # --- Init --------------------------------------------------------------------------------------------------------
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.set_float32_matmul_precision("high")
     # Clips of one frame leave the video half of the model without a gradient.
-    has_images = any(size[0] == 1 for size in recipe.data.clip_sizes)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision or "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_images)],
-    )
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=any(size[0] == 1 for size in recipe.data.clip_sizes))
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision or "no", kwargs_handlers=[ddp])
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     say = tqdm.write if is_main else lambda text: None
-    has_fast_bf16 = device.type != "cpu" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if recipe.mixed_precision and not has_fast_bf16:
-        warnings.warn("This CPU has no bfloat16 arithmetic: `mixed_precision=null` is many times faster.", stacklevel=1)
+    if recipe.mixed_precision and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say("warning: this CPU has no bfloat16 arithmetic, `mixed_precision=null` is many times faster")
     set_seed(recipe.seed)
     checkpoint = find_checkpoint(recipe)
 
-    # --- Data ---------------------------------------------------------------------------------------------------------
+    # --- Data --------------------------------------------------------------------------------------------------------
     dataset = VideoFolder(
         recipe.data.train,
         clip_sizes=recipe.data.clip_sizes,
@@ -328,15 +326,16 @@ def main(arguments: list[str] | None = None) -> None:
         seed=recipe.seed,
     )
     say(f"data: {len(dataset)} videos, {dataset.num_cached} in memory, {dataset.num_skipped} skipped")
-    validation_paths = [] if recipe.validation.folder is None else list_videos(recipe.validation.folder)
+    validation_folder = Path(recipe.validation.folder or "")
+    validation_paths = list_videos(validation_folder) if recipe.validation.folder else []
     validation_clips = {
-        path.relative_to(str(recipe.validation.folder)).as_posix(): read_center_clip(
+        str(path.relative_to(validation_folder)): read_center_clip(
             path, recipe.validation.num_frames, recipe.validation.size
         )
         for path in validation_paths[rank::world_size]
     }
 
-    # --- Model --------------------------------------------------------------------------------------------------------
+    # --- Model -------------------------------------------------------------------------------------------------------
     vae = build_vae(recipe).to(device).train()
     if recipe.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
@@ -359,11 +358,20 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.register_for_checkpointing(ema, progress)
     say(f"model: {sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M parameters on {device}")
 
-    # --- Resume -------------------------------------------------------------------------------------------------------
+    # --- Resume ------------------------------------------------------------------------------------------------------
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         ema.to(device)
         say(f"resumed from {checkpoint}")
+    step_batches = StepBatches(
+        recipe.batch_size, progress.step, recipe.num_steps, recipe.num_accumulation_steps, rank, world_size
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=step_batches,
+        num_workers=recipe.data.num_workers,
+        pin_memory=device.type == "cuda",
+    )
     if is_main:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_leftovers(output / "checkpoints")
@@ -371,14 +379,6 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("log.jsonl", "validation.jsonl"):
             forget_after(output / name, progress.step if checkpoint is not None else -1)
     accelerator.wait_for_everyone()
-    loader = DataLoader(
-        dataset,
-        batch_sampler=StepBatches(
-            recipe.batch_size, progress.step, recipe.num_steps, recipe.num_accumulation_steps, rank, world_size
-        ),
-        num_workers=recipe.data.num_workers,
-        pin_memory=device.type == "cuda",
-    )
 
     def run_validation() -> None:
         if validation_paths:
@@ -386,31 +386,31 @@ def main(arguments: list[str] | None = None) -> None:
             psnr = validate(accelerator, averaged_vae, validation_clips, output, progress.step)
             say(f"step {progress.step}: validation PSNR {psnr:.3f} dB")
 
-    # --- Loop ---------------------------------------------------------------------------------------------------------
+    # --- Loop --------------------------------------------------------------------------------------------------------
     if progress.step == 0:
         run_validation()
     batches = iter(loader)
-    interval = 1.0 if sys.stderr.isatty() else 60.0
-    bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not is_main, mininterval=interval)
-    window: list[dict[str, torch.Tensor | float]] = []  # what was measured since the last log line
+    bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not is_main, mininterval=1.0)
+    totals: dict[str, float] = {}  # sums since the last log line, over `num_logged` steps
+    num_logged = 0
     while progress.step < recipe.num_steps:
-        # ---- one optimizer step --------------------------------------------------------------------------------------
+        # ---- one optimizer step -------------------------------------------------------------------------------------
         step_started, data_seconds = time.monotonic(), 0.0
         lr = learning_rate(recipe.optimizer, progress.step, recipe.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for part in range(recipe.num_accumulation_steps):
             data_started = time.monotonic()
-            batch = next(batches)
-            sample = pixels_to_sample(batch.pixels.to(device, non_blocking=True))
-            noise = posterior_noise(vae, sample, batch.index.tolist(), recipe.seed)
+            clips = next(batches)
+            sample = pixels_to_sample(clips.pixels.to(device, non_blocking=True))
+            noise = posterior_noise(vae, sample, clips.index.tolist(), recipe.seed)
             data_seconds += time.monotonic() - data_started
             is_last = part == recipe.num_accumulation_steps - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
                 loss, terms = module(sample, noise)
                 accelerator.backward(loss / recipe.num_accumulation_steps)
-        grad_norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm)
-        is_finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are synchronised
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm) or 0.0)
+        is_finite = math.isfinite(grad_norm)  # the same on all processes: gradients are synchronised
         if is_finite:
             optimizer.step()
             ema.step(parameters)
@@ -418,32 +418,28 @@ def main(arguments: list[str] | None = None) -> None:
         progress.step += 1
         progress.num_skipped += not is_finite
         progress.num_skipped_in_a_row = 0 if is_finite else progress.num_skipped_in_a_row + 1
-        # --------------------------------------------------------------------------------------------------------------
-        # The mean over the processes, so that all leave the loop at the same step.
-        minutes = accelerator.reduce(torch.tensor((time.monotonic() - started) / 60, device=device), "mean").item()
+        # -------------------------------------------------------------------------------------------------------------
+        (minutes,) = average(accelerator, [(time.monotonic() - started) / 60])  # all leave the loop at the same step
         out_of_time = recipe.max_minutes is not None and minutes >= recipe.max_minutes
         is_over = out_of_time or progress.step == recipe.num_steps
         seconds = {"seconds_per_step": time.monotonic() - step_started, "data_seconds_per_step": data_seconds}
         if is_finite:  # with several accumulation steps, the terms of the last one stand for all
-            window.append({"loss": loss.detach(), **terms, "grad_norm": grad_norm, **seconds})
+            for name, value in {"loss": loss, **terms, "grad_norm": grad_norm, **seconds}.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            num_logged += 1
         bar.update()
 
-        # ---- log, validate, save -------------------------------------------------------------------------------------
+        # ---- log, validate, save ------------------------------------------------------------------------------------
         if progress.step % recipe.log_every == 0 or is_over:
             record = {"step": progress.step, "lr": lr, "num_skipped": progress.num_skipped}
-            if window:
-                values = torch.tensor([[float(value) for value in measured.values()] for measured in window])
-                means = accelerator.reduce(values.mean(0).to(device), reduction="mean").tolist()
-                record |= dict(zip(window[0], means, strict=True))
-                window = []
+            means = average(accelerator, [total / num_logged for total in totals.values()])
+            record |= dict(zip(totals, means, strict=True))
+            totals, num_logged = {}, 0
             if is_main:
                 append_json(output / "log.jsonl", record)
                 bar.set_postfix(loss=record.get("loss"), refresh=False)
         if progress.num_skipped_in_a_row >= recipe.max_skipped_steps:
-            raise RuntimeError(
-                f"Stopped at step {progress.step}: {progress.num_skipped_in_a_row} steps in a row without a finite "
-                "gradient. The newest checkpoint is from before or within them; lower the learning rate and resume."
-            )
+            raise RuntimeError(f"Stopped: the {recipe.max_skipped_steps} newest steps had no finite gradient.")
         if progress.step % recipe.validation.every == 0 or is_over:
             run_validation()
         if progress.step % recipe.save_every == 0 or is_over:
@@ -453,7 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
             break
     bar.close()
 
-    # --- Save ---------------------------------------------------------------------------------------------------------
+    # --- Save --------------------------------------------------------------------------------------------------------
     if is_main:
         ema.copy_to(averaged_vae.parameters())
         mean, std = measure_latents(averaged_vae, training_videos(dataset, recipe.num_statistics_clips, device))

@@ -314,12 +314,13 @@ def _is_latents(path: str) -> bool:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/demo"),
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of the clip.")] = 49,
     device: Device = "auto",
 ) -> None:
     """Reconstruct the bundled clip with the bundled model, offline, and say where the result lies."""
     from .demo import run_demo
 
-    _run(lambda: run_demo(output, load_model(bundled.DEFAULT, device)))
+    _run(lambda: run_demo(output, load_model(bundled.DEFAULT, device), num_frames))
 
 
 @app.callback(invoke_without_command=True)

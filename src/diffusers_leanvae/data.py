@@ -59,7 +59,7 @@ def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tens
 
 
 class Clip(NamedTuple):
-    """`pixels` are uint8, `(3, num_frames, height, width)`; a batch of clips collates to `(batch_size, ...)` of both."""
+    """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of both."""
 
     pixels: torch.Tensor
     index: int
@@ -80,8 +80,8 @@ class VideoFolder(Dataset[Clip]):
         max_stride: Frames are taken 1 to `max_stride` apart, as far as the video is long enough.
         max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
         flip: Mirror every other clip left to right.
-        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; the others
-            are decoded for each clip.
+        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; the
+            others are decoded for each clip.
         seed: Everything random depends on this and on the index alone.
     """
 

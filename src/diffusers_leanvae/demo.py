@@ -17,16 +17,16 @@ def write_contact_sheet(video: str | Path, target: str | Path, num_frames: int =
     write_video(target, torch.cat(tuple(frames[chosen]))[None], fps=1)
 
 
-def run_demo(output: Path, vae: AutoencoderKLLeanVAE) -> None:
+def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
     r"""Write `side_by_side.mp4`, `frames.png` and `latents.safetensors` into `output`, and print what was measured."""
     output.mkdir(parents=True, exist_ok=True)
     clip = bundled.clip_path()
     video, picture, latents = output / "side_by_side.mp4", output / "frames.png", output / "latents.safetensors"
     info = probe_video(clip)
     typer.echo(f"A clip of {info.width}x{info.height} through {bundled.DEFAULT} (a demonstration model) ...")
-    summary = files.reconstruct_video(vae, clip, video, side_by_side=True, metrics=True)
+    summary = files.reconstruct_video(vae, clip, video, num_frames=num_frames, side_by_side=True, metrics=True)
     write_contact_sheet(video, picture)
-    encoded = files.encode_video(vae, clip, latents, model=bundled.DEFAULT)
+    encoded = files.encode_video(vae, clip, latents, model=bundled.DEFAULT, num_frames=num_frames)
     pixels = encoded.num_frames * encoded.height * encoded.width * 3
     with files.open_latents(latents) as (values, _):
         numbers = torch.Size(values.get_shape()).numel()

@@ -26,7 +26,7 @@ class LossWeights:
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    r"""Divergence from the standard normal distribution: summed over everything but the batch, averaged over the batch.
+    r"""Divergence from the standard normal distribution: the sum over each posterior, averaged over the batch.
 
     Args:
         mean: Posterior means, shape `(batch_size, ...)`.

@@ -178,10 +178,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.sub(r"\s+", " ", str(error))
-        unsafe = re.search(r"GLOBAL (\S+)", reason) or re.search(r"Unsupported \S+ (\S+)", reason)
+        unsafe = re.search(r"GLOBAL (\S+)", reason) or re.search(r"Unsupported \S+ ([^\W\d]\S*)", reason)
         what = f"it wants to import {unsafe[1]!r}" if unsafe else "it is no readable PyTorch file"
         raise ValueError(f"`path` must be a pickle of tensors and plain values, got {str(path)!r}: {what}.") from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # on bytes that are no checkpoint torch's unpickler fails with whatever comes first
         raise ValueError(f"`path` must be a PyTorch checkpoint, got {str(path)!r}: {error}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"`path` must hold a dictionary, got {str(path)!r} with a {type(checkpoint).__name__}.")
@@ -203,7 +203,7 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     Raises:
         ValueError: If the config has no original counterpart (one of the ablations).
     """
-    for name, legal in (("patch_embedding_type", "separate"), ("bottleneck_type", "compressed_sensing"), ("patch_norm", False)):
+    for name, legal in (("in_channels", 3), ("patch_embedding_type", "separate"), ("bottleneck_type", "compressed_sensing"), ("patch_norm", False)):
         if config[name] != legal:
             raise ValueError(f"`{name}` must be {legal!r} for the original layout, got {config[name]!r}.")
     path = Path(path)
