@@ -22,9 +22,9 @@ def main(model: str, folder: str, num_steps: str = "20") -> None:
     videos = VideoFolder(folder, clip_sizes=[(9, 64, 64)], clips_per_size=2)  # random clips, any index is valid
     loader = DataLoader(videos, batch_size=2, sampler=range(2 * int(num_steps)))
 
-    for step, batch in enumerate(loader):
+    for step, clips in enumerate(loader):
         with torch.no_grad():
-            sample = pixels_to_sample(batch["pixels"].to(device))  # (batch_size, 3, 9, 64, 64) in [-1, 1]
+            sample = pixels_to_sample(clips.pixels.to(device))  # (batch_size, 3, 9, 64, 64) in [-1, 1]
             latents = vae.encode(sample).latent_dist.sample() * vae.config.scaling_factor
         noise, t = torch.randn_like(latents), torch.rand(len(latents), 1, 1, 1, 1, device=device)
         loss = F.mse_loss(denoiser(torch.lerp(latents, noise, t)), noise - latents)

@@ -47,7 +47,7 @@ from diffusers_leanvae.evaluation.metrics import frame_psnr
 from diffusers_leanvae.initialization import initialize_from_principal_components
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights, VAETrainingModule
-from diffusers_leanvae.recipe import load_recipe, save_recipe
+from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.video_io import list_videos
 
 
@@ -64,17 +64,6 @@ class DataRecipe:
     flip: bool = True
     cache_gib: float = 4.0  # decoded videos are kept in memory up to this size, by each process
     num_workers: int = 0  # with everything in the cache, cutting clips costs less than handing them over
-
-
-@dataclass
-class OptimizerRecipe:
-    learning_rate: float = 5e-5
-    final_learning_rate: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    num_warmup_steps: int = 0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
 
 
 @dataclass
@@ -119,8 +108,6 @@ class Recipe:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if len(self.optimizer.betas) != 2:
-            raise ValueError(f"`optimizer.betas` must be two numbers, got {self.optimizer.betas}.")
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -166,17 +153,6 @@ def measure_latents(vae: AutoencoderKLLeanVAE, videos: Iterator[torch.Tensor]) -
 
 
 # --- What a step needs -----------------------------------------------------------------------------------------------
-
-
-def learning_rate(recipe: OptimizerRecipe, step: int, num_steps: int) -> float:
-    """Linear warm-up, then constant or a cosine that reaches `final_learning_rate` at `num_steps`."""
-    if step < recipe.num_warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.num_warmup_steps
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    progress = (step - recipe.num_warmup_steps) / max(1, num_steps - recipe.num_warmup_steps)
-    span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def posterior_noise(vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: list[int], seed: int) -> torch.Tensor:
@@ -396,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     while progress.step < recipe.num_steps:
         # ---- one optimizer step -------------------------------------------------------------------------------------
         step_started, data_seconds = time.monotonic(), 0.0
-        lr = learning_rate(recipe.optimizer, progress.step, recipe.num_steps)
+        lr = recipe.optimizer.learning_rate_at(progress.step, recipe.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for part in range(recipe.num_accumulation_steps):

@@ -15,6 +15,7 @@ from . import bundled, files
 from ._version import __version__
 from .conversion.leanvae import write_original_checkpoint
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .results import sha256, write_result
 from .video_io import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos, probe_video
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="LeanVAE video autoencoder: videos to latents and back, any length, any size.",
 )
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Model = Annotated[
@@ -309,6 +311,42 @@ def _is_latents(path: str) -> bool:
             return True
     except ValueError:
         return False
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of videos.")],
+    model: Model = bundled.DEFAULT,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result and where it was measured.")] = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of each clip.")] = 17,
+    size: Annotated[int, typer.Option(min=8, help="Short side, and side of the centre crop.")] = 256,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """PSNR and SSIM of reconstructions over a folder of videos, clip by clip."""
+    from .evaluation.run import evaluate_reconstruction
+
+    def command() -> None:
+        if not folder.is_dir():
+            raise CommandError(f"FOLDER must be an existing folder, got {str(folder)!r}.")
+        vae = load_model(model, device, dtype)
+        result = evaluate_reconstruction(vae, folder, num_frames, size, typer.echo)
+        psnr, ssim = result["psnr_frame_mean_rgb"], result["ssim_frame_mean_rgb"]
+        typer.echo(f"{'mean':<28} PSNR {psnr:6.2f} dB  SSIM {ssim:.4f}")
+        if output is not None:
+            weights = (bundled.model_path(model) if model in bundled.MODELS else Path(model)) / WEIGHTS_NAME
+            checksum = sha256(weights) if weights.is_file() else None
+            described = {
+                "model": model,
+                "weights_sha256": checksum,
+                "num_parameters": sum(p.numel() for p in vae.parameters()),
+                "latent_channels": vae.latent_channels,
+                "dataset": folder.name,
+            }
+            write_result(output, described | result)
+            typer.echo(str(output))
+
+    _run(command)
 
 
 @app.command()

@@ -5,6 +5,7 @@ depend on the number of processes or workers that share them.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from .video_io import VideoError, list_videos, read_video
+from .video_io import VideoError, iter_video, list_videos, probe_video, read_video
 
 
 def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
@@ -69,8 +70,8 @@ class VideoFolder(Dataset[Clip]):
     r"""Random clips of the videos below a folder, without end: any index from 0 is valid.
 
     Index `i` visits the videos in a new random order every epoch and cuts one clip: random start, stride, zoom,
-    position and mirroring. A video that cannot be decoded, or is too short or too small for a clip, is skipped with a
-    warning and the next one in the order takes its place.
+    position and mirroring. A video that cannot be decoded, or is too short or too small for the clip, is skipped (with a
+    warning where no clip fits at all) and the next one in the order takes its place.
 
     Args:
         folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
@@ -80,8 +81,8 @@ class VideoFolder(Dataset[Clip]):
         max_stride: Frames are taken 1 to `max_stride` apart, as far as the video is long enough.
         max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
         flip: Mirror every other clip left to right.
-        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; the
-            others are decoded for each clip.
+        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
+            others each clip reads what it needs.
         seed: Everything random depends on this and on the index alone.
     """
 
@@ -114,11 +115,12 @@ class VideoFolder(Dataset[Clip]):
         self.flip = flip
         self.seed = seed
         self.paths = _listed_videos(Path(folder))
-        self.num_skipped = 0
-        self._unusable: set[Path] = set()
+        self._shapes: dict[Path, tuple[int, int, int] | None] = {}  # frames, height, width; None for unusable videos
         self._cache: dict[Path, torch.Tensor] = {}
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._fill_cache(int(cache_gib * 2**30))
+        if self.num_skipped == len(self.paths):
+            raise ValueError(f"`folder` must hold at least one usable video, got {len(self.paths)} that were skipped.")
 
     def __len__(self) -> int:
         """The number of videos, which is the length of an epoch; indices go on beyond it."""
@@ -131,17 +133,23 @@ class VideoFolder(Dataset[Clip]):
         order = self._order(epoch)
         for offset in range(len(self.paths)):
             path = self.paths[order[(position + offset) % len(self.paths)]]
-            frames = self._frames(path)
-            if frames is None:
+            shape = self._shape(path)
+            if shape is None or not _fits(shape, size):
                 continue
-            clip = self._cut(frames, size, np.random.default_rng([self.seed, 2, index]))
-            if clip is not None:
-                return Clip(clip, index)
+            pixels = self._cut(path, shape, size, np.random.default_rng([self.seed, 2, index]))
+            if pixels is not None:
+                return Clip(pixels, index)
         raise ValueError(f"`clip_sizes` must fit at least one of the {len(self.paths)} videos, got {list(size)}.")
 
     @property
     def num_cached(self) -> int:
+        """Videos held in memory."""
         return len(self._cache)
+
+    @property
+    def num_skipped(self) -> int:
+        """Videos found to be unusable so far; without a cache, and in workers, they are found as they are drawn."""
+        return sum(shape is None for shape in self._shapes.values())
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._epoch_order[0] != epoch:
@@ -149,57 +157,74 @@ class VideoFolder(Dataset[Clip]):
             self._epoch_order = (epoch, permutation)
         return self._epoch_order[1]
 
-    def _frames(self, path: Path) -> torch.Tensor | None:
-        if path in self._cache:
-            return self._cache[path]
-        return None if path in self._unusable else self._decode(path)
+    def _shape(self, path: Path) -> tuple[int, int, int] | None:
+        """Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
+        if path not in self._shapes:
+            try:
+                info = probe_video(path)
+                num_frames = info.num_frames or sum(len(frames) for frames in iter_video(path))
+                self._shapes[path] = shape = (num_frames, *self._scaled_size(info.height, info.width))
+                if not any(_fits(shape, size) for size in self.clip_sizes):
+                    raise VideoError(f"{str(path)!r} has {shape} frames, height, width and holds no clip.")
+            except VideoError as error:
+                self._skip(path, error)
+        return self._shapes[path]
 
-    def _decode(self, path: Path) -> torch.Tensor | None:
-        try:
-            frames, _ = read_video(path)
-        except (VideoError, OSError) as error:
-            self._skip(path, str(error))
-            return None
-        if self.short_side is not None and min(frames.shape[1:3]) > self.short_side:
-            frames = resize_frames(frames, *short_side_size(frames.shape[1], frames.shape[2], self.short_side))
-        if not any(_fits(frames, size) for size in self.clip_sizes):
-            self._skip(path, f"{tuple(frames.shape[:3])} frames, height, width hold no clip of {self.clip_sizes}.")
-            return None
-        return frames
+    def _skip(self, path: Path, error: Exception) -> None:
+        self._shapes[path] = None
+        warnings.warn(f"Skipping a video: {error}", stacklevel=2)
 
-    def _skip(self, path: Path, reason: str) -> None:
-        self._unusable.add(path)
-        self.num_skipped += 1
-        warnings.warn(f"Skipping {str(path)!r}: {reason}", stacklevel=3)
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        if self.short_side is None or min(height, width) <= self.short_side:
+            return height, width
+        return short_side_size(height, width, self.short_side)
+
+    def _read(self, path: Path, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
+        chunks = iter_video(path, start, num_frames)
+        return torch.cat([resize_frames(frames, *self._scaled_size(*frames.shape[1:3])) for frames in chunks])
 
     def _fill_cache(self, capacity: int) -> None:
-        for path in self.paths:
-            if capacity <= 0:
+        for path in self.paths if capacity > 0 else []:
+            shape = self._shape(path)
+            if shape is None:
+                continue
+            capacity -= 3 * math.prod(shape)
+            if capacity < 0:
                 break
-            frames = self._decode(path)
-            if frames is not None and frames.nbytes <= capacity:
-                self._cache[path] = frames.contiguous()
-                capacity -= frames.nbytes
-        if len(self._unusable) == len(self.paths):
-            raise ValueError(f"`folder` must hold at least one usable video, got {len(self.paths)} that were skipped.")
+            try:
+                self._cache[path] = self._read(path)
+                self._shapes[path] = (len(self._cache[path]), *shape[1:])  # headers can be wrong
+            except VideoError as error:
+                self._skip(path, error)
 
-    def _cut(self, frames: torch.Tensor, size: tuple[int, int, int], rng: np.random.Generator) -> torch.Tensor | None:
-        if not _fits(frames, size):
-            return None
+    def _cut(
+        self, path: Path, shape: tuple[int, int, int], size: tuple[int, int, int], rng: np.random.Generator
+    ) -> torch.Tensor | None:
         num_frames, height, width = size
-        longest_stride = (len(frames) - 1) // (num_frames - 1) if num_frames > 1 else 1
+        longest_stride = (shape[0] - 1) // (num_frames - 1) if num_frames > 1 else 1
         stride = int(rng.integers(1, min(self.max_stride, longest_stride) + 1))
         span = (num_frames - 1) * stride + 1
-        start = int(rng.integers(len(frames) - span + 1))
+        start = int(rng.integers(shape[0] - span + 1))
 
-        largest_zoom = min(self.max_zoom_out, frames.shape[1] / height, frames.shape[2] / width)
+        largest_zoom = min(self.max_zoom_out, shape[1] / height, shape[2] / width)
         zoom = float(np.exp(rng.uniform(0.0, np.log(largest_zoom))))
         window_height, window_width = int(height * zoom), int(width * zoom)
-        top = int(rng.integers(frames.shape[1] - window_height + 1))
-        left = int(rng.integers(frames.shape[2] - window_width + 1))
+        top = int(rng.integers(shape[1] - window_height + 1))
+        left = int(rng.integers(shape[2] - window_width + 1))
         mirrored = self.flip and rng.random() < 0.5
 
-        window = frames[start : start + span : stride, top : top + window_height, left : left + window_width]
+        if path in self._cache:
+            frames = self._cache[path][start : start + span]
+        else:
+            try:
+                frames = self._read(path, start, span)
+                if len(frames) < span:
+                    raise VideoError(f"{str(path)!r} ends before frame {start + span}, which its header promises.")
+            except VideoError as error:
+                # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
+                warnings.warn(f"Skipping a part of a video: {error}", stacklevel=3)
+                return None
+        window = frames[::stride, top : top + window_height, left : left + window_width]
         clip = resize_frames(window, height, width)
         return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
 
@@ -244,8 +269,8 @@ class StepBatches(Sampler[list[int]]):
                 yield list(range(first, first + count))
 
 
-def _fits(frames: torch.Tensor, size: tuple[int, int, int]) -> bool:
-    return all(edge <= available for edge, available in zip(size, frames.shape[:3], strict=True))
+def _fits(shape: tuple[int, int, int], size: tuple[int, int, int]) -> bool:
+    return all(edge <= available for edge, available in zip(size, shape, strict=True))
 
 
 def _listed_videos(folder: Path) -> list[Path]:

@@ -1,20 +1,48 @@
 """Training recipes: a YAML file becomes a dataclass; what the dataclass does not know is an error.
 
-A script owns its dataclasses, this file only fills and saves them:
+A script owns its dataclasses, but for the section on the optimizer that all share; this file fills and saves them:
 
     recipe = load_recipe(Recipe, "training/configs/smoke.yaml", ["num_steps=10", "data.train=clips"])
     save_recipe(recipe, "runs/smoke/recipe.yaml")
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 
 Recipe = TypeVar("Recipe")
+
+
+@dataclasses.dataclass
+class OptimizerRecipe:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    num_warmup_steps: int = 0
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"`optimizer.betas` must be two numbers in [0, 1), got {self.betas}.")
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """Linear warm-up, then constant, or a cosine that reaches `final_learning_rate` at `num_steps`."""
+        if step < self.num_warmup_steps:
+            return self.learning_rate * (step + 1) / self.num_warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.num_warmup_steps) / max(1, num_steps - self.num_warmup_steps)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

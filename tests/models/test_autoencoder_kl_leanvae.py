@@ -25,8 +25,8 @@ ABLATIONS = [
     for norm in (False, True)
 ]
 WAN22 = {"patch_size": (2, 8, 8), "latent_channels": 48, "pixel_factor": 1.0}
-# Largest difference of a random tiny model from float64, measured 2e-2 and 1.5e-1 on outputs of size 9; with margin.
-HALF_TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.6}
+# Largest difference from float64, measured 0.035 and 0.17 on outputs of up to 21 (float32: 1.1e-5); three times that.
+HALF_TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -342,12 +342,13 @@ class TestTraining:
         model, video = make_model(), make_video(1, 3, 5, 16, 16)
         base = model(video).sample.detach()
         num_layers = sum(name.endswith("ff.up_proj") for name, _ in model.named_modules())
+        torch.manual_seed(0)
         config = peft.LoraConfig(r=2, target_modules=["ff.up_proj"], init_lora_weights=True)
         adapted = peft.get_peft_model(model, config)
         trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
         assert len(trainable) == 2 * num_layers > 0 and all("lora_" in name for name in trainable)
         torch.testing.assert_close(adapted(video).sample, base, rtol=0, atol=1e-5)
-        optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
+        optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
         for _ in range(2):  # the first step moves B only, A has no gradient while B is zero
             optimizer.zero_grad()
             adapted(video).sample.square().mean().backward()
@@ -362,7 +363,7 @@ class TestCompile:
     @torch.no_grad()
     def test_full_graph_equals_eager(self, make_model: Callable, make_video: Callable, backend: str):
         torch.compiler.reset()
-        model, video = make_model(), make_video(1, 3, 5, 16, 16)
+        model, video = make_model(num_fusion_layers=1), make_video(1, 3, 5, 16, 16)
         z = model.encode(video).latent_dist.mean
         encode = torch.compile(lambda x: model.encode(x, return_dict=False)[0].mean, fullgraph=True, backend=backend)
         decode = torch.compile(lambda x: model.decode(x, return_dict=False)[0], fullgraph=True, backend=backend)
@@ -374,7 +375,7 @@ class TestCompile:
     @torch.no_grad()
     def test_repeated_blocks(self, make_model: Callable, make_video: Callable):
         torch.compiler.reset()
-        model, video = make_model(), make_video(1, 3, 5, 16, 16)
+        model, video = make_model(num_fusion_layers=1), make_video(1, 3, 5, 16, 16)
         expected = model(video).sample
         names = {type(module).__name__ for module in model.modules()}
         assert set(AutoencoderKLLeanVAE._repeated_blocks) <= names

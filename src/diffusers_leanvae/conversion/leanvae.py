@@ -120,7 +120,9 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     }
     for original, ours in CONFIG_MAP.items():
         if original in args and args[original] != config[ours]:
-            raise ValueError(f"`args` of the checkpoint says {original} = {args[original]}, its tensors {config[ours]}.")
+            raise ValueError(
+                f"`args` of the checkpoint says {original} = {args[original]}, its tensors {config[ours]}."
+            )
     config["scaling_factor"] = _SCALING_FACTORS.get(config["latent_channels"], 1.0)
     config.update({name: args[name] for name in _EXTRA_CONFIG if args.get(name) is not None})
     return config
@@ -203,7 +205,12 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     Raises:
         ValueError: If the config has no original counterpart (one of the ablations).
     """
-    for name, legal in (("in_channels", 3), ("patch_embedding_type", "separate"), ("bottleneck_type", "compressed_sensing"), ("patch_norm", False)):
+    for name, legal in (
+        ("in_channels", 3),
+        ("patch_embedding_type", "separate"),
+        ("bottleneck_type", "compressed_sensing"),
+        ("patch_norm", False),
+    ):
         if config[name] != legal:
             raise ValueError(f"`{name}` must be {legal!r} for the original layout, got {config[name]!r}.")
     path = Path(path)

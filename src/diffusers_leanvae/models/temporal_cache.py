@@ -62,7 +62,7 @@ class TemporalCache:
         return self.tiles[name]
 
     def _check_unstarted(self) -> None:
-        # What is missing in the middle of a stream was remembered elsewhere: zeros in its place would be silently wrong.
+        # What is missing in mid-stream was remembered elsewhere: zeros in its place would be silently wrong.
         if self.num_latent_frames > 0:
             raise ValueError(
                 "`cache` must be used with one model and the same tiling for a whole stream, got a stream that started "
