@@ -24,7 +24,9 @@ def model(make_model, tmp_path_factory) -> str:
 
 def clip(path: Path, num_frames: int = 9, height: int = 48, width: int = 64, fps: Fraction = Fraction(25), **options):
     y, x = np.mgrid[:height, :width]
-    frames = np.stack([np.stack(((x * 3 + 5 * t) % 256, (y * 4) % 256, (x + y + t) % 256), -1) for t in range(num_frames)])
+    frames = np.stack(
+        [np.stack(((x * 3 + 5 * t) % 256, (y * 4) % 256, (x + y + t) % 256), -1) for t in range(num_frames)]
+    )
     write_video(path, torch.from_numpy(frames.astype(np.uint8)), fps, **options)
     return path
 

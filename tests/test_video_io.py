@@ -20,6 +20,7 @@ from diffusers_leanvae.video_io import (
     write_video,
 )
 
+
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 UNITY_MATRIX = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
 

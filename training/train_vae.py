@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_over = out_of_time or progress.step == recipe.num_steps
         seconds = {"seconds_per_step": time.monotonic() - step_started, "data_seconds_per_step": data_seconds}
         if is_finite:  # with several accumulation steps, the terms of the last one stand for all
-            for name, value in {"loss": loss, **terms, "grad_norm": grad_norm, **seconds}.items():
+            for name, value in {"loss": loss.detach(), **terms, "grad_norm": grad_norm, **seconds}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             num_logged += 1
         bar.update()

@@ -10,6 +10,7 @@ from .models.temporal_cache import TemporalCache
 from .padding import Padding, crop_sample, pad_sample
 from .streaming import StreamingDecoder, StreamingEncoder
 
+
 hub.register()
 
 __all__ = [

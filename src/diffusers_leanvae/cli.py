@@ -18,6 +18,7 @@ from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .results import sha256, write_result
 from .video_io import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos, probe_video
 
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -110,7 +111,9 @@ def _jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], suffix
     return [(path, target / path.relative_to(source).with_suffix(suffix(path))) for path in found]
 
 
-def _process(jobs: list[tuple[Path, Path]], overwrite: bool, work: Callable[[Path, Path, files.Progress], Any]) -> list:
+def _process(
+    jobs: list[tuple[Path, Path]], overwrite: bool, work: Callable[[Path, Path, files.Progress], Any]
+) -> list:
     r"""Do every job; in a folder go on past a bad file, skip what is finished, and fail at the end."""
     results, failures = [], []
     is_folder = len(jobs) > 1
@@ -247,7 +250,9 @@ def decode(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Original checkpoint or Hub file; a model folder back.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to write; a .ckpt or .safetensors back.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Model folder to write; a .ckpt or .safetensors back.")
+    ],
     to_original: Annotated[bool, typer.Option(help="From a diffusers folder to the original layout.")] = False,
     dtype: Annotated[str | None, typer.Option(help=f"Cast the weights: {', '.join(DTYPES)}.")] = None,
     pixel_factor: Annotated[

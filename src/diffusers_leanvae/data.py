@@ -19,6 +19,9 @@ from torch.utils.data import Dataset, Sampler
 from .video_io import VideoError, iter_video, list_videos, probe_video, read_video
 
 
+NUM_PASSES = 4  # over all videos in search of a sound part, before giving up
+
+
 def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
     """`uint8` pixels to float32 in `[-1, 1]`, any shape, on whatever device they are."""
     return pixels.float().div_(127.5).sub_(1.0)
@@ -70,8 +73,8 @@ class VideoFolder(Dataset[Clip]):
     r"""Random clips of the videos below a folder, without end: any index from 0 is valid.
 
     Index `i` visits the videos in a new random order every epoch and cuts one clip: random start, stride, zoom,
-    position and mirroring. A video that cannot be decoded, or is too short or too small for the clip, is skipped (with a
-    warning where no clip fits at all) and the next one in the order takes its place.
+    position and mirroring. A video that cannot be decoded, or is too short or too small for the clip, is skipped, with
+    a warning where no clip fits at all, and the next one in the order takes its place.
 
     Args:
         folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
@@ -131,15 +134,15 @@ class VideoFolder(Dataset[Clip]):
         size = self.clip_sizes[group.integers(len(self.clip_sizes))]
         epoch, position = divmod(index, len(self.paths))
         order = self._order(epoch)
-        for offset in range(len(self.paths)):
-            path = self.paths[order[(position + offset) % len(self.paths)]]
+        for attempt in range(NUM_PASSES * len(self.paths)):
+            path = self.paths[order[(position + attempt) % len(self.paths)]]
             shape = self._shape(path)
             if shape is None or not _fits(shape, size):
                 continue
-            pixels = self._cut(path, shape, size, np.random.default_rng([self.seed, 2, index]))
+            pixels = self._cut(path, shape, size, np.random.default_rng([self.seed, 2, index, attempt]))
             if pixels is not None:
                 return Clip(pixels, index)
-        raise ValueError(f"`clip_sizes` must fit at least one of the {len(self.paths)} videos, got {list(size)}.")
+        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(self.paths)} videos, got {list(size)}.")
 
     @property
     def num_cached(self) -> int:

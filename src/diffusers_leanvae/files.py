@@ -25,6 +25,7 @@ from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 from .video_io import IMAGE_EXTENSIONS, VideoError, VideoWriter, iter_video, probe_video
 
+
 Progress = Callable[[int], None]  # told how many frames were just finished
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}

@@ -9,11 +9,14 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
+
 PUBLIC_CLASSES = (AutoencoderKLLeanVAE,)
 
 
 def register() -> None:
     r"""Register the package with diffusers; runs when `diffusers_leanvae` is imported."""
-    pipeline_loading_utils.LOADABLE_CLASSES["diffusers_leanvae"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+    pipeline_loading_utils.LOADABLE_CLASSES["diffusers_leanvae"] = {
+        "ModelMixin": ["save_pretrained", "from_pretrained"]
+    }
     for public_class in PUBLIC_CLASSES:
         setattr(diffusers, public_class.__name__, public_class)

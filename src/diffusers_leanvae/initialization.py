@@ -20,6 +20,7 @@ from .models.autoencoder_kl_leanvae import (
     split_patches,
 )
 
+
 # Latents start with at most unit variance; this is the log-variance of their noise (a standard deviation of 0.02).
 _INITIAL_LOGVAR = -8.0
 

@@ -27,7 +27,9 @@ class _Stream:
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         if piece.ndim != 5:
-            raise ValueError(f"The pushed tensor must have 5 dimensions (B, C, T, H, W), got shape {tuple(piece.shape)}.")
+            raise ValueError(
+                f"The pushed tensor must have 5 dimensions (B, C, T, H, W), got shape {tuple(piece.shape)}."
+            )
         if self.pending and _frame_shape(piece) != _frame_shape(self.pending[0]):
             raise ValueError(
                 f"The pushed tensor must keep the stream's (B, C, H, W) {_frame_shape(self.pending[0])}, got "
@@ -98,7 +100,9 @@ class StreamingEncoder(_Stream):
     ):
         ratio = vae.temporal_compression_ratio
         if num_frames_per_step < ratio or num_frames_per_step % ratio:
-            raise ValueError(f"`num_frames_per_step` must be a positive multiple of {ratio}, got {num_frames_per_step}.")
+            raise ValueError(
+                f"`num_frames_per_step` must be a positive multiple of {ratio}, got {num_frames_per_step}."
+            )
         self.sample_posterior = sample_posterior
         self.generator = generator
         super().__init__(vae, num_frames_per_step)

@@ -208,7 +208,7 @@ class TestStrictness:
     def test_missing_keys(self, tmp_path: Path, original: dict[str, torch.Tensor], key: str):
         ours = next(iter(conversion.from_original({key: original.pop(key)})))
         torch.save({"state_dict": original}, tmp_path / "model.ckpt")
-        with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{ours}"'):
+        with pytest.raises(ValueError, match=rf'Missing key\(s\) in state_dict: "{ours}"'):
             AutoencoderKLLeanVAE.from_single_file(tmp_path / "model.ckpt")
 
     @pytest.mark.parametrize("key", ["encoder.image_low_proj.1.weight", "latent_bottleneck.phi"])

@@ -11,6 +11,7 @@ from diffusers_leanvae.conversion.leanvae import from_original
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.temporal_cache import TemporalCache
 
+
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden tensors are not at {GOLDEN}")
 NAMES = ["leanvae_4ch", "leanvae_16ch", "leanvae_iter4_16ch"]
@@ -51,8 +52,7 @@ def test_every_stage(name: str, dtype: torch.dtype):
     assert_matches(subbands.video, golden["dwt.video"])
     assert_matches(model.synthesize(subbands), video)
 
-    reference_pixels = golden["video"]
-    features = model.encoder(reference_pixels[:, :, :1], reference_pixels[:, :, 1:])
+    features = model.encoder(video[:, :, :1], video[:, :, 1:])
     assert_matches(features, golden["encoder.features"])
     posterior = model.encode(video).latent_dist
     assert_matches(posterior.mean, golden["latent_mean"])
@@ -86,7 +86,9 @@ def test_chunks(name: str):
             outputs = [model.encode(chunk * 2, cache=cache).latent_dist.mean for chunk in (first, *later)]
             assert_matches(torch.cat(outputs, dim=2), expected)
         else:
-            outputs = [model.decode(chunk, cache=cache).sample / 2 for chunk in golden["latent_in"].split(length, dim=2)]
+            outputs = [
+                model.decode(chunk, cache=cache).sample / 2 for chunk in golden["latent_in"].split(length, dim=2)
+            ]
             assert_matches(torch.cat(outputs, dim=2), expected)
 
 
@@ -98,4 +100,3 @@ def test_checkpoint_files(layout: str):
     assert_matches(model.encode(golden["video"] * 2).latent_dist.mean, golden["latent_mean"])
     assert_matches(model.decode(golden["latent_in"]).sample / 2, golden["decoded"])
     assert model.config.scaling_factor == 0.7744
-

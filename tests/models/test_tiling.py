@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from diffusers_leanvae.models import autoencoder_kl_leanvae
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.temporal_cache import TemporalCache
 from diffusers_leanvae.models.tiling import spans, time_chunks
@@ -73,17 +74,21 @@ def test_a_halo_one_token_narrower_is_seen(make_model: Callable, make_video: Cal
     assert (model.decode(moments[:, :4]).sample - sample).abs().max() > 1e-6
 
 
-@torch.no_grad()
-def test_forward_chunking_equals_whole(make_model: Callable, make_video: Callable):
-    model, video = make_model(torch.float64), make_video(2, 3, 9, 24, 16, dtype=torch.float64)
-    expected = model(video).sample
-    for chunk_size in (1, 5, 1000):
-        model.enable_forward_chunking(chunk_size)
-        assert_exact(model(video).sample, expected)
-    model.disable_forward_chunking()
-    assert torch.equal(model(video).sample, expected)
-    with pytest.raises(ValueError, match=r"`chunk_size` must be a positive integer or None, got 0\."):
-        model.enable_forward_chunking(0)
+def test_slices_of_every_size_equal_autograds_path(make_model: Callable, make_video: Callable, monkeypatch):
+    # Without gradients tokens are overwritten slice by slice; with gradients nothing is: two ways to one result.
+    for config in CONFIGS:
+        model, video = make_model(torch.float64, **config), make_video(2, 3, 9, 24, 16, dtype=torch.float64)
+        expected = model(video).sample
+        assert expected.requires_grad
+        for items in (1, 3, 1000):
+
+            def few(size: int, elements_per_item: int, device: torch.device, items: int = items):
+                return (slice(start, min(start + items, size)) for start in range(0, size, items))
+
+            monkeypatch.setattr(autoencoder_kl_leanvae, "_slices", few)
+            with torch.no_grad():
+                assert_exact(model(video).sample, expected.detach())
+            monkeypatch.undo()
 
 
 @hypothesis.given(

@@ -18,7 +18,8 @@ from urllib.parse import urlparse
 import safetensors
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
+
 
 _PLACEHOLDERS = {
     "i": r"\d+",
@@ -241,8 +242,10 @@ def resolve_checkpoint(reference: str | Path, **hub_kwargs: Any) -> Path:
         return Path(reference)
     text = str(reference)
     url = urlparse(text)
-    parts = [part for part in (url.path if url.scheme in ("http", "https") else text).split("/") if part]
-    if url.scheme in ("http", "https") and len(parts) > 4 and parts[2] in ("resolve", "blob"):
+    is_url = url.scheme in ("http", "https")
+    parts = [part for part in (url.path if is_url else text).split("/") if part]
+    hosts = {"huggingface.co", "hf.co", urlparse(constants.ENDPOINT).netloc}
+    if is_url and url.netloc in hosts and len(parts) > 4 and parts[2] in ("resolve", "blob"):
         hub_kwargs.setdefault("revision", parts[3])
         del parts[2:4]
     elif url.scheme or len(parts) < 3 or text.startswith(("/", ".", "~")):

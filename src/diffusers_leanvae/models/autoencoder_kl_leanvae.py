@@ -42,6 +42,21 @@ class Subbands(NamedTuple):
     video: torch.Tensor | None
 
 
+def _works_in_place() -> bool:
+    r"""Whether tokens may be overwritten, slice by slice: then a network needs the memory of about two activations.
+
+    Autograd needs the old values, and a compiler would unroll the slices.
+    """
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _slices(size: int, elements_per_item: int, device: torch.device) -> Iterator[slice]:
+    r"""Cut `size` items so that a slice's temporary tensors stay below a few dozen MB on CPU, 2 GB elsewhere."""
+    limit = 2**22 if device.type == "cpu" else 2**29
+    step = max(limit // max(elements_per_item, 1), 1)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
 class CausalDepthwiseConv3d(nn.Conv3d):
     r"""Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
 
@@ -49,21 +64,35 @@ class CausalDepthwiseConv3d(nn.Conv3d):
         super().__init__(dim, dim, kernel_size=3, padding=(0, 1, 1), groups=dim)
         self.name = ""  # qualified name in the model, the key of this layer in a `TemporalCache`
 
-    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        device_type = hidden_states.device.type
-        weight, bias = self.weight, self.bias
+    def forward(
+        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, residual: bool = False
+    ) -> torch.Tensor:
+        num_steps = self.kernel_size[0] - 1
+        if cache is None:
+            tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
+        else:
+            tail = cache.exchange(self.name, hidden_states, num_steps)
+        if not _works_in_place():
+            output = self._convolve(tail, hidden_states, slice(None))
+            return hidden_states + output if residual else output
+        num_tokens = hidden_states[..., 0].numel() + tail[..., 0].numel()
+        for channels in _slices(hidden_states.shape[-1], 2 * num_tokens, hidden_states.device):
+            part = hidden_states[..., channels]
+            output = self._convolve(tail[..., channels], part, channels)
+            part.add_(output) if residual else part.copy_(output)
+        return hidden_states
+
+    def _convolve(self, tail: torch.Tensor, hidden_states: torch.Tensor, channels: slice) -> torch.Tensor:
+        dtype, device_type = hidden_states.dtype, hidden_states.device.type
+        weight, bias = self.weight[channels], self.bias[channels]  # type: ignore[index]
+        hidden_states = torch.cat((tail, hidden_states), dim=1)
         if device_type == "cpu" and (dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")):
             # PyTorch has no fast 16-bit depthwise kernel on CPU: in float32 it is 40 times faster, and more exact.
             hidden_states, weight, bias = hidden_states.float(), weight.float(), bias.float()
-        if cache is None:
-            hidden_states = F.pad(hidden_states, (0, 0, 0, 0, 0, 0, self.kernel_size[0] - 1, 0))
-        else:
-            hidden_states = cache.extend(self.name, hidden_states, self.kernel_size[0] - 1)
         # The permuted view is exactly `channels_last_3d`: no copy, and a kernel 12 times faster than the packed layout's.
         with torch.autocast(device_type, enabled=False):
             hidden_states = F.conv3d(
-                hidden_states.permute(0, 4, 1, 2, 3), weight, bias, padding=self.padding, groups=self.groups
+                hidden_states.permute(0, 4, 1, 2, 3), weight, bias, padding=self.padding, groups=weight.shape[0]
             )
         return hidden_states.permute(0, 2, 3, 4, 1).to(dtype)  # (B, t, h, w, c)
 
@@ -73,28 +102,32 @@ class LeanVAEFeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        inner_dim = int(4 * (2 / 3) * dim)  # the reference's rounding: 1365 for 512, 341 for 128, 21 for 8
+        self.inner_dim = int(4 * (2 / 3) * dim)  # the reference's rounding: 1365 for 512, 341 for 128, 21 for 8
         self.norm = nn.LayerNorm(dim)
-        self.up_proj = nn.Linear(dim, 2 * inner_dim, bias=False)
-        self.down_proj = nn.Linear(inner_dim, dim, bias=False)
-        self.chunk_size: int | None = None  # tokens per slice, see `AutoencoderKLLeanVAE.enable_forward_chunking`
+        self.up_proj = nn.Linear(dim, 2 * self.inner_dim, bias=False)
+        self.down_proj = nn.Linear(self.inner_dim, dim, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.chunk_size is None or hidden_states[..., 0].numel() <= self.chunk_size or torch.is_grad_enabled():
-            return self._forward(hidden_states)
-        tokens = hidden_states.flatten(0, -2)
-        output = torch.empty_like(tokens)
-        for source, target in zip(tokens.split(self.chunk_size), output.split(self.chunk_size), strict=True):
-            target.copy_(self._forward(source))
-        return output.view_as(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, residual: bool = False) -> torch.Tensor:
+        if not _works_in_place():
+            output = self._feed_forward(hidden_states)
+            return hidden_states + output if residual else output
+        # The hidden width is 5.3 times the model's: computed at once it alone would set the memory peak.
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])
+        for part in _slices(tokens.shape[0], 4 * self.inner_dim, tokens.device):
+            output = self._feed_forward(tokens[part])
+            tokens[part].add_(output) if residual else tokens[part].copy_(output)
+        return hidden_states
 
-    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         value, gate = self.up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
         return self.down_proj(F.gelu(gate) * value)
 
 
 class LeanVAEBlock(nn.Module):
-    r"""Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF)."""
+    r"""Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF).
+
+    Without gradients the input is overwritten by the output.
+    """
 
     def __init__(self, dim: int, residual: bool = True):
         super().__init__()
@@ -103,10 +136,8 @@ class LeanVAEBlock(nn.Module):
         self.ff = LeanVAEFeedForward(dim)
 
     def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        if not self.residual:
-            return self.ff(self.conv(hidden_states, cache))
-        hidden_states = hidden_states + self.conv(hidden_states, cache)
-        return hidden_states + self.ff(hidden_states)
+        hidden_states = self.conv(hidden_states, cache, self.residual)
+        return self.ff(hidden_states, self.residual)
 
 
 class LeanVAEBlocks(nn.ModuleList):
@@ -189,10 +220,18 @@ class LeanVAEEncoder(nn.Module):
     """
 
     def __init__(
-        self, geometry: LeanVAEPatchGeometry, low_dim: int, high_dim: int, num_branch: int, num_fusion: int, norm: bool
+        self,
+        geometry: LeanVAEPatchGeometry,
+        low_dim: int,
+        high_dim: int,
+        num_branch: int,
+        num_fusion: int,
+        norm: bool,
+        pixel_factor: float,
     ):
         super().__init__()
         self.geometry = geometry
+        self.pixel_factor = pixel_factor
         self.separate = geometry.patch_embedding_type == "separate"
         dim = low_dim + high_dim
         image_dim, image_low, video_dim, video_low = (
@@ -223,34 +262,41 @@ class LeanVAEEncoder(nn.Module):
     def forward(
         self, image: torch.Tensor | None, video: torch.Tensor | None, cache: TemporalCache | None = None
     ) -> torch.Tensor:
-        geometry = self.geometry
+        frames = [part for part in (image, video) if part is not None]
+        strip = 2 * self.geometry.patch_size[1]  # pixels per row of tokens
+        rows = [slice(None)]
+        if _works_in_place():  # sub-bands and patches of a strip at a time: they take six times the pixels' memory
+            elements = sum(part[..., :strip, :].numel() for part in frames)
+            height = frames[0].shape[3] // strip
+            rows = [slice(r.start * strip, r.stop * strip) for r in _slices(height, 6 * elements, frames[0].device)]
+        embedded = [self._embed(*(None if part is None else part[..., r, :] for part in (image, video))) for r in rows]
+        branches = [torch.cat(strips, dim=2) for strips in zip(*embedded, strict=True)]  # (B, t, h, w, dim) each
+        del embedded
+        if self.separate:
+            layers = (self.low_layers, self.high_layers)
+            branches = [layer(tokens, cache) for layer, tokens in zip(layers, branches, strict=True)]
+        tokens = torch.cat(branches, dim=-1) if self.separate else branches[0]
+        del branches
+        return self.fusion_layers(tokens, cache)  # (B, t, h, w, c)
+
+    def _embed(self, image: torch.Tensor | None, video: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        r"""Tokens of each branch, `(B, t, h, w, low_dim)` and `(B, t, h, w, high_dim)`; one tensor without branches."""
+        geometry, tokens = self.geometry, []
         if image is not None:  # (B, C, 1, H, W) -> (B, 1, h, w, image_dim)
-            image = split_patches(self.transform(image, image=True), geometry.image_patch)
+            patches = split_patches(self.transform(image * self.pixel_factor, image=True), geometry.image_patch)
+            if self.separate:
+                low, high = patches.tensor_split((geometry.image_low_dim,), dim=-1)
+                tokens.append((self.image_low_proj(low), self.image_high_proj(high)))
+            else:
+                tokens.append((self.image_proj(patches),))
         if video is not None:  # (B, C, T-1, H, W) -> (B, t-1, h, w, video_dim)
-            video = split_patches(self.transform(video, image=False), geometry.video_patch)
-
-        if not self.separate:
-            tokens = _concatenate_time(
-                None if image is None else self.image_proj(image), None if video is None else self.video_proj(video)
-            )
-            return self.fusion_layers(tokens, cache)
-
-        image_low = image_high = video_low = video_high = None
-        if image is not None:
-            n = geometry.image_low_dim
-            image_low, image_high = self.image_low_proj(image[..., :n]), self.image_high_proj(image[..., n:])
-        if video is not None:
-            n = geometry.video_low_dim
-            video_low, video_high = self.video_low_proj(video[..., :n]), self.video_high_proj(video[..., n:])
-        low = self.low_layers(_concatenate_time(image_low, video_low), cache)  # (B, t, h, w, low_dim)
-        high = self.high_layers(_concatenate_time(image_high, video_high), cache)  # (B, t, h, w, high_dim)
-        return self.fusion_layers(torch.cat((low, high), dim=-1), cache)  # (B, t, h, w, c)
-
-
-def _concatenate_time(image: torch.Tensor | None, video: torch.Tensor | None) -> torch.Tensor:
-    if image is None or video is None:
-        return image if image is not None else video  # type: ignore[return-value]
-    return torch.cat((image, video), dim=1)
+            patches = split_patches(self.transform(video * self.pixel_factor, image=False), geometry.video_patch)
+            if self.separate:
+                low, high = patches.tensor_split((geometry.video_low_dim,), dim=-1)
+                tokens.append((self.video_low_proj(low), self.video_high_proj(high)))
+            else:
+                tokens.append((self.video_proj(patches),))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*tokens, strict=True))
 
 
 class ISTAIteration(nn.Module):
@@ -266,11 +312,25 @@ class ISTAIteration(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, latents: torch.Tensor, phi: torch.Tensor, cache: TemporalCache | None = None
     ) -> torch.Tensor:
-        residual = F.linear(hidden_states, phi) - latents  # (B, t, h, w, z)
-        hidden_states = hidden_states - self.step_size.to(phi.dtype) * F.linear(residual, phi.t())
-        sparse = self.forward_transform(hidden_states, cache)
-        sparse = torch.sign(sparse) * F.relu(torch.abs(sparse) - self.threshold.to(sparse.dtype))
-        return hidden_states + self.backward_transform(sparse, cache)
+        step_size, threshold = self.step_size.to(phi.dtype), self.threshold.to(phi.dtype)
+        error = step_size * (F.linear(hidden_states, phi) - latents)  # (B, t, h, w, z)
+        if not _works_in_place():
+            hidden_states = hidden_states - F.linear(error, phi.t())
+            sparse = self.forward_transform(hidden_states, cache)
+            return hidden_states + self.backward_transform(_soft_threshold(sparse, threshold), cache)
+        tokens, errors = hidden_states.view(-1, phi.shape[1]), error.view(-1, phi.shape[0])
+        parts = list(_slices(tokens.shape[0], 4 * phi.shape[1], tokens.device))
+        for part in parts:
+            tokens[part].sub_(F.linear(errors[part], phi.t()))
+        sparse = self.forward_transform(hidden_states.clone(), cache)
+        coefficients = sparse.view(-1, phi.shape[1])
+        for part in parts:
+            coefficients[part].copy_(_soft_threshold(coefficients[part], threshold))
+        return hidden_states.add_(self.backward_transform(sparse, cache))
+
+
+def _soft_threshold(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return torch.sign(x) * F.relu(torch.abs(x) - threshold)
 
 
 class CompressedSensingBottleneck(nn.Module):
@@ -316,9 +376,16 @@ class LeanVAEDecoder(nn.Module):
     r"""Mirror of the encoder: fusion layers, branch layers, projection to sub-bands."""
 
     def __init__(
-        self, geometry: LeanVAEPatchGeometry, low_dim: int, high_dim: int, num_branch: int, num_fusion: int
+        self,
+        geometry: LeanVAEPatchGeometry,
+        low_dim: int,
+        high_dim: int,
+        num_branch: int,
+        num_fusion: int,
+        pixel_factor: float,
     ):
         super().__init__()
+        self.pixel_factor = pixel_factor
         self.geometry = geometry
         self.low_dim = low_dim
         self.separate = geometry.patch_embedding_type == "separate"
@@ -342,30 +409,61 @@ class LeanVAEDecoder(nn.Module):
             self.image_proj = nn.Linear(dim, image_dim)
             self.video_proj = nn.Linear(dim, video_dim)
 
-    def forward(self, hidden_states: torch.Tensor, has_image: bool, cache: TemporalCache | None = None) -> Subbands:
-        geometry = self.geometry
-        num_image = int(has_image)
-        has_video = hidden_states.shape[1] > num_image
-        hidden_states = self.fusion_layers(hidden_states, cache)  # (B, t, h, w, c)
-        image = video = None
+    def forward(
+        self, hidden_states: torch.Tensor, has_image: bool, cache: TemporalCache | None = None, subbands: bool = False
+    ) -> "torch.Tensor | Subbands":
+        r"""Features `(B, t, h, w, c)` to pixels, or to their sub-bands; `has_image` if the first latent frame is one."""
+        hidden_states = self.fusion_layers(hidden_states, cache)
+        tokens: tuple[torch.Tensor, ...] = (hidden_states,)
         if self.separate:
-            low = self.low_layers(hidden_states[..., : self.low_dim], cache)
-            high = self.high_layers(hidden_states[..., self.low_dim :], cache)
+            low, high = hidden_states.tensor_split((self.low_dim,), dim=-1)
+            tokens = (self.low_layers(low, cache), self.high_layers(high, cache))
+        if subbands:
+            return self._project(tokens, has_image)
+        if not _works_in_place():
+            return synthesize(self._project(tokens, has_image), self.pixel_factor)
+        sample: torch.Tensor | None = None
+        height, ratio = hidden_states.shape[2], 2 * self.geometry.patch_size[1]
+        elements_per_row = hidden_states[:, :, 0, :, 0].numel() * self.geometry.video_dim
+        for rows in _slices(height, 6 * elements_per_row, hidden_states.device):  # strips, as in the encoder
+            strip = self._project(tuple(part[:, :, rows] for part in tokens), has_image)
+            pixels = synthesize(strip, self.pixel_factor)
+            if sample is None:
+                sample = pixels.new_empty(*pixels.shape[:3], height * ratio, pixels.shape[4])
+            sample[..., rows.start * ratio : rows.stop * ratio, :] = pixels
+        assert sample is not None
+        return sample
+
+    def _project(self, tokens: tuple[torch.Tensor, ...], has_image: bool) -> Subbands:
+        r"""Last tokens of each branch, or rows of them, to sub-bands."""
+        image = video = None
+        num_image = int(has_image)
+        if self.separate:
+            low, high = tokens
             if has_image:
                 image = torch.cat((self.image_low_proj(low[:, :1]), self.image_high_proj(high[:, :1])), dim=-1)
-            if has_video:
-                video = torch.cat(
-                    (self.video_low_proj(low[:, num_image:]), self.video_high_proj(high[:, num_image:])), dim=-1
-                )
+            if low.shape[1] > num_image:
+                low, high = low[:, num_image:], high[:, num_image:]
+                video = torch.cat((self.video_low_proj(low), self.video_high_proj(high)), dim=-1)
         else:
-            image = self.image_proj(hidden_states[:, :1]) if has_image else None
-            video = self.video_proj(hidden_states[:, num_image:]) if has_video else None
+            image = self.image_proj(tokens[0][:, :1]) if has_image else None
+            video = self.video_proj(tokens[0][:, num_image:]) if tokens[0].shape[1] > num_image else None
+        geometry = self.geometry
         image = None if image is None else merge_patches(image, geometry.image_patch)
         video = None if video is None else merge_patches(video, geometry.video_patch)
         if geometry.patch_embedding_type == "no_wavelet":  # the patches are pixels
             image = None if image is None else haar_analysis_2d(image)
             video = None if video is None else haar_analysis_3d(video)
         return Subbands(image, video)
+
+
+def synthesize(subbands: Subbands, pixel_factor: float) -> torch.Tensor:
+    parts = []
+    if subbands.image is not None:
+        parts.append(haar_synthesis_2d(subbands.image))
+    if subbands.video is not None:
+        parts.append(haar_synthesis_3d(subbands.video))
+    return torch.cat(parts, dim=2) * (1 / pixel_factor)
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -428,7 +526,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LeanVAEEncoder", "LeanVAEDecoder", "ISTAIteration"]
+    _no_split_modules = ["LeanVAEBlock", "ISTAIteration"]
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
@@ -468,14 +566,16 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         geometry = LeanVAEPatchGeometry(in_channels, tuple(patch_size), patch_embedding_type)
         dim = low_freq_dim + high_freq_dim
         self.encoder = LeanVAEEncoder(
-            geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, patch_norm
+            geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, patch_norm, pixel_factor
         )
         if bottleneck_type == "compressed_sensing":
             self.bottleneck = CompressedSensingBottleneck(dim, latent_channels, num_ista_iterations, num_ista_layers)
         else:
             self.bottleneck = LinearBottleneck(dim, latent_channels)
         self.logvar_proj = nn.Linear(dim, latent_channels)
-        self.decoder = LeanVAEDecoder(geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers)
+        self.decoder = LeanVAEDecoder(
+            geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, pixel_factor
+        )
         for name, module in self.named_modules():
             _initialize(module)
             if isinstance(module, CausalDepthwiseConv3d):
@@ -523,10 +623,15 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         model = cls(**(config | kwargs))
         if torch_dtype is not None:
             state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
-        model.load_state_dict(state_dict, strict=True, assign=True)
+        try:
+            model.load_state_dict(state_dict, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`pretrained_model_link_or_path` must be a complete LeanVAE checkpoint: {error}."
+            ) from None
         return model.eval()
 
-    # ---- sizes -------------------------------------------------------------------------------------------------------
+    # ---- sizes ------------------------------------------------------------------------------------------------------
 
     def num_latent_frames(self, num_frames: int) -> int:
         r"""Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
@@ -572,7 +677,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
 
-    # ---- sub-bands, for training ---------------------------------------------------------------------------------------
+    # ---- sub-bands, for training ------------------------------------------------------------------------------------
 
     def analyze(self, sample: torch.Tensor) -> Subbands:
         r"""Sub-bands of a video in `[-1, 1]`, in the internal pixel range; what `decode_subbands` should predict."""
@@ -582,36 +687,29 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def decode_subbands(self, z: torch.Tensor) -> Subbands:
         r"""Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
-        return self._decode_subbands(z, True, None)
+        return self._decode_chunk(z, True, None, subbands=True)
 
     def synthesize(self, subbands: Subbands) -> torch.Tensor:
         r"""Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
-        parts = []
-        if subbands.image is not None:
-            parts.append(haar_synthesis_2d(subbands.image))
-        if subbands.video is not None:
-            parts.append(haar_synthesis_3d(subbands.video))
-        return torch.cat(parts, dim=2) * (1 / self.pixel_factor)
+        return synthesize(subbands, self.pixel_factor)
 
-    # ---- one chunk of one tile -----------------------------------------------------------------------------------------
+    # ---- one chunk of one tile --------------------------------------------------------------------------------------
 
     def _encode_chunk(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the image frame."""
-        x = x * self.pixel_factor
         image, video = (x[:, :, :1], x[:, :, 1:]) if is_first else (None, x)
         features = self.encoder(image, video if video.shape[2] else None, cache)  # (B, t, h, w, c)
         moments = torch.cat((self.bottleneck(features), self.logvar_proj(features)), dim=-1)  # (B, t, h, w, 2z)
         return moments.permute(0, 4, 1, 2, 3).contiguous()
 
-    def _decode_chunk(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        r"""Pixels `(B, C, T, H, W)` of latent frames; `is_first` if they start with the image's."""
-        return self.synthesize(self._decode_subbands(z, is_first, cache))
-
-    def _decode_subbands(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> Subbands:
+    def _decode_chunk(
+        self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None, subbands: bool = False
+    ) -> Any:
+        r"""Pixels `(B, C, T, H, W)`, or sub-bands, of latent frames; `is_first` if they start with the image's."""
         features = self.bottleneck(z.permute(0, 2, 3, 4, 1), cache, reconstruct=True)  # (B, t, h, w, c)
-        return self.decoder(features, is_first, cache)
+        return self.decoder(features, is_first, cache, subbands)
 
-    # ---- tiles and slices ----------------------------------------------------------------------------------------------
+    # ---- tiles and slices -------------------------------------------------------------------------------------------
 
     def enable_tiling(
         self,
@@ -644,22 +742,6 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.num_frames_per_chunk = num_frames
         self.use_tiling = True
 
-    def enable_forward_chunking(self, chunk_size: int | None = 2048) -> None:
-        r"""Compute feed-forwards in slices of `chunk_size` tokens during inference; `None` for all at once.
-
-        The hidden width is 5.3 times the model's, and this keeps it from setting the memory peak. Results are the same
-        up to the rounding of matrix products of another size.
-        """
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size}.")
-        for module in self.modules():
-            if isinstance(module, LeanVAEFeedForward):
-                module.chunk_size = chunk_size
-
-    def disable_forward_chunking(self) -> None:
-        r"""Compute every feed-forward at once."""
-        self.enable_forward_chunking(None)
-
     def _frame(self, latent_frame: int, is_first: bool) -> int:
         r"""The first frame of a latent frame, both counted from the start of a chunk."""
         frame = latent_frame * self.temporal_compression_ratio
@@ -676,14 +758,17 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         num_latent_frames = -(-x.shape[2] // ratio_t)
         height, width = x.shape[3] // ratio_s, x.shape[4] // ratio_s
-        moments = x.new_empty(x.shape[0], 2 * self.latent_channels, num_latent_frames, height, width)
+        moments: torch.Tensor | None = None  # its dtype is the chunks', which autocast may choose
         for name, rows, columns in self._tiles(height, width, self.encoder_halo):
             tile = x[:, :, :, rows.source(ratio_s), columns.source(ratio_s)]
             tile_cache = TemporalCache() if cache is None else cache.tile(name)
             for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t, is_first):
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
                 chunk = self._encode_chunk(tile[:, :, frames], is_first and start == 0, tile_cache)
+                if moments is None:
+                    moments = chunk.new_empty(*chunk.shape[:2], num_latent_frames, height, width)
                 moments[:, :, start:stop, rows.target(), columns.target()] = chunk[..., rows.crop(), columns.crop()]
+        assert moments is not None
         return moments
 
     def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
@@ -692,19 +777,21 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         num_latent_frames, height, width = z.shape[2:]
         num_frames = self._frame(num_latent_frames, is_first)
-        sample = z.new_empty(z.shape[0], self.in_channels, num_frames, height * ratio_s, width * ratio_s)
+        sample: torch.Tensor | None = None
         for name, rows, columns in self._tiles(height, width, self.decoder_halo):
             tile = z[:, :, :, rows.source(), columns.source()]
             tile_cache = TemporalCache() if cache is None else cache.tile(name)
             for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t, is_first):
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
                 chunk = self._decode_chunk(tile[:, :, start:stop], is_first and start == 0, tile_cache)
+                if sample is None:
+                    sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio_s, width * ratio_s)
                 sample[:, :, frames, rows.target(ratio_s), columns.target(ratio_s)] = chunk[
                     ..., rows.crop(ratio_s), columns.crop(ratio_s)
                 ]
         return sample
 
-    # ---- public --------------------------------------------------------------------------------------------------------
+    # ---- public -----------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
     def encode(

@@ -38,8 +38,8 @@ class TemporalCache:
         self.num_latent_frames += num_latent_frames
         self._is_broken = False
 
-    def extend(self, name: str, hidden_states: torch.Tensor, num_steps: int) -> torch.Tensor:
-        r"""Put the remembered steps (zeros at the start) in front of `hidden_states` and remember its last ones."""
+    def exchange(self, name: str, hidden_states: torch.Tensor, num_steps: int) -> torch.Tensor:
+        r"""The remembered steps that precede `hidden_states` (zeros at the start); remembers its last ones instead."""
         tail = self.tails.get(name)
         if tail is None:
             self._check_unstarted()
@@ -49,10 +49,9 @@ class TemporalCache:
                 f"`cache` must be used with chunks of one shape, got tokens {tuple(hidden_states.shape)} after "
                 f"{tuple(tail.shape)} (batch, time, height, width, channels)."
             )
-        extended = torch.cat((tail, hidden_states), dim=1)
-        # A clone, not a view: a view would keep the whole chunk's activation alive until the next chunk.
-        self.tails[name] = extended[:, -num_steps:].clone()
-        return extended
+        # A copy, not a view: a view would keep the whole chunk's activation alive, and see it overwritten.
+        self.tails[name] = torch.cat((tail, hidden_states[:, -num_steps:]), dim=1)[:, -num_steps:].clone()
+        return tail
 
     def tile(self, name: str) -> "TemporalCache":
         r"""The cache of one spatial tile, made at its first use."""
@@ -86,7 +85,9 @@ class TemporalCache:
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        nested = {f"{name}/{key}": value for name, tile in self.tiles.items() for key, value in tile._tensors().items()}
+        nested = {
+            f"{name}/{key}": value for name, tile in self.tiles.items() for key, value in tile._tensors().items()
+        }
         return self.tails | nested
 
     def state_dict(self) -> dict[str, torch.Tensor]:
