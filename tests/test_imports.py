@@ -20,6 +20,8 @@ LAYERS = {
     "models.wavelets": 1,
     "models.temporal_cache": 1,
     "models.tiling": 1,
+    "models.naf": 1,
+    "models.patches": 1,
     "conversion": 1,  # functions of dictionaries: models call them, they know no model
     "kernels": 1,
     "video_io": 1,

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 
-# Trained in minutes to hours on small hardware, for the demo, examples and tests; see model_card.md for what they reach.
+# Trained in an hour or two on small hardware, for the demo, examples and tests; see model_card.md.
 MODELS = ("compact-16ch",)
 DEFAULT = "compact-16ch"
 

@@ -1,7 +1,7 @@
 """From file to file through an autoencoder: reconstruct, encode, decode, in memory that does not grow with length.
 
-Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> crop -> writer in small groups. Outputs are
-written beside and renamed, so that whatever carries the final name is whole.
+Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> crop -> writer in small groups. Outputs
+are written beside and renamed, so that whatever carries the final name is whole.
 """
 
 import json
@@ -26,7 +26,7 @@ from .streaming import StreamingDecoder, StreamingEncoder
 from .video_io import IMAGE_EXTENSIONS, VideoError, VideoWriter, iter_video, probe_video
 
 
-Progress = Callable[[int], None]  # told how many frames were just finished
+Progress = Callable[[int], Any]  # told how many frames were just finished
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -70,7 +70,9 @@ def _read_frames(
     target = None if size is None else parse_size(size)
     for frames in iter_video(path, start=start, num_frames=num_frames, chunk_size=chunk_size):
         if target is not None:
-            height, width = short_side_size(*frames.shape[1:3], target) if isinstance(target, int) else target
+            height, width = (
+                short_side_size(frames.shape[1], frames.shape[2], target) if isinstance(target, int) else target
+            )
             frames = resize_frames(frames, height, width)
         yield frames
 
@@ -180,7 +182,8 @@ def encode_video(
 ) -> LatentsInfo:
     r"""Encode a video or image file into `target`, a safetensors file with one tensor `latents` `(1, z, t, h, w)`.
 
-    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]; `model` is stored with them.
+    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]; `model` is stored with
+    them.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -261,8 +264,8 @@ def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
 class _LatentsWriter:
     r"""Streams latents into a safetensors file whose length is known only at the end.
 
-    Chunks are spooled as they come (time first) beside the target; `close` lays them out as `(1, z, t, h, w)` through a
-    memory map, and renames.
+    Chunks are spooled as they come (time first) beside the target; `close` lays them out as `(1, z, t, h, w)` through
+    a memory map, and renames.
     """
 
     def __init__(self, path: Path):
@@ -313,10 +316,10 @@ class _LatentsWriter:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + num_bytes)
         size = 8 + len(text) + num_bytes
-        storage = torch.UntypedStorage.from_file(str(self.partial_path), shared=True, nbytes=size)
+        storage: Any = torch.UntypedStorage.from_file(str(self.partial_path), shared=True, nbytes=size)
         target = torch.empty(0, dtype=torch.uint8).set_(storage)[8 + len(text) :].view(self.dtype)
         target = target.view(z, self.num_latent_frames, h, w)
-        spool = torch.UntypedStorage.from_file(str(self.spool_path), shared=False, nbytes=num_bytes)
+        spool: Any = torch.UntypedStorage.from_file(str(self.spool_path), shared=False, nbytes=num_bytes)
         source = torch.empty(0, dtype=self.dtype).set_(spool).view(self.num_latent_frames, z, h, w)
         for begin in range(0, self.num_latent_frames, 64):
             target[:, begin : begin + 64] = source[begin : begin + 64].transpose(0, 1)

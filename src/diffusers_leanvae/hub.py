@@ -1,7 +1,7 @@
 """Make diffusers find our classes by name: in `model_index.json`, in `AutoModel`, in pipelines from the Hub.
 
-diffusers 0.42 loads a component of a pipeline only from libraries in `LOADABLE_CLASSES`; this table is not public, so the
-dependency on diffusers is capped and `tests/test_hub.py` guards what we use of it.
+diffusers 0.42 loads a component of a pipeline only from libraries in `LOADABLE_CLASSES`; this table is not public, so
+the dependency on diffusers is capped and `tests/test_hub.py` guards what we use of it.
 """
 
 import diffusers

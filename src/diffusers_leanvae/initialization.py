@@ -1,8 +1,8 @@
 """Start a LeanVAE as nearly the best *linear* autoencoder of its training data.
 
 With the depthwise kernels and the last linear layers of the residual blocks at zero, the network is linear: patch
-embedding, `phi`, `Q`, patch un-embedding. Set from the principal components of training patches, it reconstructs at step 0
-what the specification's random initialisation needs thousands of steps for (results/README.md has both curves).
+embedding, `phi`, `Q`, patch un-embedding. Set from the principal components of training patches, it reconstructs at
+step 0 what the specification's random initialisation needs thousands of steps for.
 """
 
 import math
@@ -13,12 +13,12 @@ from torch import nn
 
 from .models.autoencoder_kl_leanvae import (
     AutoencoderKLLeanVAE,
-    CausalDepthwiseConv3d,
     CompressedSensingBottleneck,
-    LeanVAEBlock,
+    ISTAIteration,
     LinearBottleneck,
-    split_patches,
 )
+from .models.naf import CausalDepthwiseConv3d, LeanVAEBlock
+from .models.patches import split_patches
 
 
 # Latents start with at most unit variance; this is the log-variance of their noise (a standard deviation of 0.02).
@@ -66,7 +66,7 @@ def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iter
     """
     geometry, num_latents = vae.encoder.geometry, vae.latent_channels
     separate = vae.encoder.separate
-    widths = (vae.config.low_freq_dim, vae.config.high_freq_dim) if separate else (vae.logvar_proj.in_features,)
+    widths = (vae.config["low_freq_dim"], vae.config["high_freq_dim"]) if separate else (vae.logvar_proj.in_features,)
     if min(widths) < num_latents:
         raise ValueError(f"`vae` must have branches of at least {num_latents} channels, got {min(widths)}.")
 
@@ -85,8 +85,8 @@ def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iter
         raise ValueError("`videos` must hold at least one video of more than one frame, got none.")
     image_axes, _ = _principal_components(image_moments.covariance, num_latents)
     video_axes, latent_std = _principal_components(video_moments.covariance, num_latents)
-    # Turn the image's latents to those of a resting video (orthogonal Procrustes): the causal convolutions then see one
-    # language in all latent frames. A resting video's sub-bands are larger than the image's, hence `image_gain`.
+    # Turn the image's latents to those of a resting video (orthogonal Procrustes): the causal convolutions then see
+    # one language in all latent frames. A resting video's sub-bands are larger than the image's, hence `image_gain`.
     cross = cross / video_moments.count - torch.outer(still_moments.mean, video_moments.mean)
     left, _, right = torch.linalg.svd(video_axes @ cross.t() @ image_axes.t())
     image_axes = left @ right @ image_axes
@@ -133,9 +133,11 @@ def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iter
     for module in vae.modules():
         if isinstance(module, LeanVAEBlock):
             _initialize_block(module)
-    if isinstance(bottleneck, CompressedSensingBottleneck):
-        for iteration in bottleneck.iterations:  # the proximal step starts as the identity
-            nn.init.zeros_(iteration.backward_transform[-1].ff.down_proj.weight)
+    for module in bottleneck.modules():
+        if isinstance(module, ISTAIteration):  # the proximal step starts as the identity
+            last = module.backward_transform[-1]
+            assert isinstance(last, LeanVAEBlock)
+            nn.init.zeros_(last.ff.down_proj.weight)
 
 
 def _patches(vae: AutoencoderKLLeanVAE, frames: torch.Tensor, image: bool) -> torch.Tensor:

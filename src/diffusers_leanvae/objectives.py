@@ -23,6 +23,7 @@ class LossWeights:
     l1_low: float = 0.2
     l1_high: float = 0.4
     kl: float = 1e-7
+    log_mse: float = 0.0  # ours: PSNR itself, up to a factor; relative errors of easy and of hard clips weigh the same
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,12 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / mean.shape[0]
+
+
+def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: float) -> torch.Tensor:
+    r"""Mean over the clips of the logarithm of their mean squared error, which stops to count below 1e-5 (50 dB)."""
+    error = (reconstruction.float() - sample.float()) * pixel_factor
+    return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-5).log().mean()
 
 
 def reconstruction_terms(
@@ -70,6 +77,7 @@ def reconstruction_terms(
         "l1_low": l1_low,
         "l1_high": l1_high,
         "kl": kl_divergence(mean, logvar),
+        "log_mse": log_mse(sample, reconstruction, pixel_factor),
     }
 
 

@@ -1,6 +1,7 @@
 """Loss terms: against the reference's recorded values, and their edge cases."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from diffusers_leanvae.conversion.leanvae import from_original
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.objectives import LossWeights, VAETrainingModule, kl_divergence, reconstruction_terms
+from diffusers_leanvae.objectives import LossWeights, VAETrainingModule, kl_divergence, log_mse, reconstruction_terms
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -46,9 +47,11 @@ def test_terms_are_those_of_the_reference(name: str, dtype: torch.dtype):
 
     loss, terms = VAETrainingModule(vae)(sample, tensors["loss.noise"].to(dtype))
 
-    expected = {term: tensors[f"loss.{term}"] for term in asdict(LossWeights())}
-    torch.testing.assert_close(terms, expected, rtol=2e-6, atol=0)
-    weighted = sum(weight * expected[term] for term, weight in asdict(LossWeights()).items())
+    expected = {term: tensors[f"loss.{term}"] for term in ("l1_pixel", "l1_low", "l1_high", "kl")}
+    torch.testing.assert_close({term: terms[term] for term in expected}, expected, rtol=2e-6, atol=0)
+    weights = asdict(LossWeights())
+    assert not any(weight for term, weight in weights.items() if term not in expected)
+    weighted = sum(weights[term] * value for term, value in expected.items())
     torch.testing.assert_close(loss.detach().float(), weighted, rtol=2e-6, atol=0)
 
 
@@ -68,7 +71,15 @@ def test_terms_are_float32_whatever_comes():
         "l1_low": (torch.float32, 1.0 + 2.0),
         "l1_high": (torch.float32, 1.0 + 2.0),
         "kl": (torch.float32, 0.0),
+        "log_mse": (torch.float32, pytest.approx(math.log(0.25 + 1e-5))),
     }
+
+
+def test_log_mse_is_psnr_up_to_a_factor():
+    sample = torch.zeros(2, 3, 1, 8, 8)
+    reconstruction = torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1, 1).expand_as(sample)  # 20 and 40 dB
+    expected = math.log(10) / -10 * (20 + 40) / 2
+    torch.testing.assert_close(log_mse(sample, reconstruction, 0.5), torch.tensor(expected), rtol=0, atol=0.06)
 
 
 def test_single_images_have_image_terms_only():

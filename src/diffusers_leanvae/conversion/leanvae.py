@@ -1,8 +1,8 @@
 """Original LeanVAE checkpoints <-> `AutoencoderKLLeanVAE`: the key map is data, used both ways, strictly.
 
-Release file: `{"args": {...}, "state_dict": {...}}`. Training file (Lightning): `{"state_dict": {"autoencoder.<key>": ...,
-foreign keys}, "hyper_parameters": {"args": Namespace}}`. A safetensors file has the same keys and the arguments as JSON
-in its metadata (`args` or `config`). Functions of files and dictionaries: no model is imported here.
+Release file: `{"args": {...}, "state_dict": {...}}`. Training file (Lightning): `{"state_dict": {"autoencoder.<key>":
+..., foreign keys}, "hyper_parameters": {"args": Namespace}}`. A safetensors file has the same keys and the arguments
+as JSON in its metadata (`args` or `config`). Functions of files and dictionaries: no model is imported here.
 """
 
 import argparse
@@ -136,8 +136,8 @@ def _count(state_dict: dict[str, torch.Tensor], pattern: str) -> int:
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     r"""Read a release, Lightning or safetensors file of the original LeanVAE.
 
-    EMA weights are preferred where a file has both. Pickles are opened with `weights_only=True`, and beyond tensors only
-    `argparse.Namespace` is allowed.
+    EMA weights are preferred where a file has both. Pickles are opened with `weights_only=True`, and beyond tensors
+    only `argparse.Namespace` is allowed.
 
     Returns:
         Config and state dict of an `AutoencoderKLLeanVAE`.

@@ -21,8 +21,8 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     r"""PSNR and SSIM of reconstructions from posterior means.
 
-    Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop; output
-    clamped; per frame over the three channels with pixels in [0, 1], mean over frames, then over clips.
+    Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop;
+    output clamped; per frame over the three channels with pixels in [0, 1], mean over frames, then over clips.
 
     Args:
         vae: The autoencoder, on its device, in its dtype.
@@ -32,8 +32,8 @@ def evaluate_reconstruction(
         progress: Called with a line per clip.
 
     Returns:
-        `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos`, `num_frames`, `resolution`, `dtype`, and `clips`
-        with the same two metrics for each.
+        `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos`, `num_frames`, `resolution`, `dtype`, and
+        `clips` with the same two metrics for each.
     """
     clips = {}
     for path in list_videos(folder):

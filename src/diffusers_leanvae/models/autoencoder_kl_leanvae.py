@@ -1,17 +1,18 @@
 """LeanVAE: an ultra-efficient reconstruction VAE for video diffusion models (arXiv 2503.14325).
 
-Read bottom-up in the order of use: causal depthwise convolution -> block -> patch embedding -> encoder -> bottleneck ->
-decoder -> `AutoencoderKLLeanVAE`; `encode`, `decode` and `forward` are the last lines of the file.
+Read in the order of use: encoder -> bottleneck -> decoder -> `AutoencoderKLLeanVAE`; `encode`, `decode` and `forward`
+are the last lines of the file. The layers are in `naf.py`, sub-bands and patches in `patches.py`, both short.
 
-Shape letters in the margins: B batch, C pixel channels, T H W frames and pixels; t h w latent frames and size; c width of
-the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c)` from the patch embedding to the last projection.
+Shape letters in the margins: B batch, C pixel channels, T H W frames and pixels; t h w latent frames and size; c
+width of the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c)` from the patch embedding to the
+last projection.
 """
 
 import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,197 +21,14 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from einops import rearrange
 from torch import nn
 
 from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
+from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slices, works_in_place
+from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import TemporalCache
 from .tiling import Span, spans, time_chunks
-from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
-
-
-class Subbands(NamedTuple):
-    r"""What the decoder predicts, in the model's internal pixel range (`pixel_factor` times the public one).
-
-    Attributes:
-        image: First frame, `(batch_size, 4 * C, 1, height / 2, width / 2)`, or `None` in a later chunk of a stream.
-        video: Later frames, `(batch_size, 8 * C, (num_frames - 1) / 2, height / 2, width / 2)`, or `None` without any.
-        In both the first `C` channels are the low-pass band.
-    """
-
-    image: torch.Tensor | None
-    video: torch.Tensor | None
-
-
-def _works_in_place() -> bool:
-    r"""Whether tokens may be overwritten, slice by slice: then a network needs the memory of about two activations.
-
-    Autograd needs the old values, and a compiler would unroll the slices.
-    """
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _slices(size: int, elements_per_item: int, device: torch.device) -> Iterator[slice]:
-    r"""Cut `size` items so that a slice's temporary tensors stay below a few dozen MB on CPU, 2 GB elsewhere."""
-    limit = 2**22 if device.type == "cpu" else 2**29
-    step = max(limit // max(elements_per_item, 1), 1)
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
-
-
-class CausalDepthwiseConv3d(nn.Conv3d):
-    r"""Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, kernel_size=3, padding=(0, 1, 1), groups=dim)
-        self.name = ""  # qualified name in the model, the key of this layer in a `TemporalCache`
-
-    def forward(
-        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, residual: bool = False
-    ) -> torch.Tensor:
-        num_steps = self.kernel_size[0] - 1
-        if cache is None:
-            tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
-        else:
-            tail = cache.exchange(self.name, hidden_states, num_steps)
-        if not _works_in_place():
-            output = self._convolve(tail, hidden_states, slice(None))
-            return hidden_states + output if residual else output
-        num_tokens = hidden_states[..., 0].numel() + tail[..., 0].numel()
-        for channels in _slices(hidden_states.shape[-1], 2 * num_tokens, hidden_states.device):
-            part = hidden_states[..., channels]
-            output = self._convolve(tail[..., channels], part, channels)
-            part.add_(output) if residual else part.copy_(output)
-        return hidden_states
-
-    def _convolve(self, tail: torch.Tensor, hidden_states: torch.Tensor, channels: slice) -> torch.Tensor:
-        dtype, device_type = hidden_states.dtype, hidden_states.device.type
-        weight, bias = self.weight[channels], self.bias[channels]  # type: ignore[index]
-        hidden_states = torch.cat((tail, hidden_states), dim=1)
-        if device_type == "cpu" and (dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")):
-            # PyTorch has no fast 16-bit depthwise kernel on CPU: in float32 it is 40 times faster, and more exact.
-            hidden_states, weight, bias = hidden_states.float(), weight.float(), bias.float()
-        # The permuted view is exactly `channels_last_3d`: no copy, and a kernel 12 times faster than the packed layout's.
-        with torch.autocast(device_type, enabled=False):
-            hidden_states = F.conv3d(
-                hidden_states.permute(0, 4, 1, 2, 3), weight, bias, padding=self.padding, groups=weight.shape[0]
-            )
-        return hidden_states.permute(0, 2, 3, 4, 1).to(dtype)  # (B, t, h, w, c)
-
-
-class LeanVAEFeedForward(nn.Module):
-    r"""LayerNorm -> Linear to twice the inner width -> `gelu(gate) * value` -> Linear, per token."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.inner_dim = int(4 * (2 / 3) * dim)  # the reference's rounding: 1365 for 512, 341 for 128, 21 for 8
-        self.norm = nn.LayerNorm(dim)
-        self.up_proj = nn.Linear(dim, 2 * self.inner_dim, bias=False)
-        self.down_proj = nn.Linear(self.inner_dim, dim, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor, residual: bool = False) -> torch.Tensor:
-        if not _works_in_place():
-            output = self._feed_forward(hidden_states)
-            return hidden_states + output if residual else output
-        # The hidden width is 5.3 times the model's: computed at once it alone would set the memory peak.
-        tokens = hidden_states.view(-1, hidden_states.shape[-1])
-        for part in _slices(tokens.shape[0], 4 * self.inner_dim, tokens.device):
-            output = self._feed_forward(tokens[part])
-            tokens[part].add_(output) if residual else tokens[part].copy_(output)
-        return hidden_states
-
-    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.up_proj(self.norm(hidden_states)).chunk(2, dim=-1)
-        return self.down_proj(F.gelu(gate) * value)
-
-
-class LeanVAEBlock(nn.Module):
-    r"""Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF).
-
-    Without gradients the input is overwritten by the output.
-    """
-
-    def __init__(self, dim: int, residual: bool = True):
-        super().__init__()
-        self.residual = residual
-        self.conv = CausalDepthwiseConv3d(dim)
-        self.ff = LeanVAEFeedForward(dim)
-
-    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        hidden_states = self.conv(hidden_states, cache, self.residual)
-        return self.ff(hidden_states, self.residual)
-
-
-class LeanVAEBlocks(nn.ModuleList):
-    r"""A chain of blocks with gradient checkpointing."""
-
-    def __init__(self, dim: int, num_layers: int, residual: bool = True):
-        super().__init__([LeanVAEBlock(dim, residual) for _ in range(num_layers)])
-        self.gradient_checkpointing = False
-
-    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
-        # A slice (group offloading takes them) would be built by this class's constructor, which takes no modules.
-        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
-
-    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        for block in self:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cache)
-            else:
-                hidden_states = block(hidden_states, cache)
-        return hidden_states
-
-
-def split_patches(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    pt, ph, pw = patch_size
-    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-
-
-def merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    pt, ph, pw = patch_size
-    return rearrange(tokens, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
-
-
-def patch_projection(in_dim: int, out_dim: int, norm: bool) -> nn.Sequential:
-    r"""Linear projection of flattened patches, with LayerNorm on both sides if `norm` (ablation 3 of the paper)."""
-    return nn.Sequential(
-        nn.LayerNorm(in_dim) if norm else nn.Identity(),
-        nn.Linear(in_dim, out_dim),
-        nn.LayerNorm(out_dim) if norm else nn.Identity(),
-    )
-
-
-class LeanVAEPatchGeometry(NamedTuple):
-    r"""Everything that follows from the pixel channels, the patch size and the kind of patch embedding."""
-
-    in_channels: int
-    patch_size: tuple[int, int, int]
-    patch_embedding_type: str
-
-    @property
-    def image_patch(self) -> tuple[int, int, int]:
-        _, ph, pw = self.patch_size
-        return (1, ph, pw) if self.patch_embedding_type != "no_wavelet" else (1, 2 * ph, 2 * pw)
-
-    @property
-    def video_patch(self) -> tuple[int, int, int]:
-        pt, ph, pw = self.patch_size
-        return (pt, ph, pw) if self.patch_embedding_type != "no_wavelet" else (2 * pt, 2 * ph, 2 * pw)
-
-    @property
-    def image_dim(self) -> int:
-        return 4 * self.in_channels * math.prod(self.patch_size[1:])
-
-    @property
-    def video_dim(self) -> int:
-        return 8 * self.in_channels * math.prod(self.patch_size)
-
-    @property
-    def image_low_dim(self) -> int:
-        return self.image_dim // 4
-
-    @property
-    def video_low_dim(self) -> int:
-        return self.video_dim // 8
+from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
 class LeanVAEEncoder(nn.Module):
@@ -265,10 +83,10 @@ class LeanVAEEncoder(nn.Module):
         frames = [part for part in (image, video) if part is not None]
         strip = 2 * self.geometry.patch_size[1]  # pixels per row of tokens
         rows = [slice(None)]
-        if _works_in_place():  # sub-bands and patches of a strip at a time: they take six times the pixels' memory
+        if works_in_place():  # sub-bands and patches of a strip at a time: they take six times the pixels' memory
             elements = sum(part[..., :strip, :].numel() for part in frames)
             height = frames[0].shape[3] // strip
-            rows = [slice(r.start * strip, r.stop * strip) for r in _slices(height, 6 * elements, frames[0].device)]
+            rows = [slice(r.start * strip, r.stop * strip) for r in slices(height, 6 * elements, frames[0].device)]
         embedded = [self._embed(*(None if part is None else part[..., r, :] for part in (image, video))) for r in rows]
         branches = [torch.cat(strips, dim=2) for strips in zip(*embedded, strict=True)]  # (B, t, h, w, dim) each
         del embedded
@@ -280,7 +98,7 @@ class LeanVAEEncoder(nn.Module):
         return self.fusion_layers(tokens, cache)  # (B, t, h, w, c)
 
     def _embed(self, image: torch.Tensor | None, video: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        r"""Tokens of each branch, `(B, t, h, w, low_dim)` and `(B, t, h, w, high_dim)`; one tensor without branches."""
+        r"""Tokens of each branch, `(B, t, h, w, low_dim)` and `(..., high_dim)`; one tensor without branches."""
         geometry, tokens = self.geometry, []
         if image is not None:  # (B, C, 1, H, W) -> (B, 1, h, w, image_dim)
             patches = split_patches(self.transform(image * self.pixel_factor, image=True), geometry.image_patch)
@@ -314,12 +132,12 @@ class ISTAIteration(nn.Module):
     ) -> torch.Tensor:
         step_size, threshold = self.step_size.to(phi.dtype), self.threshold.to(phi.dtype)
         error = step_size * (F.linear(hidden_states, phi) - latents)  # (B, t, h, w, z)
-        if not _works_in_place():
+        if not works_in_place():
             hidden_states = hidden_states - F.linear(error, phi.t())
             sparse = self.forward_transform(hidden_states, cache)
             return hidden_states + self.backward_transform(_soft_threshold(sparse, threshold), cache)
         tokens, errors = hidden_states.view(-1, phi.shape[1]), error.view(-1, phi.shape[0])
-        parts = list(_slices(tokens.shape[0], 4 * phi.shape[1], tokens.device))
+        parts = list(slices(tokens.shape[0], 4 * phi.shape[1], tokens.device))
         for part in parts:
             tokens[part].sub_(F.linear(errors[part], phi.t()))
         sparse = self.forward_transform(hidden_states.clone(), cache)
@@ -412,7 +230,7 @@ class LeanVAEDecoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, has_image: bool, cache: TemporalCache | None = None, subbands: bool = False
     ) -> "torch.Tensor | Subbands":
-        r"""Features `(B, t, h, w, c)` to pixels, or to their sub-bands; `has_image` if the first latent frame is one."""
+        r"""Features `(B, t, h, w, c)` to pixels or sub-bands; `has_image` if the first latent frame is an image's."""
         hidden_states = self.fusion_layers(hidden_states, cache)
         tokens: tuple[torch.Tensor, ...] = (hidden_states,)
         if self.separate:
@@ -420,12 +238,12 @@ class LeanVAEDecoder(nn.Module):
             tokens = (self.low_layers(low, cache), self.high_layers(high, cache))
         if subbands:
             return self._project(tokens, has_image)
-        if not _works_in_place():
+        if not works_in_place():
             return synthesize(self._project(tokens, has_image), self.pixel_factor)
         sample: torch.Tensor | None = None
         height, ratio = hidden_states.shape[2], 2 * self.geometry.patch_size[1]
         elements_per_row = hidden_states[:, :, 0, :, 0].numel() * self.geometry.video_dim
-        for rows in _slices(height, 6 * elements_per_row, hidden_states.device):  # strips, as in the encoder
+        for rows in slices(height, 6 * elements_per_row, hidden_states.device):  # strips, as in the encoder
             strip = self._project(tuple(part[:, :, rows] for part in tokens), has_image)
             pixels = synthesize(strip, self.pixel_factor)
             if sample is None:
@@ -455,15 +273,6 @@ class LeanVAEDecoder(nn.Module):
             image = None if image is None else haar_analysis_2d(image)
             video = None if video is None else haar_analysis_3d(video)
         return Subbands(image, video)
-
-
-def synthesize(subbands: Subbands, pixel_factor: float) -> torch.Tensor:
-    parts = []
-    if subbands.image is not None:
-        parts.append(haar_synthesis_2d(subbands.image))
-    if subbands.video is not None:
-        parts.append(haar_synthesis_3d(subbands.video))
-    return torch.cat(parts, dim=2) * (1 / pixel_factor)
 
 
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
@@ -501,9 +310,9 @@ class LeanVAEConfig(FrozenDict):
 class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
 
-    Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n + 1
-    (1, 5, 9, ...) and sizes that are multiples of 8 for the default patch size; the first frame is an image of its own,
-    every later group of four frames shares one latent frame. Latents are *not* normalised: multiply by
+    Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n +
+    1 (1, 5, 9, ...) and sizes that are multiples of 8 for the default patch size; the first frame is an image of its
+    own, every later group of four frames shares one latent frame. Latents are *not* normalised: multiply by
     `config.scaling_factor`, or use `config.latents_mean` / `config.latents_std`, as the pipeline in hand does.
 
     Args:
@@ -516,7 +325,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_ista_iterations: Unrolled iterations of the bottleneck.
         num_ista_layers: NAF blocks in each of the two transforms of an iteration.
         patch_size: Patch of the sub-bands `(time, height, width)`; the compression ratios are twice as large.
-        patch_embedding_type: `"separate"` (low and high bands apart, then merged), `"joint"` or `"no_wavelet"` (ablation 1).
+        patch_embedding_type: `"separate"` (low and high bands apart, then merged), `"joint"` or `"no_wavelet"`
+            (ablation 1).
         bottleneck_type: `"compressed_sensing"` or `"linear"` (ablation 2).
         patch_norm: LayerNorm inside the patch embedding (ablation 3; gives blocking artefacts, off by default).
         pixel_factor: Public pixels times this are the network's: 0.5 for released weights, 1.0 for Wan-aligned ones.
@@ -557,13 +367,14 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         _check_choice("bottleneck_type", bottleneck_type, ("compressed_sensing", "linear"))
         if len(patch_size) != 3 or min(patch_size) < 1 or patch_size[1] != patch_size[2]:
             raise ValueError(
-                f"`patch_size` must be three positive integers (time, height, width) with height = width, got {patch_size}."
+                f"`patch_size` must be three positive integers (time, height, width) with height = width, got "
+                f"{patch_size}."
             )
         for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if statistics is not None and len(statistics) != latent_channels:
                 raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
 
-        geometry = LeanVAEPatchGeometry(in_channels, tuple(patch_size), patch_embedding_type)
+        geometry = LeanVAEPatchGeometry(in_channels, (patch_size[0], *patch_size[1:]), patch_embedding_type)
         dim = low_freq_dim + high_freq_dim
         self.encoder = LeanVAEEncoder(
             geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, patch_norm, pixel_factor
@@ -654,8 +465,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
         if not is_first and (x.shape[2] == 0 or x.shape[2] % ratio_t):
             raise ValueError(
-                f"`num_frames` must be {ratio_t} * n ({ratio_t}, {2 * ratio_t}, ...) in a later chunk of a stream, got "
-                f"{x.shape[2]}."
+                f"`num_frames` must be {ratio_t} * n ({ratio_t}, {2 * ratio_t}, ...) in a later chunk of a stream, "
+                f"got {x.shape[2]}."
             )
         if x.shape[3] == 0 or x.shape[4] == 0 or x.shape[3] % ratio_s or x.shape[4] % ratio_s:
             raise ValueError(
@@ -667,7 +478,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if z.ndim != 5 or z.shape[1] != self.latent_channels or min(z.shape[2:]) < 1:
             raise ValueError(
                 f"`{name}` must have shape (batch_size, {self.latent_channels}, num_latent_frames, latent_height, "
-                f"latent_width) or (batch_size, {self.latent_channels}, latent_height, latent_width), got {tuple(z.shape)}."
+                f"latent_width) or (batch_size, {self.latent_channels}, latent_height, latent_width), got "
+                f"{tuple(z.shape)}."
             )
         self._check_dtype(z, name)
 
@@ -735,8 +547,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size}.")
         if num_frames <= ratio_t or num_frames % ratio_t != 1:
             raise ValueError(
-                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, ...), "
-                f"got {num_frames}."
+                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
+                f"...), got {num_frames}."
             )
         self.tile_sample_min_height, self.tile_sample_min_width = height, width
         self.num_frames_per_chunk = num_frames
@@ -775,7 +587,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.use_tiling:
             return self._decode_chunk(z, is_first, cache)
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        num_latent_frames, height, width = z.shape[2:]
+        num_latent_frames, height, width = z.shape[2], z.shape[3], z.shape[4]
         num_frames = self._frame(num_latent_frames, is_first)
         sample: torch.Tensor | None = None
         for name, rows, columns in self._tiles(height, width, self.decoder_halo):
@@ -783,12 +595,12 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             tile_cache = TemporalCache() if cache is None else cache.tile(name)
             for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t, is_first):
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                chunk = self._decode_chunk(tile[:, :, start:stop], is_first and start == 0, tile_cache)
+                chunk: torch.Tensor = self._decode_chunk(tile[:, :, start:stop], is_first and start == 0, tile_cache)
                 if sample is None:
                     sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio_s, width * ratio_s)
-                sample[:, :, frames, rows.target(ratio_s), columns.target(ratio_s)] = chunk[
-                    ..., rows.crop(ratio_s), columns.crop(ratio_s)
-                ]
+                cropped = chunk[..., rows.crop(ratio_s), columns.crop(ratio_s)]
+                sample[:, :, frames, rows.target(ratio_s), columns.target(ratio_s)] = cropped
+        assert sample is not None
         return sample
 
     # ---- public -----------------------------------------------------------------------------------------------------

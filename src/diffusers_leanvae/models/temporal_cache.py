@@ -10,8 +10,8 @@ class TemporalCache:
     r"""The last two input time steps of every causal convolution, for one stream and one direction.
 
     Pass a fresh `TemporalCache()` with the first chunk and the same object with every later chunk; the model writes
-    nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling each
-    tile has a cache of its own inside.
+    nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling
+    each tile has a cache of its own inside.
 
     Attributes:
         tails: Per convolution name, a tensor of shape `(batch_size, 2, latent_height, latent_width, channels)`.
@@ -64,8 +64,8 @@ class TemporalCache:
         # What is missing in mid-stream was remembered elsewhere: zeros in its place would be silently wrong.
         if self.num_latent_frames > 0:
             raise ValueError(
-                "`cache` must be used with one model and the same tiling for a whole stream, got a stream that started "
-                "differently."
+                "`cache` must be used with one model and the same tiling for a whole stream, got a stream that "
+                "started differently."
             )
 
     def reset(self) -> None:

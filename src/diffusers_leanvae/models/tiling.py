@@ -36,7 +36,7 @@ def spans(size: int, tile: int, halo: int) -> list[Span]:
 
 
 def time_chunks(num_latent_frames: int, per_chunk: int, is_first: bool) -> Iterator[tuple[int, int]]:
-    r"""Bounds of the chunks, in latent frames: `per_chunk` each, and one more (the image) for the first of a stream."""
+    r"""Bounds of the chunks, in latent frames: `per_chunk` each, one more (the image) for the first of a stream."""
     start = 0
     while start < num_latent_frames:
         stop = min(start + per_chunk + (is_first and start == 0), num_latent_frames)

@@ -1,8 +1,8 @@
 """Orthonormal-up-to-scale Haar transforms of the LeanVAE family, stateless and exactly invertible.
 
-With the factors of the reference folded in (`2 * sqrt(2)` in 3D, `2` in 2D) every sub-band is a plain signed sum of the
-8 or 4 values of a block, so analysis needs no multiplication and `LLL` / `LL` is the sum of the block. Pinned by the
-`dwt.*` tensors of the golden files (`tests/models/test_golden.py`).
+With the factors of the reference folded in (`2 * sqrt(2)` in 3D, `2` in 2D) every sub-band is a plain signed sum of
+the 8 or 4 values of a block, so analysis needs no multiplication and `LLL` / `LL` is the sum of the block. Pinned by
+the `dwt.*` tensors of the golden files (`tests/models/test_golden.py`).
 """
 
 import torch
