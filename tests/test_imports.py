@@ -22,6 +22,7 @@ LAYERS = {
     "models.tiling": 1,
     "models.naf": 1,
     "models.patches": 1,
+    "models.planner": 1,
     "conversion": 1,  # functions of dictionaries: models call them, they know no model
     "kernels": 1,
     "video_io": 1,

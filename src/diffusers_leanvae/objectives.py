@@ -38,9 +38,9 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 
 
 def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: float) -> torch.Tensor:
-    r"""Mean over the clips of the logarithm of their mean squared error, which stops to count below 1e-5 (50 dB)."""
+    r"""Mean over the clips of the logarithm of their mean squared error, which stops to count below 1e-6 (60 dB)."""
     error = (reconstruction.float() - sample.float()) * pixel_factor
-    return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-5).log().mean()
+    return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-6).log().mean()
 
 
 def reconstruction_terms(

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
-from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slices, works_in_place
+from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
 from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
-from .temporal_cache import TemporalCache
-from .tiling import Span, spans, time_chunks
+from .planner import MemoryModel, MemoryPlan, free_memory
+from .temporal_cache import TemporalCache, tile_cache
+from .tiling import Span, grid, time_chunks
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -408,6 +409,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_height = 256
         self.tile_sample_min_width = 256
         self.num_frames_per_chunk = 17
+        self.tiling_budget: int | str | None = None  # bytes, or "auto": sizes are chosen for every video
 
     @property
     def config(self) -> LeanVAEConfig:
@@ -525,83 +527,163 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def enable_tiling(
         self,
-        tile_sample_min_height: int | None = None,
+        tile_sample_min_height: int | Literal["auto"] | None = None,
         tile_sample_min_width: int | None = None,
         num_frames_per_chunk: int | None = None,
+        *,
+        budget: int | None = None,
     ) -> None:
         r"""Encode and decode in tiles and in chunks of time, *exactly*: tiles carry a halo as wide as the receptive
         field and are cropped, never blended; chunks hand the last steps of every causal convolution on.
 
         Args:
-            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio.
+            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio. `"auto"`
+                chooses all three sizes for every video by what memory its device has left.
             tile_sample_min_width: Width of a tile in pixels, without halo; a multiple of the spatial ratio.
             num_frames_per_chunk: Frames of the first chunk, `temporal_compression_ratio * n + 1` with n >= 1; later
                 chunks have one frame less.
+            budget: Bytes to choose the sizes by, instead of what is left (see [`plan`]).
         """
-        height = self.tile_sample_min_height if tile_sample_min_height is None else tile_sample_min_height
+        is_auto = tile_sample_min_height == "auto" or budget is not None
+        if is_auto and not (tile_sample_min_height in ("auto", None) and tile_sample_min_width is None):
+            raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
+        height = self.tile_sample_min_height if tile_sample_min_height in ("auto", None) else tile_sample_min_height
         width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
         num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
-            if size < ratio_s or size % ratio_s:
-                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size}.")
+            if not isinstance(size, int) or size < ratio_s or size % ratio_s:
+                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
         if num_frames <= ratio_t or num_frames % ratio_t != 1:
             raise ValueError(
                 f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
                 f"...), got {num_frames}."
             )
-        self.tile_sample_min_height, self.tile_sample_min_width = height, width
+        self.tile_sample_min_height, self.tile_sample_min_width = int(height), width
         self.num_frames_per_chunk = num_frames
+        self.tiling_budget = ("auto" if budget is None else budget) if is_auto else None
         self.use_tiling = True
+
+    def plan(
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype | None = None,
+        budget: int | None = None,
+        batch_size: int = 1,
+        tile: tuple[int, int, int] | None = None,
+    ) -> MemoryPlan:
+        r"""Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
+
+        Args:
+            num_frames: Frames of the video.
+            height: Height in pixels, a multiple of the spatial ratio.
+            width: Width in pixels, a multiple of the spatial ratio.
+            dtype: Dtype of the computation, the model's by default.
+            budget: Bytes above weights and input; by default what the model's device has left.
+            batch_size: Videos at once.
+            tile: Height, width and frames of a tile: predict for these instead of choosing.
+
+        Raises:
+            ValueError: If nothing fits.
+        """
+        shape = (batch_size, num_frames, height, width)
+        item_bytes = (dtype or self.dtype).itemsize
+        model = MemoryModel(
+            dim=self.logvar_proj.in_features,
+            patch_dim=self.in_channels * self.temporal_compression_ratio * self.spatial_compression_ratio**2,
+            latent_channels=self.latent_channels,
+            ratio_t=self.temporal_compression_ratio,
+            ratio_s=self.spatial_compression_ratio,
+            encoder_halo=self.encoder_halo,
+            decoder_halo=self.decoder_halo,
+            slice_elements=slice_elements(self.device),
+        )
+        if tile is not None:
+            return model.plan(shape, tile[:2], tile[2], item_bytes)
+        return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
 
     def _frame(self, latent_frame: int, is_first: bool) -> int:
         r"""The first frame of a latent frame, both counted from the start of a chunk."""
         frame = latent_frame * self.temporal_compression_ratio
         return max(frame - (self.temporal_compression_ratio - 1), 0) if is_first else frame
 
-    def _tiles(self, height: int, width: int, halo: int) -> Iterator[tuple[str, Span, Span]]:
-        for rows in spans(height, self.tile_sample_min_height // self.spatial_compression_ratio, halo):
-            for columns in spans(width, self.tile_sample_min_width // self.spatial_compression_ratio, halo):
-                yield f"{rows.start}.{columns.start}", rows, columns
+    def _layout(
+        self, batch_size: int, num_latent_frames: int, height: int, width: int, cache: TemporalCache | None
+    ) -> tuple[int, int, int]:
+        r"""Height and width of tiles in tokens, and latent frames per chunk, for latents of these sizes."""
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
+        if cache is not None and cache.layout is not None:
+            layout = cache.layout  # a stream keeps its tiles
+        elif self.tiling_budget is not None:
+            budget = None if self.tiling_budget == "auto" else int(self.tiling_budget)
+            num_frames = self.num_sample_frames(num_latent_frames)
+            plan = self.plan(num_frames, height * ratio_s, width * ratio_s, budget=budget, batch_size=batch_size)
+            layout = plan[:3]
+        if cache is not None:
+            cache.layout = layout
+        return layout[0] // ratio_s, layout[1] // ratio_s, layout[2] // ratio_t
 
     def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         if not self.use_tiling:
             return self._encode_chunk(x, is_first, cache)
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        num_latent_frames = -(-x.shape[2] // ratio_t)
-        height, width = x.shape[3] // ratio_s, x.shape[4] // ratio_s
-        moments: torch.Tensor | None = None  # its dtype is the chunks', which autocast may choose
-        for name, rows, columns in self._tiles(height, width, self.encoder_halo):
-            tile = x[:, :, :, rows.source(ratio_s), columns.source(ratio_s)]
-            tile_cache = TemporalCache() if cache is None else cache.tile(name)
-            for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t, is_first):
-                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                chunk = self._encode_chunk(tile[:, :, frames], is_first and start == 0, tile_cache)
-                if moments is None:
+        num_latent_frames, height, width = (
+            -(-x.shape[2] // self.temporal_compression_ratio),
+            x.shape[3] // self.spatial_compression_ratio,
+            x.shape[4] // self.spatial_compression_ratio,
+        )
+        *tile, per_chunk = self._layout(x.shape[0], num_latent_frames, height, width, cache)
+        moments: torch.Tensor | None = None
+        for rows, columns in grid(height, width, tile, self.encoder_halo):
+            for frames, chunk in self._encode_tile(x, rows, columns, per_chunk, is_first, cache):
+                if moments is None:  # its dtype is the chunks', which autocast may choose
                     moments = chunk.new_empty(*chunk.shape[:2], num_latent_frames, height, width)
-                moments[:, :, start:stop, rows.target(), columns.target()] = chunk[..., rows.crop(), columns.crop()]
+                moments[:, :, frames, rows.target(), columns.target()] = chunk
         assert moments is not None
         return moments
+
+    def _encode_tile(
+        self, x: torch.Tensor, rows: Span, columns: Span, per_chunk: int, is_first: bool, cache: TemporalCache | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        r"""Moments of one tile of `x`, without halo, chunk after chunk, each with the latent frames it covers."""
+        ratio = self.spatial_compression_ratio
+        chunks = time_chunks(-(-x.shape[2] // self.temporal_compression_ratio), per_chunk, is_first)
+        with tile_cache(cache, rows, columns, needed=len(chunks) > 1) as state:
+            for start, stop in chunks:
+                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
+                part = x[:, :, frames, rows.source(ratio), columns.source(ratio)]
+                chunk = self._encode_chunk(part, is_first and start == 0, state)
+                yield slice(start, stop), chunk[..., rows.crop(), columns.crop()]
 
     def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         if not self.use_tiling:
             return self._decode_chunk(z, is_first, cache)
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        num_latent_frames, height, width = z.shape[2], z.shape[3], z.shape[4]
-        num_frames = self._frame(num_latent_frames, is_first)
+        num_latent_frames, height, width = z.shape[2:]
+        ratio, num_frames = self.spatial_compression_ratio, self._frame(num_latent_frames, is_first)
+        *tile, per_chunk = self._layout(z.shape[0], num_latent_frames, height, width, cache)
         sample: torch.Tensor | None = None
-        for name, rows, columns in self._tiles(height, width, self.decoder_halo):
-            tile = z[:, :, :, rows.source(), columns.source()]
-            tile_cache = TemporalCache() if cache is None else cache.tile(name)
-            for start, stop in time_chunks(num_latent_frames, self.num_frames_per_chunk // ratio_t, is_first):
-                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                chunk: torch.Tensor = self._decode_chunk(tile[:, :, start:stop], is_first and start == 0, tile_cache)
+        for rows, columns in grid(height, width, tile, self.decoder_halo):
+            for frames, chunk in self._decode_tile(z, rows, columns, per_chunk, is_first, cache):
                 if sample is None:
-                    sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio_s, width * ratio_s)
-                cropped = chunk[..., rows.crop(ratio_s), columns.crop(ratio_s)]
-                sample[:, :, frames, rows.target(ratio_s), columns.target(ratio_s)] = cropped
+                    sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio, width * ratio)
+                sample[:, :, frames, rows.target(ratio), columns.target(ratio)] = chunk
         assert sample is not None
         return sample
+
+    def _decode_tile(
+        self, z: torch.Tensor, rows: Span, columns: Span, per_chunk: int, is_first: bool, cache: TemporalCache | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        r"""Pixels of one tile of `z`, without halo, chunk after chunk, each with the frames it covers."""
+        ratio = self.spatial_compression_ratio
+        chunks = time_chunks(z.shape[2], per_chunk, is_first)
+        with tile_cache(cache, rows, columns, needed=len(chunks) > 1) as state:
+            for start, stop in chunks:
+                part = z[:, :, start:stop, rows.source(), columns.source()]
+                chunk = self._decode_chunk(part, is_first and start == 0, state)
+                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
+                yield frames, chunk[..., rows.crop(ratio), columns.crop(ratio)]
 
     # ---- public -----------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,14 @@ def works_in_place() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def slice_elements(device: torch.device) -> int:
+    r"""Elements that the temporary tensors of a slice may have: 16 MB in float32 on CPU, a GPU's worth of work else."""
+    return 2**22 if device.type == "cpu" else 2**29
+
+
 def slices(size: int, elements_per_item: int, device: torch.device) -> Iterator[slice]:
-    r"""Cut `size` items so that a slice's temporary tensors stay below a few dozen MB on CPU, 2 GB elsewhere."""
-    limit = 2**22 if device.type == "cpu" else 2**29
-    step = max(limit // max(elements_per_item, 1), 1)
+    r"""Cut `size` items so that the temporary tensors of a slice stay below `slice_elements`."""
+    step = max(slice_elements(device) // max(elements_per_item, 1), 1)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
@@ -39,7 +43,8 @@ class CausalDepthwiseConv3d(nn.Conv3d):
     ) -> torch.Tensor:
         num_steps = self.kernel_size[0] - 1
         if cache is None:
-            tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
+            batch_size, _, *frame_shape = hidden_states.shape
+            tail = hidden_states.new_zeros(()).expand(batch_size, num_steps, *frame_shape)  # no memory of its own
         else:
             tail = cache.exchange(self.name, hidden_states, num_steps)
         if not works_in_place():

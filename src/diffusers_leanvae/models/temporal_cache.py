@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from .tiling import Span
 
 
 class TemporalCache:
@@ -17,9 +21,16 @@ class TemporalCache:
         tails: Per convolution name, a tensor of shape `(batch_size, 2, latent_height, latent_width, channels)`.
         tiles: Per tile name, the cache of that tile.
         num_latent_frames: Latent frames seen so far; 0 means that the next chunk starts with the image token.
+        layout: Tile height, tile width and frames per chunk that a memory budget chose for this stream.
+
+    Args:
+        directory: Keep the caches of tiles there while other tiles are computed, and only one in memory. For streams
+            of large videos: the state of a 2160p stream takes several GB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str | Path | None = None) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.layout: tuple[int, int, int] | None = None
         self.tails: dict[str, torch.Tensor] = {}
         self.tiles: dict[str, TemporalCache] = {}
         self.num_latent_frames = 0
@@ -50,7 +61,9 @@ class TemporalCache:
                 f"{tuple(tail.shape)} (batch, time, height, width, channels)."
             )
         # A copy, not a view: a view would keep the whole chunk's activation alive, and see it overwritten.
-        self.tails[name] = torch.cat((tail, hidden_states[:, -num_steps:]), dim=1)[:, -num_steps:].clone()
+        last = hidden_states[:, -num_steps:]
+        short = num_steps - last.shape[1]
+        self.tails[name] = torch.cat((tail[:, -short:], last), dim=1) if short else last.clone()
         return tail
 
     def tile(self, name: str) -> "TemporalCache":
@@ -58,6 +71,8 @@ class TemporalCache:
         if name not in self.tiles:
             self._check_unstarted()
             self.tiles[name] = TemporalCache()
+        elif self.directory is not None:
+            self.tiles[name].tails = load_file(self._parked(name))
         return self.tiles[name]
 
     def _check_unstarted(self) -> None:
@@ -68,9 +83,23 @@ class TemporalCache:
                 "started differently."
             )
 
+    def park(self, name: str) -> None:
+        r"""Move the cache of a tile to `directory`, if there is one, until [`tile`] asks for it."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file(self.tiles[name].tails, self._parked(name))
+            self.tiles[name].tails = {}
+
+    def _parked(self, name: str) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{name}.safetensors"
+
     def reset(self) -> None:
         r"""Forget the stream; the next chunk is the first of a new one."""
-        self.__init__()
+        if self.directory is not None:
+            for name in self.tiles:
+                self._parked(name).unlink(missing_ok=True)
+        self.__init__(self.directory)
 
     def to(self, *args, **kwargs) -> "TemporalCache":
         r"""A copy with its tensors moved or cast as by `torch.Tensor.to`."""
@@ -108,3 +137,14 @@ class TemporalCache:
             cache.tails[name] = tensor
             cache.num_latent_frames = count
         self.num_latent_frames = count
+
+
+@contextmanager
+def tile_cache(cache: TemporalCache | None, rows: Span, columns: Span, needed: bool) -> Iterator[TemporalCache | None]:
+    r"""The state of one tile of a stream; without a stream a passing one, or none if the tile is one chunk."""
+    if cache is None:
+        yield TemporalCache() if needed else None
+        return
+    name = f"{rows.start}.{columns.start}"
+    yield cache.tile(name)
+    cache.park(name)

@@ -1,6 +1,6 @@
 """Geometry of exact tiling: which tokens a tile computes, which of them it keeps, and how a video is cut in time."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -35,10 +35,16 @@ def spans(size: int, tile: int, halo: int) -> list[Span]:
     ]
 
 
-def time_chunks(num_latent_frames: int, per_chunk: int, is_first: bool) -> Iterator[tuple[int, int]]:
+def grid(height: int, width: int, tile: Sequence[int], halo: int) -> list[tuple[Span, Span]]:
+    r"""Rows and columns of every tile of `height` x `width` tokens, `tile` high and wide at most."""
+    return [(rows, columns) for rows in spans(height, tile[0], halo) for columns in spans(width, tile[1], halo)]
+
+
+def time_chunks(num_latent_frames: int, per_chunk: int, is_first: bool) -> list[tuple[int, int]]:
     r"""Bounds of the chunks, in latent frames: `per_chunk` each, one more (the image) for the first of a stream."""
-    start = 0
+    chunks, start = [], 0
     while start < num_latent_frames:
         stop = min(start + per_chunk + (is_first and start == 0), num_latent_frames)
-        yield start, stop
+        chunks.append((start, stop))
         start = stop
+    return chunks

@@ -1,0 +1,196 @@
+"""Write the tables of README.md and model_card.md from the files in results/, and the picture of the README.
+
+    python scripts/render_tables.py            # rewrite the tables (`make tables`)
+    python scripts/render_tables.py --check    # change nothing, exit 1 if a table is not what results/ says
+    python scripts/render_tables.py --picture outputs/demo/frames.png    # docs/images/demo.jpg, after `leanvae demo`
+
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is `weights`, `validation`, `training`, or the
+stem of a results file with a list of flat `rows`, such as `bench_memory`; without its file such a table is empty.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "model_card.md")
+REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
+PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"
+BUNDLED = "compact-16ch"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    r"""A table; columns that hold only numbers are aligned to the right."""
+
+    def is_number(column: int) -> bool:
+        return bool(rows) and all(
+            re.fullmatch(r"[-+]?[\d,.]*( [a-zA-Z]+)?|\*\*[\d.]+\*\*", row[column]) for row in rows
+        )
+
+    rule = ["---:" if is_number(column) else "---" for column in range(len(header))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def source_line(path: Path, result: dict[str, Any]) -> str:
+    r"""Where a number is from: the file, the machine and the command."""
+    where = result.get("provenance")
+    if not where:
+        return f"From `results/{path.name}`.\n"
+    device = where.get("gpu") or f"{where['processor']}, threads: {where['num_threads']}"
+    torch = where["packages"].get("torch", "?")
+    return f"From `results/{path.name}`: `{where['command']}`, {device}, torch {torch}, {where['date']}.\n"
+
+
+def validation_results(results: Path) -> dict[Path, dict[str, Any]]:
+    r"""Every result of the protocol; the bundled model first."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("val-17x256_*.json"))}
+    if not found:
+        raise FileNotFoundError(f"`results` must hold a file val-17x256_*.json, got none in {results}.")
+    return dict(sorted(found.items(), key=lambda item: item[1]["model"] != BUNDLED))
+
+
+def validation(results: Path) -> str:
+    found = validation_results(results)
+    first = next(iter(found.values()))
+    names = [f"{result['model']}, " if len(found) > 1 else "" for result in found.values()]
+    header = ["clip", *(f"{name}{metric}" for name in names for metric in ("PSNR (dB)", "SSIM"))]
+    rows = [
+        [f"`{clip}`", *(cell for result in found.values() for cell in scores(result["clips"][clip]))]
+        for clip in first["clips"]
+    ]
+    rows.append(["**mean**", *(f"**{cell}**" for result in found.values() for cell in scores(result))])
+    protocol = (
+        f"{first['num_videos']} clips: first {first['num_frames']} frames, short side resized to {first['resolution']}, "
+        f"centre crop; posterior means, {first['dtype']}; per frame over RGB, then the mean over frames and clips.\n"
+    )
+    for result in found.values():
+        protocol += (
+            f"`{result['model']}` has {millions(result)} M parameters, {result['latent_channels']} latent channels.\n"
+        )
+    sources = "".join(source_line(path, result) for path, result in found.items())
+    return f"{markdown_table(header, rows)}\n{protocol}\n{sources}"
+
+
+def millions(result: dict[str, Any]) -> str:
+    return f"{result['num_parameters'] / 1e6:.1f}"
+
+
+def scores(result: dict[str, Any]) -> list[str]:
+    return [f"{result[PSNR]:.2f}", f"{result[SSIM]:.4f}"]
+
+
+def weights(results: Path) -> str:
+    (result,) = (r for r in validation_results(results).values() if r["model"] == BUNDLED)
+    rows = [
+        ["parameters", f"{millions(result)} M"],
+        ["latent channels", str(result["latent_channels"])],
+        ["SHA-256 of the weights", f"`{result['weights_sha256'][:16]}...`"],
+    ]
+    log = training_log(results)
+    steps = sorted((record for record in log if "seconds_per_step" in record), key=lambda record: record["step"])
+    if steps:
+        hours, last = 0.0, 0
+        for record in steps:
+            hours += (record["step"] - last) * record["seconds_per_step"] / 3600
+            last = record["step"]
+        rows += [["training steps", f"{last:,}"], ["time of these steps", f"{hours:.2f} hours"]]
+    return markdown_table(["bundled weights", BUNDLED], rows)
+
+
+def training_log(results: Path) -> list[dict[str, Any]]:
+    path = results / f"{BUNDLED}_training.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def training(results: Path) -> str:
+    r"""The validation curve of the training run; about ten rows of it."""
+    curve = sorted((record for record in training_log(results) if PSNR in record), key=lambda record: record["step"])
+    if not curve:
+        return ""
+    chosen = sorted({round(i * (len(curve) - 1) / 10) for i in range(11)})
+    rows = [[str(curve[i]["step"]), f"{curve[i][PSNR]:.2f}"] for i in chosen]
+    return f"{markdown_table(['step', 'PSNR (dB)'], rows)}\nFrom `results/{BUNDLED}_training.jsonl`.\n"
+
+
+def rows_table(results: Path, name: str) -> str:
+    r"""Any file that holds a list of flat dictionaries under `rows`, one column for each key."""
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    keys = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    rows = [[cell(row.get(key)) for key in keys] for row in result["rows"]]
+    return f"{markdown_table([key.replace('_', ' ') for key in keys], rows)}\n{source_line(path, result)}"
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+
+TABLES = {"validation": validation, "weights": weights, "training": training}
+
+
+def render(text: str, results: Path) -> str:
+    r"""The page with every region written anew."""
+
+    def region(match: re.Match[str]) -> str:
+        name = match[2]
+        table = TABLES[name](results) if name in TABLES else rows_table(results, name)
+        return match[1] + (f"\n{table}\n" if table else "") + match[4]
+
+    return REGION.sub(region, text)
+
+
+def write_picture(frames: Path, target: Path) -> None:
+    r"""A JPEG of at most `PICTURE_BYTES`: the best quality that fits."""
+    from PIL import Image
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(frames).convert("RGB")
+    for quality in range(95, 40, -5):
+        picture.save(target, quality=quality, optimize=True, subsampling=0)
+        if target.stat().st_size <= PICTURE_BYTES:
+            print(f"{target}  {picture.width}x{picture.height}  {target.stat().st_size:,} bytes")
+            return
+    raise ValueError(f"`frames` must fit into {PICTURE_BYTES} bytes as a JPEG, got {target.stat().st_size}.")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a table would change")
+    parser.add_argument("--picture", type=Path, metavar="FRAMES", help=f"write {PICTURE} from this picture, and stop")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pages and of results/")
+    arguments = parser.parse_args()
+    if arguments.picture is not None:
+        write_picture(arguments.picture, arguments.root / PICTURE)
+        return 0
+    status = 0
+    for page in PAGES:
+        path = arguments.root / page
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text, arguments.root / "results")
+        if rendered == text:
+            continue
+        if arguments.check:
+            sys.stdout.writelines(difflib.unified_diff(text.splitlines(True), rendered.splitlines(True), page, page))
+            status = 1
+        else:
+            path.write_text(rendered, encoding="utf-8")
+            print(f"{page}: tables written")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Published numbers are those of results/: tables regenerate without a difference, and belong to the weights shipped."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_leanvae import bundled
+from diffusers_leanvae.results import sha256
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "render_tables.py"
+VALIDATION = "results/val-17x256_compact-16ch.json"
+
+
+def render_tables(*arguments: object) -> tuple[int, str]:
+    result = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+    assert not result.stderr, result.stderr
+    return result.returncode, result.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for page in ("README.md", "model_card.md"):
+        shutil.copy(ROOT / page, tmp_path / page)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    return tmp_path
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_pages_say_what_the_results_say():
+    code, difference = render_tables("--check")
+    assert code == 0, f"run `make tables`:\n{difference}"
+
+
+def test_a_changed_number_is_found(copy: Path):
+    assert render_tables("--check", "--root", copy) == (0, "")
+    before = {page: (copy / page).read_text() for page in ("README.md", "model_card.md")}
+    change(copy / VALIDATION, psnr_frame_mean_rgb=12.345)
+    code, difference = render_tables("--check", "--root", copy)
+    assert code == 1
+    assert all(re.search(rf"^\+\+\+ {page}$", difference, re.MULTILINE) for page in before)
+    assert all((copy / page).read_text() == text for page, text in before.items())  # checking writes nothing
+    assert render_tables("--root", copy)[0] == 0
+    assert all("**12.3" in (copy / page).read_text() for page in before)
+    assert render_tables("--check", "--root", copy) == (0, "")
+
+
+def test_a_number_typed_by_hand_is_found(copy: Path):
+    text = (copy / "README.md").read_text()
+    mean = re.search(r"\| \*\*mean\*\* \| \*\*([\d.]+)\*\*", text)
+    assert mean is not None
+    (copy / "README.md").write_text(text[: mean.start(1)] + "99.99" + text[mean.end(1) :])
+    assert render_tables("--check", "--root", copy)[0] == 1
+
+
+def test_other_models_become_columns_and_rows_become_tables(copy: Path):
+    other = copy / "results" / "val-17x256_other.json"
+    shutil.copy(copy / VALIDATION, other)
+    change(other, model="other-4ch", psnr_frame_mean_rgb=23.456)
+    rows = [{"clip": "17x256x256", "tiled": False, "peak_mb": 1234.5}, {"clip": "17x512x512", "tiled": True}]
+    (copy / "results" / "bench_memory.json").write_text(json.dumps({"rows": rows}))
+    page = copy / "README.md"
+    page.write_text(
+        "<!-- table: validation -->\n<!-- end table -->\n<!-- table: bench_memory -->\n<!-- end table -->\n"
+    )
+    assert render_tables("--root", copy)[0] == 0
+    text = page.read_text()
+    assert "| clip | compact-16ch, PSNR (dB) | compact-16ch, SSIM | other-4ch, PSNR (dB) | other-4ch, SSIM |" in text
+    assert "**23.46**" in text
+    assert "| clip | tiled | peak mb |" in text
+    assert "| 17x256x256 | no | 1,234 |" in text and "| 17x512x512 | yes |  |" in text
+
+
+def test_measured_are_the_weights_that_are_shipped():
+    result = json.loads((ROOT / VALIDATION).read_text())
+    weights = bundled.model_path("compact-16ch") / "diffusion_pytorch_model.safetensors"
+    assert result["weights_sha256"] == sha256(weights), f"measure again: see results/README.md ({VALIDATION})"
+
+
+def test_picture_is_small():
+    assert 10_000 < (ROOT / "docs" / "images" / "demo.jpg").stat().st_size <= 250_000
