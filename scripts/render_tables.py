@@ -1,11 +1,11 @@
-"""Write the tables of README.md and model_card.md from the files in results/, and the picture of the README.
+"""Write the tables of README.md, model_card.md and results/README.md from results/, and the picture of the README.
 
     python scripts/render_tables.py            # rewrite the tables (`make tables`)
     python scripts/render_tables.py --check    # change nothing, exit 1 if a table is not what results/ says
     python scripts/render_tables.py --picture outputs/demo/frames.png    # docs/images/demo.jpg, after `leanvae demo`
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is `weights`, `validation`, `training`, or the
-stem of a results file with a list of flat `rows`, such as `bench_memory`; without its file such a table is empty.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is `weights`, `validation`, `training`, or
+the stem of a results file with a list of flat `rows`, such as `bench_memory`; without its file such a table is empty.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "model_card.md")
+PAGES = ("README.md", "model_card.md", "results/README.md")
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
 PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"
@@ -66,12 +66,13 @@ def validation(results: Path) -> str:
     ]
     rows.append(["**mean**", *(f"**{cell}**" for result in found.values() for cell in scores(result))])
     protocol = (
-        f"{first['num_videos']} clips: first {first['num_frames']} frames, short side resized to {first['resolution']}, "
-        f"centre crop; posterior means, {first['dtype']}; per frame over RGB, then the mean over frames and clips.\n"
+        f"{first['num_videos']} clips, first {first['num_frames']} frames, short side resized to "
+        f"{first['resolution']}, centre crop; posterior means, {first['dtype']}; per frame over RGB, then the mean "
+        "over frames and clips.\n"
     )
     for result in found.values():
         protocol += (
-            f"`{result['model']}` has {millions(result)} M parameters, {result['latent_channels']} latent channels.\n"
+            f"`{result['model']}`: {millions(result)} M parameters, {result['latent_channels']} latent channels.\n"
         )
     sources = "".join(source_line(path, result) for path, result in found.items())
     return f"{markdown_table(header, rows)}\n{protocol}\n{sources}"
@@ -126,7 +127,9 @@ def rows_table(results: Path, name: str) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     keys = list(dict.fromkeys(key for row in result["rows"] for key in row))
     rows = [[cell(row.get(key)) for key in keys] for row in result["rows"]]
-    return f"{markdown_table([key.replace('_', ' ') for key in keys], rows)}\n{source_line(path, result)}"
+    about = [f"{key}: {value}. ".replace("_", " ") for key, value in result.items() if isinstance(value, str)]
+    table = markdown_table([key.replace("_", " ") for key in keys], rows)
+    return f"{table}\n{''.join(about)}{source_line(path, result)}"
 
 
 def cell(value: Any) -> str:
@@ -134,6 +137,8 @@ def cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return "x".join(map(cell, value))
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")

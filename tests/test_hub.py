@@ -46,7 +46,7 @@ def run_python(code: str, *arguments: object, **environment: str) -> str:
     return result.stdout
 
 
-# --- Registration ----------------------------------------------------------------------------------------------------
+# --- Registration --------------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_diffusers_is_what_we_take_it_for():
@@ -70,7 +70,7 @@ def test_registering_again_changes_nothing():
     assert pipeline_loading_utils.LOADABLE_CLASSES == before
 
 
-# --- A stock pipeline with our autoencoder -----------------------------------------------------------------------------
+# --- A stock pipeline with our autoencoder ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def assert_same_weights(actual: dict[str, torch.Tensor], expected: dict[str, tor
         assert torch.equal(actual[key], tensor), key
 
 
-# --- Push and pull -----------------------------------------------------------------------------------------------------
+# --- Push and pull ---------------------------------------------------------------------------------------------------
 
 
 class LocalHub(ThreadingHTTPServer):

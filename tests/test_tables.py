@@ -1,4 +1,4 @@
-"""Published numbers are those of results/: tables regenerate without a difference, and belong to the weights shipped."""
+"""Published numbers are those of results/: tables regenerate without a difference, for the weights shipped."""
 
 import json
 import re
@@ -66,18 +66,21 @@ def test_other_models_become_columns_and_rows_become_tables(copy: Path):
     other = copy / "results" / "val-17x256_other.json"
     shutil.copy(copy / VALIDATION, other)
     change(other, model="other-4ch", psnr_frame_mean_rgb=23.456)
-    rows = [{"clip": "17x256x256", "tiled": False, "peak_mb": 1234.5}, {"clip": "17x512x512", "tiled": True}]
+    rows = [
+        {"clip": "17x256x256", "tiled": False, "tile": [64, 32], "peak_mb": 1234.5},
+        {"clip": "17x512x512", "tiled": True},
+    ]
     (copy / "results" / "bench_memory.json").write_text(json.dumps({"rows": rows}))
     page = copy / "README.md"
-    page.write_text(
-        "<!-- table: validation -->\n<!-- end table -->\n<!-- table: bench_memory -->\n<!-- end table -->\n"
-    )
+    names = ("validation", "bench_memory", "no_such_file")
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end table -->\n" for name in names))
     assert render_tables("--root", copy)[0] == 0
     text = page.read_text()
     assert "| clip | compact-16ch, PSNR (dB) | compact-16ch, SSIM | other-4ch, PSNR (dB) | other-4ch, SSIM |" in text
     assert "**23.46**" in text
-    assert "| clip | tiled | peak mb |" in text
-    assert "| 17x256x256 | no | 1,234 |" in text and "| 17x512x512 | yes |  |" in text
+    assert "| clip | tiled | tile | peak mb |" in text
+    assert "| 17x256x256 | no | 64x32 | 1,234 |" in text and "| 17x512x512 | yes |  |  |" in text
+    assert text.endswith("<!-- table: no_such_file -->\n<!-- end table -->\n")
 
 
 def test_measured_are_the_weights_that_are_shipped():

@@ -1,7 +1,9 @@
-"""`leanvae` on the command line: reconstruct, encode, decode, convert, info, demo."""
+"""`leanvae` on the command line: reconstruct, encode, decode, live, convert, info, eval, demo."""
 
 import json
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +93,7 @@ def _run(command: Callable[[], Any]) -> Any:
         typer.echo("error: out of memory; try a smaller `--size`, or `--dtype bfloat16`.", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; no unfinished output was left", err=True)
+        typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
 
 
@@ -318,6 +320,37 @@ def _is_latents(path: str) -> bool:
         return False
 
 
+@app.command()
+def live(
+    width: Annotated[int, typer.Option(min=1, help="Width of the frames in pixels.")],
+    height: Annotated[int, typer.Option(min=1, help="Height of the frames in pixels.")],
+    model: Model = bundled.DEFAULT,
+    num_frames_per_step: Annotated[int, typer.Option(min=4, help="Fewer: earlier; more: faster.")] = 4,
+    side_by_side: Annotated[bool, typer.Option(help="Original to the left, reconstruction to the right.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Raw RGB24 frames from standard input, reconstructed, to standard output as they come."""
+    from .live import reconstruct_stream
+
+    def command() -> None:
+        vae = load_model(model, device, dtype)
+        # Unbuffered: frames leave at once, and a reader that went away is noticed here and not when Python ends.
+        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as target:
+            count = reconstruct_stream(
+                vae,
+                sys.stdin.buffer,
+                target,
+                width,
+                height,
+                num_frames_per_step=num_frames_per_step,
+                side_by_side=side_by_side,
+            )
+        typer.echo(f"{count} frames", err=True)
+
+    _run(command)
+
+
 @app.command("eval")
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of videos.")],
@@ -369,6 +402,8 @@ def demo(
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     warnings.showwarning = lambda message, *_: typer.echo(f"warning: {_first_sentence(message)}", err=True)  # type: ignore[arg-type, assignment]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished outputs are removed
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -98,7 +98,9 @@ def _share_tiles(
     height, width = shape[3] // scale, shape[4] // scale
     num_latent_frames = shape[2] if scale == 1 else source.shape[2]
     layout = [vae._layout(1 if vae.use_slicing else shape[0], num_latent_frames, height, width, None)]
-    dist.broadcast_object_list(layout, group=group, group_src=0)  # what is left of memory may differ among processes
+    dist.broadcast_object_list(
+        layout, group=group, group_src=0, device=source.device
+    )  # what is left of memory may differ among processes
     *size, per_chunk = layout[0]
     tiles = [
         (whole[item, :, :, rows.target(scale), columns.target(scale)], source[item], rows, columns)

@@ -5,7 +5,6 @@ are written beside and renamed, so that whatever carries the final name is whole
 """
 
 import json
-import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +22,15 @@ from .data import pixels_to_sample, resize_frames, short_side_size
 from .evaluation.metrics import frame_psnr, frame_ssim
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
-from .video_io import IMAGE_EXTENSIONS, VideoError, VideoWriter, iter_video, probe_video
+from .video_io import (
+    IMAGE_EXTENSIONS,
+    VideoError,
+    VideoWriter,
+    iter_video,
+    partial_path,
+    probe_video,
+    remove_stale_partials,
+)
 
 
 Progress = Callable[[int], Any]  # told how many frames were just finished
@@ -270,8 +277,9 @@ class _LatentsWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        self.spool_path = path.with_name(f".{path.name}.spool-{os.getpid()}")
-        self.partial_path = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        remove_stale_partials(path)
+        self.spool_path = partial_path(path, "spool")
+        self.partial_path = partial_path(path, "partial")
         self.shape: tuple[int, ...] = ()
         self.num_latent_frames = 0
         self.dtype = torch.float32

@@ -4,6 +4,7 @@ The state is the object's own, so any number of streams may interleave on one mo
 whole video up to float rounding (`tests/test_streaming.py`: 1e-10 in float64).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from .models.temporal_cache import TemporalCache
 class _Stream:
     r"""Collects pieces along time until a step is full; the first step takes one more, the image."""
 
-    def __init__(self, vae: Any, step: int):
+    def __init__(self, vae: Any, step: int, cache_directory: str | Path | None):
         self.vae = vae
         self.step = step
+        self.cache = TemporalCache(cache_directory)
         self.reset()
 
     def reset(self) -> None:
         r"""Forget the stream; the next piece pushed is the first of a new one."""
-        self.cache = TemporalCache()
+        self.cache.reset()
         self.pending: list[torch.Tensor] = []
         self.num_pushed = 0
 
@@ -89,6 +91,7 @@ class StreamingEncoder(_Stream):
             are faster and take more memory.
         sample_posterior: Whether to sample the posterior instead of taking its mean.
         generator: Random generator of the posterior sample.
+        cache_directory: Keep the state of tiles on disk between steps (see `TemporalCache`); needs tiling.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class StreamingEncoder(_Stream):
         num_frames_per_step: int = 16,
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
+        cache_directory: str | Path | None = None,
     ):
         ratio = vae.temporal_compression_ratio
         if num_frames_per_step < ratio or num_frames_per_step % ratio:
@@ -105,7 +109,7 @@ class StreamingEncoder(_Stream):
             )
         self.sample_posterior = sample_posterior
         self.generator = generator
-        super().__init__(vae, num_frames_per_step)
+        super().__init__(vae, num_frames_per_step, cache_directory)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         r"""Take the next frames, any number of them.
@@ -121,7 +125,8 @@ class StreamingEncoder(_Stream):
     def flush(self) -> torch.Tensor | None:
         r"""End the stream: the latents of the frames still waiting, or `None`; then reset.
 
-        A last group that is not full is completed by repeating the last frame: cut the decoded video to `num_pushed`.
+        A last group that is not full is completed by repeating the last frame: cut the decoded video to as many frames
+        as were pushed.
         """
         missing = (1 - self.num_pushed) % self.vae.temporal_compression_ratio
         if self.num_pushed and missing:
@@ -139,12 +144,13 @@ class StreamingDecoder(_Stream):
     Args:
         vae: The autoencoder; its tiling settings apply.
         num_latent_frames_per_step: Latent frames to collect before the network runs.
+        cache_directory: Keep the state of tiles on disk between steps (see `TemporalCache`); needs tiling.
     """
 
-    def __init__(self, vae: Any, num_latent_frames_per_step: int = 4):
+    def __init__(self, vae: Any, num_latent_frames_per_step: int = 4, cache_directory: str | Path | None = None):
         if num_latent_frames_per_step < 1:
             raise ValueError(f"`num_latent_frames_per_step` must be positive, got {num_latent_frames_per_step}.")
-        super().__init__(vae, num_latent_frames_per_step)
+        super().__init__(vae, num_latent_frames_per_step, cache_directory)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         r"""Take the next latents, any number of frames.

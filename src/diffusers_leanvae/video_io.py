@@ -14,8 +14,11 @@ Frame `i` is the `i`-th frame the decoder puts out, in presentation order. Nothi
 frame rate constant: a variable-rate file yields its frames, and `VideoInfo.fps` is their average rate.
 """
 
+import glob
 import itertools
 import os
+import platform
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,6 +109,26 @@ class VideoInfo:
     codec: str
     pixel_format: str
     is_image: bool
+
+
+def partial_path(path: Path, kind: str, suffix: str = "") -> Path:
+    r"""The hidden name, beside `path`, under which this process writes it until it is whole."""
+    return path.with_name(f".{path.name}.{kind}-{platform.node()}-{os.getpid()}{suffix}")
+
+
+def remove_stale_partials(path: Path) -> None:
+    r"""Remove what killed processes of this machine left of an unfinished `path`."""
+    if os.name != "posix":
+        return  # elsewhere there is no harmless way to ask whether a process lives
+    name = f".{glob.escape(path.name)}.*-{glob.escape(platform.node())}-*"
+    for partial in path.parent.glob(name):
+        match = re.search(r"-(\d+)(\.\w+)?$", partial.name)
+        try:
+            os.kill(int(match[1]) if match else os.getpid(), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue
 
 
 def list_videos(folder: PathLike) -> list[Path]:
@@ -588,7 +611,8 @@ class VideoWriter:
             raise VideoError(f"Cannot write {str(path)!r}: it exists and `overwrite` is false.")
         self._fps = Fraction(fps).limit_denominator(1001) if isinstance(fps, float) else Fraction(fps)
         self._codec, self._crf, self._preset = codec, crf, preset
-        self._partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}{suffix}")
+        remove_stale_partials(self.path)
+        self._partial = partial_path(self.path, "partial", suffix)
         self._resources = ExitStack()
         self._container: OutputContainer | None = None
         self._stream: VideoStream

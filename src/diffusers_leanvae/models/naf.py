@@ -21,7 +21,7 @@ def works_in_place() -> bool:
 
 
 def slice_elements(device: torch.device) -> int:
-    r"""Elements that the temporary tensors of a slice may have: 16 MB in float32 on CPU, a GPU's worth of work else."""
+    r"""Elements that the temporary tensors of a slice may have: 16 MB in float32 on CPU, 2 GB elsewhere."""
     return 2**22 if device.type == "cpu" else 2**29
 
 

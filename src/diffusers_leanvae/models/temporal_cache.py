@@ -123,7 +123,11 @@ class TemporalCache:
         r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         if self._is_broken:
             raise ValueError("`state_dict` must be taken between chunks, got a stream whose last chunk failed.")
-        return self._tensors() | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
+        parked = {}
+        if self.directory is not None:
+            for name in self.tiles:
+                parked |= {f"{name}/{key}": tail for key, tail in load_file(self._parked(name)).items()}
+        return self._tensors() | parked | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         r"""Restore what [`TemporalCache.state_dict`] gave."""
@@ -137,6 +141,8 @@ class TemporalCache:
             cache.tails[name] = tensor
             cache.num_latent_frames = count
         self.num_latent_frames = count
+        for name in self.tiles:
+            self.park(name)
 
 
 @contextmanager

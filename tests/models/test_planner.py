@@ -1,0 +1,94 @@
+"""The planner's choices, and streams whose tiles are parked on disk."""
+
+import pytest
+import torch
+
+from diffusers_leanvae import StreamingDecoder, StreamingEncoder
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def full_size() -> AutoencoderKLLeanVAE:
+    with torch.device("meta"):
+        return AutoencoderKLLeanVAE(latent_channels=16)
+
+
+def test_a_larger_budget_never_means_more_work(full_size):
+    plans = [full_size.plan(17, 1080, 1920, budget=budget * MIB) for budget in (700, 1000, 1500, 4000)]
+    work = [plan.encode_overhead + 2.5 * plan.decode_overhead for plan in plans]
+    assert work == sorted(work, reverse=True) and work[0] > 3.5
+    assert plans[-1][:2] == (1080, 1920) and plans[-1].decode_overhead == 1.0
+    for plan, budget in zip(plans, (700, 1000, 1500, 4000), strict=True):
+        assert plan.peak_bytes <= budget * MIB
+
+
+def test_sizes_are_legal_for_enable_tiling(full_size, make_model):
+    for num_frames, height, width in ((17, 1080, 1920), (1, 2160, 3840), (241, 256, 256), (5, 8, 8)):
+        plan = full_size.plan(num_frames, height, width, budget=3000 * MIB)
+        make_model().enable_tiling(*plan[:3])
+
+
+def test_half_precision_takes_about_half(full_size):
+    tile = (1080, 1920, 17)
+    single = full_size.plan(17, 1080, 1920, torch.float32, tile=tile)
+    half = full_size.plan(17, 1080, 1920, torch.bfloat16, tile=tile)
+    assert half.peak_bytes == single.peak_bytes // 2
+
+
+def test_nothing_fits(full_size):
+    with pytest.raises(
+        ValueError, match=r"`budget` must be at least about \d+ MiB for 17 frames of 1920x1080, got 1 MiB"
+    ):
+        full_size.plan(17, 1080, 1920, budget=MIB)
+
+
+@torch.no_grad()
+def test_auto_and_budget_change_nothing_but_memory(make_model, make_video, monkeypatch):
+    model, video = make_model(torch.float64), make_video(1, 3, 21, 64, 96, dtype=torch.float64)
+    z = model.encode(video).latent_dist.mode()
+    expected = model.decode(z).sample
+    assert not model.use_tiling
+    shapes = []
+    original = AutoencoderKLLeanVAE._decode_chunk
+
+    def spy(self, chunk, *args):
+        shapes.append(tuple(chunk.shape[2:]))
+        return original(self, chunk, *args)
+
+    monkeypatch.setattr(AutoencoderKLLeanVAE, "_decode_chunk", spy)
+    small = model.plan(21, 64, 96, tile=(32, 32, 9)).peak_bytes
+    for settings in ({"budget": small}, {"tile_sample_min_height": "auto"}):
+        shapes.clear()
+        model.enable_tiling(**settings)
+        torch.testing.assert_close(model.encode(video).latent_dist.mode(), z, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model.decode(z).sample, expected, rtol=0, atol=1e-10)
+        assert (len(shapes) > 1) == ("budget" in settings)  # there is plenty of memory for such a video
+    with pytest.raises(ValueError, match="must come without tile sizes"):
+        model.enable_tiling(64, budget=10**9)
+
+
+@torch.no_grad()
+def test_parked_caches_give_the_same_stream(make_model, make_video, tmp_path):
+    model, video = make_model(torch.float64), make_video(1, 3, 21, 40, 48, dtype=torch.float64)
+    z = model.encode(video).latent_dist.mode()
+    expected = model.decode(z).sample
+    model.enable_tiling(16, 24, 5)
+    encoder = StreamingEncoder(model, 4, cache_directory=tmp_path / "encoder")
+    decoder = StreamingDecoder(model, 1, cache_directory=tmp_path / "decoder")
+    latents, frames = [], []
+    for frame in video.split(1, dim=2):
+        latents.append(encoder.push(frame))
+        assert encoder.cache.nbytes() == decoder.cache.nbytes() == 0  # nothing stays in memory between the steps
+        if latents[-1] is not None:
+            frames.append(decoder.push(latents[-1]))
+    assert len(list((tmp_path / "encoder").iterdir())) == 6
+    latents, frames = ([part for part in parts if part is not None] for parts in (latents, frames))
+    torch.testing.assert_close(torch.cat(latents, dim=2), z, rtol=0, atol=1e-10)
+    frames.append(decoder.flush())
+    frames = [part for part in frames if part is not None]
+    torch.testing.assert_close(torch.cat(frames, dim=2), expected, rtol=0, atol=1e-10)
+    encoder.reset()
+    assert not list((tmp_path / "encoder").iterdir())
