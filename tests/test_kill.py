@@ -85,7 +85,7 @@ def test_killed_in_the_middle_and_started_again_in_constant_memory(folder, tmp_p
     assert process.returncode == 0, errors
     assert num_frames_in(tmp_path / "short.mp4") == 200
     assert num_frames_in(output) == 1200
-    visible = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    visible = sorted(path.name for path in tmp_path.iterdir())  # what the killed process left is gone, too
     assert visible == ["out.mp4", "short.mp4"]
     if sys.platform == "linux":
         short, long = (int(peak) for peak in re.findall(r"VmHWM:\s+(\d+) kB", said))
@@ -97,5 +97,5 @@ def test_interrupted_in_the_middle(folder, tmp_path):
     output = tmp_path / "out.mp4"
     code, errors = stop_in_the_middle(start(folder, folder / "1200.mp4", output), output, signal.SIGINT)
     assert code == 130, errors
-    assert "interrupted; no unfinished output was left" in errors
+    assert "interrupted" in errors
     assert list(tmp_path.iterdir()) == []
