@@ -115,9 +115,9 @@ def _jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], suffix
 
 def _process(
     jobs: list[tuple[Path, Path]], overwrite: bool, work: Callable[[Path, Path, files.Progress], Any]
-) -> list:
+) -> None:
     r"""Do every job; in a folder go on past a bad file, skip what is finished, and fail at the end."""
-    results, failures = [], []
+    failures = []
     is_folder = len(jobs) > 1
     for number, (source, target) in enumerate(jobs, start=1):
         if is_folder and target.exists() and not overwrite:
@@ -127,7 +127,7 @@ def _process(
         description = f"[{number}/{len(jobs)}] {source.name}" if is_folder else source.name
         with tqdm(desc=description, unit=" frames", disable=not sys.stderr.isatty(), leave=False) as bar:
             try:
-                results.append((source, target, work(source, target, bar.update)))
+                work(source, target, bar.update)
             except (ValueError, OSError) as error:
                 if not is_folder:
                     raise
@@ -135,7 +135,6 @@ def _process(
                 typer.echo(f"error: {_first_sentence(error)}", err=True)
     if failures:
         raise CommandError(f"{len(failures)} of {len(jobs)} files failed: {', '.join(map(str, failures))}")
-    return results
 
 
 @app.command()
