@@ -47,6 +47,7 @@ from diffusers_leanvae.evaluation.metrics import frame_psnr
 from diffusers_leanvae.initialization import initialize_from_principal_components
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights, VAETrainingModule
+from diffusers_leanvae.optimizers import MuonAdamW
 from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.video_io import list_videos
 
@@ -132,6 +133,17 @@ def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
         if json.dumps(vae.config[key]) != json.dumps(value):
             raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")
     return vae
+
+
+def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.betas[0], recipe.betas[1]),
+        "weight_decay": recipe.weight_decay,
+    }
+    if recipe.name == "muon":
+        return MuonAdamW(module.named_parameters(), **common)
+    return torch.optim.AdamW(module.parameters(), fused=True, **common)
 
 
 def training_videos(dataset: VideoFolder, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -318,13 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.init == "pca" and checkpoint is None and is_main:  # the other processes receive these weights below
         initialize_from_principal_components(vae, training_videos(dataset, recipe.num_init_clips, device))
     averaged_vae = copy.deepcopy(vae).requires_grad_(False).eval()  # filled from `ema` when it is needed
-    optimizer = torch.optim.AdamW(
-        vae.parameters(),
-        lr=recipe.optimizer.learning_rate,
-        betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(recipe.optimizer, vae)
     module, optimizer = accelerator.prepare(VAETrainingModule(vae, recipe.loss), optimizer)
     if recipe.compile:
         module.compile()

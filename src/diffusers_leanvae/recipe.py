@@ -20,8 +20,9 @@ Recipe = TypeVar("Recipe")
 
 @dataclasses.dataclass
 class OptimizerRecipe:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the feed-forwards' matrices, AdamW for the rest
     learning_rate: float = 5e-5
     final_learning_rate: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
