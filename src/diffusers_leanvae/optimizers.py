@@ -26,7 +26,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     x = matrix.float()
     x = x / x.norm().clamp(min=1e-7)
     is_tall = x.shape[0] > x.shape[1]
-    # X p(X'X) p(...) ...: all factors are polynomials of one small Gram matrix, so that the long side is touched twice.
+    # Every factor is a polynomial of one small Gram matrix, so the long side is touched only twice.
     gram = x.t() @ x if is_tall else x @ x.t()
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     product = identity
