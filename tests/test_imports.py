@@ -28,6 +28,7 @@ LAYERS = {
     "video_io": 1,
     "recipe": 1,
     "objectives": 1,
+    "regularizers": 1,
     "discriminator": 1,
     "evaluation.metrics": 1,
     "padding": 1,

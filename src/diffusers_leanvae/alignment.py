@@ -1,0 +1,97 @@
+"""Another video autoencoder as teacher, so that a LeanVAE can stand in for it inside its pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+
+from .regularizers import AlignmentWeights, alignment_terms  # layer 1, where training modules reach them
+
+
+__all__ = ["AlignmentWeights", "Teacher", "alignment_terms"]
+
+
+class Teacher:
+    r"""A frozen autoencoder of diffusers whose latents a student learns to make and to decode.
+
+    Deliberately no `nn.Module`: as an attribute of one it is neither trained, nor saved, nor synchronised.
+
+    Args:
+        vae: Any video autoencoder with `encode(...).latent_dist`, `AutoencoderKLWan` first. It is set to evaluation
+            mode and frozen.
+
+    Attributes:
+        latent_channels: Channels of its latents.
+        compression_ratios: Pixels per latent in time, height and width; `None` where the model does not tell.
+        latents_mean: Mean of each latent channel from its config, for the student to take over, or `None`.
+        latents_std: Standard deviation of each latent channel, likewise.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        config = vae.config
+        self.vae = vae.requires_grad_(False).eval()
+        self.latent_channels: int = config.z_dim if "z_dim" in config else config.latent_channels
+        temporal = _declared(vae, "temporal_compression_ratio", "scale_factor_temporal")
+        spatial = _declared(vae, "spatial_compression_ratio", "scale_factor_spatial")
+        self.compression_ratios = (temporal, spatial, spatial)
+        self.latents_mean = _statistics(config, "latents_mean", self.latent_channels)
+        self.latents_std = _statistics(config, "latents_std", self.latent_channels)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo: str | Path, subfolder: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "Teacher":
+        r"""Load the teacher from a folder or from the Hub, whatever its class in diffusers.
+
+        Args:
+            path_or_repo: Folder or Hub repository of the autoencoder or of its pipeline.
+            subfolder: Where the autoencoder is in there: `"vae"` in that of a pipeline.
+            dtype: Dtype that it encodes in.
+        """
+        return cls(AutoModel.from_pretrained(str(path_or_repo), subfolder=subfolder, torch_dtype=dtype))
+
+    def check_student(self, student: Any) -> None:
+        r"""Raise a `ValueError` unless `student`, a LeanVAE, has latents of the teacher's shape for every video."""
+        spatial = student.spatial_compression_ratio
+        ratios = (student.temporal_compression_ratio, spatial, spatial)
+        same = all(mine in (None, its) for mine, its in zip(self.compression_ratios, ratios, strict=True))
+        if self.latent_channels != student.latent_channels or not same:
+            wanted, got = ("x".join(map(str, r)) for r in (self.compression_ratios, ratios))
+            raise ValueError(
+                f"`student` must have the teacher's latents, {self.latent_channels} channels at a compression of "
+                f"{wanted} (`latent_channels`, and `patch_size` half of the compression), got "
+                f"{student.latent_channels} channels at {got}."
+            )
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        r"""Move the teacher to a device."""
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        r"""Posterior means, un-normalised, of videos.
+
+        Args:
+            sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`, in sizes of the teacher's.
+
+        Returns:
+            Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)` in the dtype of
+            `sample`. Autocast does not reach the teacher: its latents are those of its own dtype.
+        """
+        with torch.autocast(sample.device.type, enabled=False):
+            return self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode().to(sample.dtype)
+
+
+def _declared(vae: Any, attribute: str, config_key: str) -> int | None:
+    r"""A compression ratio: models of diffusers tell it as an attribute, in their config, or under Wan's name."""
+    value = vae.__dict__.get(attribute, vae.config.get(attribute, vae.config.get(config_key)))
+    return None if value is None else int(value)
+
+
+def _statistics(config: Any, name: str, latent_channels: int) -> list[float] | None:
+    values = config.get(name)
+    if values is not None and len(values) != latent_channels:
+        raise ValueError(f"`{name}` in the teacher's config must have {latent_channels} entries, got {len(values)}.")
+    return None if values is None else [float(value) for value in values]
