@@ -1,14 +1,12 @@
-"""Training losses as pure functions of tensors, and the one module that a training step calls.
+"""Losses of the plain recipe as pure functions of tensors; `training_module.py` puts all losses together.
 
 Terms are unweighted and in float32. Pixel and sub-band terms are measured in the model's own pixel range
 (`sample * pixel_factor`), so that the published weights keep their meaning for every `pixel_factor`.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 
@@ -23,6 +21,8 @@ class LossWeights:
     l1_low: float = 0.2
     l1_high: float = 0.4
     kl: float = 1e-7
+    lpips: float = 0.0  # 4 in the reference; needs the weights of VGG16
+    ms_ssim: float = 0.0  # a perceptual term that needs no weights
     log_mse: float = 0.0  # ours: PSNR itself, up to a factor; relative errors of easy and of hard clips weigh the same
 
 
@@ -79,46 +79,3 @@ def reconstruction_terms(
         "kl": kl_divergence(mean, logvar),
         "log_mse": log_mse(sample, reconstruction, pixel_factor),
     }
-
-
-class VAETrainingModule(nn.Module):
-    r"""A video autoencoder together with its losses.
-
-    Wrap this module (not the autoencoder) for distributed training: gradients are synchronised only for what runs
-    inside the wrapped `forward`. Terms that need more networks (perceptual, adversarial) join here: the network in
-    `__init__`, its term in `forward`, its weight in `LossWeights`.
-    """
-
-    def __init__(self, vae: nn.Module, weights: LossWeights | None = None) -> None:
-        super().__init__()
-        # This layer knows no model class: anything with `analyze`, `encode`, `decode_subbands`, `synthesize` will do.
-        self.vae: Any = vae
-        self.weights = LossWeights() if weights is None else weights
-
-    def forward(
-        self, sample: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        r"""The weighted loss and its detached, unweighted terms.
-
-        Args:
-            sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
-            noise: Standard normal noise of the posterior sample, shape of the latents; `None` decodes the means.
-        """
-        target_bands = self.vae.analyze(sample)
-        posterior = self.vae.encode(sample).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        predicted_bands = self.vae.decode_subbands(latents)
-        # Under autocast the network answers in bfloat16; the synthesis is a sum of sub-bands and deserves float32.
-        predicted_bands = type(predicted_bands)(*(None if band is None else band.float() for band in predicted_bands))
-        reconstruction = self.vae.synthesize(predicted_bands)
-        terms = reconstruction_terms(
-            sample,
-            reconstruction,
-            target_bands,
-            predicted_bands,
-            posterior.mean,
-            posterior.logvar,
-            self.vae.config.pixel_factor,
-        )
-        loss = sum((weight * terms[name] for name, weight in asdict(self.weights).items()), sample.new_zeros(()))
-        return loss, {name: term.detach() for name, term in terms.items()}

@@ -22,11 +22,12 @@ Recipe = TypeVar("Recipe")
 class OptimizerRecipe:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the feed-forwards' matrices, AdamW for the rest
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # "muon": for the feed-forwards, AdamW for the rest
     learning_rate: float = 5e-5
     final_learning_rate: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     num_warmup_steps: int = 0
+    num_decay_steps: int | None = None  # the cosine ends here and its final rate stays; null: at the last step
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -36,12 +37,13 @@ class OptimizerRecipe:
             raise ValueError(f"`optimizer.betas` must be two numbers in [0, 1), got {self.betas}.")
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
-        """Linear warm-up, then constant, or a cosine that reaches `final_learning_rate` at `num_steps`."""
+        """Linear warm-up, then constant, or a cosine to `final_learning_rate` at `num_decay_steps` or `num_steps`."""
         if step < self.num_warmup_steps:
             return self.learning_rate * (step + 1) / self.num_warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
-        progress = (step - self.num_warmup_steps) / max(1, num_steps - self.num_warmup_steps)
+        last = num_steps if self.num_decay_steps is None else self.num_decay_steps
+        progress = min(1.0, (step - self.num_warmup_steps) / max(1, last - self.num_warmup_steps))
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
 
@@ -78,8 +80,12 @@ def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequenc
 
 def save_recipe(recipe: Any, path: str | Path) -> None:
     """Write a recipe with every default and override resolved; `load_recipe` reads it back to an equal object."""
-    text = _import_yaml().safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def dump_recipe(recipe: Any) -> str:
+    """The text that `save_recipe` writes."""
+    return _import_yaml().safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def _set(tree: dict[str, Any], dotted_key: str, value: Any) -> None:

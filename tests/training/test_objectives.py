@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from diffusers_leanvae.conversion.leanvae import from_original
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.objectives import LossWeights, VAETrainingModule, kl_divergence, log_mse, reconstruction_terms
+from diffusers_leanvae.objectives import LossWeights, kl_divergence, log_mse, reconstruction_terms
+from diffusers_leanvae.training_module import VAETrainingModule
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -45,7 +46,7 @@ def test_terms_are_those_of_the_reference(name: str, dtype: torch.dtype):
     vae.to(dtype)
     sample = tensors["video"].to(dtype) * 2  # the reference's pixels are in [-0.5, 0.5]
 
-    loss, terms = VAETrainingModule(vae)(sample, tensors["loss.noise"].to(dtype))
+    loss, terms, _ = VAETrainingModule(vae)(sample, tensors["loss.noise"].to(dtype))
 
     expected = {term: tensors[f"loss.{term}"] for term in ("l1_pixel", "l1_low", "l1_high", "kl")}
     torch.testing.assert_close({term: terms[term] for term in expected}, expected, rtol=2e-6, atol=0)
@@ -85,7 +86,7 @@ def test_log_mse_is_psnr_up_to_a_factor():
 def test_single_images_have_image_terms_only():
     module = VAETrainingModule(tiny_vae())
     sample = torch.rand(2, 3, 1, 16, 16) * 2 - 1
-    loss, terms = module(sample)
+    loss, terms, _ = module(sample)
     assert torch.isfinite(loss) and all(torch.isfinite(term) for term in terms.values())
     band = module.vae.analyze(sample).image[:, :3]
     predicted = module.vae.decode_subbands(module.vae.encode(sample).latent_dist.mean).image[:, :3]
@@ -97,6 +98,6 @@ def test_no_noise_decodes_the_mean_and_every_parameter_learns():
     sample = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     zeros = torch.zeros(1, 4, 2, 2, 2)
     assert torch.equal(module(sample)[0], module(sample, zeros)[0])
-    loss, _ = module(sample, torch.randn(1, 4, 2, 2, 2))
+    loss, *_ = module(sample, torch.randn(1, 4, 2, 2, 2))
     loss.backward()
     assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from diffusers_leanvae.data import VideoFolder, pixels_to_sample, read_center_clip
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.objectives import LossWeights, VAETrainingModule
+from diffusers_leanvae.objectives import LossWeights
+from diffusers_leanvae.training_module import VAETrainingModule
 
 
 SCRIPT = Path(train_vae.__file__).resolve()

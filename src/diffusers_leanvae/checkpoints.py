@@ -1,0 +1,100 @@
+"""Files of a training run that survive a kill at any moment: checkpoints and logs.
+
+A checkpoint is written beside and renamed, so that a folder named `step-*` is always whole. A run that resumes drops
+what the killed one logged beyond it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """The counters in a checkpoint; the clips, everything random and the learning rate follow from `step`."""
+
+    step: int = 0
+    num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
+    num_bad_videos: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        vars(self).update(state)
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Add one record to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop what a killed run logged beyond the checkpoint that it resumes from, and a line it did not finish."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        folder: Where the run keeps its checkpoints; need not exist.
+        resume: `"latest"`: the newest one, if any; a checkpoint's own folder; or `None`: there must not be any.
+    """
+    if resume not in ("latest", None):
+        if not Path(resume).is_dir():
+            raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {resume!r}.")
+        return Path(resume)
+    existing = sorted(folder.glob("step-*"))
+    if existing and resume is None:
+        raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
+    return existing[-1] if existing else None
+
+
+def save_checkpoint(accelerator: Any, folder: Path, step: int, keep: int, data_state: dict[str, Any]) -> None:
+    """Write a checkpoint, then drop the oldest; every process calls.
+
+    Args:
+        accelerator: An `accelerate.Accelerator` that has prepared, or registered, all that has a state.
+        folder: Where the run keeps its checkpoints.
+        step: Optimizer steps done.
+        keep: The number of checkpoints to keep.
+        data_state: This process's position in the data, as JSON; may be empty.
+    """
+    partial, final = folder / f"partial-{step:07d}", folder / f"step-{step:07d}"
+    accelerator.save_state(str(partial))
+    if data_state:
+        path = partial / f"data_{accelerator.process_index}.json"
+        path.write_text(json.dumps(data_state), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if final.exists():  # resumed from an earlier checkpoint than the newest
+            os.replace(final, folder / f"stale-{step:07d}")
+        os.replace(partial, final)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            os.replace(old, folder / old.name.replace("step", "stale"))
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+
+
+def load_data_state(checkpoint: Path, process_index: int) -> dict[str, Any]:
+    """The process's position in the data as `save_checkpoint` got it; empty if the checkpoint has none for it."""
+    path = checkpoint / f"data_{process_index}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove checkpoints that a killed run did not finish writing or removing."""
+    for leftover in [*folder.glob("stale-*"), *folder.glob("partial-*")]:
+        shutil.rmtree(leftover)
