@@ -1,48 +1,43 @@
-"""Video folders as training data: the i-th clip is a pure function of the seed and of i.
+"""Training data: the i-th clip is a pure function of the seed and of i.
 
-Nothing here remembers what was drawn before. Resuming is starting at a later index, and the clips of a step do not
-depend on the number of processes or workers that share them.
+Nothing here remembers what was drawn before. Resuming is starting at a later step, and the clips of a step do not
+depend on the number of workers (nor, for files at hand, of processes) that share them. `open_training_data` is the way
+in; `docs/data.md` tells what it takes.
 """
 
-import json
-import math
-import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from .video_io import VideoError, iter_video, list_videos, probe_video, read_video
+from .data_sources import FileSource, VideoSource, open_source
+from .data_videos import ClipOptions, Size, VideoPool, VideoShelf, fits, resize_frames, short_side_size
+from .video_io import VideoError, read_video
 
 
-NUM_PASSES = 4  # over all videos in search of a sound part, before giving up
+__all__ = [
+    "Clip",
+    "ClipDataset",
+    "StepBatches",
+    "StepSchedule",
+    "TrainingClips",
+    "VideoFolder",
+    "open_training_data",
+    "pixels_to_sample",
+    "read_center_clip",
+    "resize_frames",
+    "short_side_size",
+]
 
 
 def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
     """`uint8` pixels to float32 in `[-1, 1]`, any shape, on whatever device they are."""
     return pixels.float().div_(127.5).sub_(1.0)
-
-
-def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize `(num_frames, height, width, 3)` frames with antialiased bicubic weights; the dtype stays.
-
-    `uint8` is rounded and clipped by the resampler, floating point is neither.
-    """
-    if frames.shape[1:3] == (height, width):
-        return frames
-    # A THWC tensor seen as TCHW is channels-last, which is the layout of the fast uint8 resampler.
-    resized = F.interpolate(frames.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1)
-
-
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width after scaling the shorter of them to `short_side`, the aspect ratio kept."""
-    scale = short_side / min(height, width)
-    return max(short_side, round(height * scale)), max(short_side, round(width * scale))
 
 
 def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tensor:
@@ -62,31 +57,263 @@ def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tens
     return clip.div(127.5).sub_(1.0).clamp_(-1.0, 1.0).contiguous()
 
 
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    r"""Which steps are image steps, and which clip indices belong to a step.
+
+    Image steps are spread evenly. Step `s` owns the indices from `s * clips_per_step` on; a step of videos leaves the
+    last of them unused where image steps are larger.
+
+    Args:
+        batch_size: Clips of a step of videos, over all processes and accumulation steps.
+        image_ratio: The share of steps whose clips are single frames.
+        image_batch_factor: Such a step has this many times more clips.
+    """
+
+    batch_size: int
+    image_ratio: float = 0.0
+    image_batch_factor: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.image_ratio <= 1.0:
+            raise ValueError(f"`image_ratio` must be from 0 to 1, got {self.image_ratio}.")
+        if self.image_batch_factor < 1:
+            raise ValueError(f"`image_batch_factor` must be at least 1, got {self.image_batch_factor}.")
+
+    @property
+    def clips_per_step(self) -> int:
+        return self.batch_size * (self.image_batch_factor if self.image_ratio > 0 else 1)
+
+    def num_image_steps(self, step: int) -> int:
+        r"""Image steps before `step`."""
+        ratio = Fraction(self.image_ratio).limit_denominator(10_000)  # exact: both sides of a step must agree
+        return step * ratio.numerator // ratio.denominator
+
+    def is_image_step(self, step: int) -> bool:
+        return self.num_image_steps(step + 1) > self.num_image_steps(step)
+
+    def num_clips(self, step: int) -> int:
+        return self.batch_size * (self.image_batch_factor if self.is_image_step(step) else 1)
+
+
+class StepBatches(Sampler[list[int]]):
+    r"""The index lists of one process: step `s` uses the clips `s * batch_size` up to `(s + 1) * batch_size`.
+
+    Args:
+        batch_size: Clips of one optimizer step, over all processes and accumulation steps.
+        start_step: The first step to draw, later ones when resuming.
+        num_steps: The step to stop before.
+        num_accumulation_steps: Batches per step and process.
+        rank: This process.
+        world_size: Number of processes.
+        schedule: Where image steps are mixed in; the indices of a step are then those of `StepSchedule`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        start_step: int,
+        num_steps: int,
+        num_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        schedule: StepSchedule | None = None,
+    ) -> None:
+        if batch_size < 1 or batch_size % (num_accumulation_steps * world_size):
+            raise ValueError(
+                f"`batch_size` must be a multiple of {num_accumulation_steps} accumulation steps times {world_size} "
+                f"processes, got {batch_size}."
+            )
+        self.schedule = schedule or StepSchedule(batch_size)
+        self.start_step, self.num_steps = start_step, num_steps
+        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step) * self.num_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_parts = self.num_accumulation_steps * self.world_size
+        for step in range(self.start_step, self.num_steps):
+            count = self.schedule.num_clips(step) // num_parts
+            for part in range(self.rank, num_parts, self.world_size):
+                first = step * self.schedule.clips_per_step + part * count
+                yield list(range(first, first + count))
+
+
+# --- Clips -----------------------------------------------------------------------------------------------------------
+
+
 class Clip(NamedTuple):
-    """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of both."""
+    """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of all fields.
+
+    `video` is the number of the video, for `metadata`. `num_skipped` counts the unusable videos and parts of videos
+    that were passed over in search of this clip.
+    """
 
     pixels: torch.Tensor
     index: int
+    video: int
+    num_skipped: int
 
 
-class VideoFolder(Dataset[Clip]):
-    r"""Random clips of the videos below a folder, without end: any index from 0 is valid.
+class ClipDataset(Dataset[Clip]):
+    r"""Random clips without end: any index from 0 is valid. What videos they come from is up to the subclass.
 
-    Index `i` visits the videos in a new random order every epoch and cuts one clip: random start, stride, zoom,
-    position and mirroring. A video that cannot be decoded, or is too short or too small for the clip, is skipped, with
-    a warning where no clip fits at all, and the next one in the order takes its place.
+    One size is drawn per step, so that a batch has one. A video that cannot be decoded, or is too short or too small
+    for the clip, is passed over, with a warning where no clip fits at all, and the next one in the order takes its
+    place.
+    """
+
+    def __init__(
+        self,
+        options: ClipOptions,
+        schedule: StepSchedule,
+        num_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.options, self.schedule, self.seed = options, schedule, seed
+        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
+        self.batches(0, 0)  # refuses a batch that does not divide
+
+    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+        r"""The videos for the clip at `position` of `step`, and its step and position within them."""
+        raise NotImplementedError
+
+    def metadata(self, video: int) -> dict[str, Any]:
+        r"""What is known of a video beside its pixels: `file_name` and, for instance, `caption`."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        r"""The data in a few words, for a log."""
+        raise NotImplementedError
+
+    def batches(self, start_step: int, num_steps: int) -> StepBatches:
+        r"""The `batch_sampler` of this process, from `start_step` until before `num_steps`."""
+        return StepBatches(
+            self.schedule.batch_size,
+            start_step,
+            num_steps,
+            self.num_accumulation_steps,
+            self.rank,
+            self.world_size,
+            self.schedule,
+        )
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        r"""What makes starting at `step` fast, to be saved by each process; the clips are the same without it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        r"""Take what `state_dict` gave to the same process of an equal run."""
+
+    def close(self) -> None:
+        r"""Remove temporary files."""
+
+    def __getitem__(self, index: int) -> Clip:
+        step, position = divmod(index, self.schedule.clips_per_step)
+        pool, pool_step, pool_position = self.pool(step, position)
+        sizes, numbers = pool.candidates(pool_step, pool_position)
+        rng = np.random.default_rng([self.seed, 1, step])
+        size = sizes[int(rng.integers(len(sizes)))]
+        factor = self.options.rescale_factors[int(rng.integers(len(self.options.rescale_factors)))]
+        num_skipped = 0
+        for attempt, number in enumerate(numbers):
+            shape = pool.shelf.shape(number)
+            if shape is not None:
+                if not fits(shape, size):
+                    continue
+                rng = np.random.default_rng([self.seed, 2, index, attempt])
+                pixels = pool.shelf.cut(number, size, factor, rng)
+                if pixels is not None:
+                    return Clip(pixels, index, self._video(step, number), num_skipped)
+            num_skipped += 1
+        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(pool.shelf)} videos, got {list(size)}.")
+
+    def _video(self, step: int, number: int) -> int:
+        return number
+
+
+class TrainingClips(ClipDataset):
+    r"""Clips of videos at hand: of a folder, or of tar shards.
+
+    Args:
+        source: The videos.
+        options: What is cut from them.
+        schedule: The steps.
+        images: Where image steps take their images from; `None` for random frames of the videos.
+        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
+            others each clip reads what it needs.
+        kwargs: As of `ClipDataset`.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        options: ClipOptions,
+        schedule: StepSchedule,
+        images: VideoSource | None = None,
+        cache_gib: float = 4.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(options, schedule, **kwargs)
+        self.shelf = VideoShelf(source, shelf_sizes(options, schedule, images is None), options)
+        self.image_shelf = self.shelf if images is None else VideoShelf(images, options.image_sizes, options)
+        capacity = int(cache_gib * 2**30)
+        for shelf in self._shelves:
+            capacity = shelf.fill_cache(capacity)
+            if shelf.num_skipped == len(shelf):
+                raise ValueError(f"`train` must hold at least one usable video, got {len(shelf)} that were skipped.")
+        self.video_pool = VideoPool(self.shelf, options.sizes, schedule.batch_size, [self.seed, 0])
+        self.image_pool = None
+        if schedule.image_ratio > 0:
+            self.image_pool = make_image_pool(self.image_shelf, schedule, [self.seed, 0])
+
+    def __len__(self) -> int:
+        """The number of videos, which is the length of an epoch; indices go on beyond it."""
+        return len(self.shelf)
+
+    @property
+    def num_cached(self) -> int:
+        """Videos and images held in memory."""
+        return sum(len(shelf.cache) for shelf in self._shelves)
+
+    @property
+    def num_skipped(self) -> int:
+        """Videos and images found to be unusable so far, in this process; without a cache they are found as drawn."""
+        return sum(shelf.num_skipped for shelf in self._shelves)
+
+    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+        num_image_steps = self.schedule.num_image_steps(step)
+        if self.image_pool is not None and self.schedule.is_image_step(step):
+            return self.image_pool, num_image_steps, position
+        return self.video_pool, step - num_image_steps, position
+
+    def metadata(self, video: int) -> dict[str, Any]:
+        return self.shelf.source.metadata(video)
+
+    def describe(self) -> str:
+        images = "" if self.image_shelf is self.shelf else f" and {len(self.image_shelf)} images"
+        return f"{len(self)} videos{images}, {self.num_cached} in memory, {self.num_skipped} skipped"
+
+    @property
+    def _shelves(self) -> list[VideoShelf]:
+        return [self.shelf] if self.image_shelf is self.shelf else [self.shelf, self.image_shelf]
+
+
+class VideoFolder(TrainingClips):
+    r"""Random clips of the videos below a folder, with a stride from 1 to `max_stride`.
 
     Args:
         folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
         clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `clips_per_size` successive clips.
         clips_per_size: The number of successive clips that share a size: a multiple of the batch size.
-        short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
+        short_side, max_zoom_out, flip, cache_gib, seed: As of `open_training_data`.
         max_stride: Frames are taken 1 to `max_stride` apart, as far as the video is long enough.
-        max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
-        flip: Mirror every other clip left to right.
-        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
-            others each clip reads what it needs.
-        seed: Everything random depends on this and on the index alone.
     """
 
     def __init__(
@@ -101,198 +328,95 @@ class VideoFolder(Dataset[Clip]):
         cache_gib: float = 4.0,
         seed: int = 0,
     ) -> None:
-        for size in clip_sizes:
-            if len(size) != 3 or any(not isinstance(edge, int) or edge < 1 for edge in size):
-                raise ValueError(f"`clip_sizes` must hold [num_frames, height, width] triples, got {list(size)}.")
-        if not clip_sizes:
-            raise ValueError("`clip_sizes` must hold at least one [num_frames, height, width], got none.")
         if max_stride < 1:
             raise ValueError(f"`max_stride` must be at least 1, got {max_stride}.")
-        if max_zoom_out < 1.0:
-            raise ValueError(f"`max_zoom_out` must be at least 1.0, got {max_zoom_out}.")
-        self.clip_sizes = [(int(t), int(h), int(w)) for t, h, w in clip_sizes]
-        self.clips_per_size = clips_per_size
-        self.short_side = short_side
-        self.max_stride = max_stride
-        self.max_zoom_out = max_zoom_out
-        self.flip = flip
-        self.seed = seed
-        self.paths = _listed_videos(Path(folder))
-        self._shapes: dict[Path, tuple[int, int, int] | None] = {}  # frames, height, width; None for unusable videos
-        self._cache: dict[Path, torch.Tensor] = {}
-        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._fill_cache(int(cache_gib * 2**30))
-        if self.num_skipped == len(self.paths):
-            raise ValueError(f"`folder` must hold at least one usable video, got {len(self.paths)} that were skipped.")
-
-    def __len__(self) -> int:
-        """The number of videos, which is the length of an epoch; indices go on beyond it."""
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Clip:
-        group = np.random.default_rng([self.seed, 1, index // self.clips_per_size])
-        size = self.clip_sizes[group.integers(len(self.clip_sizes))]
-        epoch, position = divmod(index, len(self.paths))
-        order = self._order(epoch)
-        for attempt in range(NUM_PASSES * len(self.paths)):
-            path = self.paths[order[(position + attempt) % len(self.paths)]]
-            shape = self._shape(path)
-            if shape is None or not _fits(shape, size):
-                continue
-            pixels = self._cut(path, shape, size, np.random.default_rng([self.seed, 2, index, attempt]))
-            if pixels is not None:
-                return Clip(pixels, index)
-        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(self.paths)} videos, got {list(size)}.")
-
-    @property
-    def num_cached(self) -> int:
-        """Videos held in memory."""
-        return len(self._cache)
-
-    @property
-    def num_skipped(self) -> int:
-        """Videos found to be unusable so far; without a cache, and in workers, they are found as they are drawn."""
-        return sum(shape is None for shape in self._shapes.values())
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch_order[0] != epoch:
-            permutation = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.paths))
-            self._epoch_order = (epoch, permutation)
-        return self._epoch_order[1]
-
-    def _shape(self, path: Path) -> tuple[int, int, int] | None:
-        """Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
-        if path not in self._shapes:
-            try:
-                info = probe_video(path)
-                num_frames = info.num_frames or sum(len(frames) for frames in iter_video(path))
-                self._shapes[path] = shape = (num_frames, *self._scaled_size(info.height, info.width))
-                if not any(_fits(shape, size) for size in self.clip_sizes):
-                    raise VideoError(f"{str(path)!r} has {shape} frames, height, width and holds no clip.")
-            except VideoError as error:
-                self._skip(path, error)
-        return self._shapes[path]
-
-    def _skip(self, path: Path, error: Exception) -> None:
-        self._shapes[path] = None
-        warnings.warn(f"Skipping a video: {error}", stacklevel=2)
-
-    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        if self.short_side is None or min(height, width) <= self.short_side:
-            return height, width
-        return short_side_size(height, width, self.short_side)
-
-    def _read(self, path: Path, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
-        chunks = iter_video(path, start, num_frames)
-        return torch.cat([resize_frames(frames, *self._scaled_size(*frames.shape[1:3])) for frames in chunks])
-
-    def _fill_cache(self, capacity: int) -> None:
-        for path in self.paths if capacity > 0 else []:
-            shape = self._shape(path)
-            if shape is None:
-                continue
-            capacity -= 3 * math.prod(shape)
-            if capacity < 0:
-                break
-            try:
-                self._cache[path] = self._read(path)
-                self._shapes[path] = (len(self._cache[path]), *shape[1:])  # headers can be wrong
-            except VideoError as error:
-                self._skip(path, error)
-
-    def _cut(
-        self, path: Path, shape: tuple[int, int, int], size: tuple[int, int, int], rng: np.random.Generator
-    ) -> torch.Tensor | None:
-        num_frames, height, width = size
-        longest_stride = (shape[0] - 1) // (num_frames - 1) if num_frames > 1 else 1
-        stride = int(rng.integers(1, min(self.max_stride, longest_stride) + 1))
-        span = (num_frames - 1) * stride + 1
-        start = int(rng.integers(shape[0] - span + 1))
-
-        largest_zoom = min(self.max_zoom_out, shape[1] / height, shape[2] / width)
-        zoom = float(np.exp(rng.uniform(0.0, np.log(largest_zoom))))
-        window_height, window_width = int(height * zoom), int(width * zoom)
-        top = int(rng.integers(shape[1] - window_height + 1))
-        left = int(rng.integers(shape[2] - window_width + 1))
-        mirrored = self.flip and rng.random() < 0.5
-
-        if path in self._cache:
-            frames = self._cache[path][start : start + span]
-        else:
-            try:
-                frames = self._read(path, start, span)
-                if len(frames) < span:
-                    raise VideoError(f"{str(path)!r} ends before frame {start + span}, which its header promises.")
-            except VideoError as error:
-                # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
-                warnings.warn(f"Skipping a part of a video: {error}", stacklevel=3)
-                return None
-        window = frames[::stride, top : top + window_height, left : left + window_width]
-        clip = resize_frames(window, height, width)
-        return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
+        options = ClipOptions(
+            clip_sizes, short_side=short_side, stride=(1, max_stride), max_zoom_out=max_zoom_out, flip=flip
+        )
+        source = FileSource(Path(folder))
+        super().__init__(source, options, StepSchedule(clips_per_size), cache_gib=cache_gib, seed=seed)
+        self.paths = source.paths
 
 
-class StepBatches(Sampler[list[int]]):
-    r"""The index lists of one process: step `s` uses the clips `s * batch_size` up to `(s + 1) * batch_size`.
+def shelf_sizes(options: ClipOptions, schedule: StepSchedule, mixes_frames: bool) -> list[Size]:
+    """The sizes that videos are wanted for; with `mixes_frames`, image steps take frames of them too."""
+    return [*options.sizes, *(options.image_sizes if mixes_frames and schedule.image_ratio > 0 else [])]
+
+
+def make_image_pool(shelf: VideoShelf, schedule: StepSchedule, seed: Sequence[int], num_shares: int = 1) -> VideoPool:
+    """The pool of image steps; `num_shares` processes have a pool of their own each."""
+    batch_size = schedule.batch_size * schedule.image_batch_factor // num_shares
+    return VideoPool(shelf, shelf.options.image_sizes, batch_size, seed, is_image=True)
+
+
+# --- Opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_training_data(
+    train: str,
+    *,
+    batch_size: int,
+    num_accumulation_steps: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),),
+    aspect_buckets: bool = False,
+    short_side: int | None = None,
+    stride: int | Sequence[int] = 1,
+    max_zoom_out: float = 1.0,
+    flip: bool = True,
+    rescale_factors: Sequence[float] = (1.0,),
+    image_ratio: float = 0.0,
+    image_batch_factor: int = 1,
+    images: str | None = None,
+    cache_gib: float = 4.0,
+    shuffle_buffer: int = 256,
+) -> ClipDataset:
+    r"""Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
 
     Args:
+        train: A folder (searched recursively; with a `metadata.jsonl` in it, what that lists), uncompressed WebDataset
+            shards (a folder of them, `"shards/{000..003}.tar"` or `"shards/*.tar"`), shards at a URL, or a dataset of
+            the Hub as `"hub:user/name[:config][:split]"` or `"hf://user/name..."`. The last two are streamed, see
+            `VideoStream`.
         batch_size: Clips of one optimizer step, over all processes and accumulation steps.
-        start_step: The first step to draw, later ones when resuming.
-        num_steps: The step to stop before.
         num_accumulation_steps: Batches per step and process.
         rank: This process.
         world_size: Number of processes.
+        seed: Everything random depends on this and on the index of the clip alone.
+        clip_sizes: `[num_frames, height, width]` choices; one is drawn per step.
+        aspect_buckets: Give every video to the aspect ratio of `clip_sizes` that is nearest to its own; a step takes
+            videos of one ratio, and one size of that ratio. Every video is probed in the beginning.
+        short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
+        stride: Frames are taken so far apart, or `[lowest, highest]` to draw it per clip; less where a video is short.
+        max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
+        flip: Mirror every other clip left to right.
+        rescale_factors: One of them is drawn per step, and the step's clips are scaled down by it, height and width
+            rounded to multiples of 16.
+        image_ratio: The share of steps whose clips are single frames.
+        image_batch_factor: Such a step has this many times more clips.
+        images: Where single frames come from, named like `train` but at hand; `None` for random frames of the videos.
+        cache_gib: Memory for decoded videos, in each process; streams are not cached.
+        shuffle_buffer: How many videos of a stream are held on disk by each process and shuffled among each other.
+
+    Raises:
+        ValueError: If `train` or `images` names nothing usable, or an option is not legal.
+        ImportError: If a stream is asked for and `datasets` is not installed.
     """
+    options = ClipOptions(clip_sizes, aspect_buckets, short_side, stride, max_zoom_out, flip, rescale_factors)
+    schedule = StepSchedule(batch_size, image_ratio, image_batch_factor)
+    image_source = None if images is None else open_source(images)
+    share: Any = {
+        "num_accumulation_steps": num_accumulation_steps,
+        "rank": rank,
+        "world_size": world_size,
+        "seed": seed,
+        "images": image_source,
+        "cache_gib": cache_gib,
+    }
+    if train.startswith("hub:") or "://" in train:
+        from .data_stream import VideoStream, open_stream  # builds on this module
 
-    def __init__(
-        self,
-        batch_size: int,
-        start_step: int,
-        num_steps: int,
-        num_accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size < 1 or batch_size % (num_accumulation_steps * world_size):
-            raise ValueError(
-                f"`batch_size` must be a multiple of {num_accumulation_steps} accumulation steps times {world_size} "
-                f"processes, got {batch_size}."
-            )
-        self.batch_size, self.start_step, self.num_steps = batch_size, start_step, num_steps
-        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
-
-    def __len__(self) -> int:
-        return max(0, self.num_steps - self.start_step) * self.num_accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        count = self.batch_size // (self.num_accumulation_steps * self.world_size)
-        for step in range(self.start_step, self.num_steps):
-            for part in range(self.rank, self.num_accumulation_steps * self.world_size, self.world_size):
-                first = step * self.batch_size + part * count
-                yield list(range(first, first + count))
-
-
-def _fits(shape: tuple[int, int, int], size: tuple[int, int, int]) -> bool:
-    return all(edge <= available for edge, available in zip(size, shape, strict=True))
-
-
-def _listed_videos(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"`folder` must be an existing folder of videos, got {str(folder)!r}.")
-    listing = folder / "metadata.jsonl"
-    if not listing.is_file():
-        paths = sorted(Path(path) for path in list_videos(folder))
-    else:
-        paths = []
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                if line.strip():
-                    paths.append(folder / json.loads(line)["file_name"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"Every line of `metadata.jsonl` must be a JSON object with `file_name`, got {error!r} in line "
-                    f"{number} of {str(listing)!r}."
-                ) from error
-    if not paths:
-        raise ValueError(f"`folder` must hold at least one video, got none in {str(folder)!r}.")
-    return paths
+        return VideoStream(open_stream(train), options, schedule, shuffle_buffer=shuffle_buffer, **share)
+    return TrainingClips(open_source(train), options, schedule, **share)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_leanvae import data
+from diffusers_leanvae import data_videos
 from diffusers_leanvae.data import StepBatches, VideoFolder, pixels_to_sample, read_center_clip, resize_frames
 from diffusers_leanvae.video_io import VideoError, probe_video, read_video
 
@@ -42,7 +42,7 @@ def test_sizes_are_drawn_per_batch_and_every_video_is_visited_each_epoch(clips: 
     shapes = [tuple(dataset[index].pixels.shape) for index in range(40)]
     assert shapes[::2] == shapes[1::2] and set(shapes) == {(3, 5, 16, 24), (3, 1, 32, 32)}
     for epoch in range(3):
-        assert sorted(dataset._order(epoch)) == [0, 1, 2]
+        assert sorted(dataset[index].video for index in range(3 * epoch, 3 * epoch + 3)) == [0, 1, 2]
 
 
 def test_a_clip_is_a_window_of_its_video(clips: Path, tmp_path: Path):
@@ -73,25 +73,27 @@ def test_bad_videos_are_skipped_with_a_warning_and_their_place_is_taken(clips: P
     assert (len(cached), cached.num_cached, cached.num_skipped) == (4, 2, 2)
     decoding = VideoFolder(tmp_path, clip_sizes=[[5, 16, 16]], cache_gib=0)
     with pytest.warns(UserWarning, match="Skipping"):
-        drawn = [decoding[index].pixels for index in range(8)]
+        drawn = [decoding[index] for index in range(8)]
     assert decoding.num_skipped == 2
-    assert all(torch.equal(pixels, cached[index].pixels) for index, pixels in enumerate(drawn))
+    assert sum(clip.num_skipped for clip in drawn) >= 4  # each of the two is met in each of the two epochs
+    for index, clip in enumerate(drawn):
+        assert torch.equal(clip.pixels, cached[index].pixels) and clip.num_skipped == cached[index].num_skipped
 
 
 def test_a_header_that_promises_too_much_costs_only_the_clips_beyond(clips: Path, monkeypatch: pytest.MonkeyPatch):
     def promising(path: Path):
         return dataclasses.replace(probe_video(path), num_frames=40)
 
-    monkeypatch.setattr(data, "probe_video", promising)
+    monkeypatch.setattr(data_videos, "probe_video", promising)
     decoding = VideoFolder(clips, clip_sizes=[[5, 16, 16]], cache_gib=0)
     with pytest.warns(UserWarning, match="Skipping a part of a video"):
-        drawn = [decoding[index].pixels for index in range(3)]
-    assert decoding.num_skipped == 0
+        drawn = [decoding[index] for index in range(3)]
+    assert decoding.num_skipped == 0 and sum(clip.num_skipped for clip in drawn) > 0
     again = VideoFolder(clips, clip_sizes=[[5, 16, 16]], cache_gib=0)
     with pytest.warns(UserWarning, match="Skipping a part of a video"):
-        assert all(torch.equal(again[index].pixels, drawn[index]) for index in (2, 1, 0))
+        assert all(torch.equal(again[index].pixels, drawn[index].pixels) for index in (2, 1, 0))
     cached = VideoFolder(clips, clip_sizes=[[5, 16, 16]])
-    assert sorted(shape[0] for shape in cached._shapes.values() if shape) == [12, 13, 14]
+    assert sorted(shape[0] for shape in cached.shelf.shapes.values() if shape) == [12, 13, 14]
 
 
 def test_videos_that_hold_no_clip(clips: Path, tmp_path: Path):
@@ -132,7 +134,7 @@ def test_metadata_lists_the_videos(clips: Path, tmp_path: Path):
 
 def test_large_videos_are_scaled_down_and_the_cache_is_capped(clips: Path):
     dataset = VideoFolder(clips, clip_sizes=[[5, 16, 16]], short_side=24)
-    assert {tuple(frames.shape[1:]) for frames in dataset._cache.values()} == {(24, 32, 3)}
+    assert {tuple(frames.shape[1:]) for frames in dataset.shelf.cache.values()} == {(24, 32, 3)}
     one_video = 12 * 48 * 64 * 3 / 2**30
     assert VideoFolder(clips, clip_sizes=[[5, 16, 16]], cache_gib=1.5 * one_video).num_cached == 1
 
