@@ -30,6 +30,7 @@ LAYERS = {
     "objectives": 1,
     "regularizers": 1,
     "discriminator": 1,
+    "perceptual": 1,
     "evaluation.metrics": 1,
     "padding": 1,
     "models": 2,
