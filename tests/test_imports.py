@@ -29,6 +29,7 @@ LAYERS = {
     "recipe": 1,
     "objectives": 1,
     "regularizers": 1,
+    "training_module": 1,
     "discriminator": 1,
     "perceptual": 1,
     "evaluation.metrics": 1,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,14 +14,42 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from diffusers_leanvae.data import VideoFolder, pixels_to_sample, read_center_clip
+from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights
 from diffusers_leanvae.training_module import VAETrainingModule
+from diffusers_leanvae.video_io import probe_video
 
 
 SCRIPT = Path(train_vae.__file__).resolve()
 SMOKE = SCRIPT.parent / "configs" / "smoke.yaml"
+LAUNCHER = Path(__file__).parent / "launch.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+SMALL_GAN = ("adversarial.weight=0.2", "adversarial.num_layers=1", "adversarial.num_filters=8")
+REGULARISERS = (
+    "regularization.equivariance_probability=0.5",
+    "regularization.equivariance_min_scale=0.5",
+    "regularization.local_correlation=0.1",
+    "regularization.mask_latents=true",
+    "regularization.low_pass=0.1",
+)
+# What could disturb resuming: everything that is random, has a state, or changes on the way.
+FULL = (
+    "num_steps=8",
+    "save_every=4",
+    "validation.every=4",
+    "num_accumulation_steps=2",
+    "batch_size=4",
+    "data.image_ratio=0.3",
+    "data.stride=[1,2]",
+    "gradient_checkpointing=true",
+    "adversarial.start_step=2",
+    "adversarial.learning_rate=1e-3",
+    "adversarial.is_adaptive=true",
+    "freeze_encoder_step=6",
+    *SMALL_GAN,
+    *REGULARISERS,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,150 +78,164 @@ def without_times(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
 
 
+def weights_at(run: Path, step: int, number: str = "") -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:07d}/model{number}.safetensors")
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {key for key, value in before.items() if not torch.equal(value, after[key])}
+
+
 def assert_same_run(actual: Path, expected: Path) -> None:
-    """Equal to the last bit: trained weights, averaged weights, optimizer, logged losses, exported model."""
-    newest = "checkpoints/step-0000006"
-    assert sorted(path.name for path in (actual / "checkpoints").iterdir()) == ["step-0000003", "step-0000006"]
-    for name in (f"{newest}/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
-        torch.testing.assert_close(load_file(actual / name), load_file(expected / name), rtol=0, atol=0)
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+    """Equal to the last bit: weights, averaged weights, discriminator, optimizers, logs, validation, the export."""
+    newest = "checkpoints/step-0000008"
+    assert sorted(path.name for path in (actual / "checkpoints").iterdir()) == ["step-0000004", "step-0000008"]
+    for name in ("model.safetensors", "model_1.safetensors"):
+        ours, theirs = (load_file(run / newest / name) for run in (actual, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
         ours, theirs = (torch.load(run / newest / name, weights_only=True) for run in (actual, expected))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     for name in ("log.jsonl", "validation.jsonl"):
         ours, theirs = (without_times(read_json_lines(run / name)) for run in (actual, expected))
         assert ours == theirs
+    ours, theirs = (load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert (actual / "vae/config.json").read_text() == (expected / "vae/config.json").read_text()
 
 
 @pytest.fixture(scope="module")
-def full() -> tuple[str, ...]:
-    """Overrides that switch on what could disturb resuming."""
-    return ("num_accumulation_steps=2", "data.clip_sizes=[[5,32,32],[1,16,16]]", "gradient_checkpointing=true")
+def straight(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(clips, tmp_path_factory.mktemp("straight"), f"validation.folder={clips}", *FULL)
 
 
 @pytest.fixture(scope="module")
-def straight(clips: Path, full: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(clips, tmp_path_factory.mktemp("straight"), f"validation.folder={clips}", *full)
+def launched(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that needs processes of its own: a folder of runs."""
+    folder = tmp_path_factory.mktemp("launched")
+
+    def job(name: str, *overrides: str, num_processes: int = 2, kill: list | None = None) -> dict:
+        settings = arguments(clips, folder / name, *overrides, f"validation.folder={clips}")
+        return {"arguments": settings, "num_processes": num_processes, "kill": kill}
+
+    jobs = [
+        job("one-killed", *FULL, num_processes=1, kill=["save", 8]),
+        job("two-straight", *FULL),
+        job("two-killed", *FULL, kill=["update", 6]),
+        job("two-killed", *FULL),
+        job("two-plain", "num_steps=3", "batch_size=4"),
+        job("two-regularised", "num_steps=3", "batch_size=4", *REGULARISERS),
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(LAUNCHER), str(folder / "jobs.json")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    return folder
 
 
-def test_the_script_runs_and_leaves_a_model(clips: Path, tmp_path: Path):
+# --- It runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_runs_under_torchrun_and_leaves_a_model(clips: Path, tmp_path: Path):
     output = tmp_path / "run"
-    command = [sys.executable, str(SCRIPT), *arguments(clips, output, "num_steps=2", "init=pca")]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [*launcher, *arguments(clips, output, "num_steps=2", "init=pca")]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "log.jsonl", "recipe.yaml", "vae"]
     vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae")
     assert vae.dtype == torch.float32 and len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
     log = read_json_lines(output / "log.jsonl")
     assert [record["step"] for record in log] == [1, 2]
-    assert set(log[0]) == {
-        *("step", "lr", "num_skipped", "loss", "grad_norm", "seconds_per_step", "data_seconds_per_step"),
-        *asdict(LossWeights()),
-    }
+    counters = {"step", "lr", "num_skipped", "num_bad_videos"}
+    measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
+    assert set(log[0]) == counters | measured | set(asdict(LossWeights())) - {"lpips", "ms_ssim"}
 
 
 def test_validation_and_statistics_are_those_of_the_averaged_model(clips: Path, straight: Path):
     vae = AutoencoderKLLeanVAE.from_pretrained(straight / "vae")
-    (record,) = (record for record in read_json_lines(straight / "validation.jsonl") if record["step"] == 6)
-    assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+    (record,) = (record for record in read_json_lines(straight / "validation.jsonl") if record["step"] == 8)
+    assert list(record["clips"]) == list(record["clips_ssim"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
     clip = read_center_clip(clips / "b.mp4", num_frames=5, size=32)[None]
     with torch.no_grad():
         error = ((vae(clip).sample.clamp(-1, 1) - clip) / 2).square().mean(dim=(0, 1, 3, 4))
     assert record["clips"]["b.mp4"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-4)
-    assert record["psnr_frame_mean_rgb"] == pytest.approx(sum(record["clips"].values()) / 3)
+    for name, key in (("psnr", "clips"), ("ssim", "clips_ssim")):
+        assert record[f"{name}_frame_mean_rgb"] == pytest.approx(sum(record[key].values()) / 3)
 
-    dataset = VideoFolder(clips, clip_sizes=[[5, 32, 32], [1, 16, 16]], clips_per_size=2)
+    dataset = open_training_data(
+        str(clips), batch_size=4, clip_sizes=[[5, 32, 32]], stride=[1, 2], image_ratio=0.3, num_accumulation_steps=2
+    )
     with torch.no_grad():
         latents = [vae.encode(pixels_to_sample(dataset[i].pixels[None])).latent_dist.mean for i in range(8)]
     values = torch.cat([latent.transpose(0, 1).flatten(1) for latent in latents], dim=1).double()
     torch.testing.assert_close(torch.tensor(vae.config.latents_mean).double(), values.mean(1), rtol=0, atol=1e-6)
     std = values.std(1, correction=0)
     torch.testing.assert_close(torch.tensor(vae.config.latents_std).double(), std, rtol=1e-4, atol=0)
-    assert sorted(path.name for path in (straight / "validation").iterdir()) == [
-        f"step-000000{step}.png" for step in (0, 3, 6)
-    ]
+
+
+def test_originals_stand_beside_reconstructions(straight: Path):
+    names = sorted(path.name for path in (straight / "validation").iterdir())
+    steps = [f"step-000000{step}" for step in (0, 4, 8)]
+    assert names == sorted([*steps, *(f"{step}.png" for step in steps)])
+    video = probe_video(straight / "validation/step-0000008/nested/c.mp4")
+    assert (video.num_frames, video.height, video.width, video.fps) == (5, 32, 64, 24)
+    picture = probe_video(straight / "validation/step-0000008.png")
+    assert (picture.height, picture.width) == (3 * 32, 64)
+
+
+def test_the_card_tells_of_the_run(straight: Path):
+    card = (straight / "vae/README.md").read_text()
+    record = read_json_lines(straight / "validation.jsonl")[-1]
+    assert f"| b.mp4 | {record['clips']['b.mp4']:.2f} | {record['clips_ssim']['b.mp4']:.4f} |" in card
+    assert (
+        "8 steps of 4 clips" in card and "  equivariance_probability: 0.5\n" in card and "trained from scratch" in card
+    )
+
+
+# --- It resumes ------------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(
-    clips: Path, straight: Path, full: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clips: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     step = EMAModel.step
 
     def interrupted(self: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-        if self.optimization_step == 4:
+        if self.optimization_step == 6:
             raise KeyboardInterrupt
         step(self, parameters)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(EMAModel, "step", interrupted)
-        train(clips, tmp_path, f"validation.folder={clips}", *full)
-    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+        train(clips, tmp_path, f"validation.folder={clips}", *FULL)
+    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')  # what a kill can leave
+        log.write('{"step": 7, "lo')  # what a kill can leave
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(clips, tmp_path, f"validation.folder={clips}", *full)
+    train(clips, tmp_path, f"validation.folder={clips}", *FULL)
     assert_same_run(tmp_path, straight)
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-from pathlib import Path
-from accelerate import Accelerator
-from diffusers_leanvae.training import train_vae
-
-save_state = Accelerator.save_state
-
-def half(self, folder):
-    save_state(self, folder)
-    if folder.endswith("0000006"):
-        (Path(folder) / "optimizer.bin").write_bytes(b"")
-        (Path(folder) / "custom_checkpoint_0.pkl").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Accelerator.save_state = half
-train_vae.main(sys.argv[1:])
-"""
+def test_a_kill_while_saving_leaves_no_half_checkpoint(clips: Path, straight: Path, launched: Path):
+    output = launched / "one-killed"
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["partial-0000008", "step-0000004"]
+    train(clips, output, f"validation.folder={clips}", *FULL)
+    assert_same_run(output, straight)
 
 
-def test_a_kill_while_saving_leaves_no_half_checkpoint(
-    clips: Path, straight: Path, full: tuple[str, ...], tmp_path: Path
-):
-    overrides = (f"validation.folder={clips}", *full)
-    command = [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments(clips, tmp_path, *overrides)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["partial-0000006", "step-0000003"]
-    train(clips, tmp_path, *overrides)
-    assert_same_run(tmp_path, straight)
-
-
-def test_processes_and_accumulation_give_the_same_model(clips: Path, tmp_path: Path):
-    """A step's clips, noise and gradient do not depend on how they are shared; only the order of sums does."""
-    runs = [train(clips, tmp_path / f"accumulate-{n}", "num_steps=3", f"num_accumulation_steps={n}") for n in (1, 2)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    shared = tmp_path / "shared"
-    finished = subprocess.run(
-        [*launcher, *arguments(clips, shared, "num_steps=3", f"validation.folder={clips}")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert finished.returncode == 0, finished.stderr
-    runs.append(shared)
-    first, *others = (load_file(run / "checkpoints/step-0000003/model.safetensors") for run in runs)
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=0, atol=2e-6)
-    (record,) = (record for record in read_json_lines(shared / "validation.jsonl") if record["step"] == 3)
-    assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+def test_two_processes_resume_to_the_same_numbers(launched: Path):
+    assert_same_run(launched / "two-killed", launched / "two-straight")
 
 
 def test_old_checkpoints_go_and_an_older_one_can_be_resumed(clips: Path, tmp_path: Path):
     train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3")
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
-    expected = load_file(folder / "step-0000004" / "model.safetensors")
+    expected = weights_at(tmp_path, 4)
     train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3", f"resume={folder / 'step-0000002'}")
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
-    torch.testing.assert_close(load_file(folder / "step-0000004" / "model.safetensors"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights_at(tmp_path, 4), expected, rtol=0, atol=0)
     assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="`output` must hold no checkpoints when `resume` is null"):
         train(clips, tmp_path, "resume=null")
@@ -202,33 +243,159 @@ def test_old_checkpoints_go_and_an_older_one_can_be_resumed(clips: Path, tmp_pat
         train(clips, tmp_path, "resume=nowhere")
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
-    """Make the loss of the given calls of the training module infinite."""
+# --- It does not matter how the work is shared -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "overrides"), [("plain", ()), ("regularised", REGULARISERS)])
+def test_processes_and_accumulation_give_the_same_model(
+    name: str, overrides: tuple[str, ...], clips: Path, launched: Path, tmp_path: Path
+):
+    """A step's clips, noise and gradient do not depend on how they are shared; only the order of sums does."""
+    common = ("num_steps=3", "batch_size=4", *overrides)
+    runs = [train(clips, tmp_path / f"parts-{n}", *common, f"num_accumulation_steps={n}") for n in (1, 2)]
+    first, *others = (weights_at(run, 3) for run in (*runs, launched / f"two-{name}"))
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=5e-6)
+    (record,) = (r for r in read_json_lines(launched / f"two-{name}/validation.jsonl") if r["step"] == 3)
+    assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+
+
+# --- Whose turn it is, and what is trained ---------------------------------------------------------------------------
+
+
+def test_generator_and_discriminator_take_turns(clips: Path, tmp_path: Path):
+    turns = ("adversarial.update=alternate", "adversarial.start_step=1", "adversarial.kind=3d", *SMALL_GAN)
+    train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=4", *turns)
+    log = read_json_lines(tmp_path / "log.jsonl")
+    assert ["loss" in record for record in log] == [True, True, False, True]
+    assert ["adversarial" in record for record in log] == [False, True, False, True]
+    assert ["discriminator" in record for record in log] == [False, False, True, False]
+    for step, moved, still in ((2, "", "_1"), (3, "_1", ""), (4, "", "_1")):
+        assert changed(weights_at(tmp_path, step - 1, moved), weights_at(tmp_path, step, moved)), step
+        assert not changed(weights_at(tmp_path, step - 1, still), weights_at(tmp_path, step, still)), step
+
+
+def is_of_encoder(key: str) -> bool:
+    return key.startswith(("vae.encoder.", "vae.logvar_proj.", "vae.bottleneck.phi"))
+
+
+def test_the_encoder_can_be_frozen_on_the_way(straight: Path):
+    before, after = weights_at(straight, 4), weights_at(straight, 8)
+    optimizer = torch.load(straight / "checkpoints/step-0000008/optimizer.bin", weights_only=True)
+    steps = [int(state["step"]) for state in optimizer["state"].values()]
+    names = list(before)
+    assert {True, False} == {is_of_encoder(name) for name in names}
+    assert max(steps) == 8 and steps.count(6) == sum(map(is_of_encoder, names))
+    assert changed(before, after)
+
+
+@pytest.fixture(scope="module")
+def base_model(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(clips, tmp_path_factory.mktemp("base"), "num_steps=1") / "vae"
+
+
+def test_decoder_tuning_leaves_the_latents_as_they_are(clips: Path, base_model: Path, tmp_path: Path):
+    train(clips, tmp_path, f"init={base_model}", "tune=decoder", "num_steps=2", "freeze_encoder_step=1")
+    before = {f"vae.{key}": x for key, x in load_file(base_model / "diffusion_pytorch_model.safetensors").items()}
+    moved = changed(before, weights_at(tmp_path, 2))
+    assert not any(map(is_of_encoder, moved))
+    assert moved >= {key for key in before if key.startswith(("vae.decoder.", "vae.bottleneck.initial"))}
+    assert "fine-tuned from" in (tmp_path / "vae/README.md").read_text()
+    with pytest.raises(ValueError, match="`tune` must be 'full' for the new model of `init: spec`, got 'decoder'"):
+        train(clips, tmp_path / "new", "tune=decoder")
+
+
+def test_lora_leaves_adapters_and_a_merged_model(clips: Path, base_model: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    settings = ("lora.rank=2", "num_steps=3", "ema_decay=0.5", "optimizer.learning_rate=1e-2")
+    train(clips, tmp_path, f"init={base_model}", "tune=lora", *settings)
+    trained = weights_at(tmp_path, 3)
+    base = load_file(base_model / "diffusion_pytorch_model.safetensors")
+    kept = {key: x for key, x in trained.items() if "lora_" not in key}
+    assert sorted(x.double().sum().item() for x in kept.values()) == sorted(
+        x.double().sum().item() for x in base.values()
+    )
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    merged = AutoencoderKLLeanVAE.from_pretrained(tmp_path / "vae")
+    adapted = PeftModel.from_pretrained(AutoencoderKLLeanVAE.from_pretrained(base_model), str(tmp_path / "adapter"))
+    sample = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = merged(sample).sample
+        torch.testing.assert_close(adapted.get_base_model()(sample).sample, expected, rtol=0, atol=1e-6)
+        plain = AutoencoderKLLeanVAE.from_pretrained(base_model)(sample).sample
+    assert (plain - expected).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"`lora` must fit the model, got \['nothing'\]"):
+        train(clips, tmp_path / "x", f"init={base_model}", "tune=lora", "lora.targets=[nothing]")
+
+
+def test_a_teacher_lends_latents_and_their_statistics(clips: Path, tmp_path: Path):
+    torch.manual_seed(1)
+    tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    AutoencoderKLLeanVAE(**tiny, **statistics).save_pretrained(tmp_path / "teacher")
+    judged = ("teacher.has_discriminator=true", "sample_posterior=false", "loss.ms_ssim=1.0", *SMALL_GAN)
+    run = train(clips, tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "num_steps=2", *judged)
+    config = AutoencoderKLLeanVAE.load_config(run / "vae")
+    assert {name: config[name] for name in statistics} == statistics
+    aligned = {"align_pixel", "align_latents", "align_low", "align_high", "align_ms_ssim", "align_adversarial"}
+    log = read_json_lines(run / "log.jsonl")
+    assert aligned | {"align_discriminator", "align_lecam"} <= set(log[-1])
+    assert changed(weights_at(run, 2, "_1"), weights_at(run, 2, "_2"))
+    with pytest.raises(ValueError, match="`student` must have the teacher's latents, 4 channels"):
+        train(clips, tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
+
+
+# --- What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], only_loss: bool = False) -> None:
+    """Make the loss of the given calls of the training module infinite, with gradients that are not, or are."""
     forward, count = VAETrainingModule.forward, iter(range(1000))
 
     def poisoned(self, *args):
-        loss, terms = forward(self, *args)
-        return (loss * float("inf") if next(count) in calls else loss), terms
+        output = forward(self, *args)
+        if next(count) not in calls:
+            return output
+        return output._replace(loss=output.loss + float("inf") if only_loss else output.loss * float("inf"))
 
     monkeypatch.setattr(VAETrainingModule, "forward", poisoned)
 
 
-def test_steps_without_a_finite_gradient_are_skipped(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    poison(monkeypatch, {1})
-    train(clips, tmp_path, "num_steps=3", "save_every=1", "keep_checkpoints=3")
+@pytest.mark.parametrize("only_loss", [False, True], ids=["gradient", "loss"])
+def test_steps_that_are_not_finite_are_skipped(
+    only_loss: bool, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poison(monkeypatch, {1}, only_loss)
+    train(clips, tmp_path, "num_steps=3", "save_every=1", "keep_checkpoints=3", *SMALL_GAN)
     log = read_json_lines(tmp_path / "log.jsonl")
     assert [record["num_skipped"] for record in log] == [0, 1, 1]
     assert "loss" in log[0] and "loss" not in log[1]
-    weights = [load_file(tmp_path / f"checkpoints/step-000000{step}/model.safetensors") for step in (1, 2, 3)]
-    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
-    assert any(not torch.equal(weights[2][key], weights[0][key]) for key in weights[0])
+    assert not changed(weights_at(tmp_path, 1), weights_at(tmp_path, 2))
+    assert changed(weights_at(tmp_path, 2), weights_at(tmp_path, 3))
+    trained = {key for key in weights_at(tmp_path, 1, "_1") if "running" not in key and "num_batches" not in key}
+    moved = changed(weights_at(tmp_path, 1, "_1"), weights_at(tmp_path, 2, "_1")) & trained
+    assert moved <= {"lecam.ema_real", "lecam.ema_fake"}
 
 
 def test_too_many_such_steps_stop_the_run(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     poison(monkeypatch, {1, 2, 3, 4, 5})
-    with pytest.raises(RuntimeError, match="the 2 newest steps had no finite gradient"):
+    with pytest.raises(RuntimeError, match="the 2 newest steps had no finite loss and gradient"):
         train(clips, tmp_path, "max_skipped_steps=2")
     assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
+def test_bad_videos_are_counted(clips: Path, tmp_path: Path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes((clips / name).read_bytes())
+    (tmp_path / "c.mp4").write_bytes((clips / "a.mp4").read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"Skipping a video.*c\.mp4"):
+        run = train(tmp_path, tmp_path / "run", "num_steps=3", "data.cache_gib=0")
+    counts = [record["num_bad_videos"] for record in read_json_lines(run / "log.jsonl")]
+    assert counts == sorted(counts) and 1 <= counts[-1] <= 4  # three steps of two clips: two epochs of three videos
 
 
 def test_out_of_time_saves_and_exports(clips: Path, tmp_path: Path):
@@ -236,5 +403,50 @@ def test_out_of_time_saves_and_exports(clips: Path, tmp_path: Path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
     weights = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
-    trained = load_file(tmp_path / "checkpoints/step-0000001/model.safetensors")
-    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights_at(tmp_path, 1).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (("loss.lpips=4", "perceptual.vgg16=none.pth"), ValueError, "LPIPS has no weights: `vgg16` must be a file"),
+        ((*SMALL_GAN, "adversarial.num_layers=4"), ValueError, "must leave sides of at least 48 .* got 32"),
+        ((*REGULARISERS, "loss.ms_ssim=1", "data.clip_sizes=[[5,16,16]]"), ValueError, "at least 11 .* got 8"),
+        (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
+    ],
+    ids=["lpips", "discriminator", "equivariance", "probability"],
+)
+def test_recipes_that_cannot_work_are_refused(
+    overrides: tuple[str, ...], error: type[Exception], message: str, clips: Path, tmp_path: Path
+):
+    with pytest.raises(error, match=message):
+        train(clips, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("package", "override"), [("wandb", "trackers=[wandb]"), ("bitsandbytes", "optimizer.name=adamw8bit")]
+)
+def test_a_missing_package_is_named(package: str, override: str, clips: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=package):
+        train(clips, tmp_path, override)
+
+
+def test_trackers_get_what_the_log_gets(clips: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(clips, tmp_path, "num_steps=2", "trackers=[tensorboard]", "validation.every=2", f"validation.folder={clips}")
+    events = EventAccumulator(str(tmp_path / "leanvae")).Reload()
+    log = read_json_lines(tmp_path / "log.jsonl")
+    for name in ("loss", "l1_pixel", "grad_norm"):
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        assert values == [(record["step"], pytest.approx(record[name])) for record in log]
+    assert [event.step for event in events.Scalars("validation/psnr_frame_mean_rgb")] == [0, 2]
+
+
+@pytest.mark.slow
+def test_compiled_parts_train_alike(clips: Path, tmp_path: Path):
+    runs = [train(clips, tmp_path / flag, "num_steps=2", f"compile={flag}") for flag in ("false", "true")]
+    first, second = (weights_at(run, 2) for run in runs)
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-5)
