@@ -1,5 +1,8 @@
 """Another autoencoder as teacher: tiny Wan models of both compressions."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
+from diffusers_leanvae import bundled
 from diffusers_leanvae.alignment import Teacher, alignment_terms
+from diffusers_leanvae.evaluation.diffusability import load_clips
 from diffusers_leanvae.models.wavelets import haar_analysis_2d, haar_analysis_3d
 
 
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_random_wan.py"
 WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 WAN |= {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 0.25]}
 # As Wan2.2: pixels are folded into channels before the network, which compresses 8 times more.
@@ -130,3 +136,13 @@ def test_training_on_the_terms_aligns_the_latents(make_model, make_video):
         (terms["align_latents"] + terms["align_pixel"]).backward()
         optimizer.step()
     assert errors[-1] < 0.5 * errors[0], errors
+
+
+def test_the_script_makes_a_teacher_whose_latents_vary(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--latent-channels", "4", "--base-dim", "4"]
+    subprocess.run(command, check=True, capture_output=True)
+    teacher = Teacher.from_pretrained(tmp_path)
+    assert teacher.compression_ratios == (4, 8, 8) and teacher.latents_mean == [0.0] * 4
+    clips = load_clips(bundled.clip_path().parent, 8, (17, 64, 64), seed=0)
+    std = teacher.encode(clips.float() / 127.5 - 1).std(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(std, torch.tensor(teacher.latents_std), rtol=0, atol=1e-3)
