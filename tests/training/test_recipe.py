@@ -103,25 +103,73 @@ def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
     for word in ("# Expected:", "# Cost:", "# Command:", f"training/configs/{path.name}"):
         assert word in text
     assert not any(Path(entry).is_absolute() for entry in (recipe.data.train, recipe.output))
-    with torch.device("meta"):  # shapes only
+    with torch.device("meta" if recipe.init in ("spec", "pca") else "cpu"):  # shapes only
         vae = train_vae.build_vae(recipe)
+        discriminators = train_vae.build_discriminators(recipe, vae)
+    train_vae.check_sizes(recipe, vae, discriminators)
     ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    for num_frames, height, width in recipe.data.clip_sizes:
-        assert (num_frames - 1) % ratio_t == height % ratio_s == width % ratio_s == 0
+    for num_frames, *sides in recipe.data.clip_sizes:
+        for factor in recipe.data.rescale_factors:
+            edges = [round(side / factor / 16) * 16 if factor > 1 else side for side in sides]
+            assert (num_frames - 1) % ratio_t == edges[0] % ratio_s == edges[1] % ratio_s == 0
 
 
-def test_paper_recipes_have_the_published_numbers():
-    paths = {path.stem: path for path in CONFIGS}
-    for name, num_parameters in (("paper_4ch", 39.77e6), ("compact_16ch", 5.83e6)):
-        with torch.device("meta"):
-            vae = train_vae.build_vae(load_recipe(train_vae.Recipe, paths[name]))
-        assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(num_parameters, rel=1e-3)
-    for name in ("paper_4ch", "paper_16ch"):
-        recipe = load_recipe(train_vae.Recipe, paths[name])
-        weights = {name: weight for name, weight in asdict(recipe.loss).items() if weight}
-        assert weights == {"l1_pixel": 4.0, "l1_low": 0.2, "l1_high": 0.4, "kl": 1e-7}
-        assert recipe.optimizer.betas == [0.5, 0.9] and recipe.optimizer.num_warmup_steps == 5000
-        assert (recipe.optimizer.learning_rate, recipe.optimizer.final_learning_rate) == (5e-5, 1e-5)
+def of_paper(name: str) -> train_vae.Recipe:
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    return load_recipe(train_vae.Recipe, path)
+
+
+@pytest.mark.parametrize("name", ["paper_4ch", "paper_16ch"])
+def test_paper_recipes_have_the_published_numbers(name: str):
+    recipe = of_paper(name)
+    weights = {name: weight for name, weight in asdict(recipe.loss).items() if weight}
+    assert weights == {"l1_pixel": 4.0, "lpips": 4.0, "l1_low": 0.2, "l1_high": 0.4, "kl": 1e-7}
+    optimizer, adversarial = recipe.optimizer, recipe.adversarial
+    assert optimizer.betas == [0.5, 0.9] and optimizer.num_warmup_steps == 5000 and optimizer.max_grad_norm == 1.0
+    rates = [optimizer.learning_rate_at(step, recipe.num_steps) for step in (5000, 600_000, 699_999)]
+    assert rates == pytest.approx([5e-5, 1e-5, 1e-5])
+    assert (adversarial.weight, adversarial.start_step, recipe.num_steps) == (0.2, 600_000, 700_000)
+    assert (adversarial.kind, adversarial.num_layers, adversarial.num_filters, adversarial.norm) == (
+        "2d",
+        3,
+        64,
+        "batch",
+    )
+    assert (adversarial.loss, adversarial.generator_loss, adversarial.learning_rate) == (
+        "hinge",
+        "non_saturating",
+        1e-5,
+    )
+    assert (adversarial.lecam_weight, adversarial.lecam_decay) == (0.005, 0.999)
+    assert recipe.batch_size == 40 and recipe.perceptual.frames == "reference"
+
+
+@pytest.mark.parametrize(("name", "latent_channels", "ratio"), [("wan_aligned", 16, 8), ("wan22_aligned", 48, 16)])
+def test_wan_recipes_have_the_published_numbers(name: str, latent_channels: int, ratio: int):
+    recipe = of_paper(name)
+    with torch.device("meta"):
+        vae = train_vae.build_vae(recipe)
+    assert (vae.latent_channels, vae.spatial_compression_ratio, vae.pixel_factor) == (latent_channels, ratio, 1.0)
+    assert vae.config.num_ista_iterations == 4
+    # 4 * (L1 + 0.5 * L1 of latents), wavelet terms as for the model's own reconstruction
+    assert asdict(recipe.teacher.weights) == {
+        "align_pixel": 4.0,
+        "align_latents": 2.0,
+        "align_low": 0.2,
+        "align_high": 0.4,
+    }
+    assert recipe.teacher.has_discriminator and recipe.adversarial.update == "alternate"
+    assert (recipe.adversarial.start_step, recipe.adversarial.num_layers) == (50_000, 7)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.final_learning_rate) == (5e-5, 2e-5)
+    assert recipe.optimizer.num_warmup_steps == 10_000 and recipe.data.rescale_factors == [1.0, 1.25, 1.5, 2.0, 2.5]
+    assert recipe.mixed_precision is None and not recipe.sample_posterior
+
+
+@pytest.mark.parametrize(("name", "num_parameters"), [("paper_4ch", 39.77e6), ("compact_16ch", 5.83e6)])
+def test_sizes_are_those_of_the_heads(name: str, num_parameters: float):
+    with torch.device("meta"):
+        vae = train_vae.build_vae(of_paper(name))
+    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(num_parameters, rel=1e-3)
 
 
 def test_learning_rate_warms_up_and_comes_down():
@@ -130,6 +178,8 @@ def test_learning_rate_warms_up_and_comes_down():
     assert cosine.learning_rate_at(4, 12) == 1.0
     assert cosine.learning_rate_at(8, 12) == pytest.approx(0.6)
     assert cosine.learning_rate_at(12, 12) == pytest.approx(0.2)
+    early = OptimizerRecipe(learning_rate=1.0, final_learning_rate=0.2, num_warmup_steps=4, num_decay_steps=12)
+    assert [early.learning_rate_at(step, 100) for step in (8, 12, 50)] == pytest.approx([0.6, 0.2, 0.2])
     constant = OptimizerRecipe(learning_rate=1.0, schedule="constant", num_warmup_steps=2)
     assert [constant.learning_rate_at(step, 4) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
@@ -151,7 +201,7 @@ def test_model_arguments_and_start_are_checked(tmp_path: Path):
     ):
         train_vae.build_vae(recipe_with(model={"z_dim": 4}))
     with pytest.raises(
-        ValueError, match=r"`init` must be 'spec', 'pca', a folder .* got 'nowhere', which does not exist"
+        ValueError, match=r"`init` must be 'spec', 'pca', 'compact-16ch', .* got 'nowhere', which does not exist"
     ):
         train_vae.build_vae(recipe_with(init="nowhere"))
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
