@@ -192,6 +192,16 @@ class ClipDataset(Dataset[Clip]):
         r"""The data in a few words, for a log."""
         raise NotImplementedError
 
+    @property
+    def num_cached(self) -> int:
+        r"""Videos and images held in memory."""
+        raise NotImplementedError
+
+    @property
+    def num_skipped(self) -> int:
+        r"""Videos and images found to be unusable so far, in this process; `Clip.num_skipped` tells of all."""
+        raise NotImplementedError
+
     def batches(self, start_step: int, num_steps: int) -> StepBatches:
         r"""The `batch_sampler` of this process, from `start_step` until before `num_steps`."""
         return StepBatches(
@@ -279,12 +289,10 @@ class TrainingClips(ClipDataset):
 
     @property
     def num_cached(self) -> int:
-        """Videos and images held in memory."""
         return sum(len(shelf.cache) for shelf in self._shelves)
 
     @property
     def num_skipped(self) -> int:
-        """Videos and images found to be unusable so far, in this process; without a cache they are found as drawn."""
         return sum(shelf.num_skipped for shelf in self._shelves)
 
     def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:

@@ -95,12 +95,11 @@ class VideoStream(ClipDataset):
 
     @property
     def num_skipped(self) -> int:
-        """Videos found to be unusable in the blocks at hand, in this process; `Clip.num_skipped` tells of all."""
+        # Of the blocks at hand.
         return sum(pool.shelf.num_skipped for pool, _ in self._pools.values())
 
     @property
     def num_cached(self) -> int:
-        """Images held in memory; videos are not."""
         return 0 if self.image_pool is None else len(self.image_pool.shelf.cache)
 
     def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
