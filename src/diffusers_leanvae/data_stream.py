@@ -135,7 +135,8 @@ class VideoStream(ClipDataset):
         return self._reader.state_dict(step // self.steps_per_block)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._reader.load_state_dict(state)
+        if state:  # an empty one is that of files at hand, or of a process that saved none
+            self._reader.load_state_dict(state)
 
     def close(self) -> None:
         self._remove()
