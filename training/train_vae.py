@@ -62,7 +62,7 @@ from diffusers_leanvae.initialization import initialize_from_principal_component
 from diffusers_leanvae.model_card import describe_recipe, write_model_card
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights
-from diffusers_leanvae.optimizers import MuonAdamW
+from diffusers_leanvae.optimizers import WhitenedMuon
 from diffusers_leanvae.perceptual import LPIPS
 from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.regularizers import AlignmentWeights
@@ -249,15 +249,14 @@ def build_teacher(recipe: TeacherRecipe, vae: AutoencoderKLLeanVAE, device: torc
 
 
 def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.optim.Optimizer:
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    parameters = [parameter for _, parameter in trained]
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     common: dict[str, Any] = {
         "lr": recipe.learning_rate,
         "betas": (recipe.betas[0], recipe.betas[1]),
         "weight_decay": recipe.weight_decay,
     }
     if recipe.name == "muon":
-        return MuonAdamW(trained, **common)
+        return WhitenedMuon(module, adamw_factor=recipe.adamw_factor, **common)
     if recipe.name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
@@ -479,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
         step, step_started, data_seconds = progress.step, time.monotonic(), 0.0
         lr = recipe.optimizer.learning_rate_at(step, recipe.num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         if recipe.freeze_encoder_step is not None and step >= recipe.freeze_encoder_step:
             freeze_encoder(vae)
         is_adversarial = bool(discriminators) and step >= recipe.adversarial.start_step
