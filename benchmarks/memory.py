@@ -1,10 +1,16 @@
 """Peak memory and time of exact streaming and tiling, each case in a process of its own.
 
-    python benchmarks/memory.py --output results/bench_memory.json            everything (tens of minutes)
-    python benchmarks/memory.py --cases stream-17 whole-17x256 --output x.json
+    python benchmarks/memory.py --threads 1                         every case (about an hour of one core)
+    python benchmarks/memory.py --cases stream-17 whole-17x256      these cases; the file keeps its other rows
+    python benchmarks/memory.py --cases                             only predict every row again
 
-Full-size LeanVAE-16ch, random weights, float32. "Peak" is the highest resident memory while the case ran, minus the
-resident memory with weights loaded and every kernel used once. Inputs and outputs are counted unless a row says so.
+Full-size LeanVAE-16ch, random weights, float32, on the CPU. `peak_mib` is the highest resident memory while the case
+ran, minus the resident memory with weights loaded and every kernel used once. Input made before is not counted,
+results are. Streams push one frame at a time and drop what comes out. `reconstruct-*` cases go from file to file
+through `files.reconstruct_video(max_memory=...)`, and everything is counted: frames, network, state, FFmpeg.
+
+`predicted_mib` is what the planner says, `work` the tokens computed over the tokens kept. `cpu_seconds` is processor
+time, which others on the machine disturb less than the clock; `time_ratio` is that of a tiled case over the untiled.
 """
 
 import argparse
@@ -12,16 +18,21 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
+from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder, files
 from diffusers_leanvae.results import write_result
+from diffusers_leanvae.video_io import VideoWriter, iter_video
 
 
 MIB = 2**20
+Row = dict[str, Any]
 
 
 def resident(key: str) -> float:
@@ -29,104 +40,181 @@ def resident(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
-def measure(work: Callable[[], object]) -> dict[str, float]:
+def measure(work: Callable[[], object]) -> Row:
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # forget the old peak
-    before, started = resident("VmRSS"), time.perf_counter()
+    before, started, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     work()
-    return {"peak_mib": round(resident("VmHWM") - before, 1), "seconds": round(time.perf_counter() - started, 2)}
+    return {
+        "peak_mib": round(resident("VmHWM") - before, 1),
+        "seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def make_vae() -> AutoencoderKLLeanVAE:
     torch.manual_seed(0)
     vae = AutoencoderKLLeanVAE(latent_channels=16).eval()
-    with torch.inference_mode():
-        vae(torch.zeros(1, 3, 5, 64, 64))
+    vae(torch.zeros(1, 3, 5, 64, 64))
     return vae
 
 
 def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
-    return torch.rand(1, 3, num_frames, height, width) * 2 - 1
+    return torch.rand(1, 3, num_frames, height, width).mul_(2).sub_(1)
 
 
-def stream(num_frames: int) -> list[dict]:
-    """Frames are made when they are pushed, results are dropped: the stream's own memory is what remains."""
-    vae = make_vae()
-    encoder, decoder = StreamingEncoder(vae, 16), StreamingDecoder(vae, 4)
-    num_latent = vae.num_latent_frames(num_frames)
-    size = 256
-
-    def encode() -> None:
-        for start in range(0, num_frames, 8):
-            encoder.push(frames(min(8, num_frames - start), size, size))
-        encoder.flush()
-
-    def decode() -> None:
-        for start in range(0, num_latent, 2):
-            decoder.push(torch.randn(1, 16, min(2, num_latent - start), size // 8, size // 8))
-        decoder.flush()
-
-    return [
-        {"direction": name, "num_frames": num_frames, "height": size, "width": size, **measure(work)}
-        for name, work in (("encode", encode), ("decode", decode))
-    ]
-
-
-def whole(num_frames: int, height: int, width: int, tile: tuple[int, int, int] | None) -> list[dict]:
-    """`encode` and `decode` of a whole video, untiled or in tiles, beside what `plan` predicts."""
-    vae = make_vae()
-    if tile is not None:
-        vae.enable_tiling(*tile)
-    plan = vae.plan(num_frames, height, width, tile=tile or (height, width, num_frames))
-    sample = frames(num_frames, height, width)
-    latents = torch.randn(1, 16, vae.num_latent_frames(num_frames), height // 8, width // 8)
-    common = {"num_frames": num_frames, "height": height, "width": width, "tile": tile}
+def stream(num_frames: int) -> list[Row]:
+    """One stream in each direction; up to 121 frames also its largest difference from the whole video at once."""
+    vae, size = make_vae(), 256
+    sample, latents = frames(num_frames, size, size), torch.randn(1, 16, (num_frames + 6) // 4, size // 8, size // 8)
     rows = []
-    for name, work, predicted, overhead in (
-        ("encode", lambda: vae.encode(sample), plan.encode_bytes, plan.encode_overhead),
-        ("decode", lambda: vae.decode(latents), plan.decode_bytes, plan.decode_overhead),
+    for direction, source, whole_of, make in (
+        ("encode", sample, lambda x: vae.encode(x).latent_dist.mode(), lambda: StreamingEncoder(vae, 16)),
+        ("decode", latents, lambda z: vae.decode(z).sample, lambda: StreamingDecoder(vae, 4)),
     ):
-        row = {"direction": name, **common, "predicted_mib": round(predicted / MIB, 1), "work": round(overhead, 3)}
-        rows.append(row | measure(work))
+        whole = whole_of(source) if num_frames <= 121 else None
+        largest, num_out = 0.0, 0
+
+        def check(output: torch.Tensor | None, whole: torch.Tensor | None = whole) -> None:
+            nonlocal largest, num_out
+            if output is not None:
+                if whole is not None:  # in place: nothing is added to the peak
+                    output.sub_(whole[:, :, num_out : num_out + output.shape[2]]).abs_()
+                    largest = max(largest, output.max().item())
+                num_out += output.shape[2]
+
+        def run(source: torch.Tensor = source, make: Callable = make) -> None:
+            pushed = make()
+            for piece in source.split(1, dim=2):
+                check(pushed.push(piece))
+            check(pushed.flush())
+
+        row = {"direction": direction, "num_frames": num_frames, "height": size, "width": size} | measure(run)
+        assert num_out == (latents if direction == "encode" else sample).shape[2]
+        if whole is not None:
+            row["difference"] = float(f"{largest:.2g}")
+            row["largest_value"] = float(f"{whole.abs().max().item():.2g}")
+        rows.append(row)
     return rows
 
 
-def reconstruct(num_frames: int, height: int, width: int, budget_mib: int) -> list[dict]:
-    """Input to reconstruction in tiles fitted to a budget; the input (made outside) is counted."""
+def whole(num_frames: int, height: int, width: int, tile: tuple[int, int, int] | None = None) -> list[Row]:
+    """`encode` and `decode` of a whole video, untiled or in tiles."""
     vae = make_vae()
-    before = resident("VmRSS")
+    if tile is not None:
+        vae.enable_tiling(*tile)
     sample = frames(num_frames, height, width)
-    held = sample.nbytes / MIB
-    plan = vae.plan(num_frames, height, width, budget=int((budget_mib - held) * MIB))
-    vae.enable_tiling(*plan[:3])
+    latents = torch.randn(1, 16, vae.num_latent_frames(num_frames), height // 8, width // 8)
+    row = {"num_frames": num_frames, "height": height, "width": width, "tile": tile}
+    return [
+        {"direction": "encode", **row, **measure(lambda: vae.encode(sample))},
+        {"direction": "decode", **row, **measure(lambda: vae.decode(latents))},
+    ]
+
+
+def write_source(path: Path, num_frames: int, height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, height // 20, width // 20, generator=generator)
+    frame = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp_(0, 1)
+    pixels = frame[0].mul_(255).byte().permute(1, 2, 0).contiguous()
+    with VideoWriter(path, 25, preset="ultrafast") as writer:
+        for index in range(num_frames):
+            writer.write(pixels.roll(4 * index, dims=1)[None])
+
+
+def reconstruct(num_frames: int, height: int, width: int, max_mib: int) -> list[Row]:
+    """`leanvae reconstruct --max-memory`, without the start of a process and the loading of weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in.mp4"), Path(folder, "out.mp4")
+        write_source(source, num_frames, height, width)
+        vae = make_vae()
+        for _ in iter_video(source, num_frames=1):  # FFmpeg's code is loaded, as are kernels
+            pass
+        measured = measure(lambda: files.reconstruct_video(vae, source, target, max_memory=max_mib * MIB))
     row = {"direction": "reconstruct", "num_frames": num_frames, "height": height, "width": width}
-    row |= {"tile": list(plan[:3]), "budget_mib": budget_mib}
-    measured = measure(lambda: vae(sample))
-    measured["peak_mib"] = round(measured["peak_mib"] + resident("VmRSS") - before, 1)
-    return [row | measured]
+    return [row | {"max_mib": max_mib} | measured]
 
 
-CASES: dict[str, Callable[[], list[dict]]] = {
-    **{f"stream-{n}": (lambda n=n: stream(n)) for n in (1, 5, 17, 121, 1001)},
-    "whole-17x256": lambda: whole(17, 256, 256, None),
-    "whole-17x512": lambda: whole(17, 512, 512, None),
-    "whole-65x256": lambda: whole(65, 256, 256, None),
-    "tiled-65x256-128": lambda: whole(65, 256, 256, (128, 128, 17)),
+def codec(num_frames: int, height: int, width: int, preset: str) -> list[Row]:
+    """What FFmpeg holds while it writes and reads a video: frames in flight that the network never sees."""
+    row = {"num_frames": num_frames, "height": height, "width": width, "preset": preset}
+    with tempfile.TemporaryDirectory() as folder:
+        small, path = Path(folder, "small.mp4"), Path(folder, "video.mp4")
+        write_source(small, 5, 64, 64)
+        for _ in iter_video(small):
+            pass
+        coarse = torch.randint(256, (1, 3, height // 20, width // 20), dtype=torch.uint8)
+        image = torch.nn.functional.interpolate(coarse.float(), size=(height, width), mode="bilinear")
+        pixels = image[0].permute(1, 2, 0).byte().contiguous()
+        del image
+
+        def write() -> None:
+            with VideoWriter(path, 25, preset=preset) as writer:
+                for index in range(num_frames):
+                    writer.write(pixels.roll(4 * index, dims=1)[None])
+
+        def read() -> None:
+            for _ in files._read_frames(path, 0, None, None):
+                pass
+
+        return [{"direction": name, **row, **measure(work)} for name, work in (("write", write), ("read", read))]
+
+
+CASES: dict[str, Callable[[], list[Row]]] = {
+    "codec-1080p-medium": lambda: codec(60, 1080, 1920, "medium"),
+    "codec-1080p-ultrafast": lambda: codec(60, 1080, 1920, "ultrafast"),
+    "whole-17x256": lambda: whole(17, 256, 256),
+    "whole-17x512": lambda: whole(17, 512, 512),
     "tiled-17x512-256": lambda: whole(17, 512, 512, (256, 256, 17)),
-    "tiled-17x1080p-none": lambda: whole(17, 1080, 1920, None),
-    "tiled-17x1080p-544": lambda: whole(17, 1080, 1920, (544, 640, 17)),
-    "tiled-17x1080p-272": lambda: whole(17, 1080, 1920, (272, 320, 17)),
-    "tiled-17x1080p-136": lambda: whole(17, 1080, 1920, (136, 192, 17)),
+    "tiled-33x256-128": lambda: whole(33, 256, 256, (128, 128, 17)),
+    **{f"stream-{n}": (lambda n=n: stream(n)) for n in (1, 5, 17, 121, 1001)},
     "reconstruct-17x1080p": lambda: reconstruct(17, 1080, 1920, 2048),
+    "whole-5x1080p": lambda: whole(5, 1080, 1920),
+    "tiled-5x1080p-544x960": lambda: whole(5, 1080, 1920, (544, 960, 5)),
+    "tiled-5x1080p-544x640": lambda: whole(5, 1080, 1920, (544, 640, 5)),
+    "tiled-5x1080p-272x480": lambda: whole(5, 1080, 1920, (272, 480, 5)),
+    "reconstruct-33x512-parked": lambda: reconstruct(33, 512, 512, 224),
     "reconstruct-17x2160p": lambda: reconstruct(17, 2160, 3840, 3072),
 }
+
+
+def predict(rows: list[Row]) -> None:
+    """Beside every row what the planner says of it, and the ratio of its time to the untiled case's."""
+    with torch.device("meta"):
+        vae = AutoencoderKLLeanVAE(latent_channels=16)
+    vae = vae.to_empty(device="cpu")  # never touched, so no memory: slices are those of a CPU
+    seconds = {(r["case"].split("-")[1], r["direction"]): r["cpu_seconds"] for r in rows if r["case"][:5] == "whole"}
+    for row in rows:
+        size = (row["num_frames"], row["height"], row["width"])
+        if row["case"].startswith("stream"):
+            is_encode = row["direction"] == "encode"
+            model, layout = vae.memory_model(), (*size[1:], 17)
+            plan = model.stream(size[1:], size[0], 16, layout, 4, encode=is_encode, decode=not is_encode)
+            predicted = plan.num_bytes
+        elif row["direction"] == "reconstruct":
+            plan, looks_ahead = files.plan_streams(vae, *size, row["max_mib"] * MIB)
+            predicted = plan.num_bytes
+            row |= {"tile": plan.layout, "step": plan.num_frames_per_step, "parked": plan.is_parked}
+            row["preset"] = "medium" if looks_ahead else "ultrafast"
+        elif row["direction"] in ("encode", "decode"):
+            plan = vae.plan(*size, tile=tuple(row["tile"] or (*size[1:], size[0])))
+            predicted = plan.encode_bytes if row["direction"] == "encode" else plan.decode_bytes
+            row["work"] = round(plan.encode_overhead if row["direction"] == "encode" else plan.decode_overhead, 3)
+            untiled = seconds.get((row["case"].split("-")[1], row["direction"]))
+            if row["tile"] and untiled:
+                row["time_ratio"] = round(row["cpu_seconds"] / untiled, 3)
+        else:
+            continue
+        row["predicted_mib"] = round(predicted / MIB, 1)
+        row["predicted_over_peak"] = round(predicted / MIB / row["peak_mib"], 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--output", default="results/bench_memory.json")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", default="results/bench_memory.json", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--worker", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -134,19 +222,24 @@ def main() -> None:
         with torch.inference_mode():
             print(json.dumps(CASES[options.worker]()))
         return
-    rows = []
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     # Freed blocks go back to the system at once, so that resident memory is what is alive.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    for case in options.cases:
-        command = [sys.executable, __file__, "--worker", case, "--threads", str(options.threads)]
-        output = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if output.returncode:
-            raise SystemExit(f"{case} failed:\n{output.stderr}")
-        for row in json.loads(output.stdout.splitlines()[-1]):
-            rows.append({"case": case} | row)
-            print(rows[-1], flush=True)
+    for case in [*options.cases, None]:
+        if case is not None:
+            command = [sys.executable, __file__, "--worker", case, "--threads", str(options.threads)]
+            output = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if output.returncode:
+                raise SystemExit(f"{case} failed:\n{output.stderr}")
+            measured = [{"case": case} | row for row in json.loads(output.stdout.splitlines()[-1])]
+            rows = [row for row in rows if row["case"] != case] + measured
+        rows = [row for row in rows if row["case"] in CASES]
+        rows.sort(key=lambda row: list(CASES).index(row["case"]))
+        predict(rows)
+        for row in rows:
+            if row["case"] == case:
+                print(row, flush=True)
         write_result(options.output, {"rows": rows, "model": "LeanVAE-16ch, random weights", "dtype": "float32"})
-    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,11 @@ def test_misuse_is_named(vae):
         StreamingDecoder(vae, num_latent_frames_per_step=0)
     stream = StreamingEncoder(vae)
     stream.push(video(2))
-    with pytest.raises(ValueError, match=r"stream's \(B, C, H, W\) \(1, 3, 24, 40\), got \(1, 3, 16, 40\)"):
+    kept = r"stream's \(B, C, H, W\), dtype and device \(\(1, 3, 24, 40\), torch.float64, 'cpu'\), got"
+    with pytest.raises(ValueError, match=kept + r" \(\(1, 3, 16, 40\), torch.float64, 'cpu'\)\."):
         stream.push(video(2, height=16))
+    with pytest.raises(ValueError, match=kept + r" \(\(1, 3, 24, 40\), torch.float32, 'cpu'\)\."):
+        stream.push(video(2).float())
     with pytest.raises(ValueError, match="5 dimensions"):
         stream.push(video(2)[0])
     cache = TemporalCache()

@@ -44,6 +44,13 @@ Start = Annotated[int, typer.Option(min=0, help="First frame.")]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames to take; all by default.")]
 Size = Annotated[str | None, typer.Option(help="Resize first: a short side (256) or WIDTHxHEIGHT (640x360).")]
 Crf = Annotated[float, typer.Option(min=0, max=51, help="Quality of written H.264, lower is better.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most to use above the weights, such as 2GiB or 800MiB: smaller steps and tiles, same pixels; state on "
+        "disk beside OUT where needed."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="In a folder job, redo outputs that exist already.")]
 
 
@@ -90,7 +97,7 @@ def _run(command: Callable[[], Any]) -> Any:
         typer.echo(f"error: {_first_sentence(error)}", err=True)
         raise typer.Exit(1) from None
     except torch.OutOfMemoryError:
-        typer.echo("error: out of memory; try a smaller `--size`, or `--dtype bfloat16`.", err=True)
+        typer.echo("error: out of memory; try `--max-memory`, a smaller `--size`, or `--dtype bfloat16`.", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
@@ -149,6 +156,7 @@ def reconstruct(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     crf: Crf = 16,
     overwrite: Overwrite = False,
 ) -> None:
@@ -156,6 +164,7 @@ def reconstruct(
 
     def command() -> None:
         jobs = _jobs(source, target, list_videos, files.default_suffix)
+        limit = None if max_memory is None else files.parse_memory(max_memory)
         vae = load_model(model, device, dtype)
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
@@ -168,6 +177,7 @@ def reconstruct(
                 size=size,
                 side_by_side=side_by_side,
                 metrics=metrics,
+                max_memory=limit,
                 progress=progress,
                 crf=crf,
             )
@@ -192,17 +202,27 @@ def encode(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Encode videos to latents (posterior means, not normalised) in safetensors files."""
 
     def command() -> None:
         jobs = _jobs(source, target, list_videos, lambda _: ".safetensors")
+        limit = None if max_memory is None else files.parse_memory(max_memory)
         vae = load_model(model, device, dtype)
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
             info = files.encode_video(
-                vae, path, output, model=model, start=start, num_frames=num_frames, size=size, progress=progress
+                vae,
+                path,
+                output,
+                model=model,
+                start=start,
+                num_frames=num_frames,
+                size=size,
+                max_memory=limit,
+                progress=progress,
             )
             typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
 
@@ -218,6 +238,7 @@ def decode(
     model: Annotated[str | None, typer.Option(help="Autoencoder; by default the one that encoded the file.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     crf: Crf = 16,
     overwrite: Overwrite = False,
 ) -> None:
@@ -232,6 +253,7 @@ def decode(
 
     def command() -> None:
         jobs = _jobs(source, target, lambda folder: sorted(folder.rglob("*.safetensors")), suffix)
+        limit = None if max_memory is None else files.parse_memory(max_memory)
         loaded: dict[str, AutoencoderKLLeanVAE] = {}
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
@@ -240,7 +262,7 @@ def decode(
             if name not in loaded:
                 loaded.clear()  # one model in memory at a time
                 loaded[name] = load_model(name, device, dtype)
-            files.decode_video(loaded[name], path, output, progress=progress, crf=crf)
+            files.decode_video(loaded[name], path, output, max_memory=limit, progress=progress, crf=crf)
             typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
 
         _process(jobs, overwrite, work)

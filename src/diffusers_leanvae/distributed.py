@@ -97,7 +97,7 @@ def _share_tiles(
     items = [slice(i, i + 1) for i in range(shape[0])] if vae.use_slicing else [slice(None)]
     height, width = shape[3] // scale, shape[4] // scale
     num_latent_frames = shape[2] if scale == 1 else source.shape[2]
-    layout = [vae._layout(1 if vae.use_slicing else shape[0], num_latent_frames, height, width, None)]
+    layout: list = [vae._layout(1 if vae.use_slicing else shape[0], num_latent_frames, height, width, None)]
     dist.broadcast_object_list(
         layout, group=group, group_src=0, device=source.device
     )  # what is left of memory may differ among processes
@@ -110,6 +110,7 @@ def _share_tiles(
     for target, part, rows, columns in tiles[rank::num_processes]:
         for frames, chunk in compute(part, rows, columns, per_chunk, True, None):
             target[:, :, frames] = chunk
+            del chunk  # or it would still be there while the next is computed
     # Each tile is sent by its owner: every process receives each byte it lacks once, and a buffer of one tile is all
     # the memory it takes. A sum of zero-filled results would move everything twice (reduce, then gather), and a gather
     # would hold all tiles a second time, padded to the largest; also, copies keep every bit.

@@ -4,10 +4,13 @@ Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> cro
 are written beside and renamed, so that whatever carries the final name is whole.
 """
 
+import gc
 import json
+import os
+import re
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -20,11 +23,14 @@ import torch
 from ._version import __version__
 from .data import pixels_to_sample, resize_frames, short_side_size
 from .evaluation.metrics import frame_psnr, frame_ssim
+from .models.planner import StreamPlan
+from .models.temporal_cache import TemporalCache
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 from .video_io import (
     IMAGE_EXTENSIONS,
     VideoError,
+    VideoInfo,
     VideoWriter,
     iter_video,
     partial_path,
@@ -34,6 +40,14 @@ from .video_io import (
 
 
 Progress = Callable[[int], Any]  # told how many frames were just finished
+
+# Bytes per pixel that FFmpeg holds (`results/bench_memory.json`, cases `codec-*`, with a margin): a decoder, an
+# encoder, each frame of x264's look-ahead, and what a thread of either adds.
+_READER_BYTES, _WRITER_BYTES, _LOOKAHEAD_BYTES, _THREAD_BYTES = 20, 30, 4, 4
+_LOOKAHEAD = 42  # frames, with those that wait to become B-frames
+_WASTE_BYTES = 64 * 2**20  # decoded frames that wait for Python's collector
+_LIBRARY_BYTES = 24 * 2**20  # buffers of PyTorch and FFmpeg at any size
+_METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -72,16 +86,135 @@ def parse_size(size: str) -> tuple[int, int] | int:
 
 
 def _read_frames(
-    path: str | Path, start: int, num_frames: int | None, size: str | None, chunk_size: int
+    path: str | Path, start: int, num_frames: int | None, size: tuple[int, int] | int | None
 ) -> Iterator[torch.Tensor]:
-    target = None if size is None else parse_size(size)
-    for frames in iter_video(path, start=start, num_frames=num_frames, chunk_size=chunk_size):
-        if target is not None:
-            height, width = (
-                short_side_size(frames.shape[1], frames.shape[2], target) if isinstance(target, int) else target
+    r"""Frames one by one, `(1, H, W, 3)`: what a step needs is collected, already converted, in the stream."""
+    waste = 0
+    for frame in iter_video(path, start=start, num_frames=num_frames, chunk_size=1):
+        # PyAV's frames refer to themselves once their side data were looked at, and Python's collector counts objects
+        # and not bytes: by itself it comes after hundreds of frames. 4:2:0 is half of RGB.
+        waste += frame.nbytes // 2
+        if waste > _WASTE_BYTES:
+            gc.collect()
+            waste = 0
+        yield frame if size is None else resize_frames(frame, *_resized(frame.shape[1], frame.shape[2], size))
+
+
+def _resized(height: int, width: int, size: tuple[int, int] | int | None) -> tuple[int, int]:
+    if isinstance(size, int):
+        return short_side_size(height, width, size)
+    return (height, width) if size is None else size
+
+
+def parse_memory(text: str) -> int:
+    r"""Bytes of `"2GiB"`, `"800MiB"`, `"1.5 GB"`, or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"`max_memory` must be a size such as 2GiB or 800MiB, got {text!r}.")
+    unit = match[2] or "b"
+    power = "bkmgt".index(unit[0])
+    return int(float(match[1]) * (1024 if "i" in unit or len(unit) == 1 else 1000) ** power)
+
+
+def plan_streams(
+    vae: Any,
+    num_frames: int | None,
+    height: int,
+    width: int,
+    max_memory: int,
+    *,
+    num_frames_per_step: int = 16,
+    encode: bool = True,
+    decode: bool = True,
+    keeps_originals: bool = False,
+    metrics: bool = False,
+    looks_ahead: bool | None = None,
+) -> tuple[StreamPlan, bool]:
+    r"""How the functions of this module keep within `max_memory` bytes above weights, and what they will take.
+
+    Args:
+        vae: The autoencoder.
+        num_frames: Frames of the video, `None` if not known.
+        height: Height of the video in pixels, after resizing.
+        width: Width of the video in pixels, after resizing.
+        max_memory: Bytes for the network, the streams' state, and all frames on their way, those in FFmpeg included.
+        num_frames_per_step: Longest step to take.
+        encode: Whether frames are read and encoded.
+        decode: Whether latents are decoded and written.
+        keeps_originals: Whether frames read are kept until their reconstruction comes.
+        metrics: Whether PSNR and SSIM are computed.
+        looks_ahead: Whether the video's encoder looks ahead; `None` chooses: not if that took more than a quarter.
+
+    Returns:
+        The plan, and whether the video's encoder looks ahead.
+
+    Raises:
+        ValueError: If nothing fits; it says what would.
+    """
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    look_ahead = _LOOKAHEAD_BYTES * min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
+    if looks_ahead is None:
+        looks_ahead = 4 * look_ahead * height * width <= max_memory
+    per_pixel = _METRICS_BYTES * metrics
+    if encode:
+        per_pixel += _READER_BYTES + _THREAD_BYTES * num_threads
+    if decode and num_frames != 1:
+        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads + look_ahead * looks_ahead
+    ratio = vae.spatial_compression_ratio
+    plan = vae.memory_model().fit_stream(
+        (-(-height // ratio) * ratio, -(-width // ratio) * ratio),
+        num_frames,
+        vae.dtype.itemsize,
+        max_memory,
+        max_frames_per_step=num_frames_per_step,
+        encode=encode,
+        decode=decode,
+        fixed_bytes=_LIBRARY_BYTES + _WASTE_BYTES * encode + per_pixel * height * width,
+        bytes_per_frame=3 * height * width * keeps_originals,
+    )
+    return plan, looks_ahead
+
+
+class _Streams:
+    r"""Encoder and decoder for one file, within `max_memory` where it is given."""
+
+    def __init__(
+        self,
+        vae: Any,
+        target: str | Path,
+        size: tuple[int | None, int, int],
+        num_frames_per_step: int,
+        max_memory: int | None,
+        writer_options: dict[str, Any],
+        **what: bool,
+    ):
+        self.writer_options = dict(writer_options)
+        caches: list[TemporalCache | None] = [None, None]
+        if max_memory is not None:
+            is_free = self.writer_options.get("codec", "libx264") == "libx264" and "preset" not in self.writer_options
+            plan, looks_ahead = plan_streams(
+                vae,
+                *size,
+                max_memory,
+                num_frames_per_step=num_frames_per_step,
+                looks_ahead=None if is_free else True,
+                **what,
             )
-            frames = resize_frames(frames, height, width)
-        yield frames
+            if not looks_ahead:
+                self.writer_options["preset"] = "ultrafast"
+            num_frames_per_step = plan.num_frames_per_step
+            # The state is parked in an unnamed file beside the output: there is room for large files, if anywhere.
+            folder = Path(target).absolute().parent if plan.is_parked else None
+            caches = [TemporalCache(folder, plan.layout) for _ in caches]
+        self.encoder = StreamingEncoder(vae, num_frames_per_step, cache=caches[0])
+        step = max(num_frames_per_step // vae.temporal_compression_ratio, 1)
+        self.decoder = StreamingDecoder(vae, step, cache=caches[1])
+
+
+def _num_frames(info: VideoInfo, start: int, num_frames: int | None) -> int | None:
+    r"""Frames that will be read, as far as the header tells."""
+    counts = [n for n in (num_frames, None if info.num_frames is None else info.num_frames - start) if n is not None]
+    return max(min(counts), 1) if counts else None
 
 
 def _to_sample(frames: torch.Tensor, vae: Any) -> torch.Tensor:
@@ -91,12 +224,49 @@ def _to_sample(frames: torch.Tensor, vae: Any) -> torch.Tensor:
 
 
 def _to_unit(sample: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    r"""Network output to `(T, 3, H, W)` float32 in [0, 1], cut to size."""
-    return sample[0, :, :, :height, :width].transpose(0, 1).float().add(1).div(2).clamp(0, 1)
+    r"""Network output `(1, 3, T, H', W')` to `(T, 3, H, W)` float32 in [0, 1], cut to size."""
+    return sample[0, :, :, :height, :width].transpose(0, 1).float().add(1).div_(2).clamp_(0, 1)
 
 
 def _to_pixels(unit: torch.Tensor) -> torch.Tensor:
-    return unit.mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+    return unit.mul(255).round_().byte().permute(0, 2, 3, 1).cpu()
+
+
+def reconstruct_frames(
+    frames: Iterable[torch.Tensor], encoder: StreamingEncoder, decoder: StreamingDecoder
+) -> Iterator[torch.Tensor]:
+    r"""Frames through an encoder and a decoder, one by one, each as soon as its step is done.
+
+    Args:
+        frames: uint8 `(1, height, width, 3)`, all of one size.
+        encoder: A fresh stream.
+        decoder: A fresh stream, with as many latent frames per step as the encoder gives.
+
+    Yields:
+        For every frame, in order, its reconstruction `(1, 3, height, width)`, float32 in `[0, 1]`.
+    """
+    num_waiting = height = width = 0
+    for frame in frames:
+        height, width = frame.shape[1:3]
+        num_waiting += 1
+        latents = encoder.push(_to_sample(frame, encoder.vae))
+        if latents is not None:
+            for unit in _units(decoder.push(latents), height, width, num_waiting):
+                num_waiting -= 1
+                yield unit
+    latents = encoder.flush()
+    if latents is not None:
+        for unit in _units(decoder.push(latents), height, width, num_waiting):
+            num_waiting -= 1
+            yield unit
+    yield from _units(decoder.flush(), height, width, num_waiting)
+
+
+def _units(sample: torch.Tensor | None, height: int, width: int, limit: int) -> Iterator[torch.Tensor]:
+    r"""Frame by frame, for a step's frames once more as floats would double the memory. At most `limit`."""
+    for index in range(0 if sample is None else min(sample.shape[2], limit)):
+        assert sample is not None
+        yield _to_unit(sample[:, :, index : index + 1], height, width)
 
 
 @torch.inference_mode()
@@ -111,6 +281,7 @@ def reconstruct_video(
     side_by_side: bool = False,
     metrics: bool = False,
     num_frames_per_step: int = 16,
+    max_memory: int | None = None,
     progress: Progress | None = None,
     **writer_options: Any,
 ) -> dict[str, Any]:
@@ -125,49 +296,59 @@ def reconstruct_video(
         size: Resize before encoding, see [`parse_size`].
         side_by_side: Write the original to the left of the reconstruction.
         metrics: Compute PSNR and SSIM.
-        num_frames_per_step: Frames that pass the network at once.
+        num_frames_per_step: Frames that pass the network at once, at most.
+        max_memory: Bytes that may be used above the weights. Steps and tiles are chosen to fit, whatever the model's
+            tiling says; if needed the state of tiles is kept on disk beside `target`, and x264 looks ahead no frames
+            (`preset="ultrafast"`, unless one is given). The pixels do not depend on it, up to float rounding.
         progress: Called with the number of frames just written.
         writer_options: For `VideoWriter` (`codec`, `crf`, ...).
 
     Returns:
         `num_frames`, `height`, `width`, `fps`; with `metrics` also `psnr_frame_mean_rgb` in dB and
         `ssim_frame_mean_rgb`, of the reconstruction before it is rounded and compressed.
+
+    Raises:
+        ValueError: If an argument or a file is not legal, or `max_memory` too small; it says what would do.
     """
     info = probe_video(source)
     is_whole = start == 0 and num_frames is None and info.has_audio
-    encoder = StreamingEncoder(vae, num_frames_per_step)
-    decoder = StreamingDecoder(vae, num_frames_per_step // vae.temporal_compression_ratio)
+    resize = None if size is None else parse_size(size)
+    height, width = _resized(info.height, info.width, resize)
+    streams = _Streams(
+        vae,
+        target,
+        (_num_frames(info, start, num_frames), height, width),
+        num_frames_per_step,
+        max_memory,
+        writer_options,
+        keeps_originals=side_by_side or metrics,
+        metrics=metrics,
+    )
     originals: deque[torch.Tensor] = deque()  # read, not yet reconstructed
+
+    def read() -> Iterator[torch.Tensor]:
+        for frame in _read_frames(source, start, num_frames, resize):
+            if side_by_side or metrics:
+                originals.append(frame)
+            yield frame
+
     psnr: list[float] = []
     ssim: list[float] = []
-    height = width = 0
-
-    with VideoWriter(target, info.fps, audio_from=source if is_whole else None, **writer_options) as writer:
-
-        def finish(output: torch.Tensor | None) -> None:
-            if output is None:
-                return
-            unit = _to_unit(output, height, width)[: len(originals)]
-            original = torch.stack([originals.popleft() for _ in range(len(unit))])
-            if metrics:
-                reference = original.to(unit.device).permute(0, 3, 1, 2).float().div(255)
-                psnr.extend(frame_psnr(unit, reference).tolist())
-                ssim.extend(frame_ssim(unit, reference).tolist())
+    audio_from = source if is_whole else None
+    with VideoWriter(target, info.fps, audio_from=audio_from, **streams.writer_options) as writer:
+        for unit in reconstruct_frames(read(), streams.encoder, streams.decoder):
             pixels = _to_pixels(unit)
-            writer.write(torch.cat((original, pixels), dim=2) if side_by_side else pixels)
+            if originals:
+                original = originals.popleft()
+                if metrics:
+                    reference = original.to(unit.device).permute(0, 3, 1, 2).float().div_(255)
+                    psnr += frame_psnr(unit, reference).tolist()
+                    ssim += frame_ssim(unit, reference).tolist()
+                if side_by_side:
+                    pixels = torch.cat((original, pixels), dim=2)
+            writer.write(pixels)
             if progress is not None:
-                progress(len(unit))
-
-        for frames in _read_frames(source, start, num_frames, size, num_frames_per_step):
-            height, width = frames.shape[1:3]
-            originals.extend(frames)
-            latents = encoder.push(_to_sample(frames, vae))
-            if latents is not None:
-                finish(decoder.push(latents))
-        latents = encoder.flush()
-        if latents is not None:
-            finish(decoder.push(latents))
-        finish(decoder.flush())
+                progress(1)
         summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(info.fps)}
     if metrics:
         summary |= {"psnr_frame_mean_rgb": sum(psnr) / len(psnr), "ssim_frame_mean_rgb": sum(ssim) / len(ssim)}
@@ -185,6 +366,7 @@ def encode_video(
     num_frames: int | None = None,
     size: str | None = None,
     num_frames_per_step: int = 16,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> LatentsInfo:
     r"""Encode a video or image file into `target`, a safetensors file with one tensor `latents` `(1, z, t, h, w)`.
@@ -196,16 +378,18 @@ def encode_video(
     if target.suffix != ".safetensors":
         raise ValueError(f"`target` must end in .safetensors, got {str(target)!r}.")
     video = probe_video(source)
-    encoder = StreamingEncoder(vae, num_frames_per_step)
-    height = width = count = 0
+    resize = None if size is None else parse_size(size)
+    height, width = _resized(video.height, video.width, resize)
+    length = _num_frames(video, start, num_frames)
+    streams = _Streams(vae, target, (length, height, width), num_frames_per_step, max_memory, {}, decode=False)
+    count = 0
     with _LatentsWriter(target) as writer:
-        for frames in _read_frames(source, start, num_frames, size, num_frames_per_step):
-            height, width = frames.shape[1:3]
-            count += len(frames)
-            writer.write(encoder.push(_to_sample(frames, vae)))
+        for frame in _read_frames(source, start, num_frames, resize):
+            count += 1
+            writer.write(streams.encoder.push(_to_sample(frame, vae)))
             if progress is not None:
-                progress(len(frames))
-        writer.write(encoder.flush())
+                progress(1)
+        writer.write(streams.encoder.flush())
         info = LatentsInfo(
             model=model,
             fps=str(video.fps),
@@ -226,30 +410,37 @@ def decode_video(
     target: str | Path,
     *,
     num_frames_per_step: int = 16,
+    max_memory: int | None = None,
     progress: Progress | None = None,
     **writer_options: Any,
 ) -> LatentsInfo:
-    r"""Decode what [`encode_video`] wrote to a video or image of the original size, length and frame rate."""
-    step = max(1, num_frames_per_step // vae.temporal_compression_ratio)
-    decoder = StreamingDecoder(vae, step)
+    r"""Decode what [`encode_video`] wrote to a video or image of the original size, length and frame rate.
+
+    Arguments as of [`reconstruct_video`].
+    """
     with open_latents(source) as (latents, info):
-        if latents.get_shape()[1] != vae.latent_channels:
-            raise ValueError(
-                f"`vae` must have the {latents.get_shape()[1]} latent channels of {str(source)!r}, got "
-                f"{vae.latent_channels}; made by model {info.model!r}."
-            )
-        num_latent_frames = latents.get_shape()[2]
-        with VideoWriter(target, Fraction(info.fps), **writer_options) as writer:
-            for begin in range(0, num_latent_frames + step, step):
-                is_end = begin >= num_latent_frames
-                chunk = None if is_end else latents[:, :, begin : begin + step].to(vae.device, vae.dtype)
-                output = decoder.flush() if chunk is None else decoder.push(chunk)
-                if output is None:
-                    continue
-                pixels = _to_pixels(_to_unit(output, info.height, info.width))[: info.num_frames - writer.num_frames]
-                writer.write(pixels)
+        _, latent_channels, num_latent_frames, *_ = latents.get_shape()
+    if latent_channels != vae.latent_channels:
+        raise ValueError(
+            f"`vae` must have the {latent_channels} latent channels of {str(source)!r}, got {vae.latent_channels}; "
+            f"made by model {info.model!r}."
+        )
+    size = (info.num_frames, info.height, info.width)
+    streams = _Streams(vae, target, size, num_frames_per_step, max_memory, writer_options, encode=False)
+    decoder = streams.decoder
+    with VideoWriter(target, Fraction(info.fps), **streams.writer_options) as writer:
+
+        def write(sample: torch.Tensor | None) -> None:
+            for unit in _units(sample, *size[1:], info.num_frames - writer.num_frames):
+                writer.write(_to_pixels(unit))
                 if progress is not None:
-                    progress(len(pixels))
+                    progress(1)
+
+        for begin in range(0, num_latent_frames, decoder.step):
+            with open_latents(source) as (latents, _):  # anew: what was read of a mapped file stays until it is closed
+                chunk = latents[:, :, begin : begin + decoder.step].to(vae.device, vae.dtype)
+            write(decoder.push(chunk))
+        write(decoder.flush())
     return info
 
 
@@ -271,8 +462,8 @@ def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
 class _LatentsWriter:
     r"""Streams latents into a safetensors file whose length is known only at the end.
 
-    Chunks are spooled as they come (time first) beside the target; `close` lays them out as `(1, z, t, h, w)` through
-    a memory map, and renames.
+    Chunks are spooled as they come (time first) beside the target; `close` lays them out as `(1, z, t, h, w)`, piece
+    by piece, and renames.
     """
 
     def __init__(self, path: Path):
@@ -320,18 +511,16 @@ class _LatentsWriter:
         }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        with open(self.partial_path, "wb") as file:
+        with open(self.partial_path, "wb") as file, open(self.spool_path, "rb") as spool:
             file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + num_bytes)
-        size = 8 + len(text) + num_bytes
-        storage: Any = torch.UntypedStorage.from_file(str(self.partial_path), shared=True, nbytes=size)
-        target = torch.empty(0, dtype=torch.uint8).set_(storage)[8 + len(text) :].view(self.dtype)
-        target = target.view(z, self.num_latent_frames, h, w)
-        spool: Any = torch.UntypedStorage.from_file(str(self.spool_path), shared=False, nbytes=num_bytes)
-        source = torch.empty(0, dtype=self.dtype).set_(spool).view(self.num_latent_frames, z, h, w)
-        for begin in range(0, self.num_latent_frames, 64):
-            target[:, begin : begin + 64] = source[begin : begin + 64].transpose(0, 1)
-        del target, source, storage, spool  # unmap before the file gets its name
+            start, plane = file.tell(), h * w * self.dtype.itemsize
+            file.truncate(start + num_bytes)
+            step = max(2**24 // (z * plane), 1)  # frames at a time
+            for begin in range(0, self.num_latent_frames, step):
+                data = torch.frombuffer(bytearray(spool.read(step * z * plane)), dtype=torch.uint8)
+                for channel, planes in enumerate(data.view(-1, z, plane).unbind(1)):
+                    file.seek(start + (channel * self.num_latent_frames + begin) * plane)
+                    file.write(planes.contiguous().numpy().data)
         self.partial_path.replace(self.path)
 
 

@@ -5,11 +5,12 @@
 """
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
 
-from .files import _to_pixels, _to_sample, _to_unit
+from .files import _to_pixels, reconstruct_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
 
@@ -51,35 +52,29 @@ def reconstruct_stream(
     encoder = StreamingEncoder(vae, num_frames_per_step)
     decoder = StreamingDecoder(vae, num_frames_per_step // vae.temporal_compression_ratio)
     originals: deque[torch.Tensor] = deque()  # read, not yet reconstructed
+    num_bytes, rest = height * width * 3, b""
     num_written = 0
 
-    def finish(output: torch.Tensor | None) -> None:
-        nonlocal num_written
-        if output is None:
-            return
-        for pixels in _to_pixels(_to_unit(output, height, width)[: len(originals)]):
-            original = originals.popleft()
-            _write(target, torch.cat((original, pixels), dim=1) if side_by_side else pixels)
-            num_written += 1
-        target.flush()
-
-    num_bytes = height * width * 3
-    try:
+    def read() -> Iterator[torch.Tensor]:
+        nonlocal rest
         while len(data := _read(source, num_bytes)) == num_bytes:
-            frame = torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3)
-            originals.append(frame)
-            latents = encoder.push(_to_sample(frame[None], vae))
-            if latents is not None:
-                finish(decoder.push(latents))
-        latents = encoder.flush()
-        if latents is not None:
-            finish(decoder.push(latents))
-        finish(decoder.flush())
+            frame = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
+            if side_by_side:
+                originals.append(frame)
+            yield frame
+        rest = bytes(data)
+
+    try:
+        for unit in reconstruct_frames(read(), encoder, decoder):
+            pixels = _to_pixels(unit)
+            _write(target, torch.cat((originals.popleft(), pixels), dim=2) if side_by_side else pixels)
+            target.flush()
+            num_written += 1
     except BrokenPipeError:
         return num_written
-    if data:
+    if rest:
         raise ValueError(
-            f"`source` must hold whole frames of {width}x{height} RGB24, {num_bytes} bytes each, got {len(data)} "
+            f"`source` must hold whole frames of {width}x{height} RGB24, {num_bytes} bytes each, got {len(rest)} "
             f"bytes after {num_written} whole frames."
         )
     return num_written

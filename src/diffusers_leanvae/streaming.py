@@ -4,7 +4,6 @@ The state is the object's own, so any number of streams may interleave on one mo
 whole video up to float rounding (`tests/test_streaming.py`: 1e-10 in float64).
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,53 +12,71 @@ from .models.temporal_cache import TemporalCache
 
 
 class _Stream:
-    r"""Collects pieces along time until a step is full; the first step takes one more, the image."""
+    r"""Collects pieces along time until a step is full; the first step takes one more, the image.
 
-    def __init__(self, vae: Any, step: int, cache_directory: str | Path | None):
+    Frames that must wait are copied into one buffer. To keep the pieces themselves would keep all of a large piece for
+    its last frame, and a caller who fills one tensor again and again would change frames already pushed.
+    """
+
+    def __init__(self, vae: Any, step: int, cache: TemporalCache):
         self.vae = vae
         self.step = step
-        self.cache = TemporalCache(cache_directory)
+        self.cache = cache
         self.reset()
 
     def reset(self) -> None:
         r"""Forget the stream; the next piece pushed is the first of a new one."""
         self.cache.reset()
-        self.pending: list[torch.Tensor] = []
         self.num_pushed = 0
+        self._like: torch.Tensor | None = None  # no frames, but shape, dtype and device of the stream's
+        self._buffer: torch.Tensor | None = None
+        self._num_pending = 0
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         if piece.ndim != 5:
             raise ValueError(
                 f"The pushed tensor must have 5 dimensions (B, C, T, H, W), got shape {tuple(piece.shape)}."
             )
-        if self.pending and _frame_shape(piece) != _frame_shape(self.pending[0]):
+        if self._like is None:
+            self._like = piece[:, :, :0].clone()
+        if _kind(piece) != _kind(self._like):
             raise ValueError(
-                f"The pushed tensor must keep the stream's (B, C, H, W) {_frame_shape(self.pending[0])}, got "
-                f"{_frame_shape(piece)}."
+                f"The pushed tensor must keep the stream's (B, C, H, W), dtype and device {_kind(self._like)}, got "
+                f"{_kind(piece)}."
             )
-        if piece.shape[2]:
-            self.pending.append(piece)
-            self.num_pushed += piece.shape[2]
-        outputs = []
-        while self._num_pending >= (size := self.step + (self.cache.num_latent_frames == 0)):
-            joined = self._take_pending()
-            outputs.append(self._run(joined[:, :, :size]))
-            if joined.shape[2] > size:
-                self.pending = [joined[:, :, size:]]
-        return torch.cat(outputs, dim=2) if outputs else None
+        outputs, start = [], 0
+        while start < piece.shape[2]:
+            size = self.step + (self.cache.num_latent_frames == 0)
+            taken = min(size - self._num_pending, piece.shape[2] - start)
+            frames = piece[:, :, start : start + taken]
+            start += taken
+            self.num_pushed += taken
+            if taken == size:
+                outputs.append(self._run(frames))  # a whole step: nothing to copy
+                continue
+            self._collect(frames, size)
+            if self._num_pending == size:
+                outputs.append(self._run(self._take_pending()))
+        # `torch.cat` of one tensor would copy it, too.
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0] if outputs else None
 
     def flush(self) -> torch.Tensor | None:
-        output = self._run(self._take_pending()) if self.pending else None
+        self.cache.is_last = True
+        output = self._run(self._take_pending()) if self._num_pending else None
         self.reset()
         return output
 
-    @property
-    def _num_pending(self) -> int:
-        return sum(piece.shape[2] for piece in self.pending)
+    def _collect(self, frames: torch.Tensor, size: int) -> None:
+        if self._buffer is None:
+            self._buffer = frames.new_empty(*frames.shape[:2], size, *frames.shape[3:])
+        stop = self._num_pending + frames.shape[2]
+        self._buffer[:, :, self._num_pending : stop] = frames
+        self._num_pending = stop
 
     def _take_pending(self) -> torch.Tensor:
-        pieces, self.pending = self.pending, []
-        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+        assert self._buffer is not None
+        frames, self._buffer, self._num_pending = self._buffer[:, :, : self._num_pending], None, 0
+        return frames
 
     def _run(self, chunk: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -68,8 +85,8 @@ class _Stream:
         r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         state = {f"cache/{key}": tensor for key, tensor in self.cache.state_dict().items()}
         state["num_pushed"] = torch.tensor(self.num_pushed)
-        if self.pending:
-            state["pending"] = torch.cat(self.pending, dim=2)
+        if self._buffer is not None:
+            state["pending"] = self._buffer[:, :, : self._num_pending].clone()
         return state
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
@@ -79,7 +96,15 @@ class _Stream:
             {key.removeprefix("cache/"): value for key, value in state_dict.items() if key.startswith("cache/")}
         )
         self.num_pushed = int(state_dict["num_pushed"])
-        self.pending = [state_dict["pending"]] if "pending" in state_dict else []
+        if "pending" in state_dict:
+            pending, size = state_dict["pending"], self.step + (self.cache.num_latent_frames == 0)
+            if pending.shape[2] >= size:
+                raise ValueError(
+                    f"`state_dict` must be of a stream with as short steps, got {pending.shape[2]} waiting for one of "
+                    f"{size}."
+                )
+            self._like = pending[:, :, :0].clone()
+            self._collect(pending, size)
 
 
 class StreamingEncoder(_Stream):
@@ -91,7 +116,8 @@ class StreamingEncoder(_Stream):
             are faster and take more memory.
         sample_posterior: Whether to sample the posterior instead of taking its mean.
         generator: Random generator of the posterior sample.
-        cache_directory: Keep the state of tiles on disk between steps (see `TemporalCache`); needs tiling.
+        cache: A fresh `TemporalCache(directory, layout)` for a stream that keeps the state of its tiles on disk, or
+            that has tiles of its own.
     """
 
     def __init__(
@@ -100,7 +126,7 @@ class StreamingEncoder(_Stream):
         num_frames_per_step: int = 16,
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
-        cache_directory: str | Path | None = None,
+        cache: TemporalCache | None = None,
     ):
         ratio = vae.temporal_compression_ratio
         if num_frames_per_step < ratio or num_frames_per_step % ratio:
@@ -109,7 +135,7 @@ class StreamingEncoder(_Stream):
             )
         self.sample_posterior = sample_posterior
         self.generator = generator
-        super().__init__(vae, num_frames_per_step, cache_directory)
+        super().__init__(vae, num_frames_per_step, TemporalCache() if cache is None else cache)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         r"""Take the next frames, any number of them.
@@ -130,7 +156,9 @@ class StreamingEncoder(_Stream):
         """
         missing = (1 - self.num_pushed) % self.vae.temporal_compression_ratio
         if self.num_pushed and missing:
-            self.pending.append(self.pending[-1][:, :, -1:].expand(-1, -1, missing, -1, -1))
+            assert self._buffer is not None  # frames of a group that is not full are waiting
+            last = self._buffer[:, :, self._num_pending - 1 : self._num_pending]
+            self._collect(last.expand(-1, -1, missing, -1, -1), self._buffer.shape[2])
         return super().flush()
 
     def _run(self, chunk: torch.Tensor) -> torch.Tensor:
@@ -144,13 +172,14 @@ class StreamingDecoder(_Stream):
     Args:
         vae: The autoencoder; its tiling settings apply.
         num_latent_frames_per_step: Latent frames to collect before the network runs.
-        cache_directory: Keep the state of tiles on disk between steps (see `TemporalCache`); needs tiling.
+        cache: A fresh `TemporalCache(directory, layout)` for a stream that keeps the state of its tiles on disk, or
+            that has tiles of its own.
     """
 
-    def __init__(self, vae: Any, num_latent_frames_per_step: int = 4, cache_directory: str | Path | None = None):
+    def __init__(self, vae: Any, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
         if num_latent_frames_per_step < 1:
             raise ValueError(f"`num_latent_frames_per_step` must be positive, got {num_latent_frames_per_step}.")
-        super().__init__(vae, num_latent_frames_per_step, cache_directory)
+        super().__init__(vae, num_latent_frames_per_step, TemporalCache() if cache is None else cache)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
         r"""Take the next latents, any number of frames.
@@ -171,5 +200,5 @@ class StreamingDecoder(_Stream):
         return self.vae.decode(chunk, return_dict=False, cache=self.cache)[0]
 
 
-def _frame_shape(piece: torch.Tensor) -> tuple[int, ...]:
-    return (*piece.shape[:2], *piece.shape[3:])
+def _kind(piece: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, str]:
+    return (*piece.shape[:2], *piece.shape[3:]), piece.dtype, str(piece.device)

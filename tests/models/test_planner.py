@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_leanvae import StreamingDecoder, StreamingEncoder
+from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
@@ -76,19 +76,38 @@ def test_parked_caches_give_the_same_stream(make_model, make_video, tmp_path):
     z = model.encode(video).latent_dist.mode()
     expected = model.decode(z).sample
     model.enable_tiling(16, 24, 5)
-    encoder = StreamingEncoder(model, 4, cache_directory=tmp_path / "encoder")
-    decoder = StreamingDecoder(model, 1, cache_directory=tmp_path / "decoder")
+    encoder = StreamingEncoder(model, 4, cache=TemporalCache(tmp_path))
+    decoder = StreamingDecoder(model, 1, cache=TemporalCache(tmp_path))
     latents, frames = [], []
     for frame in video.split(1, dim=2):
         latents.append(encoder.push(frame))
         assert encoder.cache.nbytes() == decoder.cache.nbytes() == 0  # nothing stays in memory between the steps
         if latents[-1] is not None:
             frames.append(decoder.push(latents[-1]))
-    assert len(list((tmp_path / "encoder").iterdir())) == 6
+    assert len(encoder.cache.tiles) == 6
+    assert not list(tmp_path.iterdir())  # the files have no names: not even SIGKILL leaves one behind
     latents, frames = ([part for part in parts if part is not None] for parts in (latents, frames))
     torch.testing.assert_close(torch.cat(latents, dim=2), z, rtol=0, atol=1e-10)
     frames.append(decoder.flush())
     frames = [part for part in frames if part is not None]
     torch.testing.assert_close(torch.cat(frames, dim=2), expected, rtol=0, atol=1e-10)
-    encoder.reset()
-    assert not list((tmp_path / "encoder").iterdir())
+
+
+@torch.no_grad()
+def test_a_parked_stream_is_saved_moved_and_continued(make_model, make_video, tmp_path):
+    model, video = make_model(torch.float64), make_video(1, 3, 13, 24, 16, dtype=torch.float64)
+    expected = model.encode(video).latent_dist.mode()[:, :, 2:]
+    cache = TemporalCache(tmp_path, layout=(16, 8, 5))  # the stream's own tiles: the model has none
+    model.encode(video[:, :, :5], cache=cache)
+    in_memory, parked, other = TemporalCache(), TemporalCache(tmp_path), cache.to("cpu")
+    in_memory.load_state_dict(cache.state_dict())
+    parked.load_state_dict(cache.state_dict())
+    assert in_memory.nbytes() == other.nbytes() > 0 == parked.nbytes() == cache.nbytes()
+    for stream in (in_memory, parked, other, cache):
+        rest = model.encode(video[:, :, 5:], cache=stream).latent_dist.mode()
+        torch.testing.assert_close(rest, expected, rtol=0, atol=1e-10)
+
+
+def test_a_folder_to_park_in_must_exist(tmp_path):
+    with pytest.raises(ValueError, match="`directory` must be an existing folder, got '.*nothing'"):
+        TemporalCache(tmp_path / "nothing")

@@ -590,7 +590,14 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         shape = (batch_size, num_frames, height, width)
         item_bytes = (dtype or self.dtype).itemsize
-        model = MemoryModel(
+        model = self.memory_model()
+        if tile is not None:
+            return model.plan(shape, tile[:2], tile[2], item_bytes)
+        return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
+
+    def memory_model(self) -> MemoryModel:
+        r"""What the memory of this model depends on; [`plan`] and the file functions ask it."""
+        return MemoryModel(
             dim=self.logvar_proj.in_features,
             patch_dim=self.in_channels * self.temporal_compression_ratio * self.spatial_compression_ratio**2,
             latent_channels=self.latent_channels,
@@ -600,9 +607,6 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             decoder_halo=self.decoder_halo,
             slice_elements=slice_elements(self.device),
         )
-        if tile is not None:
-            return model.plan(shape, tile[:2], tile[2], item_bytes)
-        return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
 
     def _frame(self, latent_frame: int, is_first: bool) -> int:
         r"""The first frame of a latent frame, both counted from the start of a chunk."""
@@ -611,36 +615,45 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _layout(
         self, batch_size: int, num_latent_frames: int, height: int, width: int, cache: TemporalCache | None
-    ) -> tuple[int, int, int]:
-        r"""Height and width of tiles in tokens, and latent frames per chunk, for latents of these sizes."""
+    ) -> tuple[int, int, int] | None:
+        r"""Height and width of tiles in tokens, and latent frames per chunk, for latents of these sizes.
+
+        `None` without tiles.
+        """
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
-        if cache is not None and cache.layout is not None:
+        if cache is not None and (cache.layout is not None or cache.num_latent_frames > 0):
             layout = cache.layout  # a stream keeps its tiles
+        elif not self.use_tiling:
+            layout = None
         elif self.tiling_budget is not None:
             budget = None if self.tiling_budget == "auto" else int(self.tiling_budget)
             num_frames = self.num_sample_frames(num_latent_frames)
             plan = self.plan(num_frames, height * ratio_s, width * ratio_s, budget=budget, batch_size=batch_size)
             layout = plan[:3]
+        if layout is None:
+            return None
         if cache is not None:
             cache.layout = layout
         return layout[0] // ratio_s, layout[1] // ratio_s, layout[2] // ratio_t
 
     def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        if not self.use_tiling:
-            return self._encode_chunk(x, is_first, cache)
         num_latent_frames, height, width = (
             -(-x.shape[2] // self.temporal_compression_ratio),
             x.shape[3] // self.spatial_compression_ratio,
             x.shape[4] // self.spatial_compression_ratio,
         )
-        *tile, per_chunk = self._layout(x.shape[0], num_latent_frames, height, width, cache)
+        layout = self._layout(x.shape[0], num_latent_frames, height, width, cache)
+        if layout is None:
+            return self._encode_chunk(x, is_first, cache)
+        *tile, per_chunk = layout
         moments: torch.Tensor | None = None
         for rows, columns in grid(height, width, tile, self.encoder_halo):
             for frames, chunk in self._encode_tile(x, rows, columns, per_chunk, is_first, cache):
                 if moments is None:  # its dtype is the chunks', which autocast may choose
                     moments = chunk.new_empty(*chunk.shape[:2], num_latent_frames, height, width)
                 moments[:, :, frames, rows.target(), columns.target()] = chunk
+                del chunk  # as in `_encode_tile`
         assert moments is not None
         return moments
 
@@ -654,21 +667,26 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             for start, stop in chunks:
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
                 part = x[:, :, frames, rows.source(ratio), columns.source(ratio)]
-                chunk = self._encode_chunk(part, is_first and start == 0, state)
-                yield slice(start, stop), chunk[..., rows.crop(), columns.crop()]
+                # Kept by no name here: the last chunk would still be there while the next is computed.
+                yield (
+                    slice(start, stop),
+                    self._encode_chunk(part, is_first and start == 0, state)[..., rows.crop(), columns.crop()],
+                )
 
     def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        if not self.use_tiling:
-            return self._decode_chunk(z, is_first, cache)
         num_latent_frames, height, width = z.shape[2:]
         ratio, num_frames = self.spatial_compression_ratio, self._frame(num_latent_frames, is_first)
-        *tile, per_chunk = self._layout(z.shape[0], num_latent_frames, height, width, cache)
+        layout = self._layout(z.shape[0], num_latent_frames, height, width, cache)
+        if layout is None:
+            return self._decode_chunk(z, is_first, cache)
+        *tile, per_chunk = layout
         sample: torch.Tensor | None = None
         for rows, columns in grid(height, width, tile, self.decoder_halo):
             for frames, chunk in self._decode_tile(z, rows, columns, per_chunk, is_first, cache):
                 if sample is None:
                     sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio, width * ratio)
                 sample[:, :, frames, rows.target(ratio), columns.target(ratio)] = chunk
+                del chunk
         assert sample is not None
         return sample
 
@@ -681,9 +699,13 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         with tile_cache(cache, rows, columns, needed=len(chunks) > 1) as state:
             for start, stop in chunks:
                 part = z[:, :, start:stop, rows.source(), columns.source()]
-                chunk = self._decode_chunk(part, is_first and start == 0, state)
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                yield frames, chunk[..., rows.crop(ratio), columns.crop(ratio)]
+                yield (
+                    frames,
+                    self._decode_chunk(part, is_first and start == 0, state)[
+                        ..., rows.crop(ratio), columns.crop(ratio)
+                    ],
+                )
 
     # ---- public -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ The terms are the tensors alive at the peak of `AutoencoderKLLeanVAE._encode` an
 are compared with measurements in `results/bench_memory.json` (`benchmarks/memory.py`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,41 @@ class MemoryPlan(NamedTuple):
     def peak_bytes(self) -> int:
         r"""The larger of both predictions."""
         return max(self.encode_bytes, self.decode_bytes)
+
+
+class StreamPlan(NamedTuple):
+    r"""Settings of a `StreamingEncoder`, a `StreamingDecoder` or both, and the memory they take.
+
+    Attributes:
+        num_frames_per_step: Frames that pass the network at once; the first step takes one more.
+        layout: Height and width of a tile in pixels, and frames of a tile's first chunk (see `TemporalCache`); `None`
+            without tiles.
+        is_parked: Whether the state of the tiles must be kept on disk.
+        num_bytes: Predicted peak above weights.
+        overhead: Work, with moving parked states counted as work, over that without tiles.
+    """
+
+    num_frames_per_step: int
+    layout: tuple[int, int, int] | None
+    is_parked: bool
+    num_bytes: int
+    overhead: float
+
+
+class _Cost(NamedTuple):
+    r"""Of one direction, in elements: the peak within a tile, the whole result, states; and the work of halos."""
+
+    working: int
+    result: int
+    tile_state: int
+    state: int
+    overhead: float
+
+
+# Decoding a token takes about 2.5 times the work of encoding it (145 to 58 G multiply-adds at 17x256x256).
+_DECODE_WORK = 2.5
+# Reading and writing the state of a token, over encoding one latent frame of it: a rough figure for a common disk.
+_PARKED_WORK = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,42 +111,126 @@ class MemoryModel:
             num_frames_per_chunk: Frames of the first chunk.
             item_bytes: Bytes of a number of the model's dtype.
         """
-        batch_size, num_frames, height, width = shape
-        rows, columns = height // self.ratio_s, width // self.ratio_s
-        num_latent = (num_frames - 1) // self.ratio_t + 1
-        chunk = min(num_latent, num_frames_per_chunk // self.ratio_t + 1)
-        is_chunked, is_tiled = chunk < num_latent, tile[0] < height or tile[1] < width
+        _, num_frames, height, width = shape
+        is_chunked = num_frames_per_chunk < num_frames
+        is_tiled = tile[0] < height or tile[1] < width
         results = []
-        for halo, peak in ((self.encoder_halo, self._encode_peak), (self.decoder_halo, self._decode_peak)):
-            outer = [
-                [span.outer_stop - span.outer_start for span in spans(size, edge // self.ratio_s, halo)]
-                for size, edge in ((rows, tile[0]), (columns, tile[1]))
-            ]
-            area = batch_size * max(outer[0]) * max(outer[1])
-            elements = peak(area * chunk)
-            if is_chunked:  # two steps per convolution, and one convolution's new ones beside its old ones
-                elements += 2 * (halo + 1) * self.dim * area
+        for decoding in (False, True):
+            cost = self._cost(decoding, shape, tile, num_frames_per_chunk)
+            elements = cost.working
+            if is_chunked:
+                elements += cost.tile_state
             if is_chunked or is_tiled:  # the whole result, beside a tile's
-                per_token = self.patch_dim if peak == self._decode_peak else 2 * self.latent_channels
-                elements += per_token * batch_size * num_latent * rows * columns
-            results.append((elements * item_bytes, sum(outer[0]) * sum(outer[1]) / (rows * columns)))
+                elements += cost.result
+            results.append((elements * item_bytes, cost.overhead))
         (encode_bytes, encode_overhead), (decode_bytes, decode_overhead) = results
         return MemoryPlan(*tile, num_frames_per_chunk, encode_bytes, decode_bytes, encode_overhead, decode_overhead)
+
+    def _cost(
+        self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
+    ) -> _Cost:
+        batch_size, num_frames, height, width = shape
+        halo = self.decoder_halo if decoding else self.encoder_halo
+        rows, columns = height // self.ratio_s, width // self.ratio_s
+        (max_rows, sum_rows), (max_columns, sum_columns) = (
+            _computed(size, edge // self.ratio_s, halo) for size, edge in ((rows, tile[0]), (columns, tile[1]))
+        )
+        area = batch_size * max_rows * max_columns
+        computed = batch_size * sum_rows * sum_columns
+        num_frames_per_chunk = min(num_frames_per_chunk, num_frames)
+        peak = self._decode_peak if decoding else self._encode_peak
+        moments = 2 * self.latent_channels * self._num_latent(num_frames)
+        per_position = self._pixels(num_frames) if decoding else moments
+        # Two steps per convolution, and one convolution's new ones beside its old ones.
+        one_more = 2 * self.dim * area
+        return _Cost(
+            working=peak(area, num_frames_per_chunk),
+            result=per_position * batch_size * rows * columns,
+            tile_state=2 * halo * self.dim * area + one_more,
+            state=2 * halo * self.dim * computed + one_more,
+            overhead=computed / (batch_size * rows * columns),
+        )
+
+    def _num_latent(self, num_frames: int) -> int:
+        return (num_frames - 1) // self.ratio_t + 1
+
+    def _pixels(self, num_frames: int) -> int:
+        r"""Pixel values over one token position in `num_frames` frames."""
+        return self.patch_dim // self.ratio_t * num_frames
 
     def _slice(self, num_tokens: int) -> int:
         return min(self.slice_elements, 6 * self.patch_dim * num_tokens)
 
-    def _encode_peak(self, num_tokens: int) -> int:
+    def _encode_peak(self, area: int, num_frames: int) -> int:
+        num_tokens = area * self._num_latent(num_frames)
         tokens = self.dim * num_tokens
         joining = 2 * tokens  # strips, or branches, and the tensor they are joined to
         working = tokens + self._slice(num_tokens)  # blocks overwrite the tokens
         return max(joining, working) + 4 * self.latent_channels * num_tokens
 
-    def _decode_peak(self, num_tokens: int) -> int:
+    def _decode_peak(self, area: int, num_frames: int) -> int:
+        num_tokens = area * self._num_latent(num_frames)
         tokens = self.dim * num_tokens
         thresholding = 2 * tokens  # of the bottleneck: features and their sparse code
-        unpatching = tokens + self.patch_dim * num_tokens  # the last tokens and the pixels
+        unpatching = tokens + self._pixels(num_frames) * area  # the last tokens and the pixels
         return max(thresholding, unpatching) + self._slice(num_tokens) + 2 * self.latent_channels * num_tokens
+
+    def stream(
+        self,
+        frame: tuple[int, int],
+        num_frames: int | None,
+        num_frames_per_step: int,
+        layout: tuple[int, int, int],
+        item_bytes: int,
+        *,
+        is_parked: bool = False,
+        encode: bool = True,
+        decode: bool = True,
+    ) -> StreamPlan:
+        r"""Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
+
+        Counted are the frames that wait for a step, the step's result, the network, and the states of the streams.
+
+        Args:
+            frame: Height and width in pixels.
+            num_frames: Frames of the video, `None` if not known.
+            num_frames_per_step: Frames of a step; the first takes one more.
+            layout: Height, width and frames of a tile.
+            item_bytes: Bytes of a number of the model's dtype.
+            is_parked: Whether the state of the tiles is on disk.
+            encode: Whether frames are encoded.
+            decode: Whether latents are decoded.
+        """
+        height, width = frame
+        num_taken = num_frames_per_step + 1 if num_frames is None else min(num_frames_per_step + 1, num_frames)
+        num_taken = self.ratio_t * -(-(num_taken - 1) // self.ratio_t) + 1  # what padding makes of it
+        tile, num_frames_per_chunk = layout[:2], min(layout[2], num_taken)
+        is_chunked = num_frames_per_chunk < num_taken
+        is_tiled = layout[0] < height or layout[1] < width or is_chunked or is_parked
+        # A stream that ends before its first step is full is one whole video, and remembers nothing.
+        is_long = num_frames is None or num_frames > num_frames_per_step
+        one_frame = self._pixels(1) * (height // self.ratio_s) * (width // self.ratio_s)
+        peaks, states, overhead = [], 0, 0.0
+        for decoding in [False] * encode + [True] * decode:
+            # The first step fills the state while it works, and a later one works on one latent frame less: together
+            # they stay below one that does all of the first step's work beside a full state.
+            cost = self._cost(decoding, (1, num_taken, height, width), tile, num_frames_per_chunk)
+            working = cost.working
+            if is_tiled:
+                working += cost.result
+            if is_long and not is_parked:
+                states += cost.state
+            elif is_long or is_chunked:
+                working += cost.tile_state
+            # Beside the step's frames either the network works, or one of them is converted from or to 8 bits.
+            frames = num_taken * one_frame
+            peaks.append(max(working, frames + 2 * one_frame) if decoding else frames + max(working, 2 * one_frame))
+            overhead += cost.overhead * (_DECODE_WORK if decoding else 1)
+        overhead /= encode + decode * _DECODE_WORK
+        if is_parked:
+            overhead += _PARKED_WORK / (num_frames_per_step // self.ratio_t)
+        num_bytes = (max(peaks) + states) * item_bytes
+        return StreamPlan(num_frames_per_step, layout if is_tiled else None, is_parked, num_bytes, overhead)
 
     def fit(self, shape: tuple[int, int, int, int], item_bytes: int, budget: int) -> MemoryPlan:
         r"""The plan within `budget` bytes that computes least; with equal work the one with longer chunks.
@@ -120,28 +241,97 @@ class MemoryModel:
         _, num_frames, height, width = shape
         lengths = [num_frames] + [n for n in (65, 33, 17, 9, 5) if n < num_frames]
         lengths = [max(self.ratio_t * round((n - 1) / self.ratio_t), self.ratio_t) + 1 for n in lengths]
+        plans = [
+            self.plan(shape, tile, length, item_bytes) for length in lengths for tile in self._tiles(height, width)
+        ]
+        fitting = [plan for plan in plans if plan.peak_bytes <= budget]
+        if not fitting:
+            least = min(plan.peak_bytes for plan in plans)
+            raise ValueError(_too_small("budget", least, f"{num_frames} frames of {width}x{height}", budget))
+        return min(
+            fitting, key=lambda p: (p.encode_overhead + _DECODE_WORK * p.decode_overhead, -p.num_frames_per_chunk)
+        )
+
+    def fit_stream(
+        self,
+        frame: tuple[int, int],
+        num_frames: int | None,
+        item_bytes: int,
+        max_memory: int,
+        *,
+        max_frames_per_step: int = 16,
+        encode: bool = True,
+        decode: bool = True,
+        fixed_bytes: int = 0,
+        bytes_per_frame: int = 0,
+    ) -> StreamPlan:
+        r"""The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
+
+        Args:
+            frame: As the arguments up to `item_bytes` of [`stream`].
+            num_frames: See `frame`.
+            item_bytes: See `frame`.
+            max_memory: Bytes above weights.
+            max_frames_per_step: Longest step to take.
+            encode: As of [`stream`].
+            decode: As of [`stream`].
+            fixed_bytes: Memory that others need whatever is chosen, such as codecs.
+            bytes_per_frame: Memory that others need for every frame of a step.
+
+        Raises:
+            ValueError: If nothing fits; it says what would.
+        """
         plans = []
-        for length in lengths:
-            for num_rows in range(1, 65):
-                # Tiles as square as the number of rows allows: a halo costs least around squares.
-                tile_height = self._edge(height, num_rows)
-                num_columns = max(round(num_rows * width / height), 1)
-                for columns in {max(num_columns - 1, 1), num_columns, num_columns + 1}:
-                    plan = self.plan(shape, (tile_height, self._edge(width, columns)), length, item_bytes)
-                    if plan.peak_bytes <= budget:
-                        plans.append(plan)
-                if tile_height == self.ratio_s:
-                    break
-        if not plans:
-            least = self.plan(shape, (self.ratio_s, self.ratio_s), self.ratio_t + 1, item_bytes)
-            raise ValueError(
-                f"`budget` must be at least about {least.peak_bytes / 2**20:.0f} MiB for {num_frames} frames of "
-                f"{width}x{height}, got {budget / 2**20:.0f} MiB."
-            )
-        return min(plans, key=lambda p: (p.encode_overhead + 2.5 * p.decode_overhead, -p.num_frames_per_chunk))
+        steps = {max(n // self.ratio_t, 1) * self.ratio_t for n in (4, 8, 16, max_frames_per_step)}
+        steps = {step for step in steps if step <= max_frames_per_step} or {self.ratio_t}
+        if num_frames is not None and num_frames <= max(steps) + 1:  # to end before the first step is full
+            steps = {-(-num_frames // self.ratio_t) * self.ratio_t} | {step for step in steps if step < num_frames}
+        for step in steps:
+            is_long = num_frames is None or num_frames > step
+            for length in {step + 1, self.ratio_t * (step // self.ratio_t // 2 or 1) + 1, self.ratio_t + 1}:
+                for tile in self._tiles(*frame):
+                    for is_parked in (False, True)[: 1 + is_long]:
+                        plan = self.stream(
+                            frame,
+                            num_frames,
+                            step,
+                            (*tile, length),
+                            item_bytes,
+                            is_parked=is_parked,
+                            encode=encode,
+                            decode=decode,
+                        )
+                        others = fixed_bytes + bytes_per_frame * (step + 1)
+                        plans.append(plan._replace(num_bytes=plan.num_bytes + others))
+        fitting = [plan for plan in plans if plan.num_bytes <= max_memory]
+        if not fitting:
+            least = min(plan.num_bytes for plan in plans)
+            raise ValueError(_too_small("max_memory", least, f"frames of {frame[1]}x{frame[0]}", max_memory))
+        return min(fitting, key=lambda p: (p.overhead, -p.num_frames_per_step, p.num_bytes))
+
+    def _tiles(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        r"""Tile sizes to try: as square as the number of rows allows, for a halo costs least around squares."""
+        for num_rows in range(1, 65):
+            tile_height = self._edge(height, num_rows)
+            num_columns = max(round(num_rows * width / height), 1)
+            for columns in {max(num_columns - 1, 1), num_columns, num_columns + 1}:
+                yield tile_height, self._edge(width, columns)
+            if tile_height == self.ratio_s:
+                return
 
     def _edge(self, size: int, count: int) -> int:
         return max(-(-size // (count * self.ratio_s)) * self.ratio_s, self.ratio_s)
+
+
+@lru_cache(maxsize=4096)  # `fit` asks for the same edges again and again
+def _computed(size: int, tile: int, halo: int) -> tuple[int, int]:
+    r"""Tokens along one axis that the largest tile computes, and that all compute, with their halos."""
+    outer = [span.outer_stop - span.outer_start for span in spans(size, tile, halo)]
+    return max(outer), sum(outer)
+
+
+def _too_small(name: str, least: int, what: str, got: int) -> str:
+    return f"`{name}` must be at least about {-(-least // 2**20)} MiB for {what}, got {got / 2**20:.0f} MiB."
 
 
 def free_memory(device: torch.device) -> int:

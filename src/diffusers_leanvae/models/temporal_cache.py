@@ -1,11 +1,11 @@
 """Caller-owned state of a causal video stream: what each temporal convolution must remember between chunks."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .tiling import Span
 
@@ -15,25 +15,33 @@ class TemporalCache:
 
     Pass a fresh `TemporalCache()` with the first chunk and the same object with every later chunk; the model writes
     nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling
-    each tile has a cache of its own inside.
+    each tile has a cache of its own inside. A stream keeps the tiling that it started with, whatever the model's
+    settings become.
 
     Attributes:
         tails: Per convolution name, a tensor of shape `(batch_size, 2, latent_height, latent_width, channels)`.
         tiles: Per tile name, the cache of that tile.
         num_latent_frames: Latent frames seen so far; 0 means that the next chunk starts with the image token.
-        layout: Tile height, tile width and frames per chunk that a memory budget chose for this stream.
+        layout: Tile height, tile width and frames per chunk of this stream, `None` before it starts or without tiles.
+        is_last: Set by the caller: the next chunk is the last of the stream, and nothing of it must be remembered.
 
     Args:
-        directory: Keep the caches of tiles there while other tiles are computed, and only one in memory. For streams
-            of large videos: the state of a 2160p stream takes several GB.
+        directory: An existing folder: keep the caches of tiles on disk there while other tiles are computed, and only
+            one in memory. For streams of large videos: the state of a 2160p stream takes several GB. The file has no
+            name, so that nothing can be left behind.
+        layout: Tiles of this stream, instead of what the model's settings say.
     """
 
-    def __init__(self, directory: str | Path | None = None) -> None:
+    def __init__(self, directory: str | Path | None = None, layout: tuple[int, int, int] | None = None) -> None:
+        if directory is not None and not Path(directory).is_dir():
+            raise ValueError(f"`directory` must be an existing folder, got {str(directory)!r}.")
         self.directory = None if directory is None else Path(directory)
-        self.layout: tuple[int, int, int] | None = None
+        self._given_layout = self.layout = layout
+        self._parking: _ParkingFile | None = None
         self.tails: dict[str, torch.Tensor] = {}
         self.tiles: dict[str, TemporalCache] = {}
         self.num_latent_frames = 0
+        self.is_last = False
         self._is_broken = False
 
     @contextmanager
@@ -54,12 +62,16 @@ class TemporalCache:
         tail = self.tails.get(name)
         if tail is None:
             self._check_unstarted()
-            tail = hidden_states.new_zeros(hidden_states.shape[0], num_steps, *hidden_states.shape[2:])
+            shape = hidden_states.shape
+            tail = hidden_states.new_zeros(()).expand(shape[0], num_steps, *shape[2:])  # no memory of its own
         if tail.shape[0] != hidden_states.shape[0] or tail.shape[2:] != hidden_states.shape[2:]:
             raise ValueError(
                 f"`cache` must be used with chunks of one shape, got tokens {tuple(hidden_states.shape)} after "
                 f"{tuple(tail.shape)} (batch, time, height, width, channels)."
             )
+        if self.is_last:
+            self.tails.pop(name, None)
+            return tail
         # A copy, not a view: a view would keep the whole chunk's activation alive, and see it overwritten.
         last = hidden_states[:, -num_steps:]
         short = num_steps - last.shape[1]
@@ -71,71 +83,65 @@ class TemporalCache:
         if name not in self.tiles:
             self._check_unstarted()
             self.tiles[name] = TemporalCache()
-        elif self.directory is not None:
-            self.tiles[name].tails = load_file(self._parked(name))
+        elif self._parking is not None and not self.tiles[name].tails:
+            self.tiles[name].tails = self._parking.load(name)
         return self.tiles[name]
 
     def _check_unstarted(self) -> None:
         # What is missing in mid-stream was remembered elsewhere: zeros in its place would be silently wrong.
         if self.num_latent_frames > 0:
-            raise ValueError(
-                "`cache` must be used with one model and the same tiling for a whole stream, got a stream that "
-                "started differently."
-            )
+            raise ValueError("`cache` must be used with one model for a whole stream, got a stream of another one.")
 
     def park(self, name: str) -> None:
         r"""Move the cache of a tile to `directory`, if there is one, until [`tile`] asks for it."""
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            save_file(self.tiles[name].tails, self._parked(name))
+            self._parking = self._parking or _ParkingFile(self.directory)
+            self._parking.save(name, self.tiles[name].tails)
             self.tiles[name].tails = {}
-
-    def _parked(self, name: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f"{name}.safetensors"
 
     def reset(self) -> None:
         r"""Forget the stream; the next chunk is the first of a new one."""
-        if self.directory is not None:
-            for name in self.tiles:
-                self._parked(name).unlink(missing_ok=True)
-        self.__init__(self.directory)
+        self.__init__(self.directory, self._given_layout)
 
     def to(self, *args, **kwargs) -> "TemporalCache":
-        r"""A copy with its tensors moved or cast as by `torch.Tensor.to`."""
-        moved = TemporalCache()
+        r"""A copy, in memory, with its tensors moved or cast as by `torch.Tensor.to`."""
+        moved = TemporalCache(layout=self.layout)
         moved.tails = {name: tail.to(*args, **kwargs) for name, tail in self.tails.items()}
-        moved.tiles = {name: tile.to(*args, **kwargs) for name, tile in self.tiles.items()}
+        for name in self.tiles:
+            moved.tiles[name] = TemporalCache()
+            moved.tiles[name].tails = {key: tail.to(*args, **kwargs) for key, tail in self._tails_of(name).items()}
+            moved.tiles[name].num_latent_frames = self.num_latent_frames
         moved.num_latent_frames, moved._is_broken = self.num_latent_frames, self._is_broken
         return moved
 
-    def nbytes(self) -> int:
-        r"""Memory held, in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+    def _tails_of(self, name: str) -> dict[str, torch.Tensor]:
+        tails = self.tiles[name].tails
+        return tails if tails or self._parking is None else self._parking.load(name)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        nested = {
-            f"{name}/{key}": value for name, tile in self.tiles.items() for key, value in tile._tensors().items()
-        }
-        return self.tails | nested
+    def nbytes(self) -> int:
+        r"""Memory held, in bytes; what is on disk does not count."""
+        caches = (self, *self.tiles.values())
+        return sum(tail.nbytes for cache in caches for tail in cache.tails.values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         if self._is_broken:
             raise ValueError("`state_dict` must be taken between chunks, got a stream whose last chunk failed.")
-        parked = {}
-        if self.directory is not None:
-            for name in self.tiles:
-                parked |= {f"{name}/{key}": tail for key, tail in load_file(self._parked(name)).items()}
-        return self._tensors() | parked | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
+        state = dict(self.tails)
+        for tile in self.tiles:
+            state |= {f"{tile}/{name}": tail for name, tail in self._tails_of(tile).items()}
+        if self.layout is not None:
+            state["layout"] = torch.tensor(self.layout)
+        return state | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         r"""Restore what [`TemporalCache.state_dict`] gave."""
         self.reset()
-        count = int(state_dict.get("num_latent_frames", 0))
-        for key, tensor in state_dict.items():
-            if key == "num_latent_frames":
-                continue
+        tensors = dict(state_dict)
+        count = int(tensors.pop("num_latent_frames", 0))
+        layout = tensors.pop("layout", None)
+        self.layout = None if layout is None else tuple(layout.tolist())
+        for key, tensor in tensors.items():
             tile, slash, name = key.rpartition("/")
             cache = self.tile(tile) if slash else self
             cache.tails[name] = tensor
@@ -143,6 +149,37 @@ class TemporalCache:
         self.num_latent_frames = count
         for name in self.tiles:
             self.park(name)
+
+
+class _ParkingFile:
+    r"""Tensors of tiles in an unnamed temporary file: it vanishes with its owner, be that by SIGKILL."""
+
+    def __init__(self, directory: Path):
+        self.file = tempfile.TemporaryFile(dir=directory)
+        self.size = 0
+        self.places: dict[str, tuple[int, dict[str, torch.Tensor]]] = {}  # offset, and tensors without data per name
+
+    def save(self, tile: str, tails: dict[str, torch.Tensor]) -> None:
+        # The tensors of a tile keep their sizes, so it is written over its last state.
+        offset = self.places[tile][0] if tile in self.places else self.size
+        # `expand` makes one number look like the tensor: its shape, dtype and device are kept, and nothing else.
+        self.places[tile] = (offset, {name: tail.new_empty(()).expand(tail.shape) for name, tail in tails.items()})
+        self.file.seek(offset)
+        for tail in tails.values():
+            self.file.write(tail.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.size = max(self.size, self.file.tell())
+
+    def load(self, tile: str) -> dict[str, torch.Tensor]:
+        offset, tails = self.places[tile]
+        self.file.seek(offset)
+        return {name: self._read(like) for name, like in tails.items()}
+
+    def _read(self, like: torch.Tensor) -> torch.Tensor:
+        # Read, not mapped: pages of a mapped file would stay beside the tensors that replace them.
+        data = torch.empty(like.numel() * like.itemsize, dtype=torch.uint8)
+        if self.file.readinto(data.numpy().data) != data.numel():  # type: ignore[attr-defined]
+            raise OSError("The file of a parked stream ends early; was its disk full?")
+        return data.view(like.dtype).view(like.shape).to(like.device)
 
 
 @contextmanager
@@ -153,4 +190,7 @@ def tile_cache(cache: TemporalCache | None, rows: Span, columns: Span, needed: b
         return
     name = f"{rows.start}.{columns.start}"
     yield cache.tile(name)
-    cache.park(name)
+    if cache.is_last:
+        cache.tiles[name].tails = {}
+    else:
+        cache.park(name)
