@@ -12,11 +12,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights
+from diffusers_leanvae.perceptual import LPIPS
 from diffusers_leanvae.training_module import VAETrainingModule
 from diffusers_leanvae.video_io import probe_video
 
@@ -32,6 +33,16 @@ REGULARISERS = (
     "regularization.local_correlation=0.1",
     "regularization.mask_latents=true",
     "regularization.low_pass=0.1",
+)
+# Terms whose mean over clips is the same however clips are shared: no batch norm, nothing that counts passes.
+ADVERSARIAL = (
+    "num_steps=4",
+    "adversarial.update=alternate",
+    "adversarial.start_step=1",
+    "adversarial.learning_rate=1e-3",
+    "adversarial.norm=group",
+    "adversarial.lecam_weight=0",
+    *SMALL_GAN,
 )
 # What could disturb resuming: everything that is random, has a state, or changes on the way.
 FULL = (
@@ -125,6 +136,7 @@ def launched(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("two-killed", *FULL),
         job("two-plain", "num_steps=3", "batch_size=4"),
         job("two-regularised", "num_steps=3", "batch_size=4", *REGULARISERS),
+        job("two-adversarial", "batch_size=4", *ADVERSARIAL),
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(LAUNCHER), str(folder / "jobs.json")]
@@ -246,17 +258,27 @@ def test_old_checkpoints_go_and_an_older_one_can_be_resumed(clips: Path, tmp_pat
 # --- It does not matter how the work is shared -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "overrides"), [("plain", ()), ("regularised", REGULARISERS)])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("plain", ("num_steps=3",)), ("regularised", ("num_steps=3", *REGULARISERS)), ("adversarial", ADVERSARIAL)],
+    ids=["plain", "regularised", "adversarial"],
+)
 def test_processes_and_accumulation_give_the_same_model(
     name: str, overrides: tuple[str, ...], clips: Path, launched: Path, tmp_path: Path
 ):
     """A step's clips, noise and gradient do not depend on how they are shared; only the order of sums does."""
-    common = ("num_steps=3", "batch_size=4", *overrides)
-    runs = [train(clips, tmp_path / f"parts-{n}", *common, f"num_accumulation_steps={n}") for n in (1, 2)]
-    first, *others = (weights_at(run, 3) for run in (*runs, launched / f"two-{name}"))
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=0, atol=5e-6)
-    (record,) = (r for r in read_json_lines(launched / f"two-{name}/validation.jsonl") if r["step"] == 3)
+    runs = [
+        train(clips, tmp_path / f"parts-{n}", "batch_size=4", *overrides, f"num_accumulation_steps={n}")
+        for n in (1, 2)
+    ]
+    last = 4 if name == "adversarial" else 3
+    for number in ("", "_1") if name == "adversarial" else ("",):
+        models = [weights_at(run, last, number) for run in (*runs, launched / f"two-{name}")]
+        # The running means of LeCam, without weight here, count passes.
+        first, *others = ({key: x for key, x in model.items() if "lecam" not in key} for model in models)
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=0, atol=5e-6)
+    record = read_json_lines(launched / f"two-{name}/validation.jsonl")[-1]
     assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
 
 
@@ -347,6 +369,20 @@ def test_a_teacher_lends_latents_and_their_statistics(clips: Path, tmp_path: Pat
     assert changed(weights_at(run, 2, "_1"), weights_at(run, 2, "_2"))
     with pytest.raises(ValueError, match="`student` must have the teacher's latents, 4 channels"):
         train(clips, tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
+
+
+def test_lpips_joins_from_a_file_of_weights(clips: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    trunk = {key: value for key, value in LPIPS().state_dict().items() if key.startswith("features.")}
+    save_file(trunk, tmp_path / "vgg16.safetensors")
+    settings = ("num_steps=1", "loss.lpips=4.0", f"perceptual.vgg16={tmp_path / 'vgg16.safetensors'}")
+    run = train(clips, tmp_path / "run", *settings)
+    (record,) = read_json_lines(run / "log.jsonl")
+    weights = asdict(LossWeights(lpips=4.0))
+    terms = {name: record[name] for name in weights if name in record}
+    assert terms["lpips"] > 0
+    assert record["loss"] == pytest.approx(sum(weights[name] * term for name, term in terms.items()), rel=1e-5)
+    assert not any("features" in key for key in weights_at(run, 1))
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
