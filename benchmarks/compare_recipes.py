@@ -1,0 +1,130 @@
+"""The same small training run with one thing changed at a time: what the change is worth.
+
+    python benchmarks/compare_recipes.py start --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_recipes.py latents --train ../shared/videos/train --held-out ../shared/videos/val
+
+`start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
+the PSNR that principal components give at step 0. `latents`: each regulariser against the plain recipe on the same
+number of steps; reconstruction, and how easy the latents are for diffusion (`evaluation/diffusability.py`).
+
+Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
+minutes and not days. Results go to `results/bench_start.json` and `results/bench_latents.json`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
+from diffusers_leanvae.evaluation.run import evaluate_reconstruction
+from diffusers_leanvae.results import write_result
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["model.low_freq_dim=16", "model.high_freq_dim=48", "ema_decay=0.99", "num_accumulation_steps=1"]
+MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=20"]
+ADAMW = ["optimizer.name=adamw", "optimizer.learning_rate=5e-4", "optimizer.num_warmup_steps=20"]
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "start": {
+        "principal components, muon": ["init=pca", *MUON],
+        "specification, muon": ["init=spec", *MUON],
+        "principal components, adamw": ["init=pca", *ADAMW],
+        "specification, adamw": ["init=spec", *ADAMW],
+    },
+    "latents": {
+        "plain": [],
+        "EQ-VAE (2502.09509)": [
+            "regularization.equivariance_probability=0.5",
+            "regularization.equivariance_in_time=false",
+        ],
+        "EQ-VAE, in time too": ["regularization.equivariance_probability=0.5"],
+        "SSVAE local correlation (2512.05394)": ["regularization.local_correlation=0.02"],
+        "SSVAE latent masking (2512.05394)": ["regularization.mask_latents=true"],
+        "LC-VAE low pass (2604.16479)": ["regularization.low_pass=0.1"],
+    },
+}
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def train(options: argparse.Namespace, name: str, overrides: list[str], every: int) -> Path:
+    """The output folder of a run; what is there already is not run again."""
+    output = Path(options.runs) / options.comparison / "".join(c if c.isalnum() else "_" for c in name)
+    command = [
+        sys.executable,
+        str(ROOT / "training" / "train_vae.py"),
+        str(ROOT / "training/configs/compact_16ch.yaml"),
+    ]
+    command += [f"data.train={options.train}", f"validation.folder={options.held_out}", f"output={output}", *SMALL]
+    command += [f"num_steps={options.num_steps}", f"validation.every={every}", "save_every=100000", "log_every=20"]
+    command += ["validation.num_videos=0", f"num_threads={options.threads}", *overrides]
+    if not (output / "vae" / "config.json").is_file():
+        subprocess.run(command, check=True)
+    return output
+
+
+def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
+    curves = {}
+    for name, overrides in VARIANTS["start"].items():
+        output = train(options, name, overrides, every=options.num_steps // 16)
+        curves[name] = {r["step"]: r["psnr_frame_mean_rgb"] for r in read_json_lines(output / "validation.jsonl")}
+    goal = next(iter(curves.values()))[0]
+    rows, quarter = [], options.num_steps // 4
+    for name, curve in curves.items():
+        reached = next((step for step, psnr in curve.items() if psnr >= goal and step > 0), None)
+        shown = {
+            f"psnr_at_{step}": round(psnr, 2) for step, psnr in curve.items() if step % (options.num_steps // 4) == 0
+        }
+        rows.append({"run": name, **shown, "steps_to_goal": reached if curve[0] < goal else 0})
+    return {"rows": rows, "goal_psnr": goal, "curves": curves}
+
+
+def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    protocol = DiffusabilityProtocol()
+    size = (17, 64, 64)
+    train_clips = load_clips(options.train, options.num_clips, size, protocol.seed)
+    held_out_clips = load_clips(options.held_out, 56, size, protocol.seed)
+    rows, details = [], {}
+    for name, overrides in VARIANTS["latents"].items():
+        output = train(options, name, ["init=pca", *MUON, *overrides], every=options.num_steps)
+        vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae").eval()
+        quality = evaluate_reconstruction(vae, options.held_out)
+        details[name] = probe = measure_diffusability(vae, train_clips, held_out_clips, protocol)
+        print(name, probe, flush=True)
+        rows.append({"run": name, "psnr": round(quality["psnr_frame_mean_rgb"], 2)})
+        rows[-1]["ssim"] = round(quality["ssim_frame_mean_rgb"], 4)
+        rows[-1]["denoising_loss"] = probe["denoising_loss"]
+        levels = {level["noise_level"]: round(level["psnr_frame_mean_rgb"], 2) for level in probe["levels"]}
+        rows[-1] |= {f"psnr_from_noise_{level}": psnr for level, psnr in levels.items()}
+    return {"rows": rows, "probe": details}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=list(VARIANTS))
+    parser.add_argument("--train", required=True, help="folder of training videos")
+    parser.add_argument("--held-out", required=True, help="folder of other videos")
+    parser.add_argument("--num-steps", type=int, default=480)
+    parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
+    parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
+    options = parser.parse_args()
+    compare = {"start": compare_starts, "latents": compare_latents}[options.comparison]
+    changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
+    result = compare(options) | {"num_steps": options.num_steps, "all_runs": SMALL, "changes": changes}
+    write_result(options.output or ROOT / f"results/bench_{options.comparison}.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
