@@ -80,9 +80,7 @@ def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
     rows, quarter = [], options.num_steps // 4
     for name, curve in curves.items():
         reached = next((step for step, psnr in curve.items() if psnr >= goal and step > 0), None)
-        shown = {
-            f"psnr_at_{step}": round(psnr, 2) for step, psnr in curve.items() if step % (options.num_steps // 4) == 0
-        }
+        shown = {f"psnr_at_{step}": round(psnr, 2) for step, psnr in curve.items() if step % quarter == 0}
         rows.append({"run": name, **shown, "steps_to_goal": reached if curve[0] < goal else 0})
     return {"rows": rows, "goal_psnr": goal, "curves": curves}
 
