@@ -174,7 +174,7 @@ CASES: dict[str, Callable[[], list[Row]]] = {
     "tiled-5x1080p-544x960": lambda: whole(5, 1080, 1920, (544, 960, 5)),
     "tiled-5x1080p-544x640": lambda: whole(5, 1080, 1920, (544, 640, 5)),
     "tiled-5x1080p-272x480": lambda: whole(5, 1080, 1920, (272, 480, 5)),
-    "reconstruct-33x512-parked": lambda: reconstruct(33, 512, 512, 224),
+    "reconstruct-33x512-parked": lambda: reconstruct(33, 512, 512, 400),
     "reconstruct-17x2160p": lambda: reconstruct(17, 2160, 3840, 3072),
 }
 

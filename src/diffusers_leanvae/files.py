@@ -9,6 +9,7 @@ import json
 import os
 import re
 import struct
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def plan_streams(
         decode: Whether latents are decoded and written.
         keeps_originals: Whether frames read are kept until their reconstruction comes.
         metrics: Whether PSNR and SSIM are computed.
-        looks_ahead: Whether the video's encoder looks ahead; `None` chooses: not if that took more than a quarter.
+        looks_ahead: Whether the video's encoder looks ahead; `None` chooses: not if that took more than an eighth.
 
     Returns:
         The plan, and whether the video's encoder looks ahead.
@@ -154,7 +155,7 @@ def plan_streams(
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     look_ahead = _LOOKAHEAD_BYTES * min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
     if looks_ahead is None:
-        looks_ahead = 4 * look_ahead * height * width <= max_memory
+        looks_ahead = 8 * look_ahead * height * width <= max_memory
     per_pixel = _METRICS_BYTES * metrics
     if encode:
         per_pixel += _READER_BYTES + _THREAD_BYTES * num_threads
@@ -200,6 +201,11 @@ class _Streams:
                 looks_ahead=None if is_free else True,
                 **what,
             )
+            if plan.overhead > 3:
+                warnings.warn(
+                    f"`max_memory` leaves room for small tiles only: about {plan.overhead:.0f} times the work.",
+                    stacklevel=3,
+                )
             if not looks_ahead:
                 self.writer_options["preset"] = "ultrafast"
             num_frames_per_step = plan.num_frames_per_step
