@@ -261,7 +261,9 @@ def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.o
         try:
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ImportError("`optimizer.name: adamw8bit` needs bitsandbytes: pip install bitsandbytes") from error
+            raise ImportError(
+                '`optimizer.name: adamw8bit` needs bitsandbytes: pip install "diffusers-leanvae[adamw8bit]"'
+            ) from error
         return AdamW8bit(parameters, **common)
     return torch.optim.AdamW(parameters, fused=True, **common)
 
@@ -339,7 +341,7 @@ class RunningMeans:
 def check_trackers(trackers: Sequence[str]) -> None:
     for name in trackers:  # Accelerate would leave out silently what is not installed
         if importlib.util.find_spec(name) is None:
-            raise ImportError(f'`trackers` names {name!r}, which is not installed: pip install "{name}"')
+            raise ImportError(f'`trackers: [{name}]` needs {name}: pip install "diffusers-leanvae[{name}]"')
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
