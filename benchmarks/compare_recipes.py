@@ -2,13 +2,15 @@
 
     python benchmarks/compare_recipes.py start --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py latents --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
 the PSNR that principal components give at step 0. `latents`: each regulariser against the plain recipe on the same
 number of steps; reconstruction, and how easy the latents are for diffusion (`evaluation/diffusability.py`).
+`alignment`: a student of a small random `AutoencoderKLWan` (`scripts/make_random_wan.py`), before and after.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
-minutes and not days. Results go to `results/bench_start.json` and `results/bench_latents.json`.
+minutes and not days. Results go to `results/bench_COMPARISON.json`.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.alignment import Teacher
+from diffusers_leanvae.data import pixels_to_sample
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
 from diffusers_leanvae.evaluation.run import evaluate_reconstruction
 from diffusers_leanvae.results import write_result
@@ -48,6 +52,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "SSVAE latent masking (2512.05394)": ["regularization.mask_latents=true"],
         "LC-VAE low pass (2604.16479)": ["regularization.low_pass=0.1"],
     },
+    "alignment": {"before": ["num_steps=1", "optimizer.learning_rate=0", "ema_decay=0"], "after": []},
 }
 
 
@@ -74,7 +79,7 @@ def train(options: argparse.Namespace, name: str, overrides: list[str], every: i
 def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
     curves = {}
     for name, overrides in VARIANTS["start"].items():
-        output = train(options, name, overrides, every=options.num_steps // 16)
+        output = train(options, name, overrides, every=options.num_steps // 8)
         curves[name] = {r["step"]: r["psnr_frame_mean_rgb"] for r in read_json_lines(output / "validation.jsonl")}
     goal = next(iter(curves.values()))[0]
     rows, quarter = [], options.num_steps // 4
@@ -106,18 +111,43 @@ def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "probe": details}
 
 
+@torch.no_grad()
+def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
+    r"""Latents of the student beside the teacher's, normalised, and what the student decodes the teacher's to."""
+    wan = Path(options.runs) / "random_wan"
+    if not wan.is_dir():
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "make_random_wan.py"), str(wan)], check=True)
+    teacher = Teacher.from_pretrained(wan)
+    sample = pixels_to_sample(load_clips(options.held_out, 28, (17, 64, 64), seed=0))
+    expected = torch.cat([teacher.encode(part) for part in sample.split(4)])
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (teacher.latents_mean, teacher.latents_std))
+    rows = []
+    for name, overrides in VARIANTS["alignment"].items():
+        common = ["init=spec", "sample_posterior=false", "model.pixel_factor=1.0", f"teacher.path={wan}", *MUON]
+        vae = AutoencoderKLLeanVAE.from_pretrained(train(options, name, [*common, *overrides], 1000) / "vae").eval()
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(4)])
+        decoded = torch.cat([vae.decode(part).sample for part in expected.split(4)]).clamp(-1, 1)
+        error = ((latents - expected) / std).square().mean().sqrt().item()
+        spread = ((expected - mean) / std).square().mean().sqrt().item()
+        psnr = -10 * ((decoded - sample) / 2).square().mean(dim=(1, 3, 4)).log10().mean().item()
+        rows.append({"run": name, "latent_rms_error": round(error, 4), "teacher_latent_rms": round(spread, 4)})
+        rows[-1]["psnr_of_decoded_teacher_latents"] = round(psnr, 2)
+    factor = rows[0]["latent_rms_error"] / rows[1]["latent_rms_error"]
+    return {"rows": rows, "latent_error_fell_by_factor": f"{factor:.2f}"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=list(VARIANTS))
     parser.add_argument("--train", required=True, help="folder of training videos")
     parser.add_argument("--held-out", required=True, help="folder of other videos")
-    parser.add_argument("--num-steps", type=int, default=480)
+    parser.add_argument("--num-steps", type=int, default=320)
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
     parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
     options = parser.parse_args()
-    compare = {"start": compare_starts, "latents": compare_latents}[options.comparison]
+    compare = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}[options.comparison]
     changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
     result = compare(options) | {"num_steps": options.num_steps, "all_runs": SMALL, "changes": changes}
     write_result(options.output or ROOT / f"results/bench_{options.comparison}.json", result)

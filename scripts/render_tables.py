@@ -22,7 +22,7 @@ PAGES = ("README.md", "model_card.md", "results/README.md")
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
 PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"
-BUNDLED = "compact-16ch"
+BUNDLED = ("compact-16ch", "compact-4ch")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -48,11 +48,12 @@ def source_line(path: Path, result: dict[str, Any]) -> str:
 
 
 def validation_results(results: Path) -> dict[Path, dict[str, Any]]:
-    r"""Every result of the protocol; the bundled model first."""
+    r"""Every result of the protocol; the bundled models first."""
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("val-17x256_*.json"))}
     if not found:
         raise FileNotFoundError(f"`results` must hold a file val-17x256_*.json, got none in {results}.")
-    return dict(sorted(found.items(), key=lambda item: item[1]["model"] != BUNDLED))
+    order = {model: number for number, model in enumerate(BUNDLED)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[1]["model"], len(order))))
 
 
 def validation(results: Path) -> str:
@@ -87,36 +88,50 @@ def scores(result: dict[str, Any]) -> list[str]:
 
 
 def weights(results: Path) -> str:
-    (result,) = (r for r in validation_results(results).values() if r["model"] == BUNDLED)
+    found = [result for result in validation_results(results).values() if result["model"] in BUNDLED]
     rows = [
-        ["parameters", f"{millions(result)} M"],
-        ["latent channels", str(result["latent_channels"])],
-        ["SHA-256 of the weights", f"`{result['weights_sha256'][:16]}...`"],
+        ["parameters", *(f"{millions(result)} M" for result in found)],
+        ["latent channels", *(str(result["latent_channels"]) for result in found)],
+        ["SHA-256 of the weights", *(f"`{result['weights_sha256'][:16]}...`" for result in found)],
     ]
-    log = training_log(results)
-    steps = sorted((record for record in log if "seconds_per_step" in record), key=lambda record: record["step"])
-    if steps:
-        hours, last = 0.0, 0
-        for record in steps:
+    for number, (name, _) in enumerate(STAGES):
+        cost = [training_cost(training_log(results, result["model"], number)) for result in found]
+        if any(cost):
+            rows.append([f"{name}: steps, hours of one process", *cost])
+    return markdown_table(["bundled weights", *(result["model"] for result in found)], rows)
+
+
+# Runs that made the bundled weights, one after another, and the endings of their logs.
+STAGES = (("first run", "_training_1.jsonl"), ("second run", "_training_2.jsonl"))
+
+
+def training_cost(log: list[dict[str, Any]]) -> str:
+    hours, last = 0.0, 0
+    for record in log:
+        if "seconds_per_step" in record:
             hours += (record["step"] - last) * record["seconds_per_step"] / 3600
             last = record["step"]
-        rows += [["training steps", f"{last:,}"], ["time of these steps", f"{hours:.2f} hours"]]
-    return markdown_table(["bundled weights", BUNDLED], rows)
+    return f"{last:,}, {hours:.2f}" if last else ""
 
 
-def training_log(results: Path) -> list[dict[str, Any]]:
-    path = results / f"{BUNDLED}_training.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def training_log(results: Path, model: str, stage: int) -> list[dict[str, Any]]:
+    path = results / f"{model}{STAGES[stage][1]}"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return sorted((json.loads(line) for line in lines), key=lambda record: record["step"])
 
 
 def training(results: Path) -> str:
-    r"""The validation curve of the training run; about ten rows of it."""
-    curve = sorted((record for record in training_log(results) if PSNR in record), key=lambda record: record["step"])
-    if not curve:
-        return ""
-    chosen = sorted({round(i * (len(curve) - 1) / 10) for i in range(11)})
-    rows = [[str(curve[i]["step"]), f"{curve[i][PSNR]:.2f}"] for i in chosen]
-    return f"{markdown_table(['step', 'PSNR (dB)'], rows)}\nFrom `results/{BUNDLED}_training.jsonl`.\n"
+    r"""The validation curves of the training runs; about eight columns each."""
+    tables = []
+    for model in BUNDLED:
+        for number, (name, ending) in enumerate(STAGES):
+            curve = [record for record in training_log(results, model, number) if PSNR in record]
+            if curve:
+                chosen = [curve[i] for i in sorted({round(i * (len(curve) - 1) / 7) for i in range(8)})]
+                header = [f"{model}, {name}: step", *(f"{record['step']:,}" for record in chosen)]
+                row = ["PSNR (dB)", *(f"{record[PSNR]:.2f}" for record in chosen)]
+                tables.append(f"{markdown_table(header, [row])}\nFrom `results/{model}{ending}`.\n")
+    return "\n".join(tables)
 
 
 def rows_table(results: Path, name: str) -> str:

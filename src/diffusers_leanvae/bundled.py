@@ -4,8 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 
 
-# Trained in an hour or two on small hardware, for the demo, examples and tests; see model_card.md.
-MODELS = ("compact-16ch",)
+# Trained in hours on small hardware, for the demo, examples and tests; see model_card.md.
+MODELS = ("compact-16ch", "compact-4ch")
 DEFAULT = "compact-16ch"
 
 
