@@ -59,7 +59,7 @@ def test_orderly_latents_are_easier():
     assert easy["latent_shape"] == hard["latent_shape"] == [3, 1, 8, 8]
     assert easy["levels"][1]["denoising_loss"] < 0.8 * hard["levels"][1]["denoising_loss"]
     assert easy["levels"][1]["psnr_frame_mean_rgb"] > hard["levels"][1]["psnr_frame_mean_rgb"]
-    assert easy["levels"][1]["white_loss"] == 2.0
+    assert 0.8 < hard["levels"][1]["denoising_loss"] < 1.0  # nothing to find but magnitudes
 
 
 def test_without_noise_predictions_are_reconstructions(make_model):
@@ -70,7 +70,6 @@ def test_without_noise_predictions_are_reconstructions(make_model):
     assert result["reconstruction_psnr_frame_mean_rgb"] == pytest.approx(
         result["levels"][0]["psnr_frame_mean_rgb"], abs=0.01
     )
-    assert result["levels"][0]["white_loss"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_measure_is_repeatable_and_knows_no_scale():
@@ -89,8 +88,11 @@ def test_denoiser_keeps_the_shape_of_latents(shape, num_tokens: int):
     torch.manual_seed(0)
     denoiser = LatentDenoiser(shape, 16, 1)
     assert denoiser.position.shape == (num_tokens, 16)
-    torch.nn.init.normal_(denoiser.project.weight)
     latents = torch.randn(2, *shape)
+    white = denoiser(latents, torch.tensor([0.0, 0.75]))  # untrained: the best linear one
+    torch.testing.assert_close(white[0], -latents[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(white[1], 0.8 * latents[1], rtol=0, atol=1e-5)
+    torch.nn.init.normal_(denoiser.project.weight)
     velocity = denoiser(latents, torch.tensor([0.1, 0.9]))
     assert velocity.shape == latents.shape
     assert not torch.equal(velocity, denoiser(latents, torch.tensor([0.2, 0.9])))

@@ -47,6 +47,9 @@ class DiffusabilityProtocol:
 class LatentDenoiser(nn.Module):
     r"""A transformer over patches of 1x2x2 latents (1x1x1 where sizes are odd) that predicts `noise - latents`.
 
+    Preconditioned in the manner of EDM (arXiv 2206.00364): untrained it is the best denoiser of white latents, and
+    what the transformer adds has unit variance at every noise level. No step is spent on learning as much.
+
     Args:
         latent_shape: `(latent_channels, num_latent_frames, latent_height, latent_width)`.
         width: Width of the tokens.
@@ -65,16 +68,32 @@ class LatentDenoiser(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.project = nn.Linear(width, channels * self.patch**2)
         nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
 
     def forward(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         r"""Velocities of latents `(batch_size, latent_channels, t, h, w)` with noise levels `(batch_size,)`."""
+        variance = _variance(level).view(-1, 1, 1, 1, 1)
         frequencies = torch.logspace(0, 3, self.position.shape[1] // 2, device=level.device)
         angles = level[:, None] * frequencies
         time = self.time(torch.cat((angles.sin(), angles.cos()), dim=-1))  # (B, width)
-        tokens = rearrange(noisy, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch)
+        tokens = rearrange(
+            noisy / variance.sqrt(), "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch
+        )
         tokens = self.project(self.layers(self.embed(tokens) + self.position + time[:, None]))
         t, h, w = self.grid[0], self.grid[1] // self.patch, self.grid[2] // self.patch
-        return rearrange(tokens, "b (t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, w=w, p=self.patch, q=self.patch)
+        pattern = "b (t h w) (c p q) -> b c t (h p) (w q)"
+        added = rearrange(tokens, pattern, t=t, h=h, w=w, p=self.patch, q=self.patch)
+        return white_velocity(noisy, level) + added / variance.sqrt()
+
+
+def _variance(level: torch.Tensor) -> torch.Tensor:
+    r"""Variance of noisy latents, if theirs is 1."""
+    return (1 - level) ** 2 + level**2
+
+
+def white_velocity(noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    r"""The best prediction of `noise - latents` for latents of unit variance without any structure."""
+    return ((2 * level - 1) / _variance(level)).view(-1, 1, 1, 1, 1) * noisy
 
 
 def load_clips(
@@ -112,9 +131,9 @@ def measure_diffusability(
         progress: Called with a line now and then.
 
     Returns:
-        `denoising_loss`, the mean over noise levels of the held-out loss, per element of latents with unit variance;
-        `reconstruction_psnr_frame_mean_rgb`; under `levels` both by noise level, beside `white_loss`, which is what
-        the best denoiser reaches on latents without any structure; and what it was measured with.
+        `denoising_loss`, the squared error on held-out latents as a share of that of [`white_velocity`] (1: no
+        structure was found that is there again), mean over noise levels; `reconstruction_psnr_frame_mean_rgb`; the
+        loss and the PSNR of predictions by noise level under `levels`; and what it was measured with.
     """
     protocol = protocol or DiffusabilityProtocol()
     if len(train_clips) < protocol.batch_size:
@@ -136,11 +155,11 @@ def measure_diffusability(
     levels = []
     for level in protocol.noise_levels:
         loss, predicted = _predict(denoiser, held_out, noise, level, protocol.batch_size)
-        row = {"noise_level": level, "denoising_loss": loss, "white_loss": 1 / ((1 - level) ** 2 + level**2)}
-        row["psnr_frame_mean_rgb"] = _decoded_psnr(vae, predicted[: len(sample)] * std + mean, sample)
-        levels.append({name: round(value, 5) for name, value in row.items()})
+        psnr = _decoded_psnr(vae, predicted[: len(sample)] * std + mean, sample)
+        row = {"noise_level": level, "denoising_loss": round(loss, 5), "psnr_frame_mean_rgb": round(psnr, 4)}
+        levels.append(row)
         if progress is not None:
-            progress(f"noise {level:.1f}: loss {loss:.4f}, PSNR {levels[-1]['psnr_frame_mean_rgb']:.2f} dB")
+            progress(f"noise {level:.1f}: loss {loss:.4f}, PSNR {psnr:.2f} dB")
     return {
         "denoising_loss": round(sum(row["denoising_loss"] for row in levels) / len(levels), 5),
         "reconstruction_psnr_frame_mean_rgb": round(plain, 4),
@@ -171,7 +190,9 @@ def _train_denoiser(
         # One level from each of `batch_size` equal intervals: the batch always covers the whole range.
         offsets = torch.rand(protocol.batch_size, generator=generator)
         level = (torch.arange(protocol.batch_size) + offsets) / protocol.batch_size
-        loss = F.mse_loss(denoiser(torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1)), level), noise - clean)
+        velocity = denoiser(torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1)), level)
+        error = (velocity - noise + clean).square().mean(dim=(1, 2, 3, 4))
+        loss = (error * _variance(level)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,10 +205,12 @@ def _train_denoiser(
 def _predict(
     denoiser: LatentDenoiser, latents: torch.Tensor, noise: torch.Tensor, level: float, batch_size: int
 ) -> tuple[float, torch.Tensor]:
-    r"""Mean squared error of the predicted velocity, and the latents predicted in one step."""
-    noisy = torch.lerp(latents, noise, level)
-    velocity = torch.cat([denoiser(part, torch.full((len(part),), level)) for part in noisy.split(batch_size)])
-    return F.mse_loss(velocity, noise - latents).item(), noisy - level * velocity
+    r"""Squared error of velocities as a share of the white denoiser's, and the latents predicted in one step."""
+    noisy, levels = torch.lerp(latents, noise, level), torch.full((len(latents),), level)
+    parts = zip(noisy.split(batch_size), levels.split(batch_size), strict=True)
+    velocity = torch.cat([denoiser(*part) for part in parts])
+    error, white_error = (F.mse_loss(v, noise - latents) for v in (velocity, white_velocity(noisy, levels)))
+    return (error / white_error).item(), noisy - level * velocity
 
 
 @torch.no_grad()
