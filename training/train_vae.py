@@ -482,7 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         if recipe.freeze_encoder_step is not None and step >= recipe.freeze_encoder_step:
-            freeze_encoder(vae)
+            freeze_encoder(vae)  # the average then takes these weights as they are, which the decoder learns from
         is_adversarial = bool(discriminators) and step >= recipe.adversarial.start_step
         takes_turns = is_adversarial and recipe.adversarial.update == "alternate"
         is_generator_turn = not takes_turns or (step - recipe.adversarial.start_step) % 2 == 0

@@ -13,6 +13,7 @@ import diffusers_leanvae.training.train_vae as train_vae
 import huggingface_hub
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -449,12 +450,30 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], only_loss: bool = F
     monkeypatch.setattr(VAETrainingModule, "forward", poisoned)
 
 
-@pytest.mark.parametrize("only_loss", [False, True], ids=["gradient", "loss"])
+def scale_losses_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Accelerate the gradient scaler that it has for fp16 on a GPU."""
+    initialize = Accelerator.__init__
+
+    def with_scaler(self, *args, **kwargs):
+        initialize(self, *args, **kwargs)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu"), True
+
+    monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+
+
+@pytest.mark.parametrize(
+    ("only_loss", "precision"),
+    [(False, "null"), (True, "null"), (False, "fp16")],
+    ids=["gradient", "loss", "fp16"],
+)
 def test_steps_that_are_not_finite_are_skipped(
-    only_loss: bool, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    only_loss: bool, precision: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     poison(monkeypatch, {1}, only_loss)
-    train(clips, tmp_path, "num_steps=3", "save_every=1", "keep_checkpoints=3", *SMALL_GAN)
+    if precision == "fp16":
+        scale_losses_on_cpu(monkeypatch)
+    settings = ("num_steps=3", "save_every=1", "keep_checkpoints=3", f"mixed_precision={precision}")
+    train(clips, tmp_path, *settings, *SMALL_GAN)
     log = read_json_lines(tmp_path / "log.jsonl")
     assert [record["num_skipped"] for record in log] == [0, 1, 1]
     assert "loss" in log[0] and "loss" not in log[1]
@@ -463,6 +482,9 @@ def test_steps_that_are_not_finite_are_skipped(
     trained = {key for key in weights_at(tmp_path, 1, "_1") if "running" not in key and "num_batches" not in key}
     moved = changed(weights_at(tmp_path, 1, "_1"), weights_at(tmp_path, 2, "_1")) & trained
     assert moved <= {"lecam.ema_real", "lecam.ema_fake"}
+    if precision == "fp16":
+        scales = [torch.load(tmp_path / f"checkpoints/step-000000{step}/scaler.pt")["scale"] for step in (1, 2, 3)]
+        assert scales[0] == 2 * scales[1] == 2 * scales[2]
 
 
 def test_too_many_such_steps_stop_the_run(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -65,8 +65,8 @@ def test_equivariance_comes_in_its_share_of_the_steps(vae: AutoencoderKLLeanVAE)
     module = VAETrainingModule(vae, regularization=Regularization(equivariance_probability=0.25))
     clip = torch.rand(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = [module(clip, seed=(0, step)).pairs[0][0] is clip for step in range(200)]
-    assert plain.count(False) == pytest.approx(50, abs=18)  # three standard deviations
+        plain = [module(clip, seed=(0, step)).pairs[0][0] is clip for step in range(100)]
+    assert plain.count(False) == pytest.approx(25, abs=13)  # three standard deviations
 
 
 def test_regularisers_of_latents_join_with_their_weights(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
