@@ -70,8 +70,8 @@ def stream(num_frames: int) -> list[Row]:
     sample, latents = frames(num_frames, size, size), torch.randn(1, 16, (num_frames + 6) // 4, size // 8, size // 8)
     rows = []
     for direction, source, whole_of, make in (
-        ("encode", sample, lambda x: vae.encode(x).latent_dist.mode(), lambda: StreamingEncoder(vae, 16)),
-        ("decode", latents, lambda z: vae.decode(z).sample, lambda: StreamingDecoder(vae, 4)),
+        ("encode", sample, lambda x: vae.encode(x, return_dict=False)[0].mode(), lambda: StreamingEncoder(vae, 16)),
+        ("decode", latents, lambda z: vae.decode(z, return_dict=False)[0], lambda: StreamingDecoder(vae, 4)),
     ):
         whole = whole_of(source) if num_frames <= 121 else None
         largest, num_out = 0.0, 0

@@ -1,6 +1,7 @@
 """The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled, files
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.models.planner import MemoryModel
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
 
@@ -86,6 +89,66 @@ def test_side_by_side_start_and_size(model, tmp_path):
         read_video(source, start=4, num_frames=5)[0].permute(0, 3, 1, 2), size=(48, 64), mode="bicubic", antialias=True
     )
     assert (frames[:, :, :64].permute(0, 3, 1, 2).float() - expected.float()).abs().mean() < 6
+
+
+def test_the_least_bound_on_memory_that_is_named_works(model, tmp_path):
+    source = clip(tmp_path / "in.mkv", 11, 44, 70, codec="ffv1")
+    for command, target in (("reconstruct", "out.mp4"), ("encode", "z.safetensors"), ("decode", "decoded.mp4")):
+        path = tmp_path / "z.safetensors" if command == "decode" else source
+        arguments = (command, path, tmp_path / target, "--model", model, "--max-memory")
+        code, _, err = leanvae(*arguments, "1MiB")
+        match = re.fullmatch(r"error: `max_memory` must be at least about (\d+) MiB for .*, got 1 MiB\.\n", err)
+        assert code == 1 and match is not None, err
+        least = int(match[1])
+        code, _, err = leanvae(*arguments, f"{least - 1}MiB")
+        assert code == 1 and f"at least about {least} MiB for" in err
+        code, _, err = leanvae(*arguments, f"{least}MiB")
+        assert code == 0, err
+    assert entries(tmp_path) == ["decoded.mp4", "in.mkv", "out.mp4", "z.safetensors"]
+    for name in ("out.mp4", "decoded.mp4"):
+        assert read_video(tmp_path / name)[0].shape == (11, 44, 70, 3)
+
+
+def test_a_bound_on_memory_changes_no_pixel(make_model, tmp_path, monkeypatch):
+    vae = make_model()
+    source = clip(tmp_path / "in.mkv", 14, 44, 70, codec="ffv1")
+    plan = vae.memory_model().stream((48, 72), 14, 8, (24, 32, 5), 4, is_parked=True)._replace(overhead=7.4)
+    assert plan.layout == (24, 32, 5)
+    # Sizes at which the planner itself needs tiles would take minutes: it is told to choose these.
+    for choice in (
+        plan,
+        plan._replace(layout=(8, 72, 9), is_parked=False),
+        plan._replace(layout=None, is_parked=False),
+    ):
+        warned = pytest.warns(
+            UserWarning, match="`max_memory` leaves room for small tiles only: about 7 times the work"
+        )
+        with monkeypatch.context() as patch, warned:
+            patch.setattr(MemoryModel, "fit_stream", lambda *_, choice=choice, **__: choice)
+            options: dict = {"max_memory": 2**30, "codec": "ffv1"}
+            files.reconstruct_video(vae, source, tmp_path / "out.mkv", **options)
+            files.encode_video(vae, source, tmp_path / "z.safetensors", model="", max_memory=2**30)
+            files.decode_video(vae, tmp_path / "z.safetensors", tmp_path / "decoded.mkv", **options)
+        files.reconstruct_video(vae, source, tmp_path / "whole.mkv", codec="ffv1")
+        files.encode_video(vae, source, tmp_path / "whole.safetensors", model="")
+        latents, expected = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("z", "whole"))
+        assert expected.std() > 0.1
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+        whole = read_video(tmp_path / "whole.mkv")[0].int()
+        for name in ("out.mkv", "decoded.mkv"):
+            difference = (read_video(tmp_path / name)[0].int() - whole).abs()
+            assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # what lay between two levels
+    assert not vae.use_tiling
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_sizes_of_memory():
+    assert files.parse_memory("2GiB") == files.parse_memory(" 2 gib ") == files.parse_memory("2G") == 2**31
+    assert files.parse_memory("800MiB") == 800 * 2**20 and files.parse_memory("1.5GB") == 15 * 10**8
+    assert files.parse_memory("123456") == files.parse_memory("123456B") == 123456
+    for text in ("", "2 apples", "-1GiB", "GiB", "0", "1e9"):
+        with pytest.raises(ValueError, match="`max_memory` must be a size such as 2GiB or 800MiB, got"):
+            files.parse_memory(text)
 
 
 def test_images(model, tmp_path):
@@ -171,6 +234,8 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--size", "big"), "`size` must be"),
         (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--start", 99), "in.mp4"),
         (("reconstruct", source, tmp_path / "o.xyz", "--model", model), ".mp4"),
+        (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "much"), "2GiB or 800MiB"),
+        (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "1MiB"), "must be at least"),
         (("encode", source, tmp_path / "o.mp4", "--model", model), "must end in .safetensors"),
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
         (("convert", model, tmp_path / "o.bin", "--to-original"), "must end in"),

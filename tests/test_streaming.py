@@ -84,25 +84,90 @@ def test_interleaved_streams_and_an_image_between(vae):
         torch.testing.assert_close(torch.cat(output, dim=2), whole, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
 @torch.no_grad()
-def test_a_failed_chunk_breaks_its_own_stream_only(vae, monkeypatch):
+def test_a_failed_chunk_breaks_its_own_stream_only(vae, monkeypatch, direction, tiled):
+    def work(x: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+        if direction == "encode":
+            return vae.encode(x, cache=cache).latent_dist.mode()
+        return vae.decode(x, cache=cache).sample
+
     whole = video(9)
+    whole = whole if direction == "encode" else vae.encode(whole).latent_dist.mode()
+    first, second = whole.split((5, 4) if direction == "encode" else (2, 1), dim=2)
+    expected = work(whole)
+    if tiled:
+        vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=24, num_frames_per_chunk=5)
     good, bad = TemporalCache(), TemporalCache()
-    expected = vae.encode(whole).latent_dist.mode()
-    vae.encode(whole[:, :, :5], cache=good)
-    vae.encode(whole[:, :, :5], cache=bad)
+    start = work(first, good)
+    work(first, bad)
+    layer = (vae.encoder if direction == "encode" else vae.decoder).fusion_layers[1].ff
     with monkeypatch.context() as patch:
-        patch.setattr(vae.encoder.fusion_layers[1].ff, "forward", lambda *_: 1 / 0)
+        patch.setattr(layer, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            vae.encode(whole[:, :, 5:], cache=bad)
+            work(second, bad)
     with pytest.raises(ValueError, match="without failed chunks"):
-        vae.encode(whole[:, :, 5:], cache=bad)
+        work(second, bad)
     with pytest.raises(ValueError, match="whose last chunk failed"):
         bad.state_dict()
-    rest = vae.encode(whole[:, :, 5:], cache=good).latent_dist.mode()
-    torch.testing.assert_close(rest, expected[:, :, 2:], rtol=0, atol=1e-10)
+    joined = torch.cat((start, work(second, good)), dim=2)
+    torch.testing.assert_close(joined, expected, rtol=0, atol=1e-10)
     bad.reset()
-    torch.testing.assert_close(vae.encode(whole, cache=bad).latent_dist.mode(), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(work(whole, bad), expected, rtol=0, atol=1e-10)
+    vae.disable_tiling()
+
+
+@torch.no_grad()
+def test_a_failed_step_leaves_other_streams_alone(vae, monkeypatch):
+    whole = video(17)
+    expected = vae.encode(whole).latent_dist.mode()
+    good, bad = StreamingEncoder(vae, 4), StreamingEncoder(vae, 4)
+    outputs = []
+    for index, frame in enumerate(whole.split(1, dim=2)):
+        if (latents := good.push(frame)) is not None:
+            outputs.append(latents)
+        with monkeypatch.context() as patch:
+            if index == 8:
+                patch.setattr(vae.encoder.fusion_layers[1].ff, "forward", lambda *_: 1 / 0)
+            if index < 8:
+                bad.push(frame)
+            elif index == 8:
+                with pytest.raises(ZeroDivisionError):
+                    bad.push(frame)
+            elif index == 12:
+                with pytest.raises(ValueError, match="without failed chunks"):
+                    bad.push(whole[:, :, 9:13])
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=0, atol=1e-10)
+    bad.reset()
+    torch.testing.assert_close(run(bad, whole, [17]), expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_what_waits_is_the_streams_own(vae):
+    # A camera's buffer is filled again and again, and a large piece must not stay for its last frame.
+    whole, camera = video(9), torch.empty(1, 3, 1, 24, 40, dtype=torch.float64)
+    stream, outputs = StreamingEncoder(vae, 8), []
+    for frame in whole.split(1, dim=2):
+        outputs.append(stream.push(camera.copy_(frame)))
+    assert all(output is None for output in outputs[:-1])
+    torch.testing.assert_close(outputs[-1], vae.encode(whole).latent_dist.mode(), rtol=0, atol=1e-10)
+    stream.push(video(37))
+    assert stream._buffer is not None and stream._buffer.shape[2] == 8  # of the five frames that wait, not of 37
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@torch.no_grad()
+def test_the_last_chunk_leaves_no_state(vae, tiled):
+    whole = video(13)
+    expected = vae.encode(whole).latent_dist.mode()
+    cache = TemporalCache(layout=(16, 24, 5) if tiled else None)
+    first = vae.encode(whole[:, :, :9], cache=cache).latent_dist.mode()
+    assert cache.nbytes() > 0 and bool(cache.tiles) == tiled
+    cache.is_last = True
+    last = vae.encode(whole[:, :, 9:], cache=cache).latent_dist.mode()
+    assert cache.nbytes() == 0
+    torch.testing.assert_close(torch.cat((first, last), dim=2), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -111,6 +176,10 @@ def test_state_is_saved_and_restored(vae, tmp_path, tiled):
     if tiled:
         vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=24, num_frames_per_chunk=5)
     whole = video(23)
+    with pytest.raises(ValueError, match="`state_dict` must be of a stream with as short steps, got 6 waiting for"):
+        waiting = StreamingEncoder(vae, 8)
+        waiting.push(whole[:, :, :15])
+        StreamingEncoder(vae, 4).load_state_dict(waiting.state_dict())
     expected = run(StreamingEncoder(vae, 4), whole, [23])
     stream = StreamingEncoder(vae, 4)
     before = stream.push(whole[:, :, :15])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,42 @@ def test_measured_are_the_weights_that_are_shipped():
 
 def test_picture_is_small():
     assert 10_000 < (ROOT / "docs" / "images" / "demo.jpg").stat().st_size <= 250_000
+
+
+@pytest.fixture(scope="module")
+def memory_rows() -> dict[tuple[str, str], dict[str, Any]]:
+    rows = json.loads((ROOT / "results" / "bench_memory.json").read_text())["rows"]
+    return {(row["case"], row["direction"]): row for row in rows}
+
+
+def test_memory_is_as_the_planner_predicts(memory_rows):
+    predicted = {
+        key: row["predicted_mib"] / row["peak_mib"] for key, row in memory_rows.items() if "predicted_mib" in row
+    }
+    assert len(predicted) >= 20
+    assert all(0.8 <= ratio <= 1.2 for ratio in predicted.values()), predicted
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_memory_of_a_stream_does_not_grow_with_its_length(memory_rows, direction):
+    peaks = [memory_rows[f"stream-{n}", direction]["peak_mib"] for n in (17, 121, 1001)]
+    assert max(peaks) < 1.1 * min(peaks), peaks
+    for n in (1, 5, 17, 121):
+        row = memory_rows[f"stream-{n}", direction]
+        assert row["difference"] <= 1e-5 * row["largest_value"], row
+
+
+def test_large_videos_stay_within_their_bounds(memory_rows):
+    for size, height, bound in (("1080p", 1080, 2048), ("2160p", 2160, 3072)):
+        row = memory_rows[f"reconstruct-17x{size}", "reconstruct"]
+        assert (row["num_frames"], row["height"], row["max_mib"]) == (17, height, bound)
+        assert row["peak_mib"] < bound
+    row = memory_rows["reconstruct-33x512-parked", "reconstruct"]
+    assert row["parked"] and row["peak_mib"] < row["max_mib"]
+
+
+def test_tiling_costs_about_the_halos(memory_rows):
+    rows = [row for row in memory_rows.values() if row["case"].startswith("tiled-5x1080p")]
+    assert len({tuple(row["tile"]) for row in rows}) == 3
+    for row in rows:
+        assert 0.8 * row["work"] < row["time_ratio"] < 1.25 * row["work"], row

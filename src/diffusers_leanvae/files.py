@@ -12,7 +12,7 @@ import struct
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -154,13 +154,26 @@ def plan_streams(
     """
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     look_ahead = _LOOKAHEAD_BYTES * min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
-    if looks_ahead is None:
-        looks_ahead = 8 * look_ahead * height * width <= max_memory
+    if looks_ahead is None and 8 * look_ahead * height * width <= max_memory:
+        with suppress(ValueError):  # what does not fit with it may fit without
+            return plan_streams(
+                vae,
+                num_frames,
+                height,
+                width,
+                max_memory,
+                num_frames_per_step=num_frames_per_step,
+                encode=encode,
+                decode=decode,
+                keeps_originals=keeps_originals,
+                metrics=metrics,
+                looks_ahead=True,
+            )
     per_pixel = _METRICS_BYTES * metrics
     if encode:
         per_pixel += _READER_BYTES + _THREAD_BYTES * num_threads
     if decode and num_frames != 1:
-        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads + look_ahead * looks_ahead
+        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads + (look_ahead if looks_ahead else 0)
     ratio = vae.spatial_compression_ratio
     plan = vae.memory_model().fit_stream(
         (-(-height // ratio) * ratio, -(-width // ratio) * ratio),
@@ -173,7 +186,7 @@ def plan_streams(
         fixed_bytes=_LIBRARY_BYTES + _WASTE_BYTES * encode + per_pixel * height * width,
         bytes_per_frame=3 * height * width * keeps_originals,
     )
-    return plan, looks_ahead
+    return plan, bool(looks_ahead)
 
 
 class _Streams:

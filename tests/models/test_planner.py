@@ -1,10 +1,13 @@
 """The planner's choices, and streams whose tiles are parked on disk."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.models.planner import MemoryModel
 
 
 MIB = 2**20
@@ -68,6 +71,63 @@ def test_auto_and_budget_change_nothing_but_memory(make_model, make_video, monke
         assert (len(shapes) > 1) == ("budget" in settings)  # there is plenty of memory for such a video
     with pytest.raises(ValueError, match="must come without tile sizes"):
         model.enable_tiling(64, budget=10**9)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(full_size) -> MemoryModel:
+    return dataclasses.replace(full_size.memory_model(), slice_elements=2**22)
+
+
+def test_streams_within_bounds(on_cpu):
+    for num_frames in (None, 17, 21, 1200):
+        plans = [on_cpu.fit_stream((1080, 1920), num_frames, 4, bound * MIB) for bound in (500, 900, 1500, 3000, 8000)]
+        for plan, bound in zip(plans, (500, 900, 1500, 3000, 8000), strict=True):
+            assert 0 < plan.num_bytes <= bound * MIB / 1.1
+            assert plan.num_frames_per_step % 4 == 0 and plan.num_frames_per_step <= 20
+            assert not plan.is_parked or plan.layout is not None
+        work = [plan.overhead for plan in plans]
+        assert work == sorted(work, reverse=True) and work[0] > 1.5
+        assert plans[-1].overhead == 1.0 and not plans[-1].is_parked
+        # Only what is longer than a step has a state, which tight bounds put on disk.
+        assert plans[0].is_parked and plans[2].is_parked == (num_frames != 17)
+
+
+def test_a_stream_in_memory_takes_its_state_with_it(on_cpu):
+    settings = ((256, 256), None, 16, (256, 256, 17), 4)
+    both = on_cpu.stream(*settings).num_bytes
+    parked = on_cpu.stream(*settings, is_parked=True).num_bytes
+    short = on_cpu.stream((256, 256), 13, *settings[2:]).num_bytes
+    # Two steps of 32x32 tokens of 512 numbers in 6 + 14 convolutions: 80 MiB.
+    assert 75 * MIB < both - short < 95 * MIB
+    assert short < parked < both
+
+
+@pytest.mark.parametrize("layout", [None, (16, 24, 5)])
+@torch.no_grad()
+def test_the_state_is_as_large_as_predicted(make_model, make_video, layout):
+    model, video = make_model(), make_video(1, 3, 13, 40, 48)
+    plan = model.memory_model()
+    for decoding, halo in ((False, model.encoder_halo), (True, model.decoder_halo)):
+        cache = TemporalCache(layout=layout)
+        if decoding:
+            model.decode(model.encode(video).latent_dist.mode(), cache=cache)
+        else:
+            model.encode(video, cache=cache)
+        cost = plan._cost(decoding, (1, 13, 40, 48), (40, 48) if layout is None else layout[:2], 5)
+        one_more = cost.tile_state // (halo + 1)
+        assert cache.nbytes() == 4 * (cost.state - one_more)
+
+
+def test_nothing_fits_a_stream(on_cpu):
+    with pytest.raises(
+        ValueError, match=r"`max_memory` must be at least about \d+ MiB for frames of 1920x1080"
+    ) as error:
+        on_cpu.fit_stream((1080, 1920), None, 4, MIB, fixed_bytes=100 * MIB)
+    least = int(str(error.value).split("about ")[1].split()[0])
+    assert least > 110
+    on_cpu.fit_stream((1080, 1920), None, 4, least * MIB, fixed_bytes=100 * MIB)
+    with pytest.raises(ValueError, match=f"at least about {least} MiB"):
+        on_cpu.fit_stream((1080, 1920), None, 4, (least - 1) * MIB, fixed_bytes=100 * MIB)
 
 
 @torch.no_grad()
