@@ -39,18 +39,13 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "principal components, muon": ["init=pca", *MUON],
         "specification, muon": ["init=spec", *MUON],
         "principal components, adamw": ["init=pca", *ADAMW],
-        "specification, adamw": ["init=spec", *ADAMW],
     },
     "latents": {
         "plain": [],
-        "EQ-VAE (2502.09509)": [
-            "regularization.equivariance_probability=0.5",
-            "regularization.equivariance_in_time=false",
-        ],
-        "EQ-VAE, in time too": ["regularization.equivariance_probability=0.5"],
+        "EQ-VAE (2502.09509), in time too": ["regularization.equivariance_probability=0.5"],
         "SSVAE local correlation (2512.05394)": ["regularization.local_correlation=0.02"],
         "SSVAE latent masking (2512.05394)": ["regularization.mask_latents=true"],
-        "LC-VAE low pass (2604.16479)": ["regularization.low_pass=0.1"],
+        "low pass (aim of LC-VAE, 2604.16479)": ["regularization.low_pass=0.1"],
     },
     "alignment": {"before": ["num_steps=1", "optimizer.learning_rate=0", "ema_decay=0"], "after": []},
 }

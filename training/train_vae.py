@@ -193,6 +193,10 @@ class Recipe:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.compile and self.optimizer.name == "muon":
+            raise ValueError(
+                "`compile` must be false with `optimizer.name: muon`, which watches the layers, got true."
+            )
         if self.tune != "full" and self.init in ("spec", "pca"):
             raise ValueError(f"`tune` must be 'full' for the new model of `init: {self.init}`, got {self.tune!r}.")
 

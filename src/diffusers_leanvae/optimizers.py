@@ -25,7 +25,7 @@ _NUM_ITERATIONS = 5
 # Inputs are looked at in each of the first steps, then now and then; nothing moves before a few looks.
 _NUM_FIRST_LOOKS, _STEPS_PER_LOOK, _LOOKS_BEFORE_MOVING = 8, 20, 4
 _SMALLEST_LOOK_WEIGHT = 0.05  # of the newest look in the running average
-_CLIPS_PER_LOOK = 2  # of the depthwise convolutions, whose covariance over 27 taps is the costliest
+_TOKENS_PER_LOOK = 2  # every second in height and width: the covariance over a convolution's 27 taps is the costliest
 
 # How far outputs move, relative to the learning rate. Hidden units answer around 1, tokens and pixels far smaller; a
 # latent of unit variance is decoded to tokens many times its size.
@@ -151,11 +151,11 @@ class WhitenedMuon(torch.optim.Optimizer):
     def _look_at_depthwise(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if not self._wants_look(layer, layer.weight):
             return
-        tokens = args[0][:_CLIPS_PER_LOOK].float()
+        tokens, every = args[0].float(), _TOKENS_PER_LOOK
         _, num_steps, height, width, dim = tokens.shape
         tokens = F.pad(tokens, (0, 0, 1, 1, 1, 1, 2, 0))
         taps = [
-            tokens[:, t : t + num_steps, y : y + height, x : x + width].reshape(-1, dim)
+            tokens[:, t : t + num_steps, y : y + height : every, x : x + width : every].reshape(-1, dim)
             for t in range(3)
             for y in range(3)
             for x in range(3)

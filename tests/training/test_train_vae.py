@@ -48,8 +48,7 @@ ADVERSARIAL = (
     "adversarial.lecam_weight=0",
     *SMALL_GAN,
 )
-# Two clips: it looks at the inputs of the depthwise convolutions of two clips of a pass, so of other ones if split.
-MUON = ("num_steps=6", "batch_size=2", "optimizer.name=muon")
+MUON = ("num_steps=6", "batch_size=4", "optimizer.name=muon")
 # What could disturb resuming: everything that is random, has a state, or changes on the way.
 FULL = (
     "num_steps=8",
