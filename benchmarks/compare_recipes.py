@@ -55,16 +55,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def train(options: argparse.Namespace, name: str, overrides: list[str], every: int) -> Path:
-    """The output folder of a run; what is there already is not run again."""
+def train(options: argparse.Namespace, name: str, overrides: list[str], every: int | None = None) -> Path:
+    """The output folder of a run, validated `every` so many steps; what is there already is not run again."""
     output = Path(options.runs) / options.comparison / "".join(c if c.isalnum() else "_" for c in name)
     command = [
         sys.executable,
         str(ROOT / "training" / "train_vae.py"),
         str(ROOT / "training/configs/compact_16ch.yaml"),
     ]
-    command += [f"data.train={options.train}", f"validation.folder={options.held_out}", f"output={output}", *SMALL]
-    command += [f"num_steps={options.num_steps}", f"validation.every={every}", "save_every=100000", "log_every=20"]
+    folder = "null" if every is None else options.held_out
+    command += [f"data.train={options.train}", f"validation.folder={folder}", f"output={output}", *SMALL]
+    command += [
+        f"num_steps={options.num_steps}",
+        f"validation.every={every or 1}",
+        "save_every=100000",
+        "log_every=20",
+    ]
     command += ["validation.num_videos=0", f"num_threads={options.threads}", *overrides]
     if not (output / "vae" / "config.json").is_file():
         subprocess.run(command, check=True)
@@ -87,13 +93,13 @@ def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
 
 def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    protocol = DiffusabilityProtocol()
+    protocol = DiffusabilityProtocol(num_steps=options.num_denoiser_steps)
     size = (17, 64, 64)
     train_clips = load_clips(options.train, options.num_clips, size, protocol.seed)
     held_out_clips = load_clips(options.held_out, 56, size, protocol.seed)
     rows, details = [], {}
     for name, overrides in VARIANTS["latents"].items():
-        output = train(options, name, ["init=pca", *MUON, *overrides], every=options.num_steps)
+        output = train(options, name, ["init=pca", *MUON, *overrides])
         vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae").eval()
         quality = evaluate_reconstruction(vae, options.held_out)
         details[name] = probe = measure_diffusability(vae, train_clips, held_out_clips, protocol)
@@ -119,7 +125,7 @@ def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, overrides in VARIANTS["alignment"].items():
         common = ["init=spec", "sample_posterior=false", "model.pixel_factor=1.0", f"teacher.path={wan}", *MUON]
-        vae = AutoencoderKLLeanVAE.from_pretrained(train(options, name, [*common, *overrides], 1000) / "vae").eval()
+        vae = AutoencoderKLLeanVAE.from_pretrained(train(options, name, [*common, *overrides]) / "vae").eval()
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(4)])
         decoded = torch.cat([vae.decode(part).sample for part in expected.split(4)]).clamp(-1, 1)
         error = ((latents - expected) / std).square().mean().sqrt().item()
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="folder of other videos")
     parser.add_argument("--num-steps", type=int, default=320)
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
+    parser.add_argument("--num-denoiser-steps", type=int, default=DiffusabilityProtocol.num_steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
     parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
