@@ -1,7 +1,9 @@
 """Published numbers are those of results/: tables regenerate without a difference, for the weights shipped."""
 
+import copy
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ def render_tables(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def pages(tmp_path: Path) -> Path:
     for page in ("README.md", "model_card.md"):
         shutil.copy(ROOT / page, tmp_path / page)
     shutil.copytree(ROOT / "results", tmp_path / "results")
@@ -42,52 +44,63 @@ def test_pages_say_what_the_results_say():
     assert code == 0, f"run `make tables`:\n{difference}"
 
 
-def test_a_changed_number_is_found(copy: Path):
-    assert render_tables("--check", "--root", copy) == (0, "")
-    before = {page: (copy / page).read_text() for page in ("README.md", "model_card.md")}
-    change(copy / VALIDATION, psnr_frame_mean_rgb=12.345)
-    code, difference = render_tables("--check", "--root", copy)
+def test_a_changed_number_is_found(pages: Path):
+    assert render_tables("--check", "--root", pages) == (0, "")
+    before = {page: (pages / page).read_text() for page in ("README.md", "model_card.md")}
+    change(pages / VALIDATION, psnr_frame_mean_rgb=12.345)
+    code, difference = render_tables("--check", "--root", pages)
     assert code == 1
     assert all(re.search(rf"^\+\+\+ {page}$", difference, re.MULTILINE) for page in before)
-    assert all((copy / page).read_text() == text for page, text in before.items())  # checking writes nothing
-    assert render_tables("--root", copy)[0] == 0
-    assert all("**12.3" in (copy / page).read_text() for page in before)
-    assert render_tables("--check", "--root", copy) == (0, "")
+    assert all((pages / page).read_text() == text for page, text in before.items())  # checking writes nothing
+    assert render_tables("--root", pages)[0] == 0
+    assert all("**12.3" in (pages / page).read_text() for page in before)
+    assert render_tables("--check", "--root", pages) == (0, "")
 
 
-def test_a_number_typed_by_hand_is_found(copy: Path):
-    text = (copy / "README.md").read_text()
+def test_a_number_typed_by_hand_is_found(pages: Path):
+    text = (pages / "README.md").read_text()
     mean = re.search(r"\| \*\*mean\*\* \| \*\*([\d.]+)\*\*", text)
     assert mean is not None
-    (copy / "README.md").write_text(text[: mean.start(1)] + "99.99" + text[mean.end(1) :])
-    assert render_tables("--check", "--root", copy)[0] == 1
+    (pages / "README.md").write_text(text[: mean.start(1)] + "99.99" + text[mean.end(1) :])
+    assert render_tables("--check", "--root", pages)[0] == 1
 
 
-def test_other_models_become_columns_and_rows_become_tables(copy: Path):
-    other = copy / "results" / "val-17x256_other.json"
-    shutil.copy(copy / VALIDATION, other)
+def test_other_models_become_columns_and_rows_become_tables(pages: Path):
+    other = pages / "results" / "val-17x256_other.json"
+    shutil.copy(pages / VALIDATION, other)
     change(other, model="other-4ch", psnr_frame_mean_rgb=23.456)
     rows = [
         {"clip": "17x256x256", "tiled": False, "tile": [64, 32], "peak_mb": 1234.5},
         {"clip": "17x512x512", "tiled": True},
     ]
-    (copy / "results" / "bench_memory.json").write_text(json.dumps({"rows": rows}))
-    page = copy / "README.md"
+    (pages / "results" / "bench_memory.json").write_text(json.dumps({"rows": rows}))
+    page = pages / "README.md"
     names = ("validation", "bench_memory", "no_such_file")
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end table -->\n" for name in names))
-    assert render_tables("--root", copy)[0] == 0
+    assert render_tables("--root", pages)[0] == 0
     text = page.read_text()
-    assert "| clip | compact-16ch, PSNR (dB) | compact-16ch, SSIM | other-4ch, PSNR (dB) | other-4ch, SSIM |" in text
+    models = ("compact-16ch", "compact-4ch", "other-4ch")
+    assert f"| clip | {' | '.join(f'{model}, PSNR (dB) | {model}, SSIM' for model in models)} |" in text
     assert "**23.46**" in text
     assert "| clip | tiled | tile | peak mb |" in text
     assert "| 17x256x256 | no | 64x32 | 1,234 |" in text and "| 17x512x512 | yes |  |  |" in text
     assert text.endswith("<!-- table: no_such_file -->\n<!-- end table -->\n")
 
 
-def test_measured_are_the_weights_that_are_shipped():
-    result = json.loads((ROOT / VALIDATION).read_text())
-    weights = bundled.model_path("compact-16ch") / "diffusion_pytorch_model.safetensors"
-    assert result["weights_sha256"] == sha256(weights), f"measure again: see results/README.md ({VALIDATION})"
+@pytest.mark.parametrize("model", bundled.MODELS)
+def test_measured_are_the_weights_that_are_shipped(model: str):
+    path = ROOT / f"results/val-17x256_{model}.json"
+    weights = bundled.model_path(model) / "diffusion_pytorch_model.safetensors"
+    measured = json.loads(path.read_text())["weights_sha256"]
+    assert measured == sha256(weights), f"measure again: see results/README.md ({path})"
+
+
+def test_bundled_weights_are_small_and_as_good_as_published():
+    sizes = [path.stat().st_size for model in bundled.MODELS for path in bundled.model_path(model).iterdir()]
+    assert sum(sizes) <= 25e6
+    for model, least in (("compact-16ch", 32.0), ("compact-4ch", 24.8)):
+        result = json.loads((ROOT / f"results/val-17x256_{model}.json").read_text())
+        assert result["psnr_frame_mean_rgb"] >= least
 
 
 def test_picture_is_small():
@@ -101,33 +114,43 @@ def memory_rows() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_memory_is_as_the_planner_predicts(memory_rows):
-    predicted = {
+    ratios = {
         key: row["predicted_mib"] / row["peak_mib"] for key, row in memory_rows.items() if "predicted_mib" in row
     }
-    assert len(predicted) >= 20
-    assert all(0.8 <= ratio <= 1.2 for ratio in predicted.values()), predicted
+    assert len(ratios) >= 25
+    assert all(0.8 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+
+
+def test_predictions_are_those_of_the_planner_of_today(memory_rows):
+    again = copy.deepcopy([row for row in memory_rows.values() if row["direction"] != "reconstruct"])
+    for row in again:  # those of whole files also depend on how many processors FFmpeg finds
+        row.pop("predicted_mib", None)
+    runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))["predict"](again)
+    for row in again:
+        stored = memory_rows[row["case"], row["direction"]]
+        assert row == stored, "run `python benchmarks/memory.py --cases`"
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_memory_of_a_stream_does_not_grow_with_its_length(memory_rows, direction):
     peaks = [memory_rows[f"stream-{n}", direction]["peak_mib"] for n in (17, 121, 1001)]
     assert max(peaks) < 1.1 * min(peaks), peaks
-    for n in (1, 5, 17, 121):
-        row = memory_rows[f"stream-{n}", direction]
-        assert row["difference"] <= 1e-5 * row["largest_value"], row
+    assert all(memory_rows[f"stream-{n}", direction]["difference"] <= 1e-5 for n in (1, 5, 17, 121))
 
 
 def test_large_videos_stay_within_their_bounds(memory_rows):
-    for size, height, bound in (("1080p", 1080, 2048), ("2160p", 2160, 3072)):
-        row = memory_rows[f"reconstruct-17x{size}", "reconstruct"]
-        assert (row["num_frames"], row["height"], row["max_mib"]) == (17, height, bound)
+    for case, video, bound in (
+        ("reconstruct-17x1080p", [17, 1080, 1920], 2048),
+        ("reconstruct-17x2160p", [17, 2160, 3840], 3072),
+        ("reconstruct-33x512-parked", [33, 512, 512], 400),
+    ):
+        row = memory_rows[case, "reconstruct"]
+        assert row["video"] == video and row["max_mib"] == bound and row["parked"] == case.endswith("parked")
         assert row["peak_mib"] < bound
-    row = memory_rows["reconstruct-33x512-parked", "reconstruct"]
-    assert row["parked"] and row["peak_mib"] < row["max_mib"]
 
 
 def test_tiling_costs_about_the_halos(memory_rows):
     rows = [row for row in memory_rows.values() if row["case"].startswith("tiled-5x1080p")]
-    assert len({tuple(row["tile"]) for row in rows}) == 3
+    assert len({tuple(row["tile"]) for row in rows}) == 3 and len(rows) == 6
     for row in rows:
         assert 0.8 * row["work"] < row["time_ratio"] < 1.25 * row["work"], row

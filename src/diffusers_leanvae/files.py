@@ -153,8 +153,8 @@ def plan_streams(
         ValueError: If nothing fits; it says what would.
     """
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    look_ahead = _LOOKAHEAD_BYTES * min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
-    if looks_ahead is None and 8 * look_ahead * height * width <= max_memory:
+    num_ahead = min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
+    if looks_ahead is None and 8 * _LOOKAHEAD_BYTES * num_ahead * height * width <= max_memory:
         with suppress(ValueError):  # what does not fit with it may fit without
             return plan_streams(
                 vae,
@@ -173,7 +173,8 @@ def plan_streams(
     if encode:
         per_pixel += _READER_BYTES + _THREAD_BYTES * num_threads
     if decode and num_frames != 1:
-        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads + (look_ahead if looks_ahead else 0)
+        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads
+    waste = min(_WASTE_BYTES, 3 * height * width // 2 * (num_frames or _WASTE_BYTES)) if encode else 0
     ratio = vae.spatial_compression_ratio
     plan = vae.memory_model().fit_stream(
         (-(-height // ratio) * ratio, -(-width // ratio) * ratio),
@@ -183,8 +184,10 @@ def plan_streams(
         max_frames_per_step=num_frames_per_step,
         encode=encode,
         decode=decode,
-        fixed_bytes=_LIBRARY_BYTES + _WASTE_BYTES * encode + per_pixel * height * width,
+        fixed_bytes=_LIBRARY_BYTES + waste + per_pixel * height * width,
         bytes_per_frame=3 * height * width * keeps_originals,
+        bytes_per_written=_LOOKAHEAD_BYTES * height * width if decode and looks_ahead else 0,
+        max_written=_LOOKAHEAD,
     )
     return plan, bool(looks_ahead)
 

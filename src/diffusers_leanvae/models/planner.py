@@ -189,6 +189,8 @@ class MemoryModel:
         is_parked: bool = False,
         encode: bool = True,
         decode: bool = True,
+        bytes_per_written: int = 0,
+        max_written: int = 0,
     ) -> StreamPlan:
         r"""Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
 
@@ -203,6 +205,8 @@ class MemoryModel:
             is_parked: Whether the state of the tiles is on disk.
             encode: Whether frames are encoded.
             decode: Whether latents are decoded.
+            bytes_per_written: What others hold for each of the last `max_written` frames that came out.
+            max_written: See `bytes_per_written`; x264 looks ahead so far.
         """
         height, width = frame
         num_taken = num_frames_per_step + 1 if num_frames is None else min(num_frames_per_step + 1, num_frames)
@@ -213,6 +217,9 @@ class MemoryModel:
         # A stream that ends before its first step is full is one whole video, and remembers nothing.
         is_long = num_frames is None or num_frames > num_frames_per_step
         one_frame = self._pixels(1) * (height // self.ratio_s) * (width // self.ratio_s)
+        held_after = bytes_per_written * (max_written if num_frames is None else min(num_frames, max_written))
+        num_before = max_written if num_frames is None else min(max(num_frames - num_taken, 0), max_written)
+        held_before = bytes_per_written * num_before
         peaks, states, overhead = [], 0, 0.0
         for decoding in [False] * encode + [True] * decode:
             # The first step fills the state while it works, and a later one works on one latent frame less: together
@@ -227,12 +234,16 @@ class MemoryModel:
                 working += cost.tile_state
             # Beside the step's frames either the network works, or one of them is converted from or to 8 bits.
             frames = num_taken * one_frame
-            peaks.append(max(working, frames + 2 * one_frame) if decoding else frames + max(working, 2 * one_frame))
+            if decoding:
+                peaks.append(working * item_bytes + held_before)
+                peaks.append((frames + 2 * one_frame) * item_bytes + held_after)
+            else:
+                peaks.append((frames + max(working, 2 * one_frame)) * item_bytes + held_before)
             overhead += cost.overhead * (_DECODE_WORK if decoding else 1)
         overhead /= encode + decode * _DECODE_WORK
         if is_parked:
             overhead += _PARKED_WORK / (num_frames_per_step // self.ratio_t)
-        num_bytes = (max(peaks) + states) * item_bytes
+        num_bytes = max(peaks) + states * item_bytes
         return StreamPlan(num_frames_per_step, layout if is_tiled else None, is_parked, num_bytes, overhead)
 
     def fit(self, shape: tuple[int, int, int, int], item_bytes: int, budget: int) -> MemoryPlan:
@@ -267,6 +278,8 @@ class MemoryModel:
         decode: bool = True,
         fixed_bytes: int = 0,
         bytes_per_frame: int = 0,
+        bytes_per_written: int = 0,
+        max_written: int = 0,
     ) -> StreamPlan:
         r"""The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
 
@@ -280,6 +293,8 @@ class MemoryModel:
             decode: As of [`stream`].
             fixed_bytes: Memory that others need whatever is chosen, such as codecs.
             bytes_per_frame: Memory that others need for every frame of a step.
+            bytes_per_written: As of [`stream`].
+            max_written: As of [`stream`].
 
         Raises:
             ValueError: If nothing fits; it says what would.
@@ -303,6 +318,8 @@ class MemoryModel:
                             is_parked=is_parked,
                             encode=encode,
                             decode=decode,
+                            bytes_per_written=bytes_per_written,
+                            max_written=max_written,
                         )
                         others = fixed_bytes + bytes_per_frame * (step + 1)
                         plans.append(plan._replace(num_bytes=plan.num_bytes + others))
