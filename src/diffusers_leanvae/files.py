@@ -24,7 +24,7 @@ import torch
 from ._version import __version__
 from .data import pixels_to_sample, resize_frames, short_side_size
 from .evaluation.metrics import frame_psnr, frame_ssim
-from .models.planner import StreamPlan
+from .models.planner import OtherMemory, StreamPlan
 from .models.temporal_cache import TemporalCache
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
@@ -152,44 +152,66 @@ def plan_streams(
     Raises:
         ValueError: If nothing fits; it says what would.
     """
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_ahead = min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
-    if looks_ahead is None and 8 * _LOOKAHEAD_BYTES * num_ahead * height * width <= max_memory:
-        with suppress(ValueError):  # what does not fit with it may fit without
-            return plan_streams(
-                vae,
+    ratio = vae.spatial_compression_ratio
+
+    def fit(looks_ahead: bool) -> tuple[StreamPlan, bool]:
+        plan = vae.memory_model().fit_stream(
+            (-(-height // ratio) * ratio, -(-width // ratio) * ratio),
+            num_frames,
+            vae.dtype.itemsize,
+            max_memory,
+            max_frames_per_step=num_frames_per_step,
+            encode=encode,
+            decode=decode,
+            others=memory_beside_network(
                 num_frames,
                 height,
                 width,
-                max_memory,
-                num_frames_per_step=num_frames_per_step,
                 encode=encode,
                 decode=decode,
                 keeps_originals=keeps_originals,
                 metrics=metrics,
-                looks_ahead=True,
-            )
-    per_pixel = _METRICS_BYTES * metrics
+                looks_ahead=looks_ahead,
+            ),
+        )
+        return plan, looks_ahead
+
+    if looks_ahead is not None:
+        return fit(looks_ahead)
+    num_ahead = min(num_frames or _LOOKAHEAD, _LOOKAHEAD)
+    if 8 * _LOOKAHEAD_BYTES * num_ahead * height * width <= max_memory:
+        with suppress(ValueError):  # what does not fit with it may fit without
+            return fit(True)
+    return fit(False)
+
+
+def memory_beside_network(
+    num_frames: int | None,
+    height: int,
+    width: int,
+    *,
+    encode: bool = True,
+    decode: bool = True,
+    keeps_originals: bool = False,
+    metrics: bool = False,
+    looks_ahead: bool = True,
+    num_threads: int | None = None,
+) -> OtherMemory:
+    r"""What FFmpeg and frames of 8 bits take; arguments as of [`plan_streams`], and FFmpeg's threads, one a core."""
+    if num_threads is None:
+        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_pixels, threads = height * width, _THREAD_BYTES * num_threads
+    fixed = _LIBRARY_BYTES + _METRICS_BYTES * metrics * num_pixels
     if encode:
-        per_pixel += _READER_BYTES + _THREAD_BYTES * num_threads
-    if decode and num_frames != 1:
-        per_pixel += _WRITER_BYTES + _THREAD_BYTES * num_threads
-    waste = min(_WASTE_BYTES, 3 * height * width // 2 * (num_frames or _WASTE_BYTES)) if encode else 0
-    ratio = vae.spatial_compression_ratio
-    plan = vae.memory_model().fit_stream(
-        (-(-height // ratio) * ratio, -(-width // ratio) * ratio),
-        num_frames,
-        vae.dtype.itemsize,
-        max_memory,
-        max_frames_per_step=num_frames_per_step,
-        encode=encode,
-        decode=decode,
-        fixed_bytes=_LIBRARY_BYTES + waste + per_pixel * height * width,
-        bytes_per_frame=3 * height * width * keeps_originals,
-        bytes_per_written=_LOOKAHEAD_BYTES * height * width if decode and looks_ahead else 0,
+        fixed += (_READER_BYTES + threads) * num_pixels
+        fixed += min(_WASTE_BYTES, 3 * num_pixels // 2 * (num_frames or _WASTE_BYTES))
+    return OtherMemory(
+        fixed=fixed,
+        per_step_frame=3 * num_pixels * keeps_originals,
+        writer=(_WRITER_BYTES + threads) * num_pixels * (decode and num_frames != 1),
+        per_written=_LOOKAHEAD_BYTES * num_pixels * (decode and looks_ahead),
         max_written=_LOOKAHEAD,
     )
-    return plan, bool(looks_ahead)
 
 
 class _Streams:

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.models.planner import MemoryModel
+from diffusers_leanvae.models.planner import MemoryModel, OtherMemory
 
 
 MIB = 2**20
@@ -102,6 +102,17 @@ def test_a_stream_in_memory_takes_its_state_with_it(on_cpu):
     assert short < parked < both
 
 
+def test_what_others_hold_counts_when_they_hold_it(on_cpu):
+    settings, writer = (16, (256, 256, 17), 4), OtherMemory(writer=3 * MIB, per_written=MIB, max_written=40)
+    alone = {n: on_cpu.stream((256, 256), n, *settings).num_bytes for n in (13, 37, None)}
+    with_writer = {n: on_cpu.stream((256, 256), n, *settings, others=writer).num_bytes for n in (13, 37, None)}
+    assert with_writer[13] == alone[13]  # while the network works on the only step nothing is written
+    assert with_writer[37] == alone[37] + 23 * MIB  # 37 - 17 frames, and the writer itself
+    assert with_writer[None] == alone[None] + 43 * MIB
+    others = OtherMemory(fixed=MIB, per_step_frame=MIB)
+    assert on_cpu.stream((256, 256), None, *settings, others=others).num_bytes == alone[None] + 18 * MIB
+
+
 @pytest.mark.parametrize("layout", [None, (16, 24, 5)])
 @torch.no_grad()
 def test_the_state_is_as_large_as_predicted(make_model, make_video, layout):
@@ -122,12 +133,12 @@ def test_nothing_fits_a_stream(on_cpu):
     with pytest.raises(
         ValueError, match=r"`max_memory` must be at least about \d+ MiB for frames of 1920x1080"
     ) as error:
-        on_cpu.fit_stream((1080, 1920), None, 4, MIB, fixed_bytes=100 * MIB)
+        on_cpu.fit_stream((1080, 1920), None, 4, MIB, others=OtherMemory(fixed=100 * MIB))
     least = int(str(error.value).split("about ")[1].split()[0])
     assert least > 110
-    on_cpu.fit_stream((1080, 1920), None, 4, least * MIB, fixed_bytes=100 * MIB)
+    on_cpu.fit_stream((1080, 1920), None, 4, least * MIB, others=OtherMemory(fixed=100 * MIB))
     with pytest.raises(ValueError, match=f"at least about {least} MiB"):
-        on_cpu.fit_stream((1080, 1920), None, 4, (least - 1) * MIB, fixed_bytes=100 * MIB)
+        on_cpu.fit_stream((1080, 1920), None, 4, (least - 1) * MIB, others=OtherMemory(fixed=100 * MIB))
 
 
 @torch.no_grad()

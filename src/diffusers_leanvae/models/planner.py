@@ -61,6 +61,32 @@ class StreamPlan(NamedTuple):
     overhead: float
 
 
+class OtherMemory(NamedTuple):
+    r"""Bytes that others hold beside network and streams, such as FFmpeg.
+
+    Attributes:
+        fixed: Always.
+        per_step_frame: For every frame of a step.
+        writer: From the first frame that came out.
+        per_written: For each of the last `max_written` frames that came out; x264 looks ahead so far.
+        max_written: See `per_written`.
+    """
+
+    fixed: int = 0
+    per_step_frame: int = 0
+    writer: int = 0
+    per_written: int = 0
+    max_written: int = 0
+
+    def after(self, num_written: int | None) -> int:
+        r"""Bytes of the writer after so many frames, `None` for any number."""
+        held = self.max_written if num_written is None else min(num_written, self.max_written)
+        return 0 if num_written == 0 else self.writer + self.per_written * held
+
+
+_NOTHING = OtherMemory()
+
+
 class _Cost(NamedTuple):
     r"""Of one direction, in elements: the peak within a tile, the whole result, states; and the work of halos."""
 
@@ -189,8 +215,7 @@ class MemoryModel:
         is_parked: bool = False,
         encode: bool = True,
         decode: bool = True,
-        bytes_per_written: int = 0,
-        max_written: int = 0,
+        others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
         r"""Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
 
@@ -205,8 +230,7 @@ class MemoryModel:
             is_parked: Whether the state of the tiles is on disk.
             encode: Whether frames are encoded.
             decode: Whether latents are decoded.
-            bytes_per_written: What others hold for each of the last `max_written` frames that came out.
-            max_written: See `bytes_per_written`; x264 looks ahead so far.
+            others: What else is held.
         """
         height, width = frame
         num_taken = num_frames_per_step + 1 if num_frames is None else min(num_frames_per_step + 1, num_frames)
@@ -217,9 +241,8 @@ class MemoryModel:
         # A stream that ends before its first step is full is one whole video, and remembers nothing.
         is_long = num_frames is None or num_frames > num_frames_per_step
         one_frame = self._pixels(1) * (height // self.ratio_s) * (width // self.ratio_s)
-        held_after = bytes_per_written * (max_written if num_frames is None else min(num_frames, max_written))
-        num_before = max_written if num_frames is None else min(max(num_frames - num_taken, 0), max_written)
-        held_before = bytes_per_written * num_before
+        before = others.after(None if num_frames is None else max(num_frames - num_taken, 0))
+        after = others.after(num_frames)
         peaks, states, overhead = [], 0, 0.0
         for decoding in [False] * encode + [True] * decode:
             # The first step fills the state while it works, and a later one works on one latent frame less: together
@@ -235,15 +258,15 @@ class MemoryModel:
             # Beside the step's frames either the network works, or one of them is converted from or to 8 bits.
             frames = num_taken * one_frame
             if decoding:
-                peaks.append(working * item_bytes + held_before)
-                peaks.append((frames + 2 * one_frame) * item_bytes + held_after)
+                peaks.append(working * item_bytes + before)
+                peaks.append((frames + 2 * one_frame) * item_bytes + after)
             else:
-                peaks.append((frames + max(working, 2 * one_frame)) * item_bytes + held_before)
+                peaks.append((frames + max(working, 2 * one_frame)) * item_bytes + before)
             overhead += cost.overhead * (_DECODE_WORK if decoding else 1)
         overhead /= encode + decode * _DECODE_WORK
         if is_parked:
             overhead += _PARKED_WORK / (num_frames_per_step // self.ratio_t)
-        num_bytes = max(peaks) + states * item_bytes
+        num_bytes = max(peaks) + states * item_bytes + others.fixed + others.per_step_frame * num_taken
         return StreamPlan(num_frames_per_step, layout if is_tiled else None, is_parked, num_bytes, overhead)
 
     def fit(self, shape: tuple[int, int, int, int], item_bytes: int, budget: int) -> MemoryPlan:
@@ -276,10 +299,7 @@ class MemoryModel:
         max_frames_per_step: int = 16,
         encode: bool = True,
         decode: bool = True,
-        fixed_bytes: int = 0,
-        bytes_per_frame: int = 0,
-        bytes_per_written: int = 0,
-        max_written: int = 0,
+        others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
         r"""The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
 
@@ -291,10 +311,7 @@ class MemoryModel:
             max_frames_per_step: Longest step to take.
             encode: As of [`stream`].
             decode: As of [`stream`].
-            fixed_bytes: Memory that others need whatever is chosen, such as codecs.
-            bytes_per_frame: Memory that others need for every frame of a step.
-            bytes_per_written: As of [`stream`].
-            max_written: As of [`stream`].
+            others: As of [`stream`].
 
         Raises:
             ValueError: If nothing fits; it says what would.
@@ -309,20 +326,19 @@ class MemoryModel:
             for length in {step + 1, self.ratio_t * (step // self.ratio_t // 2 or 1) + 1, self.ratio_t + 1}:
                 for tile in self._tiles(*frame):
                     for is_parked in (False, True)[: 1 + is_long]:
-                        plan = self.stream(
-                            frame,
-                            num_frames,
-                            step,
-                            (*tile, length),
-                            item_bytes,
-                            is_parked=is_parked,
-                            encode=encode,
-                            decode=decode,
-                            bytes_per_written=bytes_per_written,
-                            max_written=max_written,
+                        plans.append(
+                            self.stream(
+                                frame,
+                                num_frames,
+                                step,
+                                (*tile, length),
+                                item_bytes,
+                                is_parked=is_parked,
+                                encode=encode,
+                                decode=decode,
+                                others=others,
+                            )
                         )
-                        others = fixed_bytes + bytes_per_frame * (step + 1)
-                        plans.append(plan._replace(num_bytes=plan.num_bytes + others))
         fitting = [plan for plan in plans if _MARGIN * plan.num_bytes <= max_memory]
         if not fitting:
             least = math.ceil(_MARGIN * min(plan.num_bytes for plan in plans))
