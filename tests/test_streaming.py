@@ -156,17 +156,27 @@ def test_what_waits_is_the_streams_own(vae):
     assert stream._buffer is not None and stream._buffer.shape[2] == 8  # of the five frames that wait, not of 37
 
 
-@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("layout", [None, (16, 24, 5), (16, 24, 17)])
 @torch.no_grad()
-def test_the_last_chunk_leaves_no_state(vae, tiled):
+def test_the_last_chunk_leaves_no_state(vae, monkeypatch, layout):
     whole = video(13)
     expected = vae.encode(whole).latent_dist.mode()
-    cache = TemporalCache(layout=(16, 24, 5) if tiled else None)
-    first = vae.encode(whole[:, :, :9], cache=cache).latent_dist.mode()
-    assert cache.nbytes() > 0 and bool(cache.tiles) == tiled
+    cache = TemporalCache(layout=layout)
+    first = vae.encode(whole[:, :, :5], cache=cache).latent_dist.mode()
+    assert cache.nbytes() > 0 and bool(cache.tiles) == (layout is not None)
     cache.is_last = True
-    last = vae.encode(whole[:, :, 9:], cache=cache).latent_dist.mode()
+    held, exchange = [], TemporalCache.exchange
+
+    def spy(self, name, *arguments):
+        tail = exchange(self, name, *arguments)
+        held.append(name in self.tails)
+        return tail
+
+    monkeypatch.setattr(TemporalCache, "exchange", spy)
+    last = vae.encode(whole[:, :, 5:], cache=cache).latent_dist.mode()
     assert cache.nbytes() == 0
+    # Two chunks in a tile: the first must be remembered until the second, and not any longer.
+    assert sum(held) == (len(held) // 2 if layout == (16, 24, 5) else 0)
     torch.testing.assert_close(torch.cat((first, last), dim=2), expected, rtol=0, atol=1e-10)
 
 

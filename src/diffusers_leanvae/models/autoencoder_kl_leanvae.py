@@ -27,7 +27,7 @@ from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
 from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
 from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .planner import MemoryModel, MemoryPlan, free_memory
-from .temporal_cache import TemporalCache, tile_cache
+from .temporal_cache import TemporalCache, mark_last, tile_cache
 from .tiling import Span, grid, time_chunks
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
@@ -667,6 +667,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             for start, stop in chunks:
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
                 part = x[:, :, frames, rows.source(ratio), columns.source(ratio)]
+                mark_last(state, cache, stop == chunks[-1][1])
                 # Kept by no name here: the last chunk would still be there while the next is computed.
                 yield (
                     slice(start, stop),
@@ -700,6 +701,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             for start, stop in chunks:
                 part = z[:, :, start:stop, rows.source(), columns.source()]
                 frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
+                mark_last(state, cache, stop == chunks[-1][1])
                 yield (
                     frames,
                     self._decode_chunk(part, is_first and start == 0, state)[

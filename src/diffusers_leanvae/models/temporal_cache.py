@@ -194,3 +194,12 @@ def tile_cache(cache: TemporalCache | None, rows: Span, columns: Span, needed: b
         cache.tiles[name].tails = {}
     else:
         cache.park(name)
+
+
+def mark_last(state: TemporalCache | None, cache: TemporalCache | None, is_end: bool) -> None:
+    r"""Tell the state of a tile that nothing follows: at the end of the last chunk of a stream, or of a whole video.
+
+    What is not remembered takes no memory: of a large tile it would be more than its activations.
+    """
+    if state is not None:
+        state.is_last = is_end and (cache is None or cache.is_last)
