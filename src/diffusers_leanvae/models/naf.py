@@ -81,7 +81,7 @@ def _depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 class _TrainableDepthwiseConv(torch.autograd.Function):
-    r"""The same convolution with gradients through fast CPU kernels; PyTorch's own take four to five times as long.
+    r"""The same convolution with gradients through fast CPU kernels; PyTorch's own are far slower here.
 
     The input's gradient is the convolution with the mirrored kernel. The weight's is taken by the 2D kernel, one step
     in time after the other: the 3D one has no vectorised gradient on CPU.
