@@ -1,7 +1,7 @@
 """Muon on whitened inputs for all linear maps of a network, AdamW for the rest, as one optimizer.
 
 Why not `torch.optim.Muon` or AdamW: tokens of a video are nearly one direction, their brightness. In the covariance
-of a layer's inputs the first eigenvalue is orders of magnitude above most others, and fine detail lives in the small ones.
+of a layer's inputs the first eigenvalue is orders of magnitude above most, and fine detail lives in the small ones.
 A step that is isotropic in the *weights* is too large for the first or nothing for the others: the loss rises until
 the learning rate falls. Here a step is isotropic in what a layer *answers*: of all updates that change the outputs,
 for the inputs that there are, by a bounded amount, the one that lowers the loss most.
