@@ -24,6 +24,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
+from .fused import FusedLeanVAE, signature
 from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
 from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .planner import MemoryModel, MemoryPlan, free_memory
@@ -410,6 +411,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_width = 256
         self.num_frames_per_chunk = 17
         self.tiling_budget: int | str | None = None  # bytes, or "auto": sizes are chosen for every video
+        self._fused: FusedLeanVAE | None = None
 
     @property
     def config(self) -> LeanVAEConfig:
@@ -511,6 +513,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode_chunk(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the image frame."""
+        if (fused := self._current_fused(x)) is not None:
+            return fused.encode(x, is_first, cache)
         image, video = (x[:, :, :1], x[:, :, 1:]) if is_first else (None, x)
         features = self.encoder(image, video if video.shape[2] else None, cache)  # (B, t, h, w, c)
         moments = torch.cat((self.bottleneck(features), self.logvar_proj(features)), dim=-1)  # (B, t, h, w, 2z)
@@ -520,8 +524,45 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None, subbands: bool = False
     ) -> Any:
         r"""Pixels `(B, C, T, H, W)`, or sub-bands, of latent frames; `is_first` if they start with the image's."""
+        if not subbands and (fused := self._current_fused(z)) is not None:
+            return fused.decode(z, is_first, cache)
         features = self.bottleneck(z.permute(0, 2, 3, 4, 1), cache, reconstruct=True)  # (B, t, h, w, c)
         return self.decoder(features, is_first, cache, subbands)
+
+    # ---- prepared weights -------------------------------------------------------------------------------------------
+
+    def fuse(self, weights: Literal["same", "int8"] = "same") -> None:
+        r"""Prepare the weights for fast inference: the same function with fewer passes over memory.
+
+        The model and its state dict stay as they are; the prepared copies take as much memory as the weights, and are
+        made anew when these change. They serve `encode` and `decode` without gradients, whole, tiled or streamed.
+        Sums are taken in another order, so float32 results differ by rounding.
+
+        Args:
+            weights: `"same"`: the model's dtype. `"int8"`: the products of the feed-forwards in int8, on CPU, for a
+                model in float32; lossy, see `docs/speed.md`.
+
+        Raises:
+            ValueError: If the model has adapters that are not merged, or is not what int8 needs.
+        """
+        _check_choice("weights", weights, ("same", "int8"))
+        if weights == "int8" and (self.dtype != torch.float32 or self.device.type != "cpu"):
+            raise ValueError(f"`weights` 'int8' needs a float32 model on CPU, got {self.dtype} on {self.device}.")
+        self._fused = None
+        with torch.no_grad():
+            self._fused = FusedLeanVAE(self, weights)
+
+    def unfuse(self) -> None:
+        r"""Undo [`fuse`]: free the prepared weights."""
+        self._fused = None
+
+    def _current_fused(self, x: torch.Tensor) -> FusedLeanVAE | None:
+        r"""Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers."""
+        if self._fused is None or not works_in_place() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if self._fused.signature != signature(self):
+            self.fuse(self._fused.weights)
+        return self._fused
 
     # ---- tiles and slices -------------------------------------------------------------------------------------------
 
