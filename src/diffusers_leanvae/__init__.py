@@ -7,14 +7,20 @@ from . import hub
 from ._version import __version__
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.temporal_cache import TemporalCache
+from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .padding import Padding, crop_sample, pad_sample
 from .streaming import StreamingDecoder, StreamingEncoder
 
 
 hub.register()
+# The pipelines are names of this package, too, but imported only when they are asked for (PEP 562).
+__getattr__ = hub.load_pipeline_class
 
 __all__ = [
     "AutoencoderKLLeanVAE",
+    "LeanVAELattePipeline",  # pyright: ignore[reportUnsupportedDunderAll]
+    "LeanVAELatteTextToVideoPipeline",  # pyright: ignore[reportUnsupportedDunderAll]
+    "LeanVAELatteTransformer3DModel",
     "ModelMixin",
     "Padding",
     "StreamingDecoder",
