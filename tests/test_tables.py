@@ -141,6 +141,7 @@ def test_memory_of_a_stream_does_not_grow_with_its_length(memory_rows, direction
 def test_large_videos_stay_within_their_bounds(memory_rows):
     for case, video, bound in (
         ("reconstruct-17x1080p", [17, 1080, 1920], 2048),
+        ("reconstruct-17x2160p", [17, 2160, 3840], 3072),
         ("reconstruct-33x512-parked", [33, 512, 512], 400),
     ):
         row = memory_rows[case, "reconstruct"]
