@@ -12,7 +12,6 @@ from diffusers.schedulers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
 )
 
 
@@ -26,7 +25,7 @@ _BETAS: dict[str, Any] = {
 SCHEDULERS = ("ddpm", "ddim", "dpm++", "flow")
 
 
-def make_scheduler(name: str) -> SchedulerMixin:
+def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     r"""A scheduler set for Latte.
 
     Args:

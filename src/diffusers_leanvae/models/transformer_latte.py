@@ -7,6 +7,7 @@ size, N tokens of a frame, D width. Tokens are `(B, F * N, D)`, frame by frame, 
 projection; a block regroups them for its attention only.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
+from ..conversion.latte import VARIANTS, read_original_checkpoint
+from ..conversion.leanvae import resolve_checkpoint
+
 
 POSITION_MODES = ("stored", "interpolate", "extrapolate")
-# Name -> blocks, width, heads (table 1 of the paper).
-VARIANTS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCH_SIZES = (2, 4, 8)
 
 
@@ -81,6 +83,7 @@ class LeanVAELatteAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = LeanVAELatteAttnProcessor
     _available_processors = [LeanVAELatteAttnProcessor]
+    processor: Any
 
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
@@ -92,7 +95,7 @@ class LeanVAELatteAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner_dim)
         self.to_v = nn.Linear(dim, inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim)])
-        self.set_processor(LeanVAELatteAttnProcessor())
+        self.set_processor(LeanVAELatteAttnProcessor())  # type: ignore[arg-type]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.processor(self, hidden_states, **kwargs)
@@ -188,7 +191,14 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         self.grid_size = sample_size // patch_size
         self.position_mode = self.temporal_position_mode = "stored"
 
-        self.patch_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, dim, pos_embed_type=None)
+        self.patch_embed = PatchEmbed(
+            sample_size,
+            sample_size,
+            patch_size,
+            in_channels,
+            dim,
+            pos_embed_type=None,  # type: ignore[arg-type]
+        )
         pos_embed = get_2d_sincos_pos_embed(dim, self.grid_size, base_size=self.grid_size, output_type="pt")
         temp_embed = get_1d_sincos_pos_embed_from_grid(dim, torch.arange(num_latent_frames), output_type="pt")
         # Persistent, since the tables of trained weights are not the formula's: averaging has shrunk them.
@@ -219,21 +229,55 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     def _initialize(self) -> None:
         r"""The reference's initialisation: zero gates and a zero last layer, so that a fresh model gives exactly 0."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                # The reference has query, key and value in one matrix: three times the outputs, half the variance.
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if name.endswith(("norm1.linear", "norm_out.linear", "proj_out")):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("timestep_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                # The reference has query, key and value in one matrix: twice the inputs and outputs together.
                 is_qkv = name.endswith(("to_q", "to_k", "to_v"))
                 nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if is_qkv else 1.0)
-                nn.init.zeros_(module.bias)
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.flatten(1))
         nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.embedding_table.weight, std=0.02)
-        blocks = (*self.transformer_blocks, *self.temporal_transformer_blocks)
-        for linear in (*(block.norm1.linear for block in blocks), self.norm_out.linear, self.proj_out):
-            nn.init.zeros_(linear.weight)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        num_attention_heads: int | None = None,
+        **hub_kwargs: Any,
+    ) -> "LeanVAELatteTransformer3DModel":
+        r"""Load an original Latte checkpoint; averaged (EMA) weights are preferred.
+
+        Args:
+            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/ucf-dim4.pt`, or its URL.
+            torch_dtype: Dtype to cast the weights to; as stored if `None`.
+            num_attention_heads: Heads of a model of none of the sizes S, B, L, XL, which its file does not tell.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for `huggingface_hub`.
+        """
+        unknown = set(hub_kwargs) - {"revision", "token", "cache_dir", "force_download", "local_files_only"}
+        if unknown:
+            raise ValueError(f"`hub_kwargs` must be Hub arguments, got {', '.join(sorted(unknown))}.")
+        path = resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs)
+        config, state_dict = read_original_checkpoint(path, num_attention_heads)
+        with torch.device("meta"):  # every value comes from the file
+            model = cls(**config)
+        if torch_dtype is not None:
+            state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
+        try:
+            model.load_state_dict(state_dict, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`pretrained_model_link_or_path` must be a complete Latte checkpoint: {error}."
+            ) from None
+        return model.eval()
 
     def enable_cache(self, config: Any) -> None:
         r"""Reuse outputs of blocks between steps, as diffusers' `CacheMixin` offers it."""
@@ -389,7 +433,7 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
         def run(block: nn.Module, *args: Any) -> torch.Tensor:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                return self._gradient_checkpointing_func(block, *args)
+                return self._gradient_checkpointing_func(block, *args)  # type: ignore[misc]
             return block(*args)
 
         for index, (spatial, temporal) in enumerate(

@@ -1,0 +1,233 @@
+"""Original Latte checkpoints <-> `LeanVAELatteTransformer3DModel`: the key map is data, used both ways, strictly.
+
+An original file is `{"model": state_dict, "ema": state_dict}`; a bare state dict and safetensors are read too. Stored
+position tables are weights like all others, for averaging has changed them. Functions of files and dictionaries: no
+model is imported here.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .leanvae import _read_pickle, _read_safetensors
+
+
+# The sizes of the paper (table 1): name -> blocks, width, heads. No tensor of a checkpoint shows the heads.
+VARIANTS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+# Original module -> ours. One original tensor that holds several of ours lists them in the order of its rows.
+_MODULES = {
+    "x_embedder.proj": ("patch_embed.proj",),
+    "t_embedder.mlp.0": ("timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("timestep_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+_BLOCK_MODULES = {
+    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.proj": ("attn.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+_LABELS = ("y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight")
+_ANCHOR = "temp_embed"  # one key that every original Latte has and nothing else does
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+
+
+def key_map(num_layers: int, has_labels: bool) -> dict[str, tuple[str, ...]]:
+    r"""Every original key of a model and our keys that share it (query, key and value one tensor).
+
+    Args:
+        num_layers: Blocks of both kinds; even ones of the original are spatial, odd ones temporal.
+        has_labels: Whether the model is class-conditional.
+    """
+    modules: dict[str, tuple[str, ...]] = dict(_MODULES)
+    for index in range(num_layers):
+        kind = "temporal_transformer_blocks" if index % 2 else "transformer_blocks"
+        for original, ours in _BLOCK_MODULES.items():
+            modules[f"blocks.{index}.{original}"] = tuple(f"{kind}.{index // 2}.{name}" for name in ours)
+    keys: dict[str, tuple[str, ...]] = {name: (name,) for name in ("pos_embed", "temp_embed")}
+    for original, ours in modules.items():
+        for parameter in ("weight", "bias"):
+            keys[f"{original}.{parameter}"] = tuple(f"{name}.{parameter}" for name in ours)
+    if has_labels:
+        keys[_LABELS[0]] = (_LABELS[1],)
+    return keys
+
+
+def _swaps_halves(original_key: str) -> bool:
+    # The original's last modulation has the shift first, diffusers' AdaLayerNormContinuous the scale.
+    return original_key.startswith("final_layer.adaLN_modulation.")
+
+
+def _swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def _check_keys(actual: Mapping[str, Any], expected: set[str]) -> None:
+    for kind, keys in (
+        ("no other keys than Latte's", actual.keys() - expected),
+        ("all keys", expected - actual.keys()),
+    ):
+        if keys:
+            raise ValueError(f"`state_dict` must have {kind} of a Latte model, got {len(keys)} wrong: {min(keys)!r}.")
+
+
+def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    r"""Original weights to ours; every key must be known and every one present. Values are moved, never changed.
+
+    Args:
+        state_dict: Weights under original keys; prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
+    """
+    state_dict = _unwrap(state_dict)
+    keys = key_map(_count_blocks(state_dict, r"blocks\.(\d+)\..*"), _LABELS[0] in state_dict)
+    _check_keys(state_dict, set(keys))
+    converted = {}
+    for original, ours in keys.items():
+        tensor = state_dict[original]
+        if _swaps_halves(original):
+            tensor = _swap_halves(tensor)
+        # Parts of one tensor become tensors of their own, or each would keep the whole alive.
+        parts = (tensor,) if len(ours) == 1 else (part.clone() for part in tensor.chunk(len(ours)))
+        converted.update(zip(ours, parts, strict=True))
+    return converted
+
+
+def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    r"""Our weights to the original ones; inverse of [`from_original`], bit for bit."""
+    num_layers = 2 * _count_blocks(state_dict, r"transformer_blocks\.(\d+)\..*")
+    keys = key_map(num_layers, _LABELS[1] in state_dict)
+    _check_keys(state_dict, {name for ours in keys.values() for name in ours})
+    converted = {}
+    for original, ours in keys.items():
+        tensor = state_dict[ours[0]] if len(ours) == 1 else torch.cat([state_dict[name] for name in ours])
+        converted[original] = _swap_halves(tensor) if _swaps_halves(original) else tensor
+    return converted
+
+
+def config_from_original(
+    state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None
+) -> dict[str, Any]:
+    r"""Our config of original weights, read from their shapes.
+
+    Args:
+        state_dict: Weights under original keys.
+        num_attention_heads: Heads, which no shape shows; by default those of the paper's sizes S, B, L and XL.
+    """
+    state_dict = _unwrap(state_dict)
+    dim, in_channels, patch_size = state_dict["x_embedder.proj.weight"].shape[:3]
+    if num_attention_heads is None:
+        num_attention_heads = next((heads for _, width, heads in VARIANTS.values() if width == dim), None)
+    if num_attention_heads is None or num_attention_heads < 1 or dim % num_attention_heads:
+        widths = ", ".join(str(width) for _, width, _ in VARIANTS.values())
+        raise ValueError(
+            f"`num_attention_heads` must divide the width {dim} and be given for widths other than {widths}, got "
+            f"{num_attention_heads}."
+        )
+    num_patches = state_dict["pos_embed"].shape[1]
+    return {
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": dim // num_attention_heads,
+        "in_channels": in_channels,
+        "out_channels": state_dict["final_layer.linear.weight"].shape[0] // patch_size**2,
+        "num_layers": _count_blocks(state_dict, r"blocks\.(\d+)\..*"),
+        "patch_size": patch_size,
+        "sample_size": math.isqrt(num_patches) * patch_size,
+        "num_latent_frames": state_dict["temp_embed"].shape[1],
+        "num_classes": state_dict[_LABELS[0]].shape[0] - 1 if _LABELS[0] in state_dict else None,
+        "mlp_ratio": state_dict["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    }
+
+
+def _count_blocks(state_dict: Mapping[str, Any], pattern: str) -> int:
+    return len({match[1] for key in state_dict if (match := re.fullmatch(pattern, key))})
+
+
+def _unwrap(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    unwrapped = {_WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
+    if len(unwrapped) < len(state_dict):
+        raise ValueError("`state_dict` must hold each key once, got the same one with and without a wrapper's prefix.")
+    return unwrapped
+
+
+def read_original_checkpoint(
+    path: str | Path, num_attention_heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    r"""Read an original Latte file: a pickle of `model` and `ema` weights, a bare state dict, or safetensors.
+
+    EMA weights are preferred. Pickles are opened with `weights_only=True`, and beyond tensors only
+    `argparse.Namespace` is allowed.
+
+    Args:
+        path: The file.
+        num_attention_heads: See [`config_from_original`]; files that we wrote say it themselves.
+
+    Returns:
+        Config and state dict of a `LeanVAELatteTransformer3DModel`.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`path` must be an original Latte checkpoint, got {str(path)!r}, which is no file.")
+    args, tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors = _unwrap(tensors)
+    prefixes = [key.removesuffix(_ANCHOR) for key in tensors if re.fullmatch(rf"(?:.*\.)?{_ANCHOR}", key)]
+    if not prefixes:
+        raise ValueError(f"`path` must be an original Latte checkpoint, got {str(path)!r} without {_ANCHOR!r}.")
+    prefix = next((p for p in prefixes if "ema" in p.lower().split(".")), prefixes[0])
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        return config_from_original(tensors, num_attention_heads or args.get("num_heads")), from_original(tensors)
+    except KeyError as error:
+        raise ValueError(f"`path` must be a complete Latte checkpoint, got {str(path)!r} without {error}.") from None
+
+
+def is_original_checkpoint(path: str | Path) -> bool:
+    r"""Whether a file is an original Latte checkpoint, told from its keys without reading its tensors."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                keys = set(file.keys())
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="meta", weights_only=True)
+            nested = [entry for entry in checkpoint.values() if isinstance(entry, dict)]
+            keys = {str(key) for entry in (checkpoint, *nested) for key in entry}
+    except Exception:  # no file that can be read; whoever asked says so when reading it
+        return False
+    return any(key.split(".")[-1] == _ANCHOR for key in keys)
+
+
+def write_original_checkpoint(
+    path: str | Path, config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    r"""Write a `LeanVAELatteTransformer3DModel` in the original layout, where the weights stand as `model` and `ema`.
+
+    Args:
+        path: File to write: safetensors if it ends so, else a torch file.
+        config: Config of the model; its heads are stored beside the weights, where the original code ignores them.
+        state_dict: Its weights.
+    """
+    path = Path(path)
+    args = {"num_heads": config["num_attention_heads"]}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "args": json.dumps(args)})
+        else:
+            torch.save({"args": args, "model": tensors, "ema": tensors}, partial)  # the same tensors, written once
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
