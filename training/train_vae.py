@@ -26,12 +26,11 @@ from the seed, the step and the clip's index, and nothing else is remembered out
 import argparse
 import contextlib
 import copy
-import importlib.util
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,10 +61,10 @@ from diffusers_leanvae.initialization import initialize_from_principal_component
 from diffusers_leanvae.model_card import describe_recipe, write_model_card
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights
-from diffusers_leanvae.optimizers import WhitenedMuon
 from diffusers_leanvae.perceptual import LPIPS
 from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.regularizers import AlignmentWeights
+from diffusers_leanvae.training_loop import RunningMeans, average, build_optimizer, check_trackers
 from diffusers_leanvae.training_module import Regularization, VAETrainingModule
 from diffusers_leanvae.validation import load_validation_clips, score_clips, summarize, write_picture
 
@@ -252,26 +251,6 @@ def build_teacher(recipe: TeacherRecipe, vae: AutoencoderKLLeanVAE, device: torc
     return teacher
 
 
-def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    common: dict[str, Any] = {
-        "lr": recipe.learning_rate,
-        "betas": (recipe.betas[0], recipe.betas[1]),
-        "weight_decay": recipe.weight_decay,
-    }
-    if recipe.name == "muon":
-        return WhitenedMuon(module, adamw_factor=recipe.adamw_factor, **common)
-    if recipe.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ImportError(
-                '`optimizer.name: adamw8bit` needs bitsandbytes: pip install "diffusers-leanvae[adamw8bit]"'
-            ) from error
-        return AdamW8bit(parameters, **common)
-    return torch.optim.AdamW(parameters, fused=True, **common)
-
-
 def check_sizes(recipe: Recipe, vae: AutoencoderKLLeanVAE, discriminators: list[DiscriminatorTrainingModule]) -> None:
     """Refuse clips that, scaled down by the equivariance, are too small for another loss."""
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
@@ -314,38 +293,6 @@ def posterior_noise(vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: li
     shape = (vae.latent_channels, vae.num_latent_frames(sample.shape[2]), height, width)
     noise = [np.random.default_rng([seed, 3, index]).standard_normal(shape, np.float32) for index in indices]
     return torch.from_numpy(np.stack(noise)).to(sample.device)
-
-
-def average(accelerator: Accelerator, values: Sequence[torch.Tensor | float]) -> list[float]:
-    """The mean of each value over the processes."""
-    tensors = [torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values]
-    reduced: Any = accelerator.reduce(torch.stack(tensors), reduction="mean")
-    return reduced.tolist()
-
-
-class RunningMeans:
-    """Means of named values since the last reading; nothing waits for the device until they are read."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[torch.Tensor | float, int]] = {}
-
-    def update(self, values: dict[str, torch.Tensor | float]) -> None:
-        for name, value in values.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
-
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        names, sums = list(self.sums), list(self.sums.values())
-        self.sums = {}
-        if not names:
-            return {}
-        return dict(zip(names, average(accelerator, [total / count for total, count in sums]), strict=True))
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    for name in trackers:  # Accelerate would leave out silently what is not installed
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f'`trackers: [{name}]` needs {name}: pip install "diffusers-leanvae[{name}]"')
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------

@@ -69,7 +69,10 @@ class EpsilonObjective:
 
     def timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         r"""Timesteps `(B,)` as int64 in `0 .. num_train_timesteps - 1`, from numbers `(B,)` in `[0, 1)`."""
-        levels = _noise_levels(uniform, self.sampling)
+        return self.timesteps_at(_noise_levels(uniform, self.sampling))
+
+    def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
+        r"""Timesteps at shares `(B,)` in `[0, 1]` of the schedule."""
         return (levels * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -154,7 +157,11 @@ class FlowMatchingObjective:
 
     def timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         r"""Timesteps `(B,)` as float32 in `[0, num_train_timesteps]`, from numbers `(B,)` in `[0, 1)`."""
-        return _noise_levels(uniform, self.sampling).float() * self.num_train_timesteps
+        return self.timesteps_at(_noise_levels(uniform, self.sampling))
+
+    def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
+        r"""Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels."""
+        return levels.float() * self.num_train_timesteps
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         r"""Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""

@@ -49,6 +49,49 @@ The recipe, with all defaults resolved:
 """
 
 
+PIPELINE_TEMPLATE = """\
+---
+library_name: diffusers
+tags:
+- video
+- video-generation
+- latte
+- leanvae
+- diffusers-leanvae
+---
+
+# {title}
+
+Generates videos {of_what}: a [Latte](https://arxiv.org/abs/2401.03048) transformer on the latents of a
+[LeanVAE](https://arxiv.org/abs/2503.14325), {description}
+
+```python
+import diffusers_leanvae
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{repository}")
+frames = pipeline({arguments}).frames[0]
+```
+
+{num_frames} frames of {height}x{width} from latents of {channels}x{num_latent_frames}x{latent_size}; transformer of
+{num_parameters:.2f} M parameters, averaged over training (decay {ema_decay}); sampled by `{scheduler}`.
+{classes}
+## Figures
+
+{figures}
+
+## Training
+
+{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped for want of a finite loss or gradient.
+{losses}
+
+The recipe, with all defaults resolved:
+
+```yaml
+{recipe}```
+"""
+
+
 def write_model_card(folder: Path, recipe: Any, vae: Any, run: dict[str, Any]) -> None:
     """Write `README.md` into the folder of a saved model.
 
@@ -87,6 +130,68 @@ def render_model_card(recipe: Any, vae: Any, run: dict[str, Any]) -> str:
         losses=_losses(run["log"]),
         recipe=dump_recipe(recipe),
     )
+
+
+def write_pipeline_card(folder: Path, recipe: Any, pipeline: Any, run: dict[str, Any]) -> None:
+    """Write `README.md` into the folder of a saved pipeline.
+
+    Args:
+        folder: The pipeline's folder.
+        recipe: The recipe of `train_lvdm.py`.
+        pipeline: The pipeline.
+        run: As of `write_model_card`.
+    """
+    folder.joinpath("README.md").write_text(render_pipeline_card(recipe, pipeline, run), encoding="utf-8")
+
+
+def render_pipeline_card(recipe: Any, pipeline: Any, run: dict[str, Any]) -> str:
+    """The text of the card of a pipeline; arguments as of `write_pipeline_card`."""
+    vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config.id2label
+    config, side = transformer.config, transformer.config.sample_size * vae.spatial_compression_ratio
+    repository = recipe.push_to_hub or "path/to/this/folder"
+    label = None if not id2label else json.dumps(next(iter(id2label.values())))
+    arguments = [] if label is None else [f"class_labels={label}"]
+    arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
+    arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
+    minutes = "" if run["minutes"] is None else f" ({run['minutes']:.0f} minutes since the last start)"
+    return PIPELINE_TEMPLATE.format(
+        title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
+        of_what="without a condition" if not id2label else f"of {len(id2label)} classes",
+        description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`.",
+        repository=repository,
+        arguments=", ".join(arguments),
+        num_frames=vae.num_sample_frames(config.num_latent_frames),
+        height=side,
+        width=side,
+        channels=config.in_channels,
+        num_latent_frames=config.num_latent_frames,
+        latent_size=f"{config.sample_size}x{config.sample_size}",
+        num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
+        ema_decay=recipe.ema_decay,
+        scheduler=type(pipeline.scheduler).__name__,
+        classes="" if not id2label else f"\nClasses: {', '.join(id2label.values())}.\n",
+        figures=_denoising_losses(run["validation"]),
+        steps=run["step"],
+        batch_size=recipe.batch_size,
+        minutes=minutes,
+        num_skipped=run["num_skipped"],
+        losses=_losses(run["log"]),
+        recipe=dump_recipe(recipe),
+    )
+
+
+def _denoising_losses(validation: dict[str, Any] | None) -> str:
+    if validation is None:
+        return "No held-out latents were given."
+    rows = [
+        f"Loss on held-out latents at fixed noise levels (shares of the schedule), step {validation['step']}.",
+        "",
+        "| noise level | loss |",
+        "| --- | --- |",
+        *(f"| {level} | {loss:.4f} |" for level, loss in validation["levels"].items()),
+        f"| mean | {validation['loss']:.4f} |",
+    ]
+    return "\n".join(rows)
 
 
 def _figures(recipe: Any, validation: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
 
 
 CONFIGS = sorted(Path(train_vae.__file__).resolve().parent.glob("configs/*.yaml"))
+CONFIGS = [path for path in CONFIGS if not path.stem.startswith("lvdm_")]  # those are of train_lvdm.py
 
 
 @dataclass
