@@ -14,8 +14,9 @@ Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/mode
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,6 @@ from torch import nn
 from .naf import LeanVAEBlock, LeanVAEBlocks, slice_elements
 from .temporal_cache import TemporalCache
 
-
-if TYPE_CHECKING:
-    from .autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 WIDTH_MULTIPLE = 32  # of inner widths: aligned rows in every dtype, whole tiles of matrix kernels
 CPU_SLAB_TOKENS = 1024  # enough rows for full speed of a product, few enough to stay in the cache
@@ -98,13 +96,20 @@ class Int8Product:
     def __init__(self, weight: torch.Tensor):
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight.contiguous(), scale.double(), zeros, 0, torch.qint8)
+        with warnings.catch_warnings():
+            # PyTorch means to drop these tensors; its newer int8 product (`onednn.qlinear_pointwise`) is slower and
+            # overflows on processors without VNNI.
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+            quantized = torch.quantize_per_channel(weight.contiguous(), scale.double(), zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
         # The reduced range keeps the 16-bit sums of processors without VNNI from overflowing.
         return torch.mul(torch.ops.quantized.linear_dynamic(x / scale, self.packed, True), scale, out=out)
+
+
+Product = type[DenseProduct] | type[Int8Product]
 
 
 def pad_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -123,7 +128,7 @@ class FusedBlock:
     def __init__(
         self,
         block: LeanVAEBlock,
-        product: Callable[[torch.Tensor], DenseProduct | Int8Product],
+        product: Product,
         threshold: float | None = None,
     ):
         conv, norm, up_proj, down_proj = block.conv, block.ff.norm, block.ff.up_proj, block.ff.down_proj
@@ -228,11 +233,10 @@ def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
 class FusedStack:
     r"""A chain of blocks."""
 
-    def __init__(self, blocks: LeanVAEBlocks, product: Callable, threshold: float | None = None):
+    def __init__(self, blocks: LeanVAEBlocks, product: Product, threshold: float | None = None):
         last = len(blocks) - 1
         self.blocks = [
-            FusedBlock(block, product, threshold if index == last else None)  # type: ignore[arg-type]
-            for index, block in enumerate(blocks)
+            FusedBlock(block, product, threshold if index == last else None) for index, block in enumerate(blocks)
         ]
 
     def __call__(
@@ -273,7 +277,7 @@ def _in_float64(module: nn.Module) -> nn.Module:
     return shell
 
 
-def _patch_maps(vae: "AutoencoderKLLeanVAE", embed: bool) -> list[PatchMap]:
+def _patch_maps(vae: Any, embed: bool) -> list[PatchMap]:
     r"""Maps of the image token and of video tokens, found by applying the layers to each unit vector."""
     geometry = vae.encoder.geometry
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
@@ -303,7 +307,7 @@ def _patch_maps(vae: "AutoencoderKLLeanVAE", embed: bool) -> list[PatchMap]:
     return maps
 
 
-def _branch_dims(vae: "AutoencoderKLLeanVAE") -> list[int]:
+def _branch_dims(vae: Any) -> list[int]:
     dim = vae.logvar_proj.in_features
     return [vae.decoder.low_dim, dim - vae.decoder.low_dim] if vae.decoder.separate else [dim]
 
@@ -322,7 +326,7 @@ class FusedLeanVAE:
         weights: `"same"`: in the model's dtype. `"int8"`: the feed-forwards in int8 (CPU and float32 only).
     """
 
-    def __init__(self, vae: "AutoencoderKLLeanVAE", weights: str = "same"):
+    def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same"):
         self.signature, self.weights = signature(vae), weights
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
@@ -334,11 +338,11 @@ class FusedLeanVAE:
         self.encoder = encoder
         self.projection = _patch_maps(vae, embed=False)
         branches = (encoder.low_layers, encoder.high_layers) if self.separate else ()
-        self.encoder_branches = [FusedStack(layers, product) for layers in branches]  # type: ignore[arg-type]
+        self.encoder_branches = [FusedStack(layers, product) for layers in branches]
         self.encoder_fusion = FusedStack(encoder.fusion_layers, product)
         self.decoder_fusion = FusedStack(decoder.fusion_layers, product)
         branches = (decoder.low_layers, decoder.high_layers) if self.separate else ()
-        self.decoder_branches = [FusedStack(layers, product) for layers in branches]  # type: ignore[arg-type]
+        self.decoder_branches = [FusedStack(layers, product) for layers in branches]
         logvar = vae.logvar_proj
         self.iterations: list[tuple[float, FusedStack, FusedStack]] = []
         if vae.config["bottleneck_type"] == "linear":
