@@ -15,7 +15,7 @@ Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/mode
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -236,7 +236,7 @@ class FusedStack:
     def __init__(self, blocks: LeanVAEBlocks, product: Product, threshold: float | None = None):
         last = len(blocks) - 1
         self.blocks = [
-            FusedBlock(block, product, threshold if index == last else None) for index, block in enumerate(blocks)
+            FusedBlock(block, product, threshold if index == last else None)  # type: ignore[arg-type] for index, block in enumerate(blocks)
         ]
 
     def __call__(
@@ -327,7 +327,8 @@ class FusedLeanVAE:
     """
 
     def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same"):
-        self.signature, self.weights = signature(vae), weights
+        self.signature = signature(vae)
+        self.weights: Literal["same", "int8"] = weights
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
