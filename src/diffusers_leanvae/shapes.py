@@ -1,8 +1,8 @@
 """Moving shapes: a procedural data set of labelled clips, drawn when asked for.
 
 A clip shows one shape of one colour that moves evenly in one direction over a dark gradient; position, size, speed,
-shade and background vary. It is a pure function of the seed, the index and the size. It is small enough for a generator
-to be trained on a laptop, and simple enough for `shapes_detector` to say whether a generated clip shows what was asked.
+shade and background vary. It is a pure function of the seed, the index and the size. Small enough for a generator to
+be trained on a laptop, and simple enough for `shapes_detector` to say whether a generated clip shows what was asked.
 """
 
 import json
