@@ -90,12 +90,12 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         length = limit if max_sequence_length is None else max_sequence_length
         if not 1 <= length <= self.tokenizer.model_max_length:
             raise ValueError(
-                f"`max_sequence_length` must be 1 to {self.tokenizer.model_max_length} for this tokenizer, got {length}."
+                f"`max_sequence_length` must be 1 to the tokenizer's {self.tokenizer.model_max_length}, got {length}."
             )
         inputs = self.tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(device)
-        longest = max(len(ids) for ids in self.tokenizer(texts).input_ids)
+        longest = max(len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids)
         if longest > length:
             logger.warning(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
         embeds = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
@@ -195,15 +195,15 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         if prompt_embeds is not None and negative_prompt_embeds is not None:
             if prompt_embeds.shape != negative_prompt_embeds.shape:
                 raise ValueError(
-                    f"`negative_prompt_embeds` must have the shape {tuple(prompt_embeds.shape)} of `prompt_embeds`, got "
-                    f"{tuple(negative_prompt_embeds.shape)}."
+                    f"`negative_prompt_embeds` must have the shape of `prompt_embeds`, {tuple(prompt_embeds.shape)}, "
+                    f"got {tuple(negative_prompt_embeds.shape)}."
                 )
         legal = (1, self.transformer.config.video_length)
         for window in frames.windows:
             if window.stop - window.start not in legal:
                 raise ValueError(
-                    f"`num_frames` must be {self.vae.num_sample_frames(legal[1])}, more, or 1 for this transformer and "
-                    f"its windows of {legal[1]} latent frames, got {frames.num_frames}."
+                    f"`num_frames` must be {self.vae.num_sample_frames(legal[1])}, more, or 1 for this transformer, "
+                    f"which knows {legal[1]} latent frames, got {frames.num_frames}."
                 )
 
     @torch.no_grad()

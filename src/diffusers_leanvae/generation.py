@@ -8,6 +8,7 @@ Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, lat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -35,9 +36,9 @@ class LatentVideoPipelineOutput(BaseOutput):
     r"""Output of the latent video pipelines.
 
     Args:
-        frames: `"pil"`: a list of videos, each a list of images. `"np"`: array `(batch_size, num_frames, height, width,
-            channels)`, `"pt"`: tensor `(batch_size, num_frames, channels, height, width)`, both in `[0, 1]`.
-            `"latent"`: normalised latents.
+        frames: `"pil"`: a list of videos, each a list of images. `"np"`: an array
+            `(batch_size, num_frames, height, width, channels)`, `"pt"`: a tensor
+            `(batch_size, num_frames, channels, height, width)`, both in `[0, 1]`. `"latent"`: normalised latents.
     """
 
     frames: Any
@@ -159,7 +160,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
 
-    # ---- what a pipeline of this kind says ---------------------------------------------------------------------------
+    # ---- what a pipeline of this kind says --------------------------------------------------------------------------
 
     def _num_trained_latent_frames(self) -> int:
         r"""Latent frames that the transformer was made for."""
@@ -169,7 +170,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         r"""Arguments of the transformer beside latents and timestep, of both halves of a batch if guidance is on."""
         raise NotImplementedError
 
-    # ---- state, which callbacks read and may change ------------------------------------------------------------------
+    # ---- state, which callbacks read and may change -----------------------------------------------------------------
 
     @property
     def guidance_scale(self) -> float:
@@ -192,7 +193,7 @@ class LatentVideoPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    # ---- inputs ------------------------------------------------------------------------------------------------------
+    # ---- inputs -----------------------------------------------------------------------------------------------------
 
     def _check_options(
         self,
@@ -286,7 +287,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         shape = (batch_size, channels, num_latent_frames, frames.height // ratio, frames.width // ratio)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one for each video, got {len(generator)}."
+                f"`generator` must be one generator or {batch_size}, one for each video, got {len(generator)}."
             )
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
@@ -326,7 +327,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             raise ValueError(f"`{name}` must be one, or one for each of {batch_size} videos, got {video.shape[0]}.")
         return self.encode_video(video).repeat_interleave(batch_size // video.shape[0], dim=0)
 
-    # ---- sampling ----------------------------------------------------------------------------------------------------
+    # ---- sampling ---------------------------------------------------------------------------------------------------
 
     def _generate(
         self,
@@ -381,15 +382,9 @@ class LatentVideoPipeline(DiffusionPipeline):
                     self._reset_caches()
                     known = self._overlap(result, pieces, window)
 
-                def on_step_end(index: int, timestep: torch.Tensor, current: torch.Tensor, number=number):
-                    progress.update()
-                    if callback is None:
-                        return current
-                    given = {name: (tensors | {"latents": current})[name] for name in callback_inputs}
-                    changed = callback(self, number * len(timesteps) + index, timestep, given)  # type: ignore[operator, arg-type]
-                    tensors.update({name: changed[name] for name in changed if name in tensors})
-                    return changed.get("latents", current)
-
+                on_step_end = partial(
+                    self._on_step_end, tensors, callback, callback_inputs, progress, number * len(timesteps)
+                )
                 part = slice(window.start, window.stop)
                 sampled = self._sample(
                     tensors,
@@ -413,6 +408,26 @@ class LatentVideoPipeline(DiffusionPipeline):
             output = self.video_processor.postprocess_video(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return LatentVideoPipelineOutput(frames=output) if return_dict else (output,)
+
+    def _on_step_end(
+        self,
+        tensors: dict[str, Any],
+        callback: Callback,
+        names: Sequence[str],
+        progress: Any,
+        num_done: int,
+        index: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        r"""Show the callback a step, and take what it changed."""
+        progress.update()
+        if callback is None:
+            return latents
+        given = tensors | {"latents": latents}
+        changed = callback(self, num_done + index, timestep, {name: given[name] for name in names})  # type: ignore
+        tensors.update({name: changed[name] for name in changed if name in tensors})
+        return changed.get("latents", latents)
 
     def _timesteps(self, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
         r"""The scheduler's timesteps; with a `strength`, only that share of them, the last ones."""
@@ -502,7 +517,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             )[0]
         return output.to(latents.dtype)
 
-    # ---- decoding ----------------------------------------------------------------------------------------------------
+    # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def _decode(self, latents: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
         latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)

@@ -76,7 +76,7 @@ def register() -> None:
     }
     for public_class in PUBLIC_CLASSES:
         setattr(diffusers, public_class.__name__, public_class)
-    # diffusers takes the class of a saved pipeline from `diffusers`, and the source of some from `diffusers.pipelines`.
+    # diffusers takes the class of a saved pipeline from `diffusers`, and its source from `diffusers.pipelines`.
     # Both look names up by themselves first; what they do not know comes here (PEP 562).
     for module in (diffusers, diffusers.pipelines):
         if module.__dict__.setdefault("__getattr__", load_pipeline_class) is not load_pipeline_class:

@@ -1,0 +1,134 @@
+"""Tiny pipelines whose every output is of order 1."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import diffusers_leanvae
+from diffusers_leanvae.schedulers import make_scheduler
+
+
+# 9 frames of 32 x 32 pixels: 3 latent frames of 4 x 4.
+LABELS = {0: "red circle, disc", 1: "blue square", 2: "green star"}
+WORDS = "a painting of squirrel eating burger very long low quality very".split()
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval()
+
+
+@dataclass
+class Case:
+    r"""A pipeline class, and what diffusers' own test mixins ask of one: components, inputs, batched arguments."""
+
+    pipeline_class: Any
+    components: Callable[..., dict[str, Any]]
+    inputs: dict[str, Any]
+    batched: tuple[str, ...]
+
+    def pipeline(self, scheduler: str = "dpm++", **components: Any) -> Any:
+        pipeline = self.pipeline_class(**(self.components() | {"scheduler": make_scheduler(scheduler)} | components))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def run(self, pipeline: Any, **inputs: Any) -> Any:
+        r"""The first output, always from the same seed.
+
+        From the last step of all, untrained networks make numbers of hundreds, in whose rounding any tolerance drowns;
+        so two steps from the middle are taken, unless a test asks for a number of steps.
+        """
+        steps = {} if "num_inference_steps" in inputs else {"timesteps": [500, 100]}
+        return pipeline(**({"generator": torch.Generator().manual_seed(0)} | steps | self.inputs | inputs))[0]
+
+
+@pytest.fixture(scope="session")
+def class_case(make_model: Callable) -> Case:
+    def components(num_classes: int | None = 3, num_layers: int = 4, **config: Any) -> dict[str, Any]:
+        transformer = diffusers_leanvae.LeanVAELatteTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=num_layers,
+            sample_size=4,
+            num_latent_frames=3,
+            num_classes=num_classes,
+            **config,
+        )
+        vae = make_model(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[1.0, 2.0, 3.0, 0.5])
+        return {"vae": vae, "transformer": randomize(transformer), "scheduler": make_scheduler("dpm++")}
+
+    inputs = {"class_labels": [1], "guidance_scale": 3.0, "output_type": "pt"}
+    return Case(diffusers_leanvae.LeanVAELattePipeline, components, inputs, ("class_labels",))
+
+
+def make_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers", reason="a text pipeline needs transformers and its tokenizers")
+    transformers = pytest.importorskip("transformers", reason="a text pipeline needs transformers")
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *WORDS]))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+    )
+
+
+@pytest.fixture(scope="session")
+def text_case(make_model: Callable) -> Case:
+    transformers = pytest.importorskip("transformers", reason="a text pipeline needs transformers")
+
+    def components(num_layers: int = 2) -> dict[str, Any]:
+        config = transformers.T5Config(
+            vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
+        )
+        transformer = diffusers.LatteTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=8,
+            num_layers=num_layers,
+            cross_attention_dim=24,
+            attention_bias=True,
+            sample_size=4,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=16,
+            video_length=3,
+        )
+        return {
+            "tokenizer": make_tokenizer(),
+            "text_encoder": randomize(transformers.T5EncoderModel(config), seed=1),
+            "vae": make_model(),
+            "transformer": randomize(transformer),
+            "scheduler": make_scheduler("dpm++"),
+        }
+
+    inputs = {
+        "prompt": "A painting of a squirrel eating a burger",
+        "negative_prompt": "low quality",
+        "guidance_scale": 3.0,
+        "output_type": "pt",
+    }
+    return Case(
+        diffusers_leanvae.LeanVAELatteTextToVideoPipeline, components, inputs, ("prompt", "negative_prompt")
+    )
+
+
+@pytest.fixture(params=["class", "text"])
+def case(request: pytest.FixtureRequest) -> Case:
+    r"""Each of the pipelines."""
+    return request.getfixturevalue(f"{request.param}_case")
