@@ -234,10 +234,10 @@ class FusedStack:
     r"""A chain of blocks."""
 
     def __init__(self, blocks: LeanVAEBlocks, product: Product, threshold: float | None = None):
-        last = len(blocks) - 1
-        self.blocks = [
-            FusedBlock(block, product, threshold if index == last else None)  # type: ignore[arg-type] for index, block in enumerate(blocks)
-        ]
+        self.blocks = []
+        for index, block in enumerate(blocks):
+            is_last = index == len(blocks) - 1
+            self.blocks.append(FusedBlock(block, product, threshold if is_last else None))  # type: ignore[arg-type]
 
     def __call__(
         self,
