@@ -43,6 +43,7 @@ _RULES = {
     "videofolder": _Rules(False, False, "resize_then_crop"),
 }
 NAMED_DATASETS = tuple(_RULES)
+LABEL_KEYS = ("class_label", "label", "cls")  # columns of metadata that may hold the class
 
 
 class NamedClip(NamedTuple):
@@ -189,17 +190,15 @@ def open_named_dataset(
 
 
 def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:
-    r"""Class labels of rows of metadata, from `class_label`, `label` or `cls`, and names of the classes if known.
+    r"""Class labels of rows of metadata, from the first of `LABEL_KEYS` in each, and names of the classes if known.
 
     Numbers, also written as text, stay as they are; names are numbered in their order.
 
     Raises:
         ValueError: If some labels are numbers and some are names, or a number is negative.
     """
-    found = [
-        next((row[key] for key in ("class_label", "label", "cls") if row.get(key) is not None), None) for row in rows
-    ]
-    labels = [int(label) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
+    found = [next((row[key] for key in LABEL_KEYS if row.get(key) is not None), None) for row in rows]
+    labels = [int(str(label)) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
     names = sorted({label for label in labels if isinstance(label, str)})
     if not names and all(label is None or isinstance(label, int) and label >= 0 for label in labels):
         return [None if label is None else int(label) for label in labels], None
@@ -230,7 +229,10 @@ class _Video:
     def read(self, places: np.ndarray) -> torch.Tensor:
         """The frames at ascending `places`, uint8 `(len(places), height, width, 3)`."""
         if self.frames is not None:
-            return torch.cat([read_video(self.frames[place], num_frames=1)[0] for place in places])
+            frames = [read_video(self.frames[place], num_frames=1)[0] for place in places]
+            if len({frame.shape for frame in frames}) > 1:
+                raise VideoError(f"The frames in {str(self.path)!r} must have one size, got several.")
+            return torch.cat(frames)
         first, span = int(places[0]), int(places[-1] - places[0]) + 1
         frames = torch.cat(list(iter_video(self.path, first, span)))
         if len(frames) < span:
