@@ -1,13 +1,18 @@
 """Objectives of latent diffusion: the reference's numbers, and what each must do by its definition."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffusers_leanvae.conversion.latte import config_from_original, from_original, to_original
 from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective
+from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule
+from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
 
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -75,6 +80,35 @@ def test_coefficients_are_the_tables_of_the_reference():
     for name, values in found.items():
         expected = tensors[f"table1000.{name}"]
         torch.testing.assert_close(values[:, 0].double(), expected, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("name", ["latte_uncond_c4", "latte_class_c4", "latte_class_c16"])
+def test_a_training_step_is_that_of_the_reference(name: str):
+    tensors = golden(name)
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        heads = json.loads(file.metadata()["config"])["num_heads"]
+    original = {k.removeprefix("state_dict."): x for k, x in tensors.items() if k.startswith("state_dict.")}
+    transformer = LeanVAELatteTransformer3DModel(**config_from_original(original, heads)).train()
+    transformer.load_state_dict(from_original(original), strict=True)
+    objective, labels = EpsilonObjective(), tensors.get("train.y")
+    batch = [tensors[f"train.{name}"] for name in ("x0", "noise", "t")]
+    noisy = objective.add_noise(*batch)
+    torch.testing.assert_close(noisy, tensors["train.x_t"], rtol=0, atol=1e-6)
+    terms = objective.loss(transformer(noisy, batch[2], labels).sample, *batch)
+    for term in ("mse", "vb", "loss"):
+        torch.testing.assert_close(terms[term], tensors[f"train.{term}"], rtol=1e-5, atol=1e-6)
+    loss, means = LatentDiffusionTrainingModule(transformer, objective)(*batch, labels)
+    torch.testing.assert_close(means["vb"], terms["vb"].mean(), rtol=0, atol=1e-7)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in transformer.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    torch.testing.assert_close(norm, tensors["train.grad_norm"].float().view(()), rtol=1e-5, atol=0)
+    tables = {name: torch.zeros_like(buffer) for name, buffer in transformer.named_buffers()}
+    ours = to_original(gradients | tables)
+    expected = {key.removeprefix("train.grad."): x for key, x in tensors.items() if key.startswith("train.grad.")}
+    assert len(expected) >= 3
+    for key, gradient in expected.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
 
 
 # --- Epsilon ---------------------------------------------------------------------------------------------------------

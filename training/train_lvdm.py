@@ -71,6 +71,11 @@ from diffusers_leanvae.training_loop import RunningMeans, average, build_optimiz
 from diffusers_leanvae.video_io import write_video
 
 
+# Of `optimizer.name: muon`: layers on the condition, of which a batch has too few to know their covariance, and the
+# layer on top, which starts from zero.
+ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "linear_1", "linear_2", "proj_out")
+
+
 # --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------
 
 
@@ -230,7 +235,7 @@ def class_names(data: LatentData, num_classes: int | None) -> dict[int, str] | N
 def build_transformer(recipe: Recipe, latent_shape: tuple[int, ...]) -> LeanVAELatteTransformer3DModel:
     """The model of a recipe for latents `(C, F, h, w)`; new, or of `init`."""
     channels, num_frames, height, width = latent_shape
-    config = {} if recipe.variant is None else latte_variant(recipe.variant)
+    config: dict[str, Any] = {} if recipe.variant is None else dict(latte_variant(recipe.variant))
     config |= {
         "in_channels": channels,
         "out_channels": channels if recipe.objective.name == "flow" else 2 * channels,
@@ -426,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     # --- Model -------------------------------------------------------------------------------------------------------
-    transformer = build_transformer(recipe, latent_shape).to(device).train()
+    transformer: Any = build_transformer(recipe, latent_shape).to(device).train()
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     objective = build_objective(recipe.objective)
@@ -446,7 +451,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.compile:
         transformer.compile()
     bare_module = LatentDiffusionTrainingModule(transformer, objective, head)
-    optimizer = build_optimizer(recipe.optimizer, bare_module)
+    optimizer = build_optimizer(recipe.optimizer, bare_module, ADAMW_LAYERS)
     module = accelerator.prepare(bare_module)
     accelerator.prepare(optimizer)  # for checkpoints and fp16; steps are taken on the optimizer itself
     trained = [parameter for parameter in bare_module.parameters() if parameter.requires_grad]

@@ -7,7 +7,7 @@ the learning rate falls. Here a step is isotropic in what a layer *answers*: of 
 for the inputs that there are, by a bounded amount, the one that lowers the loss most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class WhitenedMuon(torch.optim.Optimizer):
         momentum: Of Muon (Nesterov).
         weight_decay: Decoupled, of both.
         damping: Added to covariances, relative to their mean eigenvalue.
+        adamw_layers: Ends of the names of further linear layers that AdamW moves.
 
     Every parameter group has an `lr_factor`: a schedule must set `group["lr"]` to the learning rate times that.
     """
@@ -99,11 +100,12 @@ class WhitenedMuon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         damping: float = 1e-2,
+        adamw_layers: Sequence[str] = (),
     ) -> None:
         kinds: dict[Any, tuple[str, float]] = {}  # what is moved by Muon: how, and its scale
         self._seen: dict[nn.Parameter, list[torch.Tensor]] = {}  # covariances of inputs since `zero_grad`
         for name, layer in module.named_modules():
-            if isinstance(layer, nn.Linear) and not name.endswith("logvar_proj"):
+            if isinstance(layer, nn.Linear) and not name.endswith(("logvar_proj", *adamw_layers)):
                 kinds[layer.weight] = ("matrix", _HIDDEN_SCALE if name.endswith("up_proj") else 1.0)
                 layer.register_forward_pre_hook(self._look_at_linear)
             elif isinstance(layer, CausalDepthwiseConv3d):

@@ -10,8 +10,10 @@ from .optimizers import WhitenedMuon
 from .recipe import OptimizerRecipe
 
 
-def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of whatever requires a gradient in a module."""
+def build_optimizer(
+    recipe: OptimizerRecipe, module: torch.nn.Module, adamw_layers: Sequence[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of whatever requires a gradient in a module; `adamw_layers` as of `WhitenedMuon`."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     common: dict[str, Any] = {
         "lr": recipe.learning_rate,
@@ -19,7 +21,7 @@ def build_optimizer(recipe: OptimizerRecipe, module: torch.nn.Module) -> torch.o
         "weight_decay": recipe.weight_decay,
     }
     if recipe.name == "muon":
-        return WhitenedMuon(module, adamw_factor=recipe.adamw_factor, **common)
+        return WhitenedMuon(module, adamw_factor=recipe.adamw_factor, adamw_layers=adamw_layers, **common)
     if recipe.name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]

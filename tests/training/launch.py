@@ -2,7 +2,8 @@
 
     python launch.py jobs.json
 
-A job is `{"arguments": [...], "num_processes": 2, "kill": null}`; `kill` may be `["update", n]`: SIGKILL the last
+A job is `{"arguments": [...], "num_processes": 2, "kill": null}`, with `"script": "train_lvdm"` for another than
+`train_vae`; `kill` may be `["update", n]`: SIGKILL the last
 process in its n-th update of the averaged weights; or `["save", step]`: SIGKILL it with a half-written checkpoint.
 """
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.launchers import debug_launcher
 from diffusers.training_utils import EMAModel
-from diffusers_leanvae.training import train_vae
+from diffusers_leanvae.training import train_lvdm, train_vae
 from torch.multiprocessing.spawn import ProcessExitedException
 
 
@@ -49,7 +50,7 @@ def run(job: dict) -> None:
     if job["kill"] is not None and is_last:
         moment, number = job["kill"]
         {"update": kill_in_update, "save": kill_in_save}[moment](number)
-    train_vae.main(job["arguments"])
+    {"train_vae": train_vae, "train_lvdm": train_lvdm}[job.get("script", "train_vae")].main(job["arguments"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,458 @@
+"""The training script of latent diffusion: it runs, it resumes to the same numbers, and leaves a whole pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers_leanvae.training.train_lvdm as train_lvdm
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+
+from diffusers_leanvae import LeanVAELatteTransformer3DModel
+from diffusers_leanvae.latent_data import LatentData, encode_batch
+from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.recipe import load_recipe
+from diffusers_leanvae.shapes import NUM_CLASSES, MovingShapes
+from diffusers_leanvae.video_io import probe_video
+
+
+CONFIGS = sorted(Path(train_lvdm.__file__).resolve().parent.glob("configs/lvdm_*.yaml"))
+SMOKE = Path(train_lvdm.__file__).resolve().parent / "configs" / "lvdm_smoke.yaml"
+LAUNCHER = Path(__file__).parent / "launch.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+PLAIN = ("num_steps=3", "batch_size=4", "validation.num_samples=0")
+# What could disturb resuming: everything that is random, has a state, or changes on the way.
+FULL = (
+    "num_steps=8",
+    "save_every=4",
+    "validation.every=4",
+    "num_accumulation_steps=2",
+    "batch_size=4",
+    "num_images=1",
+    "class_dropout=0.5",
+    "objective.name=epsilon",
+    "objective.sampling=logit_normal",
+    "objective.is_stratified=true",
+    "objective.min_snr_gamma=5",
+    "representation.weight=0.5",
+    "representation.after_block=2",
+    "representation.hidden_dim=8",
+    "latent_statistics=data",
+    "num_statistics_items=4",
+    "gradient_checkpointing=true",
+    "optimizer.schedule=cosine",
+    "ema_decay=0.9",
+    "ema_min_decay=0.5",
+    "clip_start_step=6",
+    "data.num_clips=6",  # less than two steps: several epochs
+)
+MUON = ("optimizer.name=muon", "num_steps=6", "batch_size=4", "validation.num_samples=0")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., AutoencoderKLLeanVAE]) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    make_model(scaling_factor=0.5).save_pretrained(folder)
+    return folder
+
+
+def arguments(vae: Path, output: Path, *overrides: str) -> list[str]:
+    return [str(SMOKE), f"vae={vae}", f"output={output}", "num_threads=1", *overrides]
+
+
+def train(vae: Path, output: Path, *overrides: str) -> Path:
+    train_lvdm.main(arguments(vae, output, *overrides))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+
+
+def weights_at(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:07d}/model.safetensors")
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {key for key, value in before.items() if not torch.equal(value, after[key])}
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Equal to the last bit: weights, averaged weights, optimizer, logs, validation, the export."""
+    newest = "checkpoints/step-0000008"
+    torch.testing.assert_close(weights_at(actual, 8), weights_at(expected, 8), rtol=0, atol=0)
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        ours, theirs = (torch.load(run / newest / name, weights_only=True) for run in (actual, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for name in ("log.jsonl", "validation.jsonl"):
+        ours, theirs = (without_times(read_json_lines(run / name)) for run in (actual, expected))
+        assert ours == theirs
+    exported = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    torch.testing.assert_close(load_file(actual / exported), load_file(expected / exported), rtol=0, atol=0)
+    for name in ("pipeline/vae/config.json", "pipeline/model_index.json"):
+        assert (actual / name).read_text() == (expected / name).read_text()
+    for step in ("0000004", "0000008"):
+        ours, theirs = ((run / f"validation/step-{step}.mp4").read_bytes() for run in (actual, expected))
+        assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def straight(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(vae_folder, tmp_path_factory.mktemp("straight"), *FULL)
+
+
+@pytest.fixture(scope="module")
+def launched(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that needs processes of its own: a folder of runs."""
+    folder = tmp_path_factory.mktemp("launched")
+
+    def job(name: str, *overrides: str, kill: list | None = None) -> dict:
+        settings = arguments(vae_folder, folder / name, *overrides)
+        return {"script": "train_lvdm", "arguments": settings, "num_processes": 2, "kill": kill}
+
+    jobs = [
+        job("straight", *FULL),
+        job("killed", *FULL, kill=["update", 6]),
+        job("killed", *FULL),
+        job("plain", *PLAIN),
+        job("full", *FULL, "num_accumulation_steps=1", "validation.num_samples=0"),
+        job("muon", *MUON),
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(LAUNCHER), str(folder / "jobs.json")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+# --- It runs, and leaves a pipeline ----------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_loads_the_pipeline_and_generates(straight: Path):
+    script = """
+import sys, torch, diffusers_leanvae
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+frames = pipeline("red square up", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").frames
+print(type(pipeline).__name__, type(pipeline.scheduler).__name__, frames.shape)
+"""
+    command = [sys.executable, "-c", script, str(straight / "pipeline")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "LeanVAELattePipeline DDPMScheduler (1, 5, 32, 32, 3)"
+
+
+def test_the_pipeline_is_what_was_trained(straight: Path, vae_folder: Path):
+    pipeline = DiffusionPipeline.from_pretrained(straight / "pipeline")
+    ema = torch.load(straight / "checkpoints/step-0000008/custom_checkpoint_0.pkl", weights_only=True)
+    averaged = list(pipeline.transformer.parameters())
+    torch.testing.assert_close(averaged, ema["shadow_params"], rtol=0, atol=0)
+    assert pipeline.transformer.config.num_classes == NUM_CLASSES and pipeline.transformer.config.out_channels == 8
+    # Statistics of the data, in place of the factor.
+    vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
+    clips = torch.stack([MovingShapes(5, 32, 32, num_clips=6)[index].pixels for index in range(4)])
+    latents = encode_batch(vae, clips).transpose(0, 1).flatten(1).double()
+    config = pipeline.vae.config
+    torch.testing.assert_close(torch.tensor(config.latents_mean).double(), latents.mean(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(config.latents_std).double(), latents.std(1, correction=0), rtol=1e-5, atol=0
+    )
+    assert config.scaling_factor == 1.0
+
+
+def _exported(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+
+
+def _head(step: int, run: Path) -> dict[str, torch.Tensor]:
+    return {key: x for key, x in weights_at(run, step).items() if key.startswith("representation.")}
+
+
+def test_what_is_logged_and_shown(straight: Path):
+    log = read_json_lines(straight / "log.jsonl")
+    assert [record["step"] for record in log] == list(range(1, 9))
+    terms = {"loss", "mse", "vb", "representation", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
+    assert set(log[0]) == {"step", "lr", "num_skipped", "num_bad_videos"} | terms
+    records = read_json_lines(straight / "validation.jsonl")
+    assert [record["step"] for record in records] == [4, 8]
+    assert list(records[-1]["levels"]) == ["0.3", "0.7"]
+    assert records[-1]["loss"] == pytest.approx(sum(records[-1]["levels"].values()) / 2)
+    video = probe_video(straight / "validation/step-0000008.mp4")
+    assert (video.num_frames, video.height, video.width, video.fps) == (5, 32, 64, 8)
+    card = (straight / "pipeline/README.md").read_text()
+    assert f"| 0.3 | {records[-1]['levels']['0.3']:.4f} |" in card and "8 steps of 4 clips" in card
+    assert "is_stratified: true\n" in card and 'class_labels="red circle left"' in card
+
+
+def test_validation_is_of_the_averaged_model_at_fixed_noise(straight: Path):
+    pipeline = DiffusionPipeline.from_pretrained(straight / "pipeline")
+    recipe = load_recipe(train_lvdm.Recipe, straight / "recipe.yaml")
+    objective = train_lvdm.build_objective(recipe.objective)
+    items = [MovingShapes(5, 32, 32, seed=1, num_clips=36)[index] for index in range(4)]
+    latents = encode_batch(pipeline.vae, torch.stack([item.pixels for item in items]))
+    latents = train_lvdm.normalize_latents(latents, pipeline.vae.config)
+    noise = torch.stack([_validation_noise(index, latents.shape[1:]) for index in range(4)])
+    timesteps = torch.full((4,), 700)
+    labels = torch.tensor([item.class_label for item in items])
+    with torch.no_grad():
+        noisy = objective.add_noise(latents, noise, timesteps)
+        output = pipeline.transformer(noisy, timesteps, labels).sample
+    expected = objective.loss(output, latents, noise, timesteps)["loss"].mean().item()
+    (record,) = (record for record in read_json_lines(straight / "validation.jsonl") if record["step"] == 8)
+    assert record["levels"]["0.7"] == pytest.approx(expected, rel=1e-5)
+
+
+def _validation_noise(index: int, shape: torch.Size) -> torch.Tensor:
+    rng = np.random.default_rng([0, 11, index])
+    rng.random(2)
+    return torch.from_numpy(rng.standard_normal(tuple(shape), np.float32))
+
+
+# --- It resumes, and it does not matter how the work is shared -------------------------------------------------------
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(
+    vae_folder: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step = EMAModel.step
+
+    def interrupted(self: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
+        if self.optimization_step == 6:
+            raise KeyboardInterrupt
+        step(self, parameters)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EMAModel, "step", interrupted)
+        train(vae_folder, tmp_path, *FULL)
+    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(vae_folder, tmp_path, *FULL)
+    assert_same_run(tmp_path, straight)
+    assert changed(weights_at(straight, 4), weights_at(straight, 8))
+
+
+def test_two_processes_resume_to_the_same_numbers(launched: Path):
+    assert_same_run(launched / "killed", launched / "straight")
+
+
+@pytest.mark.parametrize(("name", "overrides", "last"), [("plain", PLAIN, 3), ("full", FULL, 8), ("muon", MUON, 6)])
+def test_processes_and_accumulation_give_the_same_model(
+    name: str, overrides: tuple[str, ...], last: int, vae_folder: Path, launched: Path, tmp_path: Path
+):
+    """A step's samples, noise and gradient do not depend on how they are shared; only the order of sums does."""
+    runs = [
+        train(
+            vae_folder, tmp_path / f"parts-{n}", *overrides, f"num_accumulation_steps={n}", "validation.num_samples=0"
+        )
+        for n in (1, 2)
+    ]
+    first, *others = (weights_at(run, last) for run in (*runs, launched / name))
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=2e-4 if name == "muon" else 2e-5)
+    ours, theirs = (read_json_lines(run / "validation.jsonl")[-1] for run in (launched / name, runs[0]))
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+# --- What a step is made of ------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_from_seed_and_index_alone():
+    together = draw_step([8, 9, 10, 11], (4, 2, 2, 2), seed=3, dropout=0.5)
+    apart = [draw_step([index], (4, 2, 2, 2), seed=3, dropout=0.5) for index in range(8, 12)]
+    for name in ("uniform", "drop", "noise"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(draw, name) for draw in apart]))
+    other = draw_step([8, 9, 10, 11], (4, 2, 2, 2), seed=4, dropout=0.5)
+    assert not torch.equal(other.noise, together.noise)
+
+
+def test_the_dropout_rate_and_the_stratification_are_as_asked():
+    draws = draw_step(range(1000), (1,), seed=0, dropout=0.1, batch_size=8)
+    assert 80 <= int(draws.drop.sum()) <= 120
+    assert ((draws.uniform * 8).long() == torch.arange(1000) % 8).all()
+    labels = torch.tensor([[3, 4], [5, 6]])
+    assert drop_labels(labels, torch.tensor([True, False]), 36).tolist() == [[36, 36], [5, 6]]
+    assert drop_labels(labels[:, 0], torch.tensor([False, True]), 36).tolist() == [3, 36]
+
+
+def test_every_epoch_has_each_item_once_and_images_are_first_latent_frames(vae_folder: Path):
+    data = LatentData(MovingShapes(5, 16, 16, num_clips=7), has_latents=False, has_labels=True, num_images=2)
+    orders = [[data.order(index) for index in range(7 * epoch, 7 * epoch + 7)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(7)) for order in orders) and orders[0] != orders[1]
+    batch = data.__getitems__([3, 4])
+    assert batch.class_labels is not None and batch.class_labels.shape == (2, 3) and batch.images is not None
+    vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
+    others = [item for index in (3, 4) for item in data._images_of(index)]
+    whole = encode_batch(vae, torch.stack([data.items[item].pixels for item in others]))
+    torch.testing.assert_close(encode_batch(vae, batch.images), whole[:, :, :1], rtol=0, atol=1e-6)
+    joined = train_lvdm.join_images(encode_batch(vae, batch.videos), encode_batch(vae, batch.images))
+    torch.testing.assert_close(joined[1, :, -1], whole[3, :, 0], rtol=0, atol=1e-6)
+    assert batch.class_labels[:, 1:].flatten().tolist() == [data.items.label(item) for item in others]
+
+
+def test_representation_head_reaches_the_first_blocks_alone():
+    torch.manual_seed(0)
+    transformer = LeanVAELatteTransformer3DModel(2, 8, num_layers=4, sample_size=4, num_latent_frames=2)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    head = train_lvdm.RepresentationHead(16, 6, after_block=2, hidden_dim=8, weight=0.5)
+    module = LatentDiffusionTrainingModule(transformer, train_lvdm.EpsilonObjective(), head)
+    latents, noise = torch.randn(2, 2, 4, 2, 4, 4)
+    timesteps, features = torch.tensor([10, 700]), torch.randn(2, 2, 2, 2, 6)
+    plain = module(latents, noise, timesteps)
+    loss, terms = module(latents, noise, timesteps, features=features)
+    assert loss.item() == pytest.approx(plain.loss.item() + 0.5 * terms["representation"].item(), rel=1e-5)
+    assert 0 < terms["representation"] < 2
+    grads = torch.autograd.grad(loss - plain.loss, list(transformer.parameters()), allow_unused=True)
+    sizes = dict(zip(dict(transformer.named_parameters()), grads, strict=True))
+    for name, grad in sizes.items():
+        if name.startswith(("transformer_blocks.1", "temporal_transformer_blocks.1", "proj_out")):
+            assert grad is None or grad.abs().max() < 1e-6, name
+    assert sizes["temporal_transformer_blocks.0.ff.net.2.weight"].abs().max() > 1e-6
+
+
+def test_features_of_a_vision_transformer_lie_on_the_tokens(tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    encoder = train_lvdm.ImageFeatures.from_pretrained(str(tmp_path), stride=4)
+    sample = torch.zeros(2, 3, 9, 32, 64)
+    sample[1, :, 4, :16, 32:48] = 1.0  # frame 4, upper row, third column of 2 x 4
+    features = encoder(torch.empty(0), sample, (2, 4))
+    assert features.shape == (2, 3, 2, 4, 8) and encoder.dim == 8
+    pixels = torch.zeros(1, 3, 28, 56)  # mean and deviation of 0.5 leave [-1, 1] as it is
+    with torch.no_grad():
+        expected = encoder.model(pixel_values=pixels).last_hidden_state[0, 1:].unflatten(0, (2, 4))
+    torch.testing.assert_close(features[0, 0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features[1, [0, 2]], features[0, [0, 2]], rtol=0, atol=1e-6)
+    assert (features[1, 1] - features[0, 1]).abs().amax(-1).argmax() == 2
+
+
+def test_a_vision_transformer_takes_part_in_training(vae_folder: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "encoder")
+    settings = ("representation.weight=0.5", "representation.after_block=2", "representation.hidden_dim=8")
+    run = train(vae_folder, tmp_path / "run", f"representation.encoder={tmp_path / 'encoder'}", *settings, *PLAIN)
+    log = read_json_lines(run / "log.jsonl")
+    assert all(0 < record["representation"] < 2 for record in log)
+    assert changed(_head(2, run), _head(3, run))
+
+
+# --- What goes wrong, and what is skipped ----------------------------------------------------------------------------
+
+
+def test_steps_that_are_not_finite_are_skipped(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forward, count = LatentDiffusionTrainingModule.forward, iter(range(1000))
+
+    def poisoned(self, *args):
+        output = forward(self, *args)
+        return output._replace(loss=output.loss * float("inf")) if next(count) == 1 else output
+
+    monkeypatch.setattr(LatentDiffusionTrainingModule, "forward", poisoned)
+    train(vae_folder, tmp_path, *PLAIN, "save_every=1", "keep_checkpoints=3")
+    log = read_json_lines(tmp_path / "log.jsonl")
+    assert [record["num_skipped"] for record in log] == [0, 1, 1]
+    assert "loss" in log[0] and "loss" not in log[1]
+    assert not changed(weights_at(tmp_path, 1), weights_at(tmp_path, 2))
+    assert changed(weights_at(tmp_path, 2), weights_at(tmp_path, 3))
+
+
+def test_gradients_are_clipped_from_a_step_on(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(vae_folder, tmp_path, *PLAIN, "clip_start_step=2", "optimizer.max_grad_norm=1e-3")
+    log = read_json_lines(tmp_path / "log.jsonl")
+    assert norms[:2] == pytest.approx([record["grad_norm"] for record in log[:2]], rel=1e-4)
+    assert min(norms[:2]) > 1e-2 and norms[2] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_trained_transformer_goes_on(vae_folder: Path, straight: Path, tmp_path: Path):
+    epsilon = ("objective.name=epsilon", "optimizer.learning_rate=0")
+    train(vae_folder, tmp_path, f"init={straight / 'pipeline'}", *epsilon, *PLAIN)
+    assert not changed(_exported(straight), _exported(tmp_path))
+    assert "fine-tuned from" in (tmp_path / "pipeline/README.md").read_text()
+    with pytest.raises(ValueError, match="`init` must have `out_channels` 4 for this recipe, got 8"):
+        train(vae_folder, tmp_path / "x", f"init={straight / 'pipeline'}")
+
+
+def test_videos_are_encoded_on_the_way_and_time_can_run_out(clips: Path, vae_folder: Path, tmp_path: Path):
+    settings = ("data.kind=videos", f"data.path={clips}", "num_classes=null", "data.stride=1", "validation.data=null")
+    train(vae_folder, tmp_path, *settings, "max_minutes=0", "mixed_precision=bf16", "save_dtype=float16")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+    assert {x.dtype for x in _exported(tmp_path).values()} == {torch.float16}
+    assert DiffusionPipeline.from_pretrained(tmp_path / "pipeline").transformer.config.num_classes is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("num_classes=7",), "`num_classes` must be the 36 classes of the data, got 7"),
+        (("class_dropout=2",), "`class_dropout` must be from 0 to 1, got 2.0"),
+        (
+            ("objective.min_snr_gamma=5",),
+            "`objective.min_snr_gamma` must be null with `objective.name: flow`, got 5.0",
+        ),
+        (("representation.weight=1", "representation.after_block=3"), "must be a positive even number, got 3"),
+        (
+            ("representation.weight=1", "representation.after_block=4"),
+            "`representation.after_block` must be at most 2",
+        ),
+        (("data.kind=latents",), "`data.path` must be given for `data.kind: latents`, got null"),
+        (("data.kind=videos", "data.path=x"), "`num_classes` must be null for `data.kind: videos`, got 36"),
+        (("batch_size=3", "num_accumulation_steps=2"), "`batch_size` must be a multiple of 2 accumulation steps"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(
+    overrides: tuple[str, ...], message: str, vae_folder: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        train(vae_folder, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
+    recipe = load_recipe(train_lvdm.Recipe, path)
+    text = path.read_text()
+    for word in ("# Expected:", "# Cost:", "# Command:", f"training/configs/{path.name}"):
+        assert word in text
+    assert not any(Path(entry).is_absolute() for entry in (recipe.data.path or "x", recipe.output))
+    train_lvdm.build_objective(recipe.objective)
+    with torch.device("meta"):
+        transformer = train_lvdm.build_transformer(recipe, (4, 5, 32, 32))
+    if not recipe.variant:
+        assert transformer.num_parameters() <= 8_000_000
