@@ -1,4 +1,4 @@
-"""`leanvae` on the command line: reconstruct, encode, decode, live, convert, info, eval, demo."""
+"""`leanvae` on the command line: reconstruct, encode, decode, encode-dataset, live, convert, info, eval, demo."""
 
 import json
 import signal
@@ -266,6 +266,71 @@ def decode(
             typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
 
         _process(jobs, overwrite, work)
+
+    _run(command)
+
+
+@app.command("encode-dataset")
+def encode_dataset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of videos, tar shards, stream (hub:user/name), named data set (ucf101:FOLDER), or shapes.",
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of latents to write, or to go on with.")],
+    model: Model = bundled.DEFAULT,
+    clip_size: Annotated[str, typer.Option(help="FRAMESxHEIGHTxWIDTH of a clip.")] = "17x256x256",
+    num_crops: Annotated[int, typer.Option(min=1, help="Clips per video.")] = 1,
+    flip: Annotated[
+        str, typer.Option(help="none, random, both; auto is what is usual for a named data set.")
+    ] = "auto",
+    sampling: Annotated[str, typer.Option(help="Of named data sets: exact, or reference as published.")] = "exact",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Distance of frames; 3 for named data sets, else 1.")
+    ] = None,
+    short_side: Annotated[int | None, typer.Option(min=1, help="Scale larger videos down to it first.")] = None,
+    num_clips: Annotated[int | None, typer.Option(min=1, help="At most so many clips; streams need it.")] = None,
+    seed: Annotated[int, typer.Option(help="What is cut follows from it.")] = 0,
+    save_dtype: Annotated[str, typer.Option(help="Of the stored latents: float32 or float16.")] = "float32",
+    file_format: Annotated[str, typer.Option(help="safetensors or webdataset.")] = "safetensors",
+    shard_size: Annotated[int, typer.Option(min=1, help="Clips per file.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips encoded at once.")] = 8,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead.")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Encode a data set to latents for diffusion; goes on where it was. Several processes: `accelerate launch`."""
+    from .latent_cache import encode_dataset as encode_clips
+
+    def command() -> None:
+        sizes = clip_size.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+            raise CommandError(f"`--clip-size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got {clip_size!r}.")
+        vae = load_model(model, device, dtype)
+        with tqdm(unit=" clips", disable=not sys.stderr.isatty(), leave=False) as bar:
+            latents = encode_clips(
+                vae,
+                source,
+                target,
+                clip_size=[int(size) for size in sizes],
+                num_crops=num_crops,
+                flip=flip,  # type: ignore[arg-type]
+                sampling=sampling,  # type: ignore[arg-type]
+                stride=stride,
+                short_side=short_side,
+                num_clips=num_clips,
+                seed=seed,
+                dtype=save_dtype,
+                file_format=file_format,  # type: ignore[arg-type]
+                shard_size=shard_size,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                progress=bar.update,
+            )
+        shape = " x ".join(str(edge) for edge in latents.index["shape"])
+        typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")
 
     _run(command)
 
