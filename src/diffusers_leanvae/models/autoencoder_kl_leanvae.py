@@ -8,6 +8,7 @@ width of the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c
 last projection.
 """
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
+from ..kernels import get as get_kernels
 from .fused import FusedLeanVAE, signature
 from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
 from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
@@ -277,6 +279,10 @@ class LeanVAEDecoder(nn.Module):
         return Subbands(image, video)
 
 
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
     if value not in legal:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
@@ -412,6 +418,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.num_frames_per_chunk = 17
         self.tiling_budget: int | str | None = None  # bytes, or "auto": sizes are chosen for every video
         self._fused: FusedLeanVAE | None = None
+        self._fuse_options: tuple[Literal["same", "int8"], Literal["auto", "torch", "triton"]] = ("same", "auto")
 
     @property
     def config(self) -> LeanVAEConfig:
@@ -531,7 +538,9 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
-    def fuse(self, weights: Literal["same", "int8"] = "same") -> None:
+    def fuse(
+        self, weights: Literal["same", "int8"] = "same", kernels: Literal["auto", "torch", "triton"] = "auto"
+    ) -> None:
         r"""Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights, and are
@@ -541,16 +550,24 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             weights: `"same"`: the model's dtype. `"int8"`: the products of the feed-forwards in int8, on CPU, for a
                 model in float32; lossy, see `docs/speed.md`.
+            kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"triton"`: whole tensors by Triton kernels.
+                `"auto"`: Triton for a model on a GPU where it is installed.
 
         Raises:
             ValueError: If the model has adapters that are not merged, or is not what int8 needs.
         """
         _check_choice("weights", weights, ("same", "int8"))
-        if weights == "int8" and (self.dtype != torch.float32 or self.device.type != "cpu"):
-            raise ValueError(f"`weights` 'int8' needs a float32 model on CPU, got {self.dtype} on {self.device}.")
+        _check_choice("kernels", kernels, ("auto", "torch", "triton"))
+        if weights == "int8" and (self.dtype != torch.float32 or self.device.type != "cpu" or kernels == "triton"):
+            raise ValueError(
+                f"`weights` 'int8' needs a float32 model on CPU without Triton, got {self.dtype} on {self.device}, "
+                f"`kernels` {kernels!r}."
+            )
+        use_triton = kernels == "triton" or (kernels == "auto" and self.device.type == "cuda" and _has_triton())
         self._fused = None
         with torch.no_grad():
-            self._fused = FusedLeanVAE(self, weights)
+            self._fused = FusedLeanVAE(self, weights, get_kernels("triton") if use_triton else None)
+        self._fuse_options = (weights, kernels)
 
     def unfuse(self) -> None:
         r"""Undo [`fuse`]: free the prepared weights."""
@@ -561,7 +578,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self._fused is None or not works_in_place() or torch.is_autocast_enabled(x.device.type):
             return None
         if self._fused.signature != signature(self):
-            self.fuse(self._fused.weights)
+            self.fuse(*self._fuse_options)
         return self._fused
 
     # ---- tiles and slices -------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .naf import LeanVAEBlock, LeanVAEBlocks, slice_elements
+from ..kernels import Kernels
+from .naf import LeanVAEBlock, LeanVAEBlocks, slice_elements, slices
 from .temporal_cache import TemporalCache
 
 
@@ -223,6 +224,46 @@ class FusedBlock:
             soft_threshold_(out, self.threshold)
 
 
+class KernelBlock(FusedBlock):
+    r"""A block of whole tensors for GPUs, where launching many small slabs would cost more than memory.
+
+    Takes the operations of `kernels.get("triton")`.
+    """
+
+    def __init__(self, block: LeanVAEBlock, product: Product, threshold: float | None, kernels: Kernels):
+        super().__init__(block, product, threshold)
+        self.kernels = kernels
+        self.weight = torch.stack(self.taps[::-1], dim=2)  # (c, 1, 3, 3, 3)
+        self.up = torch.cat((self.value.weight, self.gate.weight))  # type: ignore[union-attr]
+        self.soft_threshold = None if threshold is None else self.bias.new_full((1,), threshold)
+        del self.taps, self.value, self.gate
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        cache: TemporalCache | None,
+        workspace: Workspace,
+        out: torch.Tensor | None = None,
+        base: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tail = None if cache is None else cache.exchange(self.name, hidden_states, 2)
+        weights = (self.weight, self.bias, self.norm_weight, self.norm_bias, self.eps, self.residual)
+        convolved, normed = self.kernels.depthwise_conv_residual_norm(hidden_states, tail, *weights)
+        target = hidden_states if out is None else out
+        dim = target.shape[-1]
+        residual = convolved if self.residual else base
+        normed, flat = normed.view(-1, dim), target.view(-1, dim)
+        for part in slices(len(flat), 4 * self.inner_dim, flat.device):
+            hidden = self.kernels.gated_gelu(torch.mm(normed[part], self.up.t()))
+            if residual is None:
+                self.down(hidden, flat[part])
+            else:
+                torch.addmm(residual.view(-1, dim)[part], hidden, self.down.weight.t(), out=flat[part])  # type: ignore[union-attr]
+        if self.soft_threshold is not None:
+            self.kernels.soft_threshold_(target, self.soft_threshold)
+        return target
+
+
 def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
     if threshold >= 0:
         torch.ops.aten.softshrink.out(x, threshold, out=x)
@@ -233,11 +274,16 @@ def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
 class FusedStack:
     r"""A chain of blocks."""
 
-    def __init__(self, blocks: LeanVAEBlocks, product: Product, threshold: float | None = None):
-        self.blocks = []
+    def __init__(
+        self, blocks: LeanVAEBlocks, product: Product, kernels: Kernels | None, threshold: float | None = None
+    ):
+        self.blocks: list[FusedBlock] = []
         for index, block in enumerate(blocks):
-            is_last = index == len(blocks) - 1
-            self.blocks.append(FusedBlock(block, product, threshold if is_last else None))  # type: ignore[arg-type]
+            limit = threshold if index == len(blocks) - 1 else None
+            if kernels is None:
+                self.blocks.append(FusedBlock(block, product, limit))  # type: ignore[arg-type]
+            else:
+                self.blocks.append(KernelBlock(block, product, limit, kernels))  # type: ignore[arg-type]
 
     def __call__(
         self,
@@ -324,11 +370,11 @@ class FusedLeanVAE:
     Args:
         vae: The model; nothing of it is changed.
         weights: `"same"`: in the model's dtype. `"int8"`: the feed-forwards in int8 (CPU and float32 only).
+        kernels: Operations of `kernels.get("triton")`, or `None` for slabs of plain PyTorch.
     """
 
-    def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same"):
+    def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same", kernels: Kernels | None = None):
         self.signature = signature(vae)
-        self.weights: Literal["same", "int8"] = weights
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
@@ -339,11 +385,11 @@ class FusedLeanVAE:
         self.encoder = encoder
         self.projection = _patch_maps(vae, embed=False)
         branches = (encoder.low_layers, encoder.high_layers) if self.separate else ()
-        self.encoder_branches = [FusedStack(layers, product) for layers in branches]
-        self.encoder_fusion = FusedStack(encoder.fusion_layers, product)
-        self.decoder_fusion = FusedStack(decoder.fusion_layers, product)
+        self.encoder_branches = [FusedStack(layers, product, kernels) for layers in branches]
+        self.encoder_fusion = FusedStack(encoder.fusion_layers, product, kernels)
+        self.decoder_fusion = FusedStack(decoder.fusion_layers, product, kernels)
         branches = (decoder.low_layers, decoder.high_layers) if self.separate else ()
-        self.decoder_branches = [FusedStack(layers, product) for layers in branches]
+        self.decoder_branches = [FusedStack(layers, product, kernels) for layers in branches]
         logvar = vae.logvar_proj
         self.iterations: list[tuple[float, FusedStack, FusedStack]] = []
         if vae.config["bottleneck_type"] == "linear":
@@ -358,8 +404,10 @@ class FusedLeanVAE:
                 step_size, threshold = iteration.step_size.item(), iteration.threshold.item()
                 if index == 0:
                     self.start = _first_gradient_step(bottleneck.initial.detach(), self.phi, step_size)
-                forward = FusedStack(iteration.forward_transform, product, threshold)
-                self.iterations.append((step_size, forward, FusedStack(iteration.backward_transform, product)))
+                forward = FusedStack(iteration.forward_transform, product, kernels, threshold)
+                self.iterations.append(
+                    (step_size, forward, FusedStack(iteration.backward_transform, product, kernels))
+                )
         self.heads = torch.cat((heads, logvar.weight)).detach()  # (2z, c)
         self.heads_bias = torch.cat((bias, logvar.bias)).detach()
         stacks = [self.encoder_fusion, self.decoder_fusion, *self.encoder_branches, *self.decoder_branches]
