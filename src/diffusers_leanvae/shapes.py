@@ -186,19 +186,28 @@ def _coverage(
     shape: str, extent_x: float, extent_y: float, x: np.ndarray, y: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """The covered share of every pixel, `(num_frames, height, width)`, from `_NUM_SAMPLES` squared samples."""
-    # Sample positions in units of the shape: -1 and 1 are its sides.
-    u, v = (
-        ((np.arange(length * _NUM_SAMPLES) + 0.5) / _NUM_SAMPLES - centers[:, None]) / (extent / 2)
-        for length, centers, extent in ((width, x, extent_x), (height, y, extent_y))
-    )
-    u, v = u.astype(np.float32)[:, None], v.astype(np.float32)[..., None]
+    coverage = np.zeros((len(x), height, width), np.float32)
+    # Only where the shape ever is. Sample positions are in units of the shape: -1 and 1 are its sides.
+    columns, u = _samples(x, extent_x, width)
+    rows, v = _samples(y, extent_y, height)
+    u, v = u[:, None], v[..., None]
     if shape == "circle":
         inside = u * u + v * v <= 1
     elif shape == "cross":
         inside = (np.minimum(abs(u), abs(v)) <= _CROSS_ARM) & (np.maximum(abs(u), abs(v)) <= 1)
     else:
         inside = (abs(u) <= (v + 1) / 2) & (v <= 1)  # the tip is at the top
-    return inside.reshape(len(x), height, _NUM_SAMPLES, width, _NUM_SAMPLES).mean((2, 4), dtype=np.float32)
+    blocks = inside.reshape(len(x), rows.stop - rows.start, _NUM_SAMPLES, columns.stop - columns.start, _NUM_SAMPLES)
+    coverage[:, rows, columns] = blocks.mean((2, 4), dtype=np.float32)
+    return coverage
+
+
+def _samples(centers: np.ndarray, extent: float, length: int) -> tuple[slice, np.ndarray]:
+    """The pixels along one axis that the shape touches in any frame, and where their samples are."""
+    first = max(0, math.floor(centers.min() - extent / 2))
+    last = min(length, math.ceil(centers.max() + extent / 2))
+    places = first + (np.arange((last - first) * _NUM_SAMPLES) + 0.5) / _NUM_SAMPLES
+    return slice(first, last), ((places - centers[:, None]) / (extent / 2)).astype(np.float32)
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:

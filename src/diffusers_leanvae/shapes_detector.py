@@ -36,7 +36,7 @@ def detect(video: torch.Tensor) -> Detection:
             "`video` must be floating point, of shape (3, num_frames, height, width), got "
             f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}."
         )
-    pixels = video.detach().cpu().double().clamp(-1, 1).add(1).div(2)
+    pixels = video.detach().cpu().float().clamp(-1, 1).add(1).div(2)
     weight, mean = _segment(pixels)
     if weight is None:
         return Detection(None, None, None, None)
@@ -62,23 +62,28 @@ def _segment(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """
     height, width = pixels.shape[2:]
     chroma = pixels.amax(0) - pixels.amin(0)
-    # An object covers more than a twentieth of its frame, so this quantile lies inside it.
-    peak = torch.quantile(chroma.flatten(1), 0.97, dim=1)[:, None, None]
+    peak = _inside(chroma)
     if peak.min() < 0.2:
         return None, pixels.mean((1, 2, 3))
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    basis = torch.stack([torch.ones_like(x), x, y]).double()
-    is_background = (chroma < 0.3 * peak).double()
+    basis = torch.stack([torch.ones_like(x), x, y])
+    is_background = (chroma < 0.3 * peak).float()
     gram = torch.einsum("thw,ihw,jhw->tij", is_background, basis, basis)
     values = torch.einsum("thw,ihw,cthw->tic", is_background, basis, pixels)
     planes = torch.linalg.lstsq(gram, values).solution  # (num_frames, 3, 3)
     difference = pixels - torch.einsum("tic,ihw->cthw", planes, basis)
     distance = difference.square().sum(0)
-    is_core = distance > 0.5 * torch.quantile(distance.flatten(1), 0.97, dim=1)[:, None, None]
+    is_core = distance > 0.5 * _inside(distance)
     # Brightness is sharper than colour after compression, so both count: the share of the way to the core's mean.
     way = (difference * is_core).sum((2, 3)) / is_core.sum((1, 2))
     share = torch.einsum("cthw,ct->thw", difference, way) / way.square().sum(0)[:, None, None]
     return (2 * share - 0.5).clamp(0, 1), (pixels * is_core).sum((1, 2, 3)) / is_core.sum()
+
+
+def _inside(values: torch.Tensor) -> torch.Tensor:
+    """A value of the object in every frame, where it is higher: it covers more than a twentieth of the frame."""
+    flat = values.flatten(1)
+    return flat.kthvalue(math.ceil(0.97 * flat.shape[1]), dim=1).values[:, None, None]
 
 
 def _shape(weight: torch.Tensor, mass: torch.Tensor, offsets: torch.Tensor) -> str | None:
@@ -88,13 +93,14 @@ def _shape(weight: torch.Tensor, mass: torch.Tensor, offsets: torch.Tensor) -> s
     vanishes but for the triangle, where it is 0.8 of `(E|z|^2)^1.5`. `E[z^4]` is 0.7 of `(E|z|^2)^2` for the cross.
     """
 
-    def moment(power: int) -> torch.Tensor:
-        return (weight * offsets**power).sum((1, 2)) / mass
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return (weight * values).sum((1, 2)) / mass
 
-    variance = (weight * offsets.abs().square()).sum((1, 2)) / mass
+    squares = offsets * offsets
+    variance = mean(squares.abs())
     spread = (variance / mass).median().item()
-    third = (moment(3).imag / variance**1.5).median().item()
-    fourth = (moment(4).real / variance**2).median().item()
+    third = (mean((squares * offsets).imag) / variance**1.5).median().item()
+    fourth = (mean((squares * squares).real) / variance**2).median().item()
     if spread > 0.23:
         return None
     if abs(third) > 0.27:
