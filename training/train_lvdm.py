@@ -54,9 +54,11 @@ from diffusers_leanvae.checkpoints import (
     save_checkpoint,
 )
 from diffusers_leanvae.data import open_training_data
+from diffusers_leanvae.data_named import open_named_dataset
 from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
 from diffusers_leanvae.finetuning import load_vae
 from diffusers_leanvae.generation import video_grid
+from diffusers_leanvae.latent_cache import LatentFolder
 from diffusers_leanvae.latent_data import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
 from diffusers_leanvae.latents import normalize_latents
 from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
@@ -81,16 +83,20 @@ ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "linear_1", "linear_2", "proj
 
 @dataclass
 class DataRecipe:
-    kind: Literal["latents", "videos", "shapes"] = "latents"
-    path: str | None = (
-        None  # of "latents": a folder of `leanvae encode-dataset`; of "videos": see `open_training_data`
-    )
+    """Cached latents, or clips that are encoded on the way."""
+
+    kind: Literal["latents", "videos", "shapes", "ucf101", "skytimelapse", "ffs", "taichi", "videofolder"] = "latents"
+    # Of "latents": a folder that `leanvae encode-dataset` wrote; of "videos": what `open_training_data` takes, clips
+    # cut at random without labels; of the named data sets: their folder, see `open_named_dataset`.
+    path: str | None = None
     clip_size: list[int] = field(default_factory=lambda: [17, 256, 256])  # [T, H, W], of all but "latents"
+    stride: int = 3  # distance of frames
+    flip: bool | None = None  # mirror every other clip; null: what is usual for the data set, and not "videos"
     short_side: int | None = None  # of "videos": larger ones are scaled down to it
-    stride: int = 3  # of "videos": distance of frames
-    flip: bool = True  # of "videos": mirror every other clip
+    sampling: Literal["exact", "reference"] = "exact"  # of named data sets
+    num_draws: int = 16  # of named data sets: different clips per video
     num_clips: int = 10_000  # of "shapes"
-    seed: int = 0  # of "shapes": what is drawn
+    seed: int = 0  # of "shapes" and named data sets: what is drawn
     cache_gib: float = 4.0  # latents, or decoded videos, are kept in memory up to this size, by each process
     num_workers: int = 0
 
@@ -131,7 +137,7 @@ class Recipe:
     vae: str  # a bundled, saved or original model, here or on the Hub: see `load_vae`
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
-    num_statistics_items: int = 256  # for "data", where the folder of latents has none
+    num_statistics_items: int = 256  # for "data", where the latents are not cached
     variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
     model: dict[str, Any] = field(default_factory=dict)  # arguments of LeanVAELatteTransformer3DModel
     init: str | None = None  # a saved transformer or pipeline to go on from, or an original Latte checkpoint
@@ -192,17 +198,14 @@ class Recipe:
 
 def open_data(data: DataRecipe, recipe: Recipe, num_images: int = 0, rank: int = 0, world_size: int = 1) -> LatentData:
     """The samples of training, or of validation."""
-    has_labels = recipe.num_classes is not None
     if data.kind == "shapes":
         items: Any = MovingShapes(*data.clip_size, seed=data.seed, num_clips=data.num_clips)
     elif data.path is None:
         raise ValueError(f"`data.path` must be given for `data.kind: {data.kind}`, got null.")
     elif data.kind == "latents":
-        from diffusers_leanvae.latent_cache import LatentFolder
-
         items = LatentFolder(data.path)
-    else:
-        if has_labels:
+    elif data.kind == "videos":
+        if recipe.num_classes is not None:
             raise ValueError(f"`num_classes` must be null for `data.kind: videos`, got {recipe.num_classes}.")
         items = open_training_data(
             data.path,
@@ -214,10 +217,36 @@ def open_data(data: DataRecipe, recipe: Recipe, num_images: int = 0, rank: int =
             clip_sizes=[data.clip_size],
             short_side=data.short_side,
             stride=data.stride,
-            flip=data.flip,
+            flip=bool(data.flip),
             cache_gib=data.cache_gib,
         )
+    else:
+        num_frames, height, width = data.clip_size
+        if height != width:
+            raise ValueError(f"`data.clip_size` must be square for `data.kind: {data.kind}`, got {data.clip_size}.")
+        items = open_named_dataset(
+            data.kind,
+            data.path,
+            num_frames,
+            height,
+            data.sampling,
+            data.seed,
+            sample_stride=data.stride,
+            flip=data.flip,
+            num_draws=data.num_draws,
+        )
+    has_labels = recipe.num_classes is not None
     return LatentData(items, data.kind == "latents", has_labels, recipe.seed, num_images, data.cache_gib)
+
+
+def measure_channels(
+    data: LatentData, num_items: int, vae: AutoencoderKLLeanVAE, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the channels: those of the cache, or of the first items."""
+    if data.has_latents:
+        return data.items.statistics["mean"], data.items.statistics["std"]
+    batches = data.first(num_items, 16)
+    return measure_statistics((to_latents(batch.videos, False, vae, device) for batch in batches), vae.latent_channels)
 
 
 def class_names(data: LatentData, num_classes: int | None) -> dict[int, str] | None:
@@ -418,10 +447,7 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = None if view.data is None else open_data(view.data, recipe)
     has_latents = data.has_latents
     if recipe.latent_statistics == "data":
-        batches = data.first(recipe.num_statistics_items, 16)
-        mean, std = measure_statistics(
-            (to_latents(batch.videos, has_latents, vae, device) for batch in batches), vae.latent_channels
-        )
+        mean, std = measure_channels(data, recipe.num_statistics_items, vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
     (first,) = data.first(1, 1)
     latent_shape = tuple(to_latents(first.videos, has_latents, vae, device).shape[1:])

@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_leanvae import LeanVAELatteTransformer3DModel
+from diffusers_leanvae.latent_cache import encode_dataset
 from diffusers_leanvae.latent_data import LatentData, encode_batch
 from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
@@ -310,6 +311,53 @@ def test_every_epoch_has_each_item_once_and_images_are_first_latent_frames(vae_f
     joined = train_lvdm.join_images(encode_batch(vae, batch.videos), encode_batch(vae, batch.images))
     torch.testing.assert_close(joined[1, :, -1], whole[3, :, 0], rtol=0, atol=1e-6)
     assert batch.class_labels[:, 1:].flatten().tolist() == [data.items.label(item) for item in others]
+
+
+@pytest.fixture(scope="module")
+def cache(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    encode_dataset(vae, "shapes", folder, clip_size=(5, 32, 32), num_clips=10, batch_size=5, shard_size=4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "from disk"])
+def test_cached_latents_train_like_those_encoded_on_the_way(
+    in_memory: bool, cache: Path, vae_folder: Path, tmp_path: Path
+):
+    settings = ("num_images=1", "latent_statistics=data", "num_statistics_items=10", *PLAIN)
+    cached = ("data.kind=latents", f"data.path={cache}", f"data.cache_gib={4 * in_memory}")
+    runs = [
+        train(vae_folder, tmp_path / "cached", *cached, *settings),
+        train(vae_folder, tmp_path / "encoded", "data.num_clips=10", *settings),
+    ]
+    ours, theirs = (weights_at(run, 3) for run in runs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    losses = [[record["loss"] for record in read_json_lines(run / "log.jsonl")] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    configs = [json.loads((run / "pipeline/vae/config.json").read_text()) for run in runs]
+    for name in ("latents_mean", "latents_std"):
+        assert configs[0][name] == pytest.approx(configs[1][name], abs=1e-5)
+
+
+def test_a_named_data_set_trains_like_its_cache(clips: Path, vae_folder: Path, tmp_path: Path):
+    for name, label in (("a.mp4", "jump"), ("b.mp4", "run")):
+        (tmp_path / "ucf" / label).mkdir(parents=True)
+        (tmp_path / "ucf" / label / name).write_bytes((clips / name).read_bytes())
+    vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
+    source, options = f"ucf101:{tmp_path / 'ucf'}", {"clip_size": (5, 32, 32), "num_crops": 3, "stride": 2}
+    encode_dataset(vae, source, tmp_path / "latents", batch_size=3, **options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = ("num_classes=2", "validation.data=null", *PLAIN)
+    named = ("data.kind=ucf101", f"data.path={tmp_path / 'ucf'}", "data.num_draws=3", "data.stride=2")
+    runs = [
+        train(vae_folder, tmp_path / "cached", "data.kind=latents", f"data.path={tmp_path / 'latents'}", *settings),
+        train(vae_folder, tmp_path / "encoded", *named, *settings),
+    ]
+    ours, theirs = (weights_at(run, 3) for run in runs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert DiffusionPipeline.from_pretrained(runs[0] / "pipeline").labels == {"jump": 0, "run": 1}
 
 
 def test_representation_head_reaches_the_first_blocks_alone():
