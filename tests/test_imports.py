@@ -21,6 +21,7 @@ LAYERS = {
     "models.temporal_cache": 1,
     "models.tiling": 1,
     "models.naf": 1,
+    "models.fused": 1,
     "models.patches": 1,
     "models.planner": 1,
     "conversion": 1,  # functions of dictionaries: models call them, they know no model
