@@ -435,10 +435,13 @@ class LatentVideoPipeline(DiffusionPipeline):
         if strength is None:
             return timesteps
         order = self.scheduler.order
-        count = round(len(timesteps) // order * strength) * order
-        if count == 0:
-            raise ValueError(f"`strength` must leave at least one of {len(timesteps) // order} steps, got {strength}.")
-        return timesteps[-count:]
+        num_steps = -(-len(timesteps) // order)  # a step of second order has two entries, the last one only one
+        start = num_steps - round(num_steps * strength)
+        if start == num_steps:
+            raise ValueError(f"`strength` must leave at least one of {num_steps} steps, got {strength}.")
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start * order)
+        return timesteps[start * order :]
 
     def _reset_caches(self) -> None:
         # PyramidAttentionBroadcast and its like would hand attention of one window to the next.

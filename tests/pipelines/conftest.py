@@ -13,7 +13,6 @@ from diffusers_leanvae.schedulers import make_scheduler
 
 
 # 9 frames of 32 x 32 pixels: 3 latent frames of 4 x 4.
-LABELS = {0: "red circle, disc", 1: "blue square", 2: "green star"}
 WORDS = "a painting of squirrel eating burger very long low quality very".split()
 
 
@@ -123,9 +122,7 @@ def text_case(make_model: Callable) -> Case:
         "guidance_scale": 3.0,
         "output_type": "pt",
     }
-    return Case(
-        diffusers_leanvae.LeanVAELatteTextToVideoPipeline, components, inputs, ("prompt", "negative_prompt")
-    )
+    return Case(diffusers_leanvae.LeanVAELatteTextToVideoPipeline, components, inputs, ("prompt", "negative_prompt"))
 
 
 @pytest.fixture(params=["class", "text"])

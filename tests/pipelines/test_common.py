@@ -62,7 +62,9 @@ def test_output_shape_and_kinds(case):
     close(array.transpose(0, 1, 4, 2, 3), frames, atol=0)
     images = case.run(pipeline, output_type="pil")
     assert len(images) == 1 and len(images[0]) == 9 and images[0][0].size == (32, 32)
-    close(np.stack([np.asarray(image) for image in images[0]]) / 255, array[0].astype(np.float64), atol=0.5 / 255 + 1e-6)
+    close(
+        np.stack([np.asarray(image) for image in images[0]]) / 255, array[0].astype(np.float64), atol=0.5 / 255 + 1e-6
+    )
     latents = case.run(pipeline, output_type="latent")
     assert latents.shape == (1, 4, 3, 4, 4)
     close(pipeline.video_processor.postprocess_video(pipeline.decode_latents(latents), "pt"), frames, atol=0)
