@@ -142,6 +142,8 @@ def test_what_runs_at_import_time_is_declared(name: str, path: Path):
     requirements = list(project["dependencies"])
     if layer(name) == 4 or name == f"{PACKAGE}.recipe":  # training is an extra, and so is what reads its recipes
         requirements += project["optional-dependencies"]["train"]
+    if name.startswith(f"{PACKAGE}.kernels.triton_"):  # imported by `kernels.get("triton")` alone
+        requirements += project["optional-dependencies"]["triton"]
     names = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
     declared = {IMPORT_NAMES.get(requirement, requirement.replace("-", "_")) for requirement in names}
     used = {target.split(".")[0] for target, _, eager in imports(name, path) if eager}
