@@ -23,6 +23,7 @@ from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_leanvae
 from diffusers_leanvae import AutoencoderKLLeanVAE, hub
+from diffusers_leanvae.schedulers import make_scheduler
 
 
 # What every fresh process starts with. Only the package is imported: that must be enough.
@@ -64,10 +65,59 @@ def test_public_classes_are_names_of_diffusers():
         assert getattr(diffusers_leanvae, public_class.__name__) is public_class
 
 
+def test_pipelines_are_found_but_not_imported():
+    # Importing the package must stay cheap; diffusers looks pipelines up in itself and in `diffusers.pipelines`.
+    code = """
+import diffusers
+modules = [name for name in sys.modules if name.startswith("diffusers_leanvae.pipelines.")]
+assert modules == [], modules
+for name, module in diffusers_leanvae.hub.PIPELINES.items():
+    found = getattr(diffusers, name)
+    assert found is getattr(diffusers.pipelines, name) is getattr(diffusers_leanvae, name)
+    assert found.__name__ == name and found.__module__ == module
+assert not hasattr(diffusers, "NoSuchPipeline") and not hasattr(diffusers_leanvae, "NoSuchPipeline")
+assert diffusers.DDIMPipeline.__name__ == "DDIMPipeline"
+"""
+    run_python(code)
+
+
+def test_pipelines_need_no_transformers():
+    code = """
+import diffusers
+assert not diffusers.utils.is_transformers_available()
+print(diffusers.LeanVAELattePipeline.__name__, diffusers.LeanVAELatteTextToVideoPipeline.__name__)
+"""
+    # A finder that knows no transformers, in place before anything is imported.
+    hide = "import sys; sys.modules['transformers'] = None\n"
+    hide += "import importlib.util as u; real = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'transformers' else real(name, *a)\n"
+    result = subprocess.run(
+        [sys.executable, "-c", hide + PREAMBLE + code], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == list(hub.PIPELINES)
+
+
 def test_registering_again_changes_nothing():
     before = dict(pipeline_loading_utils.LOADABLE_CLASSES)
     hub.register()
     assert pipeline_loading_utils.LOADABLE_CLASSES == before
+
+
+# --- Cards -----------------------------------------------------------------------------------------------------------
+
+
+def test_cards_say_how_to_load(make_model: Callable, latte_pipeline: diffusers.DiffusionPipeline):
+    card = hub.render_hub_card(latte_pipeline, "someone/shapes")
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "# shapes\n" in card
+    assert "import diffusers_leanvae" in card and 'DiffusionPipeline.from_pretrained("someone/shapes")' in card
+    assert "Classes: circle, square." in card and "| vae | `AutoencoderKLLeanVAE` |" in card
+    count = sum(p.numel() for p in latte_pipeline.transformer.parameters()) / 1e6
+    assert f"| transformer | `LeanVAELatteTransformer3DModel` | {count:.2f} M parameters |" in card
+    card = hub.render_hub_card(make_model(), "someone/vae")
+    assert 'AutoModel.from_pretrained("someone/vae")' in card and "4 latent channels, 4x8x8 compression" in card
+    with pytest.raises(ValueError, match="`repo_id` must be `user/name`, got 'vae'"):
+        hub.push_to_hub(make_model(), "vae")
 
 
 # --- A stock pipeline with our autoencoder ---------------------------------------------------------------------------
@@ -238,7 +288,87 @@ def local_hub() -> Iterator[LocalHub]:
         thread.join()
 
 
-def test_push_and_pull(local_hub: LocalHub, pipeline_folder: Path, tmp_path: Path):
+@pytest.fixture
+def hub_environment(local_hub: LocalHub, tmp_path: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": local_hub.url,
+        "HF_HOME": str(tmp_path / "hf"),  # nothing is found in, or left in, the user's cache
+        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_of_the_test",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+@pytest.fixture(scope="module")
+def latte_pipeline(make_model: Callable) -> diffusers.DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers_leanvae.LeanVAELatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        sample_size=4,
+        num_latent_frames=2,
+        num_classes=2,
+    )
+    for parameter in transformer.parameters():  # a fresh model gives zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return diffusers_leanvae.LeanVAELattePipeline(
+        make_model(), transformer, make_scheduler("ddpm"), id2label={0: "circle", 1: "square"}
+    )
+
+
+def test_our_pipeline_in_fresh_processes_from_a_folder_and_from_the_hub(
+    local_hub: LocalHub,
+    hub_environment: dict[str, str],
+    latte_pipeline: diffusers.DiffusionPipeline,
+    tmp_path: Path,
+):
+    folder = tmp_path / "pipeline"
+    latte_pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "LeanVAELattePipeline"
+    assert index["transformer"] == ["diffusers_leanvae", "LeanVAELatteTransformer3DModel"]
+    assert index["vae"] == ["diffusers_leanvae", "AutoencoderKLLeanVAE"]
+    push = """
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_leanvae import hub
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(AutoModel.from_pretrained(f"{sys.argv[1]}/transformer")) is type(pipeline.transformer)
+hub.push_to_hub(pipeline, "someone/shapes")
+hub.push_to_hub(pipeline.vae, "someone/vae", card="# Ours")
+pipeline.push_to_hub("someone/plain")
+"""
+    run_python(push, folder, **hub_environment)
+    pull = """
+from diffusers import AutoModel, DiffusionPipeline
+from safetensors.torch import save_file
+
+for repo in ("someone/shapes", "someone/plain"):
+    pipeline = DiffusionPipeline.from_pretrained(repo)
+assert type(AutoModel.from_pretrained("someone/vae")) is diffusers_leanvae.AutoencoderKLLeanVAE
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+frames = pipeline("square", num_inference_steps=2, generator=generator, output_type="pt").frames
+save_file({"frames": frames.contiguous()}, sys.argv[1])
+"""
+    run_python(pull, tmp_path / "frames.safetensors", **hub_environment)
+    from safetensors.torch import load_file
+
+    latte_pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    expected = latte_pipeline(1, num_inference_steps=2, generator=generator, output_type="pt").frames
+    torch.testing.assert_close(load_file(tmp_path / "frames.safetensors")["frames"], expected, rtol=0, atol=1e-4)
+    files = local_hub.repositories
+    assert b'DiffusionPipeline.from_pretrained("someone/shapes")' in files["someone/shapes"]["README.md"]
+    assert files["someone/vae"]["README.md"] == b"# Ours"
+    assert local_hub.unknown == []
+
+
+def test_push_and_pull(local_hub: LocalHub, hub_environment: dict[str, str], pipeline_folder: Path, tmp_path: Path):
     code = """
 from pathlib import Path
 from diffusers import AutoModel, DiffusionPipeline
@@ -270,17 +400,7 @@ check(AutoencoderKLLeanVAE.from_single_file("someone/tiny-leanvae/original/model
 check(DiffusionPipeline.from_pretrained("someone/tiny-wan", tokenizer=None, text_encoder=None).vae)
 check(AutoencoderKLLeanVAE.from_pretrained("someone/tiny-wan", subfolder="vae"))
 """
-    environment = {
-        "HF_ENDPOINT": local_hub.url,
-        "HF_HOME": str(tmp_path / "hf"),  # nothing is found in, or left in, the user's cache
-        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_of_the_test",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    run_python(code, pipeline_folder, tmp_path, **environment)
+    run_python(code, pipeline_folder, tmp_path, **hub_environment)
     vae_files = {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "original/model.ckpt"}
     assert set(local_hub.repositories["someone/tiny-leanvae"]) == vae_files
     index = json.loads(local_hub.repositories["someone/tiny-wan"]["model_index.json"])

@@ -58,8 +58,8 @@ class CommandError(Exception):
     r"""A sentence for the user; becomes `error: ...` and exit status 1."""
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> AutoencoderKLLeanVAE:
-    r"""The autoencoder of a `--model` argument, ready for inference."""
+def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    r"""Device and dtype of the options `--device` and `--dtype`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -72,6 +72,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Autoenco
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError):
         raise CommandError(f"`--device` must be a device of this machine, got {device!r}.") from None
+    return torch_device, torch_dtype
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> AutoencoderKLLeanVAE:
+    r"""The autoencoder of a `--model` argument, ready for inference."""
+    torch_device, torch_dtype = _place(device, dtype)
     is_original = Path(name).suffix in (".ckpt", ".pt", ".pth", ".safetensors")
     try:
         if name in bundled.MODELS:
@@ -469,6 +475,75 @@ def evaluate(
             }
             write_result(output, described | result)
             typer.echo(str(output))
+
+    _run(command)
+
+
+@app.command()
+def generate(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Video to write, several in a grid; or a folder, one file for each.")
+    ],
+    model: Annotated[
+        str, typer.Option(help=f"Pipeline: {', '.join(bundled.PIPELINES)} (bundled), a folder, or a Hub id.")
+    ] = bundled.PIPELINES[0],
+    label: Annotated[
+        list[str] | None, typer.Option(help="Class, by name or id; repeat it for several. Random classes without it.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text, for text-to-video; repeat it for several.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that the videos begin with.")] = None,
+    num_videos: Annotated[
+        int | None, typer.Option(min=1, help="Videos in all; one for each label or prompt by default.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each; as trained by default.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels; as trained by default.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels; as trained by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none. The pipeline's default without it.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim or dpm++ for diffusion models, flow; the pipeline's own without it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first video; the next has the next.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frames per second of what is written.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; no video depends on it.")] = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most that decoding may use above the weights, such as 2GiB: same pixels.")
+    ] = None,
+    crf: Crf = 16,
+) -> None:
+    """Generate videos of a class or of a text by a diffusion pipeline on LeanVAE latents."""
+    from .generation import generate_videos
+
+    def command() -> None:
+        limit = None if max_memory is None else files.parse_memory(max_memory)
+        torch_device, torch_dtype = _place(device, dtype)
+        written = generate_videos(
+            model,
+            output,
+            labels=label or None,
+            prompts=prompt or None,
+            image=image,
+            num_videos=num_videos,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            device=torch_device,
+            dtype=torch_dtype,
+            max_memory=limit,
+            fps=fps,
+            crf=crf,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+        )
+        for path in written:
+            typer.echo(path)
 
     _run(command)
 

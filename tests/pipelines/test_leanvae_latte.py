@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import config_from_original, from_original
-from diffusers_leanvae.generation import plan_windows, set_timesteps, video_grid
+from diffusers_leanvae.latent_video import plan_windows, set_timesteps, video_grid
 from diffusers_leanvae.latents import normalize_latents
 from diffusers_leanvae.schedulers import make_scheduler, respaced_timesteps
 

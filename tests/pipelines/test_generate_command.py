@@ -1,0 +1,135 @@
+"""`leanvae generate`: files of a pipeline, by seed, label, prompt and picture; one clear sentence for bad input."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffusers_leanvae import bundled
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.schedulers import make_scheduler
+from diffusers_leanvae.video_io import probe_video, read_video, write_video
+
+
+def leanvae(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(class_case, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline = class_case.pipeline("ddpm", id2label={0: "red circle", 1: "blue square", 2: "green star"})
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text_model(text_case, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text_pipeline")
+    text_case.pipeline("flow").save_pretrained(folder)
+    return str(folder)
+
+
+def test_one_file_for_each_video(model: str, tmp_path: Path):
+    out = tmp_path / "videos"
+    code, stdout, err = leanvae(
+        out, "--model", model, "--label", "red circle", "--label", 1, "--num-videos", 3, "--steps", 2, "--seed", 5
+    )
+    assert code == 0, err
+    names = ["000-red-circle.mp4", "001-1.mp4", "002-red-circle.mp4"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert stdout.split() == [str(out / name) for name in names]
+    info = probe_video(out / names[0])
+    assert (info.width, info.height, info.num_frames, info.fps) == (32, 32, 9, 8)
+
+
+def test_videos_depend_on_their_seed_only(model: str, tmp_path: Path):
+    common = ("--model", model, "--label", 2, "--steps", 2, "--crf", 0)
+    for folder, extra in (
+        ("a", ("--num-videos", 3)),
+        ("b", ("--num-videos", 3, "--batch-size", 1)),
+        ("c", ("--seed", 2)),
+    ):
+        assert leanvae(tmp_path / folder, *common, *extra)[0] == 0
+    third, alone = (read_video(tmp_path / name)[0].float() for name in ("a/002-2.mp4", "c/000-2.mp4"))
+    one_by_one = read_video(tmp_path / "b/002-2.mp4")[0].float()
+    first = read_video(tmp_path / "a/000-2.mp4")[0].float()
+    assert (third - alone).abs().mean() < 1 and (third - one_by_one).abs().mean() < 1
+    assert (third - first).abs().mean() > 10
+
+
+def test_a_grid(model: str, tmp_path: Path):
+    code, stdout, err = leanvae(
+        tmp_path / "new" / "grid.mp4",
+        "--model",
+        model,
+        *("--num-videos", 5, "--steps", 2, "--num-frames", 13, "--scheduler", "ddim", "--fps", 12),
+        *("--guidance-scale", 2, "--height", 16, "--width", 32, "--max-memory", "100MiB"),
+    )
+    assert code == 0, err
+    info = probe_video(tmp_path / "new" / "grid.mp4")
+    assert (info.width, info.height, info.num_frames, info.fps) == (3 * 32, 2 * 16, 13, 12)
+    assert stdout.strip() == str(tmp_path / "new" / "grid.mp4")
+
+
+def test_the_command_does_what_the_pipeline_does(model: str, tmp_path: Path):
+    code, _, err = leanvae(
+        tmp_path / "out.mkv", "--model", model, "--label", 1, "--steps", 3, "--scheduler", "dpm++", "--crf", 0
+    )
+    assert code == 0, err
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model)
+    pipeline.scheduler = make_scheduler("dpm++")
+    generator = [torch.Generator().manual_seed(0)]
+    frames = pipeline(1, num_inference_steps=3, generator=generator, output_type="pt").frames[0]
+    expected = (frames * 255).round().permute(0, 2, 3, 1)
+    assert (read_video(tmp_path / "out.mkv")[0] - expected).abs().mean() < 25  # chroma is stored at half the size
+
+
+def test_a_picture_is_the_first_frame(model: str, tmp_path: Path):
+    picture = tmp_path / "picture.png"
+    write_video(picture, torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8), fps=1)
+    code, _, err = leanvae(tmp_path / "out.mp4", "--model", model, "--image", picture, "--steps", 2)
+    assert code == 0, err
+    assert probe_video(tmp_path / "out.mp4").num_frames == 9
+
+
+def test_text(text_model: str, tmp_path: Path):
+    code, _, err = leanvae(
+        tmp_path, "--model", text_model, "--prompt", "a burger", "--prompt", "a squirrel", "--steps", 2
+    )
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000-a-burger.mp4", "001-a-squirrel.mp4"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--label", "dog"), "`class_labels` must be ids or known names"),
+        (("--prompt", "a dog"), "`prompt` must not be given to this pipeline, got one"),
+        (("--scheduler", "flow"), "`scheduler` must be one of ddpm, ddim, dpm++ for this model, got 'flow'"),
+        (("--num-frames", 8), "`num_frames` must be 4 * n + 1"),
+        (("--dtype", "int8"), "`--dtype` must be auto, float32"),
+        (("--image", "nowhere.png"), "nowhere.png"),
+        (("--max-memory", "much"), "`max_memory` must be a size"),
+    ],
+)
+def test_errors(model: str, arguments: tuple, message: str, tmp_path: Path):
+    code, stdout, err = leanvae(tmp_path / "out.mp4", "--model", model, "--steps", 1, *arguments)
+    assert code == 1 and stdout == "" and message in err
+    assert err.startswith("error: ") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_about_the_model(text_model: str, tmp_path: Path):
+    code, _, err = leanvae(tmp_path / "out.mp4", "--model", tmp_path)
+    assert code == 1 and "cannot be loaded" in err
+    code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model)
+    assert code == 1 and "`prompt` must be given to this pipeline, got none" in err
+    code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model, "--label", 1, "--prompt", "a")
+    assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
+    with pytest.raises(ValueError, match="`name` must be one of mini-shapes, got 'maxi'"):
+        bundled.pipeline_path("maxi")
