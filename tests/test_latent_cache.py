@@ -252,7 +252,7 @@ def test_named_data_sets(vae, videos: Path, tmp_path: Path):
 def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):
     for source, options, message in (
         ("shapes", {"clip_size": (5, 16)}, r"`clip_size` must be \[num_frames, height, width\], got \[5, 16\]"),
-        ("shapes", {"clip_size": (6, 16, 16)}, "6"),
+        ("shapes", {"clip_size": (6, 16, 16)}, r"`clip_size` must be .*, got \[6, 16, 16\]"),
         ("shapes", {"flip": "both"}, "`flip` and `num_crops` must be 'none' and 1 for shapes"),
         ("shapes", {"flip": "yes"}, "`flip` must be one of auto, none, random, both, got 'yes'"),
         ("shapes", {"dtype": "int8"}, "`dtype` must be one of float32, float16, got 'int8'"),
@@ -264,7 +264,7 @@ def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             encode_dataset(vae, source, tmp_path / "bad", **{**SIZE, "num_clips": 2, **options})
-        assert not list(tmp_path.glob("bad/latents*")), message
+        assert not (tmp_path / "bad").exists(), message
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "0.mkv").write_bytes(b"nothing")
     with pytest.warns(UserWarning, match="Skipping"), pytest.raises(ValueError, match="at least one usable clip"):

@@ -195,6 +195,7 @@ def encode_dataset(
         short_side=short_side, num_clips=num_clips, seed=seed,
     )  # fmt: skip
     clips = open_clips(**asked, num_workers=num_workers)
+    _latent_shape(vae, clip_size)  # refuses what cannot be encoded, before anything is written
     settings = {
         "version": _VERSION,
         **asked,
@@ -475,10 +476,7 @@ def _encode(
     vae: Any, clips: Iterator[SourceClip | None], settings: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The latents of a shard, `(n, C, F, h, w)`, and what is known of each."""
-    num_frames, height, width = settings["clip_size"]
-    ratio = vae.spatial_compression_ratio
-    shape = (0, vae.latent_channels, vae.num_latent_frames(num_frames), height // ratio, width // ratio)
-    latents = [torch.empty(shape, dtype=DTYPES[settings["dtype"]])]
+    latents = [torch.empty(0, *_latent_shape(vae, settings["clip_size"]), dtype=DTYPES[settings["dtype"]])]
     rows: list[dict[str, Any]] = []
     usable = (clip for clip in clips if clip is not None)
     while batch := list(itertools.islice(usable, settings["batch_size"])):
@@ -494,6 +492,17 @@ def _encode(
         latents.append(stored)
         rows += described
     return torch.cat(latents), rows
+
+
+def _latent_shape(vae: Any, clip_size: Sequence[int]) -> tuple[int, int, int, int]:
+    num_frames, height, width = clip_size
+    num_latent_frames, ratio = vae.num_latent_frames(num_frames), vae.spatial_compression_ratio
+    if vae.num_sample_frames(num_latent_frames) != num_frames or height % ratio or width % ratio:
+        raise ValueError(
+            f"`clip_size` must be [{vae.temporal_compression_ratio} * n + 1 frames, then height and width, multiples "
+            f"of {ratio}], got {list(clip_size)}."
+        )
+    return vae.latent_channels, num_latent_frames, height // ratio, width // ratio
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
