@@ -10,7 +10,7 @@ STAMP := .venv/installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow style quality wheel-check tables clean
+.PHONY: help demo test test-slow gpu style quality wheel-check tables clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1: \2/p' Makefile
@@ -30,6 +30,17 @@ test: $(STAMP)  ## all tests that need neither a GPU, nor the Hub, nor much time
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not hub"
+
+# `make gpu GPU_PYTHON=python3` takes the packages of that Python and installs nothing: build/gpu stands for the package.
+GPU_OUT := $(or $(OUT),outputs/gpu)
+gpu: $(if $(GPU_PYTHON),,$(STAMP))  ## tests and benchmarks that need a GPU, files in outputs/gpu (GPU_ARGS=--rehearse: tiny, on CPU)
+	@rm -rf build/gpu && mkdir -p build/gpu/diffusers_leanvae $(GPU_OUT)
+	@ln -s $(CURDIR)/src/diffusers_leanvae/* $(CURDIR)/pipelines $(CURDIR)/training build/gpu/diffusers_leanvae/
+	@export PYTHONPATH=$(CURDIR)/build/gpu$${PYTHONPATH:+:$$PYTHONPATH}; status=0; \
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu --junitxml=$(GPU_OUT)/gpu_tests.xml \
+		$$(grep -rl 'mark\.gpu' tests --include='test_*.py') || status=$$?; \
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py --output $(GPU_OUT)/bench_gpu.json $(GPU_ARGS) || status=$$?; \
+	exit $$status
 
 style: $(STAMP)  ## fix and format the code
 	$(BIN)/ruff check --fix

@@ -12,7 +12,6 @@ floor leaves out the depthwise convolutions, which are no matrix products, and w
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,11 @@ from typing import Any
 import torch
 from diffusers_leanvae.training import train_vae  # pyright: ignore[reportMissingImports]
 from torch.nn.utils import clip_grad_norm_
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_leanvae.benchmark import FIRST_FACTOR, RecordProducts, seconds
 from diffusers_leanvae.recipe import load_recipe
 from diffusers_leanvae.results import write_result
-
-
-FIRST_FACTOR = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}
-
-
-class RecordProducts(TorchDispatchMode):
-    """Collects every matrix product as its operator and the shapes, strides and dtypes of its two factors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[tuple[bool, list[tuple[Any, ...]]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FIRST_FACTOR:
-            factors = args[FIRST_FACTOR[func] :][:2]
-            layout = [(tuple(x.shape), x.stride(), x.dtype) for x in factors]
-            self.products.append((func is torch.ops.aten.bmm.default, layout))
-        return func(*args, **(kwargs or {}))
 
 
 class Case:
@@ -92,16 +73,6 @@ def make_products(record: RecordProducts, device: torch.device) -> Callable[[], 
             torch.bmm(first, second) if is_batched else torch.mm(first, second)
 
     return run
-
-
-def seconds(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def measure(path: str, size: tuple[int, int, int, int], num_repeats: int, device: torch.device) -> dict[str, Any]:

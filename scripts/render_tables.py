@@ -4,8 +4,8 @@
     python scripts/render_tables.py --check    # change nothing, exit 1 if a table is not what results/ says
     python scripts/render_tables.py --picture outputs/demo/frames.png    # docs/images/demo.jpg, after `leanvae demo`
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is `weights`, `validation`, `training`, or
-the stem of a results file with a list of flat `rows`, such as `bench_memory`; without its file such a table is empty.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. NAME is a key of `TABLES`, or the stem of a
+results file with a list of flat `rows`, such as `bench_memory`; without its file such a table is empty.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "model_card.md", "results/README.md")
+PAGES = ("README.md", "model_card.md", "results/README.md", "docs/benchmarks.md", "docs/speed.md")
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
 PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"
@@ -159,7 +159,95 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
-TABLES = {"validation": validation, "weights": weights, "training": training}
+INFERENCE_SIZES = ([17, 256, 256], [17, 512, 512])  # the paper's
+
+
+def subjects(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]]:
+    r"""Rows of `bench_inference.json` by model, variant, dtype and threads, then by direction and size."""
+    found: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for row in rows:
+        subject = tuple(row[key] for key in ("model", "variant", "dtype", "num_threads"))
+        found.setdefault(subject, {})[row["direction"], *row["video"]] = row
+    return found
+
+
+def inference(results: Path) -> str:
+    r"""Every autoencoder at the paper's sizes, one line each."""
+    path = results / "bench_inference.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    header = ["model", "variant", "dtype", "threads", "parameters (M)"]
+    for _, height, _ in INFERENCE_SIZES:
+        header += [f"{height}: multiply-adds (T)", "encode (s)", "decode (s)", "encode (MiB)", "decode (MiB)"]
+    lines, notes = [], []
+    for subject, by_call in subjects(result["rows"]).items():
+        calls = [
+            [by_call.get((direction, *size), {}) for direction in ("encode", "decode")] for size in INFERENCE_SIZES
+        ]
+        if not any(call for pair in calls for call in pair):
+            continue
+        known = next((call for pair in calls for call in pair if "num_parameters" in call), None)
+        line = [*map(cell, subject), f"{known['num_parameters'] / 1e6:.1f}" if known else ""]
+        for pair in calls:
+            work = [call.get("giga_multiply_adds") for call in pair]
+            line.append(f"{sum(work) / 1e3:.3g}" if None not in work else "")
+            line += [cell(call.get(key)) for key in ("seconds", "peak_mib") for call in pair]
+        lines.append(line)
+        notes += [
+            f"{subject[0]}, {subject[1]}, {direction} of {cell(list(size))}: {call['note']}.\n"
+            for (direction, *size), call in by_call.items()
+            if "note" in call and size in INFERENCE_SIZES
+        ]
+    about = "17 frames of 256x256 and 512x512; peak memory above weights and input, the result counted.\n"
+    return f"{markdown_table(header, lines)}\n{about}{''.join(notes)}\n{source_line(path, result)}"
+
+
+def inference_floor(results: Path) -> str:
+    r"""LeanVAE beside its matrix products, one line for each variant and size."""
+    path = results / "bench_inference.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    header = ["model", "variant", "dtype", "threads", "video"]
+    for direction in ("encode", "decode"):
+        header += [f"{direction} (s)", "floor (s)", "time / floor"]
+    lines = []
+    for subject, by_call in subjects(result["rows"]).items():
+        for size in INFERENCE_SIZES:
+            pair = [by_call.get((direction, *size), {}) for direction in ("encode", "decode")]
+            if any("time_over_floor" in call for call in pair):
+                keys = ("seconds", "floor_seconds", "time_over_floor")
+                lines.append([*map(cell, (*subject, size)), *(cell(call.get(key)) for call in pair for key in keys)])
+    return f"{markdown_table(header, lines)}\n{source_line(path, result)}"
+
+
+def inference_linearity(results: Path) -> str:
+    r"""How cost grows, and the plots if there are any."""
+    path = results / "bench_inference.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    fits = result["linearity"]
+    keys = [key for key in (fits[0] if fits else {}) if key not in ("dtype", "num_threads")]
+    table = markdown_table([key.replace("_", " ") for key in keys], [[cell(fit[key]) for key in keys] for fit in fits])
+    images = [f"images/bench_{axis}.png" for axis in ("area", "length")]
+    shown = [
+        f"![Time and memory over {image[13:-4]}]({image})\n\n"
+        for image in images
+        if (results.parent / "docs" / image).is_file()
+    ]
+    return f"{''.join(shown)}{table}\n{source_line(path, result)}"
+
+
+TABLES = {
+    "validation": validation,
+    "weights": weights,
+    "training": training,
+    "inference": inference,
+    "inference_floor": inference_floor,
+    "inference_linearity": inference_linearity,
+}
 
 
 def render(text: str, results: Path) -> str:

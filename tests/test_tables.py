@@ -31,7 +31,8 @@ def render_tables(*arguments: object) -> tuple[int, str]:
 def pages(tmp_path: Path) -> Path:
     for page in ("README.md", "model_card.md"):
         shutil.copy(ROOT / page, tmp_path / page)
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+    for folder in ("docs", "results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
 
 
@@ -85,6 +86,34 @@ def test_other_models_become_columns_and_rows_become_tables(pages: Path):
     assert "| clip | tiled | tile | peak mb |" in text
     assert "| 17x256x256 | no | 64x32 | 1,234 |" in text and "| 17x512x512 | yes |  |  |" in text
     assert text.endswith("<!-- table: no_such_file -->\n<!-- end table -->\n")
+
+
+def test_inference_tables_put_sizes_side_by_side_and_say_what_failed(pages: Path):
+    rows = []
+    for size, factor in ((256, 1.0), (512, 4.0)):
+        for direction in ("encode", "decode"):
+            common = {"dtype": "float32", "num_threads": 2, "video": [17, size, size], "direction": direction}
+            rows.append({"model": "LeanVAE-16ch", "variant": "fused"} | common)
+            rows[-1] |= {"seconds": factor, "peak_mib": 30.5, "giga_multiply_adds": 100 * factor}
+            rows[-1] |= {"num_parameters": 39_800_000, "floor_seconds": factor / 2, "time_over_floor": 2.0}
+            rows.append({"model": "AutoencoderKLWan", "variant": "eager"} | common)
+            rows[-1] |= {"note": "does not fit"} if size == 512 else {"seconds": 9.0, "peak_mib": 2000.0}
+    linearity = [{"model": "LeanVAE-16ch", "dtype": "float32", "axis": "area", "exponent": 1.02}]
+    path = pages / "results" / "bench_inference.json"
+    path.write_text(json.dumps({"rows": rows, "linearity": linearity}))
+    for name in ("area", "length"):
+        (pages / "docs" / "images" / f"bench_{name}.png").unlink(missing_ok=True)
+    (pages / "docs" / "images" / "bench_area.png").touch()
+    assert render_tables("--root", pages)[0] == 0
+    text = (pages / "docs" / "benchmarks.md").read_text()
+    assert (
+        "| LeanVAE-16ch | fused | float32 | 2 | 39.8 | 0.2 | 1 | 1 | 30.5 | 30.5 | 0.8 | 4 | 4 | 30.5 | 30.5 |" in text
+    )
+    assert "| AutoencoderKLWan | eager | float32 | 2 |  |  | 9 | 9 | 2,000 | 2,000 |  |  |  |  |  |" in text
+    assert "AutoencoderKLWan, eager, decode of 17x512x512: does not fit." in text
+    assert "| LeanVAE-16ch | fused | float32 | 2 | 17x512x512 | 4 | 2 | 2 | 4 | 2 | 2 |" in text
+    assert "| LeanVAE-16ch | area | 1.02 |" in text
+    assert "](images/bench_area.png)" in text and "bench_length.png)" not in text.split("Cost over length")[1]
 
 
 @pytest.mark.parametrize("model", bundled.MODELS)

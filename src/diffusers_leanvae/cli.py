@@ -1,4 +1,4 @@
-"""`leanvae` on the command line: reconstruct, encode, decode, encode-dataset, live, convert, info, eval, demo."""
+"""`leanvae` on the command line: videos to latents and back, folders and streams, evaluation, benchmarks."""
 
 import json
 import signal
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from . import bundled, files
 from ._version import __version__
-from .conversion.leanvae import write_original_checkpoint
+from .conversion import latte, leanvae
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .results import sha256, write_result
 from .video_io import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos, probe_video
 
@@ -352,8 +353,11 @@ def convert(
     pixel_factor: Annotated[
         float | None, typer.Option(help="1.0 for weights trained on [-1, 1] (Wan-aligned); as stored by default.")
     ] = None,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="Heads of a Latte checkpoint of none of the sizes S, B, L, XL.")
+    ] = None,
 ) -> None:
-    """Convert original LeanVAE checkpoints to diffusers folders, and back; values are kept exactly without --dtype."""
+    """Convert original LeanVAE and Latte checkpoints to diffusers folders, and back; values are kept without --dtype."""
 
     def command() -> None:
         if dtype is not None and dtype not in DTYPES:
@@ -363,16 +367,28 @@ def convert(
             if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
                 raise CommandError(f"OUT must end in .ckpt, .pt, .pth or .safetensors, got {str(target)!r}.")
             path = bundled.model_path(source) if source in bundled.MODELS else source
-            vae = AutoencoderKLLeanVAE.from_pretrained(path, torch_dtype=torch_dtype)
+            is_latte = AutoencoderKLLeanVAE.load_config(path)["_class_name"] == LeanVAELatteTransformer3DModel.__name__
+            model_class, layout = (
+                (LeanVAELatteTransformer3DModel, latte) if is_latte else (AutoencoderKLLeanVAE, leanvae)
+            )
+            model = model_class.from_pretrained(path, torch_dtype=torch_dtype)
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_original_checkpoint(target, dict(vae.config), vae.state_dict())
+            layout.write_original_checkpoint(target, dict(model.config), model.state_dict())
         else:
             if target.suffix in (".ckpt", ".pt", ".pth", ".safetensors"):
                 raise CommandError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
-            extra = {} if pixel_factor is None else {"pixel_factor": pixel_factor}
-            vae = AutoencoderKLLeanVAE.from_single_file(source, torch_dtype=torch_dtype, **extra)
-            vae.save_pretrained(target)
-        typer.echo(f"{target}  {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+            file = leanvae.resolve_checkpoint(source)
+            is_latte = latte.is_original_checkpoint(file)
+            options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
+            options = {name: value for name, value in options.items() if value is not None}
+            foreign = options.keys() & {"pixel_factor" if is_latte else "num_attention_heads"}
+            if foreign:
+                kind = "a Latte" if is_latte else "a LeanVAE"
+                raise CommandError(f"`--{foreign.pop().replace('_', '-')}` must not be given for {kind} checkpoint.")
+            model_class = LeanVAELatteTransformer3DModel if is_latte else AutoencoderKLLeanVAE
+            model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
+            model.save_pretrained(target)
+        typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     _run(command)
 
@@ -544,6 +560,55 @@ def generate(
         )
         for path in written:
             typer.echo(path)
+
+    _run(command)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help="As in other commands, or LeanVAE-16ch, LeanVAE-4ch: full size, random weights.")
+    ] = bundled.DEFAULT,
+    size: Annotated[list[str] | None, typer.Option(help="FRAMESxHEIGHTxWIDTH; may be repeated [17x256x256].")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="eager, fused, compiled, int8, graphs; may be repeated [eager, fused].")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="An autoencoder of diffusers, such as AutoencoderKLWan; may be repeated.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="As in other commands; may be repeated [auto].")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated [all].")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Calls after the first.")] = 7,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for each row; slow models repeat less.")] = 60.0,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result and where it was measured.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Time, memory, work and time over the matrix-product floor; JSON in the last line."""
+    from . import benchmark
+
+    def command() -> None:
+        def make_subject(record: benchmark.Record) -> benchmark.Subject:
+            if record["model"] in (*benchmark.LEANVAE, *benchmark.PEERS):
+                vae: Any = benchmark.build_model(record["model"]).to(*_place(device, record["dtype"]))
+            else:
+                vae = load_model(record["model"], device, record["dtype"])
+            return benchmark.Subject(vae, record["variant"])
+
+        subjects = [(model, name) for name in variant or ["eager", "fused"]] + [(name, "eager") for name in peer or []]
+        dtypes = dtype or [str(_place(device, "auto")[1]).removeprefix("torch.")]
+        records: list[benchmark.Record] = [
+            dict(zip(benchmark.KEYS, (*subject, number_type, num_threads, shape, direction), strict=True))
+            for shape in map(benchmark.parse_size, size or ["17x256x256"])
+            for number_type in dtypes
+            for num_threads in threads or [torch.get_num_threads()]
+            for subject in subjects
+            for direction in benchmark.DIRECTIONS
+        ]
+        benchmark.run_here(records, make_subject, repeats, budget, lambda r: typer.echo(benchmark.describe(r)))
+        result = {"rows": [benchmark.summarize(record) for record in records], "weights": model}
+        if output is not None:
+            write_result(output, result)
+        typer.echo(json.dumps(result))
 
     _run(command)
 
