@@ -1,9 +1,9 @@
 """Class-conditional and unconditional video generation: Latte (arXiv 2401.03048) on LeanVAE latents."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.schedulers import SchedulerMixin
 
@@ -88,7 +88,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
             values = class_labels.tolist() if isinstance(class_labels, torch.Tensor) else class_labels
             ids = [self.get_label_ids(x)[0] if isinstance(x, str) else x for x in _flatten(values)]
             for label in ids:
-                if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < num_classes:
+                if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
                     raise ValueError(f"`class_labels` must be names, or ids 0 to {num_classes - 1}, got {label!r}.")
         if not ids:
             raise ValueError("`class_labels` must hold at least one label, got none.")

@@ -8,12 +8,30 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from . import bundled
-from .latent_video import LatentVideoPipeline, video_grid
+from .latent_video import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 from .video_io import WRITABLE_VIDEO, VideoWriter, read_video
 
 
-def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> LatentVideoPipeline:
+def video_grid(videos: torch.Tensor) -> torch.Tensor:
+    r"""Videos side by side in a grid that is as wide as it is high or wider, missing places black.
+
+    Args:
+        videos: `(num_videos, num_frames, height, width, channels)`.
+
+    Returns:
+        `(num_frames, rows * height, columns * width, channels)`.
+    """
+    count, num_frames, height, width, channels = videos.shape
+    columns = int(max(count - 1, 0) ** 0.5) + 1
+    rows = -(-count // columns)
+    grid = videos.new_zeros(rows * columns, num_frames, height, width, channels)
+    grid[:count] = videos
+    grid = grid.view(rows, columns, num_frames, height, width, channels).permute(2, 0, 3, 1, 4, 5)
+    return grid.reshape(num_frames, rows * height, columns * width, channels)
+
+
+def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     r"""A latent video pipeline by the name of a bundled one, by its folder, or by its Hub id.
 
     Raises:
@@ -150,7 +168,8 @@ def _conditions(
 
 def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps: float, crf: float) -> None:
     r"""Decode and write piece by piece; the file appears when it is complete."""
-    with VideoWriter(path, fps, **{"crf": crf}) as writer:
+    options: dict[str, Any] = {"crf": crf}
+    with VideoWriter(path, fps, **options) as writer:
         for piece in pipeline.decode_stream(latents):
             frames = (piece.float() * 255).round().to("cpu", torch.uint8)
             writer.write(video_grid(frames.permute(0, 1, 3, 4, 2)))

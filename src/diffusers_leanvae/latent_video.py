@@ -123,24 +123,6 @@ def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timest
     return scheduler.add_noise(latents, noise, timesteps)
 
 
-def video_grid(videos: torch.Tensor) -> torch.Tensor:
-    r"""Videos side by side in a grid that is as wide as it is high or wider, missing places black.
-
-    Args:
-        videos: `(num_videos, num_frames, height, width, channels)`.
-
-    Returns:
-        `(num_frames, rows * height, columns * width, channels)`.
-    """
-    count, num_frames, height, width, channels = videos.shape
-    columns = int(max(count - 1, 0) ** 0.5) + 1
-    rows = -(-count // columns)
-    grid = videos.new_zeros(rows * columns, num_frames, height, width, channels)
-    grid[:count] = videos
-    grid = grid.view(rows, columns, num_frames, height, width, channels).permute(2, 0, 3, 1, 4, 5)
-    return grid.reshape(num_frames, rows * height, columns * width, channels)
-
-
 class LatentVideoPipeline(DiffusionPipeline):
     r"""Base of the pipelines; those have `vae`, `transformer` and `scheduler`, and what makes their condition."""
 
@@ -248,11 +230,10 @@ class LatentVideoPipeline(DiffusionPipeline):
             ValueError: If a size is not legal.
         """
         ratio_t, ratio_s = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
-        trained = self._num_trained_latent_frames()
-        side = self.transformer.config.sample_size * ratio_s
-        num_frames = self.vae.num_sample_frames(trained) if num_frames is None else num_frames
-        height, width = side if height is None else height, side if width is None else width
-        window = self.vae.num_sample_frames(trained) if num_frames_per_window is None else num_frames_per_window
+        length: int = self.vae.num_sample_frames(self._num_trained_latent_frames())
+        side: int = self.transformer.config.sample_size * ratio_s
+        num_frames, window = (length if n is None else n for n in (num_frames, num_frames_per_window))
+        height, width = (side if size is None else size for size in (height, width))
         for name, count in (("num_frames", num_frames), ("num_frames_per_window", window)):
             if not isinstance(count, int) or count < 1 or count % ratio_t != 1 % ratio_t:
                 raise ValueError(f"`{name}` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, ...), got {count!r}.")
@@ -375,7 +356,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         self._interrupt = False
 
         result, cache, pieces = noise[:, :, :0], TemporalCache(), []
-        with self.progress_bar(total=self._num_timesteps) as progress:
+        with self.progress_bar(total=self._num_timesteps) as progress:  # type: ignore
             for number, window in enumerate(frames.windows):
                 if number > 0:
                     timesteps = self._timesteps(steps, None if clean is None else strength)  # a scheduler has state

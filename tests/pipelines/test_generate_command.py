@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.generation import video_grid
 from diffusers_leanvae.schedulers import make_scheduler
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
@@ -133,3 +134,13 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
     assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
     with pytest.raises(ValueError, match="`name` must be one of mini-shapes, got 'maxi'"):
         bundled.pipeline_path("maxi")
+
+
+def test_grid_of_videos():
+    videos = torch.arange(3)[:, None, None, None, None].expand(3, 2, 4, 6, 3) + 1
+    grid = video_grid(videos)
+    assert grid.shape == (2, 8, 12, 3)
+    assert [grid[0, y, x, 0].item() for y, x in ((0, 0), (0, 6), (4, 0), (4, 6))] == [1, 2, 3, 0]
+    assert torch.equal(video_grid(videos[:1]), videos[0])
+    assert video_grid(videos[:1].expand(4, -1, -1, -1, -1)).shape == (2, 8, 12, 3)
+    assert video_grid(videos[:2]).shape == (2, 4, 12, 3)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import config_from_original, from_original
-from diffusers_leanvae.latent_video import plan_windows, set_timesteps, video_grid
+from diffusers_leanvae.latent_video import plan_windows, set_timesteps
 from diffusers_leanvae.latents import normalize_latents
 from diffusers_leanvae.schedulers import make_scheduler, respaced_timesteps
 
@@ -396,13 +396,3 @@ def test_errors(class_case, inputs: dict, message: str):
 def test_latents_and_transformer_must_fit(class_case, make_model):
     with pytest.raises(ValueError, match="`transformer` must have the 16 channels of the latents of `vae`, got 4"):
         class_case.run(class_case.pipeline(vae=make_model(latent_channels=16)))
-
-
-def test_grid_of_videos():
-    videos = torch.arange(3)[:, None, None, None, None].expand(3, 2, 4, 6, 3) + 1
-    grid = video_grid(videos)
-    assert grid.shape == (2, 8, 12, 3)
-    assert [grid[0, y, x, 0].item() for y, x in ((0, 0), (0, 6), (4, 0), (4, 6))] == [1, 2, 3, 0]
-    assert torch.equal(video_grid(videos[:1]), videos[0])
-    assert video_grid(videos[:1].expand(4, -1, -1, -1, -1)).shape == (2, 8, 12, 3)
-    assert video_grid(videos[:2]).shape == (2, 4, 12, 3)
