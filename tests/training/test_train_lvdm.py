@@ -22,7 +22,7 @@ from diffusers_leanvae.latent_data import LatentData, encode_batch
 from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.recipe import load_recipe
-from diffusers_leanvae.shapes import NUM_CLASSES, MovingShapes
+from diffusers_leanvae.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
 from diffusers_leanvae.video_io import probe_video
 
 
@@ -157,10 +157,10 @@ import sys, torch, diffusers_leanvae
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
-frames = pipeline("red square up", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").frames
+frames = pipeline(sys.argv[2], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").frames
 print(type(pipeline).__name__, type(pipeline.scheduler).__name__, frames.shape)
 """
-    command = [sys.executable, "-c", script, str(straight / "pipeline")]
+    command = [sys.executable, "-c", script, str(straight / "pipeline"), CLASS_NAMES[5]]
     finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "LeanVAELattePipeline DDPMScheduler (1, 5, 32, 32, 3)"
@@ -205,7 +205,7 @@ def test_what_is_logged_and_shown(straight: Path):
     assert (video.num_frames, video.height, video.width, video.fps) == (5, 32, 64, 8)
     card = (straight / "pipeline/README.md").read_text()
     assert f"| 0.3 | {records[-1]['levels']['0.3']:.4f} |" in card and "8 steps of 4 clips" in card
-    assert "is_stratified: true\n" in card and 'class_labels="red circle left"' in card
+    assert "is_stratified: true\n" in card and f'class_labels="{CLASS_NAMES[0]}"' in card
 
 
 def test_validation_is_of_the_averaged_model_at_fixed_noise(straight: Path):
