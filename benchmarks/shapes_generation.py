@@ -1,0 +1,109 @@
+"""Does a generator of moving shapes show what it was asked for? Judged by a detector that it never saw.
+
+    python benchmarks/shapes_generation.py                                     the bundled generator
+    python benchmarks/shapes_generation.py runs/lvdm_shapes_mini/pipeline runs/other/pipeline
+
+Of each pipeline: videos of the classes in turn, with and without guidance; the share whose shape, colour and
+direction are all those of the class, the share of each by itself, and the time of a video. Beside them clips of the
+data set that no training saw, as drawn and through the pipelines' autoencoders: what the detector, and the latents,
+allow. Writes `results/bench_shapes.json`.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_leanvae import bundled
+from diffusers_leanvae.results import write_result
+from diffusers_leanvae.shapes import NUM_CLASSES, MovingShapes, class_parts
+from diffusers_leanvae.shapes_detector import detect
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def judge(videos: torch.Tensor, labels: list[int]) -> dict[str, Any]:
+    """Shares of right answers for videos `(num_videos, 3, T, H, W)` in `[-1, 1]`."""
+    found = [detect(video) for video in videos]
+    parts = [class_parts(label) for label in labels]
+    count = len(labels)
+    result: dict[str, Any] = {"num_videos": count}
+    pairs = list(zip(found, labels, strict=True))
+    result["accuracy"] = round(sum(detection.class_label == label for detection, label in pairs) / count, 4)
+    for index, name in enumerate(("shape", "color", "direction")):
+        right = sum(getattr(detection, name) == part[index] for detection, part in zip(found, parts, strict=True))
+        result[f"{name}_accuracy"] = round(right / count, 4)
+    return result
+
+
+@torch.no_grad()
+def judge_clips(vae: Any, clips: MovingShapes) -> dict[str, Any]:
+    labels, videos = [], []
+    for index in range(len(clips)):
+        item = clips[index]
+        labels.append(item.class_label)
+        videos.append(item.pixels if vae is None else vae(item.pixels[None]).sample[0].clamp(-1, 1))
+    return judge(torch.stack(videos), labels)
+
+
+def judge_generator(pipeline: Any, scale: float, options: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
+    labels = [index % NUM_CLASSES for index in range(options.num_videos)]
+    videos, started = [], time.perf_counter()
+    for start in range(0, len(labels), options.batch_size):
+        part = labels[start : start + options.batch_size]
+        generators = [torch.Generator().manual_seed(options.seed + start + offset) for offset in range(len(part))]
+        output = pipeline(
+            class_labels=part,
+            guidance_scale=scale,
+            num_inference_steps=options.num_inference_steps,
+            generator=generators,
+            output_type="pt",
+            return_dict=False,
+        )[0]  # (B, T, C, H, W) in [0, 1]
+        videos.append(output.permute(0, 2, 1, 3, 4) * 2 - 1)
+    seconds = (time.perf_counter() - started) / len(labels)
+    sample = torch.cat(videos)
+    return judge(sample, labels) | {"seconds_per_video": round(seconds, 3)}, sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipelines", nargs="*", default=["mini-shapes"], help="bundled names or folders")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--num-videos", type=int, default=96)
+    parser.add_argument("--num-clips", type=int, default=400, help="clips of the data set")
+    parser.add_argument("--num-inference-steps", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default=ROOT / "results/bench_shapes.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, scale: float | None, figures: dict[str, Any]) -> None:
+        rows.append({"videos": name, "guidance_scale": scale} | figures)
+        print(rows[-1], flush=True)
+
+    clips = MovingShapes(num_clips=options.num_clips, seed=2)
+    add("drawn", None, judge_clips(None, clips))
+    for name in options.pipelines:
+        path = bundled.pipeline_path(name) if name in bundled.PIPELINES else Path(name)
+        pipeline = DiffusionPipeline.from_pretrained(path)
+        pipeline.set_progress_bar_config(disable=True)
+        shown = name if name in bundled.PIPELINES else "/".join(Path(name).parts[-2:])
+        add(f"drawn, through the autoencoder of {shown}", None, judge_clips(pipeline.vae, clips))
+        for scale in options.guidance:
+            add(f"generated by {shown}", scale, judge_generator(pipeline, scale, options)[0])
+    result = {"rows": rows, "num_inference_steps": options.num_inference_steps, "num_threads": options.threads}
+    write_result(options.output, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
