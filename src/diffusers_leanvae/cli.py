@@ -357,7 +357,7 @@ def convert(
         int | None, typer.Option(help="Heads of a Latte checkpoint of none of the sizes S, B, L, XL.")
     ] = None,
 ) -> None:
-    """Convert original LeanVAE and Latte checkpoints to diffusers folders, and back; values are kept without --dtype."""
+    """Convert original LeanVAE and Latte checkpoints to diffusers folders, and back; bit-equal without --dtype."""
 
     def command() -> None:
         if dtype is not None and dtype not in DTYPES:
@@ -367,7 +367,8 @@ def convert(
             if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
                 raise CommandError(f"OUT must end in .ckpt, .pt, .pth or .safetensors, got {str(target)!r}.")
             path = bundled.model_path(source) if source in bundled.MODELS else source
-            is_latte = AutoencoderKLLeanVAE.load_config(path)["_class_name"] == LeanVAELatteTransformer3DModel.__name__
+            config: Any = AutoencoderKLLeanVAE.load_config(path)
+            is_latte = config.get("_class_name") == LeanVAELatteTransformer3DModel.__name__
             model_class, layout = (
                 (LeanVAELatteTransformer3DModel, latte) if is_latte else (AutoencoderKLLeanVAE, leanvae)
             )
@@ -498,8 +499,8 @@ def evaluate(
 @app.command()
 def generate(
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Video to write, several in a grid; or a folder, one file for each.")
-    ],
+        Path, typer.Option(help="Video to write, several in a grid; or a folder, one file for each.")
+    ] = Path("outputs/generated.mp4"),
     model: Annotated[
         str, typer.Option(help=f"Pipeline: {', '.join(bundled.PIPELINES)} (bundled), a folder, or a Hub id.")
     ] = bundled.PIPELINES[0],

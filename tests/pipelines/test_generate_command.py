@@ -15,7 +15,8 @@ from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
 
 def leanvae(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"])
+    arguments = ("generate", "--output", *arguments, "--device", "cpu")
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 
