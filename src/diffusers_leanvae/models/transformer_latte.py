@@ -358,7 +358,9 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
-    def _check(self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None, num_images: int) -> None:
+    def _check(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, num_images: int
+    ) -> None:
         if hidden_states.ndim != 5 or hidden_states.shape[1] != self.in_channels:
             raise ValueError(
                 f"`hidden_states` must have shape (batch_size, {self.in_channels}, num_latent_frames, height, width), "
@@ -377,6 +379,8 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             expected = "given" if class_labels is None else "`None`"
             kind = "a class-conditional" if class_labels is None else "an unconditional"
             raise ValueError(f"`class_labels` must be {expected} for {kind} model, got {class_labels}.")
+        if tuple(timestep.shape) not in ((batch_size,), ()):
+            raise ValueError(f"`timestep` must have shape ({batch_size},) or (), got {tuple(timestep.shape)}.")
         shapes = [(batch_size,)] + ([(batch_size, 1 + num_images)] if num_images else [])
         if class_labels is not None and tuple(class_labels.shape) not in shapes:
             raise ValueError(
@@ -406,7 +410,7 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         Returns:
             The output `(batch_size, out_channels, num_latent_frames, height, width)` as `sample`.
         """
-        self._check(hidden_states, class_labels, num_images)
+        self._check(hidden_states, timestep, class_labels, num_images)
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = (height // self.patch_size, width // self.patch_size)
         num_patches = grid[0] * grid[1]
