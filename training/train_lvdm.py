@@ -56,7 +56,7 @@ from diffusers_leanvae.checkpoints import (
 from diffusers_leanvae.data import open_training_data
 from diffusers_leanvae.data_named import open_named_dataset
 from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
-from diffusers_leanvae.finetuning import load_vae
+from diffusers_leanvae.finetuning import CHECKPOINT_SUFFIXES, load_vae
 from diffusers_leanvae.generation import video_grid
 from diffusers_leanvae.latent_cache import LatentFolder
 from diffusers_leanvae.latent_data import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
@@ -276,13 +276,18 @@ def build_transformer(recipe: Recipe, latent_shape: tuple[int, ...]) -> LeanVAEL
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
     path = Path(recipe.init)
-    if path.suffix:
-        return LeanVAELatteTransformer3DModel.from_single_file(recipe.init, torch_dtype=torch.float32)
-    subfolder = "transformer" if not path.exists() or (path / "model_index.json").exists() else None
-    model = LeanVAELatteTransformer3DModel.from_pretrained(recipe.init, subfolder=subfolder, torch_dtype=torch.float32)
-    for name in ("in_channels", "out_channels", "num_classes"):
-        if model.config[name] not in (config[name], None):
-            raise ValueError(f"`init` must have `{name}` {config[name]} for this recipe, got {model.config[name]}.")
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        heads = recipe.model.get("num_attention_heads")
+        model = LeanVAELatteTransformer3DModel.from_single_file(recipe.init, torch.float32, heads)
+    else:
+        subfolder = "transformer" if not path.exists() or (path / "model_index.json").exists() else None
+        model = LeanVAELatteTransformer3DModel.from_pretrained(
+            recipe.init, subfolder=subfolder, torch_dtype=torch.float32
+        )
+    found = {"in_channels": model.in_channels, "out_channels": model.out_channels}
+    for name, value in (found | {"num_classes": model.config["num_classes"]}).items():
+        if value != config[name]:
+            raise ValueError(f"`init` must have `{name}` {config[name]} for this recipe, got {value}.")
     return model
 
 

@@ -58,6 +58,7 @@ from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sa
 from diffusers_leanvae.discriminator import DiscriminatorTrainingModule, PatchDiscriminator2d, PatchDiscriminator3d
 from diffusers_leanvae.finetuning import add_lora, freeze_encoder, load_vae
 from diffusers_leanvae.initialization import initialize_from_principal_components
+from diffusers_leanvae.latent_data import measure_statistics
 from diffusers_leanvae.model_card import describe_recipe, write_model_card
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.objectives import LossWeights
@@ -274,14 +275,8 @@ def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLLeanVAE, videos: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel over posterior means."""
-    total = squares = torch.zeros(vae.latent_channels, dtype=torch.float64)
-    count = 0
-    for sample in videos:
-        posterior = vae.encode(sample, return_dict=False)[0]
-        latents = posterior.mode().transpose(0, 1).flatten(1).cpu().double()  # (z, B * t * h * w)
-        total, squares, count = total + latents.sum(1), squares + latents.square().sum(1), count + latents.shape[1]
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+    means = (vae.encode(sample, return_dict=False)[0].mode() for sample in videos)
+    return measure_statistics(means, vae.latent_channels)
 
 
 # --- What a step needs -----------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """The training script of latent diffusion: it runs, it resumes to the same numbers, and leaves a whole pipeline."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import diffusers_leanvae.training.train_lvdm as train_lvdm
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_leanvae import LeanVAELatteTransformer3DModel
+from diffusers_leanvae.conversion.latte import write_original_checkpoint
 from diffusers_leanvae.latent_cache import encode_dataset
 from diffusers_leanvae.latent_data import LatentData, encode_batch
 from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
@@ -230,6 +234,29 @@ def _validation_noise(index: int, shape: torch.Size) -> torch.Tensor:
     rng = np.random.default_rng([0, 11, index])
     rng.random(2)
     return torch.from_numpy(rng.standard_normal(tuple(shape), np.float32))
+
+
+def test_the_pipeline_and_its_card_go_to_the_hub(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("leanvae_test_hub", Path(__file__).parents[1] / "test_hub.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.LocalHub() as server:  # the Hub on 127.0.0.1 of that file
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for name, value in (("HF_TOKEN", "hf_of_the_test"), ("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
+        run = train(vae_folder, tmp_path / "run", *PLAIN, "push_to_hub=someone/tiny")
+        server.shutdown()
+        thread.join()
+    files = server.repositories["someone/tiny"]
+    folder = run / "pipeline"
+    assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert bytes(files["README.md"]) == (folder / "README.md").read_bytes()
+    assert b'from_pretrained("someone/tiny")' in files["README.md"]
 
 
 # --- It resumes, and it does not matter how the work is shared -------------------------------------------------------
@@ -454,6 +481,10 @@ def test_a_trained_transformer_goes_on(vae_folder: Path, straight: Path, tmp_pat
     train(vae_folder, tmp_path, f"init={straight / 'pipeline'}", *epsilon, *PLAIN)
     assert not changed(_exported(straight), _exported(tmp_path))
     assert "fine-tuned from" in (tmp_path / "pipeline/README.md").read_text()
+    config = LeanVAELatteTransformer3DModel.load_config(straight / "pipeline/transformer")
+    write_original_checkpoint(tmp_path / "original.pt", config, _exported(straight))
+    train(vae_folder, tmp_path / "original", f"init={tmp_path / 'original.pt'}", *epsilon, *PLAIN)
+    assert not changed(_exported(straight), _exported(tmp_path / "original"))
     with pytest.raises(ValueError, match="`init` must have `out_channels` 4 for this recipe, got 8"):
         train(vae_folder, tmp_path / "x", f"init={straight / 'pipeline'}")
 
@@ -504,3 +535,12 @@ def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
         transformer = train_lvdm.build_transformer(recipe, (4, 5, 32, 32))
     if not recipe.variant:
         assert transformer.num_parameters() <= 8_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.0, 0.5], ids=["plain", "representation"])
+def test_a_compiled_transformer_trains_alike(weight: float, vae_folder: Path, tmp_path: Path):
+    settings = (*PLAIN, f"representation.weight={weight}", "representation.after_block=2")
+    runs = [train(vae_folder, tmp_path / flag, f"compile={flag}", *settings) for flag in ("false", "true")]
+    first, second = (weights_at(run, 3) for run in runs)
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
