@@ -274,9 +274,8 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         try:
             model.load_state_dict(state_dict, strict=True, assign=True)
         except RuntimeError as error:
-            raise ValueError(
-                f"`pretrained_model_link_or_path` must be a complete Latte checkpoint: {error}."
-            ) from None
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"`pretrained_model_link_or_path` must be a whole Latte checkpoint: {reason}.") from None
         return model.eval()
 
     def enable_cache(self, config: Any) -> None:
