@@ -308,7 +308,9 @@ def encode_dataset(
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Encode a data set to latents for diffusion; goes on where it was. Several processes: `accelerate launch`."""
+    """Encode a data set to latents for diffusion; goes on where it was. Several processes: `torchrun --no-python`."""
+    import torch.distributed as dist
+
     from .latent_cache import encode_dataset as encode_clips
 
     def command() -> None:
@@ -336,8 +338,11 @@ def encode_dataset(
                 num_workers=num_workers,
                 progress=bar.update,
             )
-        shape = " x ".join(str(edge) for edge in latents.index["shape"])
-        typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shape = " x ".join(str(edge) for edge in latents.index["shape"])
+            typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     _run(command)
 

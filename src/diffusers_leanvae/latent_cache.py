@@ -144,7 +144,7 @@ def encode_dataset(
     num_workers: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> LatentFolder:
-    r"""Encode a data set of clips to a folder of latents, alone or in all processes of `accelerate launch`.
+    r"""Encode a data set of clips to a folder of latents, alone or in all processes of `torchrun`.
 
     Call it again with the same arguments to go on after an interruption.
 
