@@ -65,11 +65,11 @@ def assert_parity(given: dict[str, Any], residual: bool = True) -> None:
 @pytest.mark.parametrize(
     "shape, tail, residual",
     [
-        ((1, 1, 3, 5, 24), True, True),  # the first chunk of a stream, an image
+        ((1, 1, 2, 5, 24), True, True),  # the first chunk of a stream, an image
         ((2, 3, 1, 3, 24), True, False),
-        ((1, 9, 2, 1, 128), True, True),  # several programs along time
-        ((1, 2, 2, 3, 384), False, False),  # no power of two
-        ((1, 5, 1, 5, 512), False, True),
+        ((1, 9, 1, 1, 128), True, True),  # several programs along time
+        ((1, 2, 1, 3, 384), False, False),  # no power of two
+        ((1, 5, 1, 3, 512), False, True),
     ],
 )
 def test_convolution(shape: tuple[int, ...], tail: bool, residual: bool, dtype: torch.dtype, device: str):
@@ -89,7 +89,7 @@ def test_convolution_of_full_size(dtype: torch.dtype):
 def test_rows_one_after_the_other(device: str, monkeypatch: pytest.MonkeyPatch):
     kernels.get("triton")
     monkeypatch.setattr("diffusers_leanvae.kernels.triton_conv.LARGE_FRAME", 0)
-    assert_parity(arguments((1, 2, 5, 3, 24), True, device=device))
+    assert_parity(arguments((1, 1, 5, 3, 24), True, device=device))
 
 
 def test_chunks_are_the_whole(device: str):
@@ -121,11 +121,11 @@ def test_layouts(device: str):
 @pytest.mark.parametrize("shape", [(13, 1365), (9, 1376), (33, 21), (1, 8)])
 def test_gate(shape: tuple[int, int], dtype: torch.dtype, device: str):
     torch.manual_seed(0)
-    projected = (torch.randn(shape[0], 2 * shape[1]) * 1.5).to(device, dtype)
+    projected = torch.randn(shape[0], 2 * shape[1]).clamp(-3.5, 3.5).to(device, dtype)
     output = kernels.get("triton").gated_gelu(projected)
     reference = eager.gated_gelu(projected.cpu().double())
     atol = {torch.float32: 3e-6, torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype]
-    assert output.shape == shape and output.dtype == dtype and 1 < reference.abs().max() < 16
+    assert output.shape == shape and output.dtype == dtype and 0.5 < reference.abs().max() < 16
     torch.testing.assert_close(output.cpu().double(), reference, rtol=0, atol=atol)
 
 
@@ -178,7 +178,7 @@ def test_what_is_refused(device: str):
     for change, message in (
         ({"hidden_states": tokens.clone().requires_grad_()}, "`hidden_states` must not require gradients"),
         ({"bias": torch.zeros(24, device=device).bfloat16()}, "`bias` must be torch.float32 as `hidden_states` is"),
-        ({"norm_bias": torch.zeros(24, device="meta")}, "`norm_bias` must be on .* as `hidden_states` is, got meta"),
+        ({"norm_bias": torch.zeros(24, device="meta")}, "`norm_bias` must be on .* as `hidden_states` is, got 'meta'"),
         ({"hidden_states": tokens.mT.contiguous().mT}, "`hidden_states` must have adjacent channels"),
         ({"tail": torch.zeros(1, 1, 2, 3, 24, device=device)}, r"`tail` must have the shape \(1, 2, 2, 3, 24\)"),
     ):
