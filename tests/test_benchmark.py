@@ -214,10 +214,8 @@ def test_gpu_benchmark_rehearsed_on_cpu(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("on a machine with a GPU `make gpu` runs it in earnest")
     precision = torch.get_float32_matmul_precision()
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--rehearse", "--repeats", "1", "--output", str(tmp_path / "gpu.json")])
-    monkeypatch.setattr(benchmark, "CPU_LAYOUTS", [benchmark.Layout(1, False, 0)])
-    variants = ["eager", "fused", "graphs"]
-    monkeypatch.setattr("sys.argv", [*sys.argv, "--variants", *variants])
+    arguments = ["--rehearse", "--repeats", "1", "--variants", "eager", "fused", "graphs"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments, "--output", str(tmp_path / "gpu.json")])
     try:
         runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
     finally:

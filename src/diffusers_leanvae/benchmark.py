@@ -12,6 +12,8 @@ disturbs the machine disturbs all of them. What a row of the result means:
 """
 
 import ctypes
+import functools
+import json
 import math
 import statistics
 import time
@@ -119,8 +121,13 @@ def count_work(vae: Any, size: Size) -> dict[str, Work]:
     Runs the plain network on tensors without memory. Autograd is on, although nothing needs a gradient: without it
     LeanVAE works slice by slice, which would be slow here and counts the same.
     """
+    return _count_work(type(vae), vae.to_json_string(), size)
+
+
+@functools.lru_cache
+def _count_work(cls: Any, config: str, size: Size) -> dict[str, Work]:
     with torch.device("meta"):
-        twin = type(vae).from_config(vae.config)
+        twin = cls.from_config(json.loads(config))
     twin = twin.to_empty(device="cpu").eval().requires_grad_(False)
     work = {}
     with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -283,24 +290,18 @@ class Subject:
     def __init__(self, vae: Any, variant: str = "eager"):
         if variant not in VARIANTS:
             raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-        if VARIANTS[variant] is not None:
+        if (settings := VARIANTS[variant]) is not None:
             if not isinstance(vae, AutoencoderKLLeanVAE):
                 raise ValueError(f"`variant` must be 'eager' or 'compiled' for {type(vae).__name__}, got {variant!r}.")
-            vae.fuse(**VARIANTS[variant])
+            vae.fuse(**settings)
         self.vae, self.variant = vae, variant
         self.dtype, self.device = vae.dtype, vae.device
         self.num_parameters = sum(parameter.numel() for parameter in vae.parameters())
         self._functions: dict[tuple[str, Size], Callable[[torch.Tensor], torch.Tensor]] = {}
         self._inputs: dict[tuple[str, Size], torch.Tensor] = {}
-        self._work: dict[Size, dict[str, Work]] = {}
         self._floors: dict[tuple[str, Size], MatrixFloor] = {}
         self.layouts: dict[tuple[int, ...], Layout] = {}
-        self._is_warm = False
-
-    def work(self, size: Size) -> dict[str, Work]:
-        if size not in self._work:
-            self._work[size] = count_work(self.vae, size)
-        return self._work[size]
+        self._warm: set[Any] = set()
 
     def make_input(self, direction: str, size: Size) -> torch.Tensor:
         r"""Uniform noise in `[-1, 1]` to encode, normal noise to decode."""
@@ -309,7 +310,7 @@ class Subject:
         if direction == "encode":
             x = legal_sample(self.vae, torch.rand(1, 3, *size, **settings) * 2 - 1)
         else:
-            x = torch.randn(self.work(size)["decode"].input_shape, **settings)
+            x = torch.randn(count_work(self.vae, size)["decode"].input_shape, **settings)
         return x.to(self.dtype)
 
     def measure(self, direction: str, size: Size, is_first: bool, with_floor: bool = False) -> dict[str, Any]:
@@ -328,9 +329,10 @@ class Subject:
         function = self._function(direction, size, x)
         result: dict[str, Any] = {}
         with torch.no_grad():
+            self._warm_up(direction, size, x, function)
             if is_first:
-                work = self.work(size)[direction]
-                self._warm_up(direction, size, x, function)
+                work = count_work(self.vae, size)[direction]
+                self._floors.clear()
                 before = start_of_peak(self.device)
                 output = None
 
@@ -339,7 +341,8 @@ class Subject:
                     output = function(x)
 
                 result["seconds"] = seconds(run, self.device)
-                peak = end_of_peak(before, self.device)
+                # A graph takes its memory when it is recorded, not when it runs.
+                peak = None if self.variant == "graphs" else end_of_peak(before, self.device)
                 assert output is not None
                 if tuple(output.shape) != work.output_shape or not bool(output.isfinite().all()):
                     raise RuntimeError(f"result of shape {tuple(output.shape)} is not finite or of the wrong shape")
@@ -359,7 +362,7 @@ class Subject:
 
     def _floor(self, direction: str, size: Size) -> MatrixFloor:
         if (direction, size) not in self._floors:
-            products = self.work(size)[direction].products
+            products = count_work(self.vae, size)[direction].products
             self._floors = {key: floor for key, floor in self._floors.items() if key[1] == size}
             self._floors[direction, size] = MatrixFloor(products, self.dtype, self.device, self.layouts)
             self._floors[direction, size]()
@@ -388,12 +391,14 @@ class Subject:
     def _warm_up(self, direction: str, size: Size, x: torch.Tensor, function: Callable) -> None:
         r"""Kernels, their threads and their scratch memory are there before anything is counted."""
         if self.variant in ("compiled", "graphs"):
-            function(x)
-        elif not self._is_warm:
+            if (direction, size) not in self._warm:
+                function(x)
+                self._warm.add((direction, size))
+        elif not self._warm:
             small = (17, 64, 64)
-            for name, function in (("encode", encode), ("decode", decode)):
-                function(self.vae, self.make_input(name, small))
-            self._is_warm = True
+            for name, plain in (("encode", encode), ("decode", decode)):
+                plain(self.vae, self.make_input(name, small))
+                self._warm.add((name, small))
 
 
 # ---- time and memory ------------------------------------------------------------------------------------------------
@@ -552,7 +557,7 @@ def summarize(record: Record) -> dict[str, Any]:
         lower, median, upper = _quartiles(times)
         row |= {"seconds": _rounded(median), "seconds_lower": _rounded(lower), "seconds_upper": _rounded(upper)}
         row |= {"repeats": len(times)} | {key: value for key, value in first.items() if key != "seconds"}
-        row["giga_multiply_adds_per_second"] = round(first["giga_multiply_adds"] / median, 1)
+        row["giga_multiply_adds_per_second"] = _rounded(first["giga_multiply_adds"] / median)
         if floor := record.get("floor_seconds"):
             row["floor_seconds"] = _rounded(statistics.median(floor))
             ratios = [time / least for time, least in zip(record["seconds"], floor, strict=False)]
