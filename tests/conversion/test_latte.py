@@ -1,14 +1,20 @@
 """Original Latte checkpoints: both ways bit for bit, strict, averaged weights preferred."""
 
 import argparse
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from diffusers_leanvae.cli import app
 from diffusers_leanvae.conversion import latte as conversion
+from diffusers_leanvae.conversion import leanvae
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 
 
@@ -254,3 +260,87 @@ def test_recognition(tmp_path: Path, make_model: Any, original: dict[str, torch.
     assert not any(
         conversion.is_original_checkpoint(tmp_path / name) for name in ("text.pt", "list.pt", "none.pt", "")
     )
+
+
+class TestCommand:
+    def run(self, *arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+        return result.exit_code, result.stderr
+
+    def test_there_and_back(self, tmp_path: Path, original: dict[str, torch.Tensor]):
+        torch.save({"model": original, "ema": original}, tmp_path / "original.pt")
+        assert self.run(tmp_path / "original.pt", tmp_path / "folder", "--num-attention-heads", 2) == (0, "")
+        assert self.run(tmp_path / "folder", tmp_path / "back.pt", "--to-original") == (0, "")
+        assert_equal_weights(torch.load(tmp_path / "back.pt", weights_only=True)["ema"], original)
+        assert self.run(tmp_path / "back.pt", tmp_path / "again", "--dtype", "bfloat16") == (0, "")
+        stored = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["num_attention_heads"] == 2
+
+    def test_options_of_the_other_kind(self, tmp_path: Path, original: dict[str, torch.Tensor], make_model: Any):
+        torch.save({"ema": original}, tmp_path / "latte.pt")
+        code, error = self.run(tmp_path / "latte.pt", tmp_path / "folder", "--pixel-factor", 1.0)
+        assert code == 1 and "`--pixel-factor` must not be given for a Latte checkpoint." in error
+        vae = make_model()
+        leanvae.write_original_checkpoint(tmp_path / "vae.ckpt", vae.config, vae.state_dict())
+        code, error = self.run(tmp_path / "vae.ckpt", tmp_path / "folder", "--num-attention-heads", 2)
+        assert code == 1 and "`--num-attention-heads` must not be given for a LeanVAE checkpoint." in error
+        assert not (tmp_path / "folder").exists()
+
+
+FULL_SIZE_WRITE = """
+import sys, torch
+from diffusers_leanvae.conversion.latte import to_original
+from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
+with torch.device("meta"):
+    meta = to_original(LeanVAELatteTransformer3DModel(**latte_variant("XL/2")).state_dict())
+generator = torch.Generator().manual_seed(0)
+average = {key: torch.randn(tensor.shape, generator=generator) * 0.02 for key, tensor in meta.items()}
+torch.save({"model": {key: torch.zeros_like(tensor) for key, tensor in average.items()}, "ema": average}, sys.argv[1])
+"""
+FULL_SIZE_USE = """
+import json, resource, sys, time, torch
+from pathlib import Path
+from diffusers_leanvae import AutoencoderKLLeanVAE, bundled
+from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
+from diffusers_leanvae.pipelines.pipeline_leanvae_latte import LeanVAELattePipeline
+from diffusers_leanvae.schedulers import make_scheduler
+torch.set_num_threads(1)
+source, folder = sys.argv[1:]
+report, last = {}, time.process_time()
+def mark(name):
+    global last
+    report[f"{name}_cpu_seconds"] = round(time.process_time() - last, 1)
+    report[f"{name}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    last = time.process_time()
+vae = AutoencoderKLLeanVAE.from_pretrained(bundled.model_path("compact-4ch"))
+transformer = LeanVAELatteTransformer3DModel.from_single_file(source)
+mark("convert")
+LeanVAELattePipeline(vae, transformer, make_scheduler("ddpm")).save_pretrained(folder)
+mark("save")
+report["num_parameters"] = sum(p.numel() for p in transformer.parameters())
+check = transformer.temporal_transformer_blocks[13].attn.to_v.weight[:4].clone()
+del transformer
+pipeline = LeanVAELattePipeline.from_pretrained(folder)
+mark("load")
+report["is_equal"] = torch.equal(pipeline.transformer.temporal_transformer_blocks[13].attn.to_v.weight[:4], check)
+frames = pipeline(num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).frames
+mark("sample")
+report["shape"], report["is_finite"] = list(frames.shape), bool(frames.isfinite().all())
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_full_size(tmp_path: Path):
+    # XL/2 with weights and averages, 5.4 GB: converted, saved, loaded and sampled with one thread. Prints its cost.
+    checkpoint = tmp_path / "original.pt"
+    subprocess.run([sys.executable, "-c", FULL_SIZE_WRITE, str(checkpoint)], check=True)
+    command = [sys.executable, "-c", FULL_SIZE_USE, str(checkpoint), str(tmp_path / "pipeline")]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    report = json.loads(output.splitlines()[-1])
+    print(report)
+    assert report["num_parameters"] == 673_681_568
+    assert report["is_equal"] and report["is_finite"]
+    assert report["shape"] == [1, 17, 3, 256, 256]
+    assert max(value for name, value in report.items() if name.endswith("peak_gib")) < 24
