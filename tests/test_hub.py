@@ -87,10 +87,16 @@ import diffusers
 assert not diffusers.utils.is_transformers_available()
 print(diffusers.LeanVAELattePipeline.__name__, diffusers.LeanVAELatteTextToVideoPipeline.__name__)
 """
-    # A finder that knows no transformers, in place before anything is imported.
-    hide = "import sys; sys.modules['transformers'] = None\n"
-    hide += "import importlib.util as u; real = u.find_spec\n"
-    hide += "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'transformers' else real(name, *a)\n"
+    # As if neither it nor peft, which needs it, were installed: known before anything is imported.
+    hide = """
+import importlib.util
+import sys
+
+find_spec = importlib.util.find_spec
+hidden = {"transformers", "peft"}
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in hidden else find_spec(name, *rest)
+sys.modules.update(dict.fromkeys(hidden))
+"""
     result = subprocess.run(
         [sys.executable, "-c", hide + PREAMBLE + code], capture_output=True, text=True, timeout=300
     )

@@ -538,9 +538,13 @@ def generate(
     crf: Crf = 16,
 ) -> None:
     """Generate videos of a class or of a text by a diffusion pipeline on LeanVAE latents."""
+    from diffusers.utils import logging
+
     from .generation import generate_videos
 
     def command() -> None:
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         limit = None if max_memory is None else files.parse_memory(max_memory)
         torch_device, torch_dtype = _place(device, dtype)
         written = generate_videos(
@@ -559,6 +563,7 @@ def generate(
             max_memory=limit,
             fps=fps,
             crf=crf,
+            show_progress=sys.stderr.isatty(),
             num_frames=num_frames,
             height=height,
             width=width,

@@ -84,6 +84,7 @@ def generate_videos(
     max_memory: int | None = None,
     fps: float = 8,
     crf: float = 16,
+    show_progress: bool = False,
     **options: Any,
 ) -> list[Path]:
     r"""Generate videos and write them.
@@ -104,6 +105,7 @@ def generate_videos(
         max_memory: Bytes that decoding may use above the weights: the autoencoder chooses its tiles by it.
         fps: Frames per second of the files.
         crf: Quality of the files, lower is better.
+        show_progress: Whether the pipeline shows its bar.
         options: Further arguments of the pipeline; `None` means its default.
 
     Returns:
@@ -113,6 +115,7 @@ def generate_videos(
         ValueError: If an argument is not legal or does not fit the pipeline.
     """
     pipeline = load_pipeline(model, device, dtype)
+    pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
     options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
     if image is not None:
