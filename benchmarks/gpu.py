@@ -69,7 +69,7 @@ def finish(records: list[Record], peaks: dict[str, float]) -> list[dict[str, Any
         if "seconds" not in row:
             continue
         row["tflops"] = float(f"{2e-3 * row['giga_multiply_adds_per_second']:.4g}")
-        row["share_of_peak"] = round(row["tflops"] / peaks[row["dtype"]], 3)
+        row["share_of_peak"] = float(f"{row['tflops'] / peaks[row['dtype']]:.3g}")
         for dtype in ("float32", "bfloat16"):
             baseline = times.get(("eager", dtype, str(row["video"]), row["direction"]), {})
             if "seconds" in baseline:
@@ -125,7 +125,7 @@ def main() -> None:
     def save(record: Record) -> None:
         print(benchmark.describe(record), flush=True)
         rows = finish(records, peaks)
-        result.update(rows=rows, peak_tflops={dtype: round(peak, 3) for dtype, peak in peaks.items()})
+        result.update(rows=rows, peak_tflops={dtype: float(f"{peak:.4g}") for dtype, peak in peaks.items()})
         write_result(options.output, result)
 
     for group in groups.values():

@@ -349,7 +349,7 @@ class Subject:
                 result |= {
                     "peak_mib": None if peak is None else round(peak / MIB, 1),
                     "output_mib": round(output.numel() * output.element_size() / MIB, 1),
-                    "giga_multiply_adds": round(work.multiply_adds / 1e9, 2),
+                    "giga_multiply_adds": float(f"{work.multiply_adds / 1e9:.6g}"),
                     "num_parameters": self.num_parameters,
                     "latent": list(work.output_shape if direction == "encode" else work.input_shape)[2:],
                 }
