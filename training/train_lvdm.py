@@ -151,7 +151,7 @@ class Recipe:
     max_minutes: float | None = None  # stop early, with a checkpoint and the pipeline as it is
     mixed_precision: Literal["bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = False  # the blocks, which are nearly all of the work
     num_threads: int | None = None  # CPU threads of each process
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     representation: RepresentationRecipe = field(default_factory=RepresentationRecipe)
@@ -480,7 +480,10 @@ def main(arguments: list[str] | None = None) -> None:
         ).to(device)
     averaged = copy.deepcopy(transformer).requires_grad_(False).eval()  # filled from `ema` when it is needed
     if recipe.compile:
-        transformer.compile()
+        # The blocks' `forward` and not the blocks: compiled code does not see hooks that come later, and the
+        # representation head captures tokens by one.
+        for block in (*transformer.transformer_blocks, *transformer.temporal_transformer_blocks):
+            block.forward = torch.compile(block.forward)
     bare_module = LatentDiffusionTrainingModule(transformer, objective, head)
     optimizer = build_optimizer(recipe.optimizer, bare_module, ADAMW_LAYERS)
     module = accelerator.prepare(bare_module)
