@@ -113,8 +113,7 @@ def main() -> None:
         set_precision(dtype)
         try:
             if key not in subjects:
-                vae: Any = benchmark.build_model(model)
-                subjects[key] = Subject(vae.to(device, to_torch(dtype)), variant)
+                subjects[key] = Subject(benchmark.build_model(model, device, to_torch(dtype)), variant)
             return subjects[key].measure(record["direction"], tuple(record["video"]), is_first, with_floor=True)
         except (RuntimeError, ValueError) as error:
             torch.cuda.empty_cache()

@@ -63,8 +63,7 @@ def serve(connection: Connection, model: str, variant: str, dtype: str, num_thre
     while True:
         try:
             if subject is None:
-                vae: Any = benchmark.build_model(model)
-                subject = benchmark.Subject(vae.to(device, DTYPES[dtype]), variant)
+                subject = benchmark.Subject(benchmark.build_model(model, device, DTYPES[dtype]), variant)
                 connection.send({})
             direction, size, is_first, with_floor, limit = connection.recv()
             limit_memory(limit)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,13 +63,13 @@ Size = tuple[int, int, int]  # frames, height, width
 Record = dict[str, Any]
 
 
-def build_model(name: str) -> torch.nn.Module:
+def build_model(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     r"""An autoencoder with random weights: a name of `LEANVAE`, or a class of diffusers as it is by default."""
     if name not in LEANVAE and name not in PEERS:
         raise ValueError(f"`name` must be one of {', '.join((*LEANVAE, *PEERS))}, got {name!r}.")
     torch.manual_seed(0)
     if name in PEERS:
-        return getattr(diffusers, name)().eval()
+        return nn.Module.to(getattr(diffusers, name)().eval(), device, dtype)  # diffusers' own `to` warns of nothing
     vae = AutoencoderKLLeanVAE(**LEANVAE[name])
     with torch.no_grad():  # the training initialisation gives tokens of almost zero, and zeros can be faster
         for key, parameter in vae.named_parameters():
@@ -76,7 +77,7 @@ def build_model(name: str) -> torch.nn.Module:
                 parameter.copy_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
             elif key.endswith("bias"):
                 parameter.normal_(std=0.1)
-    return vae.eval()
+    return nn.Module.to(vae.eval(), device, dtype)
 
 
 # ---- products of matrices, and floating-point operations ------------------------------------------------------------

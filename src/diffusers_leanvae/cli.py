@@ -508,7 +508,7 @@ def generate(
     ] = Path("outputs/generated.mp4"),
     model: Annotated[
         str, typer.Option(help=f"Pipeline: {', '.join(bundled.PIPELINES)} (bundled), a folder, or a Hub id.")
-    ] = bundled.PIPELINES[0],
+    ] = next(iter(bundled.PIPELINES)),
     label: Annotated[
         list[str] | None, typer.Option(help="Class, by name or id; repeat it for several. Random classes without it.")
     ] = None,
@@ -600,7 +600,7 @@ def bench(
     def command() -> None:
         def make_subject(record: benchmark.Record) -> benchmark.Subject:
             if record["model"] in (*benchmark.LEANVAE, *benchmark.PEERS):
-                vae: Any = benchmark.build_model(record["model"]).to(*_place(device, record["dtype"]))
+                vae = benchmark.build_model(record["model"], *_place(device, record["dtype"]))
             else:
                 vae = load_model(record["model"], device, record["dtype"])
             return benchmark.Subject(vae, record["variant"])
