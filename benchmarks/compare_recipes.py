@@ -5,12 +5,13 @@
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
-the PSNR that principal components give at step 0. `latents`: each regulariser against the plain recipe on the same
+certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser against the plain recipe on the same
 number of steps; reconstruction, and how easy the latents are for diffusion (`evaluation/diffusability.py`).
 `alignment`: a student of a small random `AutoencoderKLWan` (`scripts/make_random_wan.py`), before and after.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
-minutes and not days. Results go to `results/bench_COMPARISON.json`.
+minutes and not days. `start --as-they-are` takes the curves of runs that were stopped. Results go to
+`results/bench_COMPARISON.json`.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def train(options: argparse.Namespace, name: str, overrides: list[str], every: i
     command += [
         override.format(long=options.num_long_steps) if "{" in override else override for override in overrides
     ]
-    if not (output / "vae" / "config.json").is_file():
+    if not (output / "vae" / "config.json").is_file() and not options.as_they_are:
         subprocess.run(command, check=True)
     return output
 
@@ -94,13 +95,15 @@ def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
         output = train(options, name, overrides, every=options.num_steps // 8)
         curves[name] = {r["step"]: r["psnr_frame_mean_rgb"] for r in read_json_lines(output / "validation.jsonl")}
     goal = next(iter(curves.values()))[0]
-    rows, marks = [], range(0, options.num_steps + 1, options.num_steps // 4)
+    rows, marks = [], [20.0, 22.0, 24.0, 26.0, 28.0, goal]
     for name, curve in curves.items():
-        reached = next((step for step, psnr in curve.items() if psnr >= goal), None)
-        shown = {f"psnr_at_{step}": round(psnr, 2) for step, psnr in curve.items() if step in marks}
         last = max(curve)
-        rows.append({"run": name, **shown, "num_steps": last, "psnr_at_end": round(curve[last], 2)})
-        rows[-1]["steps_to_goal"] = reached
+        row: dict[str, Any] = {"run": name, "psnr_at_start": round(curve[0], 2), "num_steps": last}
+        row["psnr_at_end"] = round(curve[last], 2)
+        for mark in marks:
+            reached = next((step for step, psnr in curve.items() if psnr >= mark), None)
+            row[f"steps_to_{mark:.2f}_db"] = f"more than {last}" if reached is None else reached
+        rows.append(row)
     return {"rows": rows, "goal_psnr": goal, "curves": curves}
 
 
@@ -161,6 +164,7 @@ def main() -> None:
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
     parser.add_argument("--num-denoiser-steps", type=int, default=DiffusabilityProtocol.num_steps)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--as-they-are", action="store_true", help="train nothing: runs as far as they are")
     parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
     parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
     options = parser.parse_args()
