@@ -5,8 +5,9 @@
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
-certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser against the plain recipe on the same
-number of steps; reconstruction, and how easy the latents are for diffusion (`evaluation/diffusability.py`).
+certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser
+against the plain recipe on the same number of steps; reconstruction, and how easy the latents are for diffusion
+(`evaluation/diffusability.py`).
 `alignment`: a student of a small random `AutoencoderKLWan` (`scripts/make_random_wan.py`), before and after.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
