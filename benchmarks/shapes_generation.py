@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from diffusers_leanvae import bundled
+from diffusers_leanvae.generation import load_pipeline
 from diffusers_leanvae.results import write_result
 from diffusers_leanvae.shapes import NUM_CLASSES, MovingShapes, class_parts
 from diffusers_leanvae.shapes_detector import detect
@@ -74,7 +74,7 @@ def judge_generator(pipeline: Any, scale: float, options: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipelines", nargs="*", default=["mini-shapes"], help="bundled names or folders")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0])
     parser.add_argument("--num-videos", type=int, default=96)
     parser.add_argument("--num-clips", type=int, default=400, help="clips of the data set")
     parser.add_argument("--num-inference-steps", type=int, default=25)
@@ -93,8 +93,7 @@ def main() -> None:
     clips = MovingShapes(num_clips=options.num_clips, seed=2)
     add("drawn", None, judge_clips(None, clips))
     for name in options.pipelines:
-        path = bundled.pipeline_path(name) if name in bundled.PIPELINES else Path(name)
-        pipeline = DiffusionPipeline.from_pretrained(path)
+        pipeline = load_pipeline(name, torch.device("cpu"), torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         shown = name if name in bundled.PIPELINES else "/".join(Path(name).parts[-2:])
         add(f"drawn, through the autoencoder of {shown}", None, judge_clips(pipeline.vae, clips))

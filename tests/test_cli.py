@@ -267,6 +267,9 @@ def test_info(model, tmp_path):
 def test_demo(tmp_path):
     code, out, err = leanvae("demo", "--output", tmp_path, "--num-frames", 5)
     assert code == 0, err
-    assert entries(tmp_path) == ["frames.png", "latents.safetensors", "side_by_side.mp4"]
+    names = ["frames.png", "generated.mp4", "generated.png", "latents.safetensors", "side_by_side.mp4"]
+    assert entries(tmp_path) == names
     assert probe_video(tmp_path / "side_by_side.mp4").width == 2 * probe_video(bundled.clip_path()).width
     assert float(out.split("PSNR ")[1].split(" dB")[0]) > 30.0
+    info = probe_video(tmp_path / "generated.mp4")
+    assert (info.width, info.height, info.num_frames) == (128, 128, 17)

@@ -2,12 +2,20 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Trained in hours on small hardware, for the demo, examples and tests; see model_card.md.
 MODELS = ("compact-16ch", "compact-4ch")
 DEFAULT = "compact-16ch"
-PIPELINES = ("mini-shapes",)
+
+
+class BundledPipeline(NamedTuple):
+    model: str  # the bundled model that decodes: it is in the package once
+    guidance_scale: float  # at which it does best, see results/bench_shapes.json
+
+
+PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=3.0)}
 
 
 def model_path(name: str) -> Path:
@@ -18,7 +26,7 @@ def model_path(name: str) -> Path:
 
 
 def pipeline_path(name: str) -> Path:
-    r"""Folder of a bundled pipeline, for `DiffusionPipeline.from_pretrained`."""
+    r"""Folder of a bundled pipeline without its autoencoder; [`generation.load_pipeline`] loads both."""
     if name not in PIPELINES:
         raise ValueError(f"`name` must be one of {', '.join(PIPELINES)}, got {name!r}.")
     return Path(str(files("diffusers_leanvae"))) / "assets" / name

@@ -1,4 +1,4 @@
-"""The demonstration behind `leanvae demo`: one clip through the bundled model, as video, picture and numbers."""
+"""The demonstration behind `leanvae demo`: one clip through the bundled model, and videos of the bundled generator."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 import typer
 
 from . import bundled, files
+from .generation import generate_videos
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .video_io import probe_video, read_video, write_video
 
@@ -17,8 +18,15 @@ def write_contact_sheet(video: str | Path, target: str | Path, num_frames: int =
     write_video(target, torch.cat(tuple(frames[chosen]))[None], fps=1)
 
 
+GENERATOR = next(iter(bundled.PIPELINES))
+GENERATED = ("red circle left", "yellow triangle down", "blue cross right")
+
+
 def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
-    r"""Write `side_by_side.mp4`, `frames.png` and `latents.safetensors` into `output`, and print what was measured."""
+    r"""Write everything into `output`, and print what was measured.
+
+    That is `side_by_side.mp4`, `frames.png`, `latents.safetensors`; and `generated.mp4`, `generated.png`.
+    """
     output.mkdir(parents=True, exist_ok=True)
     clip = bundled.clip_path()
     video, picture, latents = output / "side_by_side.mp4", output / "frames.png", output / "latents.safetensors"
@@ -37,3 +45,9 @@ def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
         f"Three frames of it:                         {picture.resolve()}\n"
         f"The latents:                                {latents.resolve()}"
     )
+    video, picture = output / "generated.mp4", output / "generated.png"
+    typer.echo(f"Videos of {GENERATOR} (a demonstration generator) ...")
+    labels = list(GENERATED)
+    generate_videos(GENERATOR, video, labels=labels, num_inference_steps=25, device=vae.device)
+    write_contact_sheet(video, picture)
+    typer.echo(f"Generated, {'; '.join(GENERATED)}: {video.resolve()}\nThree frames of it: {picture.resolve()}")

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from . import bundled
 from .latent_video import LatentVideoPipeline
+from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 from .video_io import WRITABLE_VIDEO, VideoWriter, read_video
 
@@ -37,11 +38,12 @@ def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: If there is none, or it is of another kind.
     """
-    path = bundled.pipeline_path(name) if name in bundled.PIPELINES else Path(name)
-    if name in bundled.PIPELINES and not path.joinpath("model_index.json").is_file():
-        raise ValueError(f"`model` must be a folder or a Hub id, as {name!r} is not bundled with this installation.")
+    path, components = Path(name), {}
+    if name in bundled.PIPELINES:
+        path, model = bundled.pipeline_path(name), bundled.model_path(bundled.PIPELINES[name].model)
+        components["vae"] = AutoencoderKLLeanVAE.from_pretrained(model, torch_dtype=dtype)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=dtype, **components)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"`model` {name!r} cannot be loaded: {error}") from None
     if not isinstance(pipeline, LatentVideoPipeline):
@@ -106,7 +108,7 @@ def generate_videos(
         fps: Frames per second of the files.
         crf: Quality of the files, lower is better.
         show_progress: Whether the pipeline shows its bar.
-        options: Further arguments of the pipeline; `None` means its default.
+        options: Further arguments of the pipeline; `None` means its default, or what suits a bundled one.
 
     Returns:
         The files.
@@ -117,6 +119,8 @@ def generate_videos(
     pipeline = load_pipeline(model, device, dtype)
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
+    if model in bundled.PIPELINES:
+        options = {"guidance_scale": bundled.PIPELINES[model].guidance_scale} | options
     options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
     if image is not None:
         options["image"] = read_video(image)[0][:1].permute(0, 3, 1, 2) / 255
