@@ -105,11 +105,9 @@ def test_chunks_are_the_whole(device: str):
 
 
 def test_layouts(device: str):
-    from diffusers_leanvae.kernels.triton_conv import pack_weight
-
     given = arguments((1, 2, 2, 3, 24), True, device=device)
     tokens, weight = given["hidden_states"], given["weight"]
-    packed = pack_weight(weight)
+    packed = kernels.get("triton").pack_weight(weight)
     assert packed.stride(0) == 1 and torch.equal(packed, weight)
     assert_parity(given | {"weight": packed})
     # One of two branches, and the zeros without memory that start a stream.

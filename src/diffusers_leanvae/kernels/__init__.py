@@ -16,6 +16,7 @@ class Kernels(NamedTuple):
     depthwise_conv_residual_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gated_gelu: Callable[[torch.Tensor], torch.Tensor]
     soft_threshold_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    pack_weight: Callable[[torch.Tensor], torch.Tensor]
 
 
 def get(implementation: str) -> Kernels:
@@ -23,7 +24,7 @@ def get(implementation: str) -> Kernels:
     if implementation == "eager":
         from . import eager
 
-        return Kernels(eager.depthwise_conv_residual_norm, eager.gated_gelu, eager.soft_threshold_)
+        return Kernels(eager.depthwise_conv_residual_norm, eager.gated_gelu, eager.soft_threshold_, eager.pack_weight)
     if implementation == "triton":
         try:
             import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -32,6 +33,9 @@ def get(implementation: str) -> Kernels:
         from . import triton_conv, triton_pointwise
 
         return Kernels(
-            triton_conv.depthwise_conv_residual_norm, triton_pointwise.gated_gelu, triton_pointwise.soft_threshold_
+            triton_conv.depthwise_conv_residual_norm,
+            triton_pointwise.gated_gelu,
+            triton_pointwise.soft_threshold_,
+            triton_conv.pack_weight,
         )
     raise ValueError(f"`implementation` must be 'eager' or 'triton', got {implementation!r}.")

@@ -66,6 +66,14 @@ def soft_threshold_(hidden_states: torch.Tensor, threshold: torch.Tensor) -> tor
     return hidden_states.copy_(torch.sign(wide) * F.relu(torch.abs(wide) - threshold.to(dtype)))
 
 
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    r"""The weight of a depthwise convolution, laid out in memory as this implementation reads it; here as it is.
+
+    Optional: weights that are not packed are packed at each call.
+    """
+    return weight
+
+
 def _computed_in(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 

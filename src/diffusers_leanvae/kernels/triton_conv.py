@@ -2,7 +2,7 @@
 
 A program computes rows of `BLOCK_W` tokens for `STEPS` time steps, all channels at once, since the LayerNorm needs
 them. A thread holds 16 bytes of one token at each step: a weight, once loaded, serves all steps, and an input three.
-Neither is ever exchanged between threads. Going from row to row, two of three input rows are still in the L1 cache.
+Neither is ever exchanged between threads. Going from row to row, two of three input rows have just been read.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _steps(args: dict) -> int:
     return -(-args["num_steps"] // num_programs)
 
 
-# More steps mean fewer loads and more registers (up to 255 for 8 steps in 16 bit, without spilling).
+# More steps mean fewer loads and more registers: with 8 in 16 bit nearly all that a thread can have.
 _CONFIGS = [triton.Config({"MAX_STEPS": steps}, num_warps=warps) for steps in (4, 8) for warps in (8, 4)]
 
 
@@ -35,7 +35,7 @@ _CONFIGS = [triton.Config({"MAX_STEPS": steps}, num_warps=warps) for steps in (4
 # not stop to measure each.
 @triton.autotune(_CONFIGS[:1] if IS_INTERPRETED else _CONFIGS, key=["CHANNELS", "num_steps"], cache_results=True)
 @triton.heuristics({"BLOCK_W": _tokens, "STEPS": _steps})
-@triton.jit(do_not_specialize=["num_steps", "height", "width", "num_rows"])
+@triton.jit(do_not_specialize=["num_steps", "height", "width"])
 def _conv_norm_kernel(
     x_ptr,
     tail_ptr,
@@ -48,7 +48,6 @@ def _conv_norm_kernel(
     num_steps,
     height,
     width,
-    num_rows,
     x_stride_b,
     x_stride_t,
     x_stride_h,
@@ -57,13 +56,14 @@ def _conv_norm_kernel(
     CHANNELS: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STEPS: tl.constexpr,
     MAX_STEPS: tl.constexpr,
 ):
     num_blocks = tl.cdiv(width, BLOCK_W)
-    first_row = tl.program_id(0) // num_blocks * num_rows
+    first_row = tl.program_id(0) // num_blocks * ROWS
     start = tl.program_id(1) * STEPS
     batch = tl.program_id(2).to(tl.int64)
     columns = (tl.program_id(0) % num_blocks * BLOCK_W + tl.arange(0, BLOCK_W))[:, None]
@@ -72,7 +72,7 @@ def _conv_norm_kernel(
     is_channel = channels < CHANNELS
     frame_size = height.to(tl.int64) * width * CHANNELS
 
-    for r in range(min(num_rows, height - first_row)):
+    for r in range(ROWS):
         row = first_row + r
         bias = tl.load(bias_ptr + channels, mask=is_channel, other=0).to(tl.float32)
         sums = ()
@@ -80,7 +80,8 @@ def _conv_norm_kernel(
             sums = sums + (bias,)
         for tap in range(9):  # not unrolled: that would only add registers and seconds of compilation
             h, w = row + tap // 3 - 1, columns + tap % 3 - 1
-            mask = is_channel & (w >= 0) & (w < width) & (h >= 0) & (h < height)
+            mask = is_channel & (w >= 0)
+            end = tl.where((h >= 0) & (h < height), width, 0)  # rows and steps outside have no columns
             taps = ()
             for tap_t in tl.static_range(3):
                 weight = tl.load(weight_ptr + (tap_t * 9 + tap) * CHANNELS + channels, mask=is_channel, other=0)
@@ -88,10 +89,12 @@ def _conv_norm_kernel(
             for i in tl.static_range(STEPS + 2):  # type: ignore[misc]
                 t = start + i - 2
                 frame = x_ptr + batch * x_stride_b + t.to(tl.int64) * x_stride_t + h.to(tl.int64) * x_stride_h
-                x = tl.load(frame + w * x_stride_w + channels, mask=mask & (t >= 0) & (t < num_steps), other=0)
+                step_end = tl.where((t >= 0) & (t < num_steps), end, 0)
+                x = tl.load(frame + w * x_stride_w + channels, mask=mask & (w < step_end), other=0)
                 if HAS_TAIL and i < 2:
                     frame = tail_ptr + (batch * 2 + i) * frame_size + h.to(tl.int64) * width * CHANNELS
-                    x += tl.load(frame + w * CHANNELS + channels, mask=mask & (t < 0), other=0)
+                    tail_end = tl.where(t < 0, end, 0)
+                    x += tl.load(frame + w * CHANNELS + channels, mask=mask & (w < tail_end), other=0)
                 x = x.to(tl.float32)
                 updated = ()
                 for k in tl.static_range(STEPS):  # step k sees the inputs k, k + 1 and k + 2
@@ -102,7 +105,7 @@ def _conv_norm_kernel(
         norm_bias = tl.load(norm_bias_ptr + channels, mask=is_channel, other=0).to(tl.float32)
         for k in tl.static_range(STEPS):
             t = start + k
-            mask = is_channel & (columns < width) & (t < num_steps)
+            mask = is_channel & (columns < tl.where((row < height) & (t < num_steps), width, 0))
             total = sums[k]
             if RESIDUAL:
                 frame = x_ptr + batch * x_stride_b + t.to(tl.int64) * x_stride_t + row.to(tl.int64) * x_stride_h
@@ -117,10 +120,7 @@ def _conv_norm_kernel(
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    r"""The same `(channels, 1, 3, 3, 3)` with channels next to each other in memory, as the kernel wants it.
-
-    Other weights are packed at each call: do it once where a model is prepared.
-    """
+    r"""See `eager.pack_weight`. The same `(channels, 1, 3, 3, 3)` with channels next to each other in memory."""
     return weight.flatten(1).t().contiguous().t().unflatten(1, (1, 3, 3, 3))
 
 
@@ -185,12 +185,12 @@ def _launch(
             num_steps,
             height,
             width,
-            num_rows,
             *hidden_states.stride()[:4],
             eps,
             CHANNELS=channels,
             HAS_TAIL=tail is not None,
             RESIDUAL=residual,
+            ROWS=num_rows,
             BLOCK_C=triton.next_power_of_2(channels),
         )
     return output, normed
