@@ -31,7 +31,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         vae: AutoencoderKLLeanVAE,
         transformer: LeanVAELatteTransformer3DModel,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | dict[int, str] | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)

@@ -142,6 +142,15 @@ def test_a_bound_on_memory_changes_no_pixel(make_model, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_fused_latents_are_those_of_the_layers_up_to_rounding(model, tmp_path):
+    source, names = clip(tmp_path / "in.mp4"), ("eager.safetensors", "fused.safetensors")
+    for name, options in zip(names, ((), ("--fuse",)), strict=True):
+        code, _, err = leanvae("encode", source, tmp_path / name, "--model", model, *options)
+        assert code == 0, err
+    eager, fused = (load_file(tmp_path / name)["latents"] for name in names)
+    assert 0 < (fused - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
 def test_sizes_of_memory():
     assert files.parse_memory("2GiB") == files.parse_memory(" 2 gib ") == files.parse_memory("2G") == 2**31
     assert files.parse_memory("800MiB") == 800 * 2**20 and files.parse_memory("1.5GB") == 15 * 10**8

@@ -52,6 +52,10 @@ MaxMemory = Annotated[
         "disk beside OUT where needed."
     ),
 ]
+Fuse = Annotated[
+    bool,
+    typer.Option("--fuse", help="Prepared weights: faster, the same up to rounding; takes the weights' memory twice."),
+]
 Overwrite = Annotated[bool, typer.Option(help="In a folder job, redo outputs that exist already.")]
 
 
@@ -76,7 +80,7 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return torch_device, torch_dtype
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> AutoencoderKLLeanVAE:
+def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> AutoencoderKLLeanVAE:
     r"""The autoencoder of a `--model` argument, ready for inference."""
     torch_device, torch_dtype = _place(device, dtype)
     is_original = Path(name).suffix in (".ckpt", ".pt", ".pth", ".safetensors")
@@ -89,7 +93,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Autoenco
             vae = AutoencoderKLLeanVAE.from_pretrained(name, torch_dtype=torch_dtype)
     except (OSError, ValueError) as error:
         raise CommandError(f"`--model` {name!r} cannot be loaded: {_first_sentence(error)}") from None
-    return vae.to(torch_device).eval()  # type: ignore[return-value]
+    vae = vae.to(torch_device).eval()  # type: ignore[assignment]
+    if fuse:
+        vae.fuse()
+    return vae
 
 
 def _first_sentence(error: Exception) -> str:
@@ -163,6 +170,7 @@ def reconstruct(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    fuse: Fuse = False,
     max_memory: MaxMemory = None,
     crf: Crf = 16,
     overwrite: Overwrite = False,
@@ -172,7 +180,7 @@ def reconstruct(
     def command() -> None:
         jobs = _jobs(source, target, list_videos, files.default_suffix)
         limit = None if max_memory is None else files.parse_memory(max_memory)
-        vae = load_model(model, device, dtype)
+        vae = load_model(model, device, dtype, fuse)
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
             summary = files.reconstruct_video(
@@ -209,6 +217,7 @@ def encode(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    fuse: Fuse = False,
     max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -217,7 +226,7 @@ def encode(
     def command() -> None:
         jobs = _jobs(source, target, list_videos, lambda _: ".safetensors")
         limit = None if max_memory is None else files.parse_memory(max_memory)
-        vae = load_model(model, device, dtype)
+        vae = load_model(model, device, dtype, fuse)
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
             info = files.encode_video(
@@ -245,6 +254,7 @@ def decode(
     model: Annotated[str | None, typer.Option(help="Autoencoder; by default the one that encoded the file.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    fuse: Fuse = False,
     max_memory: MaxMemory = None,
     crf: Crf = 16,
     overwrite: Overwrite = False,
@@ -268,7 +278,7 @@ def decode(
                 name = model or info.model
             if name not in loaded:
                 loaded.clear()  # one model in memory at a time
-                loaded[name] = load_model(name, device, dtype)
+                loaded[name] = load_model(name, device, dtype, fuse)
             files.decode_video(loaded[name], path, output, max_memory=limit, progress=progress, crf=crf)
             typer.echo(f"{output}  {info.width}x{info.height}  {info.num_frames} frames")
 
@@ -443,12 +453,13 @@ def live(
     side_by_side: Annotated[bool, typer.Option(help="Original to the left, reconstruction to the right.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    fuse: Fuse = False,
 ) -> None:
     """Raw RGB24 frames from standard input, reconstructed, to standard output as they come."""
     from .live import reconstruct_stream
 
     def command() -> None:
-        vae = load_model(model, device, dtype)
+        vae = load_model(model, device, dtype, fuse)
         # Unbuffered: frames leave at once, and a reader that went away is noticed here and not when Python ends.
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as target:
             count = reconstruct_stream(

@@ -47,7 +47,7 @@ def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
     )
     video, picture = output / "generated.mp4", output / "generated.png"
     typer.echo(f"Videos of {GENERATOR} (a demonstration generator) ...")
-    labels = list(GENERATED)
+    labels: list[str] = list(GENERATED)
     generate_videos(GENERATOR, video, labels=labels, num_inference_steps=25, device=vae.device)
     write_contact_sheet(video, picture)
     typer.echo(f"Generated, {'; '.join(GENERATED)}: {video.resolve()}\nThree frames of it: {picture.resolve()}")
