@@ -26,7 +26,7 @@ demo: $(STAMP)  ## encode and decode the bundled clip with the bundled weights
 	@$(BIN)/leanvae demo
 
 test: $(STAMP)  ## all tests that need neither a GPU, nor the Hub, nor much time
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hub"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hub" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not hub"
