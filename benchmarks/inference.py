@@ -53,10 +53,11 @@ PEER_SCALING = ["17x128x128", "9x256x256"]
 # ---- a subject in a process of its own ------------------------------------------------------------------------------
 
 
-def serve(connection: Connection, model: str, variant: str, dtype: str, num_threads: int) -> None:
+def serve(connection: Connection, for_memory: bool, model: str, variant: str, dtype: str, num_threads: int) -> None:
     """Builds the subject, then answers each `(direction, size, is_first, with_floor, limit)` with a dictionary."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_memory(connection.recv())
+    benchmark.keep_freed_memory(not for_memory)
     torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = None
@@ -68,7 +69,7 @@ def serve(connection: Connection, model: str, variant: str, dtype: str, num_thre
             direction, size, is_first, with_floor, limit = connection.recv()
             limit_memory(limit)
             connection.send(subject.measure(direction, size, is_first, with_floor))
-        except EOFError:
+        except (EOFError, BrokenPipeError):  # nobody asks any more
             return
         except Exception as error:  # whatever a peer throws at a size is a finding, and ends this process only
             text = f"{type(error).__name__}: {error}".split("\n")[0][:200]
@@ -147,16 +148,21 @@ def available_memory(reserve: int) -> int:
 
 
 class Pool:
-    """All workers, started when first needed and again after they ended."""
+    """All workers, started when first needed and again after they ended.
+
+    Memory is measured in workers that measure nothing else, one at a time; those for times stay, for all sizes.
+    """
 
     def __init__(self, reserve: int, max_seconds: float):
         self.workers: dict[tuple[Any, ...], Worker] = {}
         self.reserve, self.max_seconds = reserve, max_seconds
 
     def measure(self, record: Record, is_first: bool) -> dict[str, Any]:
-        settings = tuple(record[key] for key in SUBJECT_KEYS)
+        settings = (is_first, *(record[key] for key in SUBJECT_KEYS))
         with_floor = record["model"] in LEANVAE
         for attempt in range(2):
+            for other in [key for key in self.workers if key[0] and key != settings]:
+                self.workers.pop(other).stop()
             try:
                 worker = self.workers.get(settings)
                 if worker is None or not worker.is_alive:
@@ -169,9 +175,8 @@ class Pool:
         raise AssertionError
 
     def stop(self) -> None:
-        for worker in self.workers.values():
-            worker.stop()
-        self.workers.clear()
+        while self.workers:
+            self.workers.popitem()[1].stop()
 
 
 # ---- the plan, and what is done of it -------------------------------------------------------------------------------
@@ -242,7 +247,7 @@ def main() -> None:
     parser.add_argument("--peer-dtypes", nargs="*", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--threads", nargs="*", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--repeats", type=int, default=9, help="calls after the first")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds for a row; slow models repeat less")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for a row; slow models repeat less")
     parser.add_argument("--max-call-seconds", type=float, default=3600.0)
     parser.add_argument("--reserve-gib", type=float, default=1.0, help="memory that stays free")
     parser.add_argument("--retry", action="store_true", help="measure again what had failed")

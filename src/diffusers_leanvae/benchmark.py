@@ -5,7 +5,8 @@ disturbs the machine disturbs all of them. What a row of the result means:
 
 - `seconds`: median of the calls after the first (of the first alone if the budget allows no more), with quartiles;
 - `peak_mib`: highest memory during the first call minus the memory before it, with weights and input there and small
-  calls done; the result counts, `output_mib` says how large it is. Resident memory on CPU, allocated memory on CUDA;
+  calls done; the result counts, `output_mib` says how large it is. Resident memory on CPU, without what the C
+  library keeps (see `keep_freed_memory`); allocated memory on CUDA;
 - `giga_multiply_adds`: of the network as it is written, whatever the variant makes of it;
 - `floor_seconds`, `time_over_floor`: the same network's matrix products alone, each in the fastest layout found
   (`MatrixFloor`), timed directly after each call; medians of the times and of the ratios of neighbours.
@@ -429,7 +430,7 @@ def start_of_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # blocks that were freed are no part of what is in use
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _resident("VmRSS")
     except (OSError, AttributeError, TypeError):
@@ -440,7 +441,25 @@ def end_of_peak(before: int | None, device: torch.device) -> int | None:
     r"""Bytes of the highest peak since `start_of_peak`, above what was in use then."""
     if before is None:
         return None
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")) - before
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() - before
+    return _resident("VmHWM") - before
+
+
+def keep_freed_memory(is_kept: bool) -> None:
+    r"""Whether the C library keeps blocks that were freed (on Linux; without effect elsewhere).
+
+    Kept memory makes allocation fast, but is nothing that a network needs. So peaks are taken in a process that has
+    not kept any from its start, and times with what glibc comes to by itself once large blocks have been freed.
+    """
+    num_bytes = 2**25 if is_kept else 2**18
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of <malloc.h>
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, num_bytes)
+        libc.mallopt(m_trim_threshold, 2 * num_bytes)
+    except (AttributeError, TypeError):
+        return
 
 
 # ---- taking turns ---------------------------------------------------------------------------------------------------
@@ -473,7 +492,7 @@ def run_here(
     budget: float,
     save: Callable[[Record], None],
 ) -> None:
-    r"""`run_rounds` of each group in this process; a subject is made when first needed, and kept."""
+    r"""`run_rounds` of each group in this process, memory before times; subjects are made when needed, and kept."""
     subjects: dict[tuple[Any, ...], Subject] = {}
 
     def measure(record: Record, is_first: bool) -> dict[str, Any]:
@@ -488,6 +507,10 @@ def run_here(
         except (RuntimeError, MemoryError) as error:
             raise MeasurementError(f"{type(error).__name__}: {error}".split("\n")[0][:200]) from error
 
+    keep_freed_memory(False)
+    for group in groups_of(records):
+        run_rounds(group, measure, 0, budget, save)
+    keep_freed_memory(True)
     for group in groups_of(records):
         run_rounds(group, measure, num_repeats, budget, save)
 
