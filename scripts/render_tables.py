@@ -190,8 +190,8 @@ def inference(results: Path) -> str:
         known = next((call for pair in calls for call in pair if "num_parameters" in call), None)
         line = [*map(cell, subject), f"{known['num_parameters'] / 1e6:.1f}" if known else ""]
         for pair in calls:
-            work = [call.get("giga_multiply_adds") for call in pair]
-            line.append(f"{sum(work) / 1e3:.3g}" if None not in work else "")
+            work = [call["giga_multiply_adds"] for call in pair if "giga_multiply_adds" in call]
+            line.append(f"{sum(work) / 1e3:.3g}" if len(work) == 2 else "")
             line += [cell(call.get(key)) for key in ("seconds", "peak_mib") for call in pair]
         lines.append(line)
         notes += [
