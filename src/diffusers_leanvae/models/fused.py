@@ -233,7 +233,7 @@ class KernelBlock(FusedBlock):
     def __init__(self, block: LeanVAEBlock, product: Product, threshold: float | None, kernels: Kernels):
         super().__init__(block, product, threshold)
         self.kernels = kernels
-        self.weight = torch.stack(self.taps[::-1], dim=2)  # (c, 1, 3, 3, 3)
+        self.weight = kernels.pack_weight(torch.stack(self.taps[::-1], dim=2))  # of (c, 1, 3, 3, 3)
         self.up = torch.cat((self.value.weight, self.gate.weight))  # type: ignore[union-attr]
         self.soft_threshold = None if threshold is None else self.bias.new_full((1,), threshold)
         del self.taps, self.value, self.gate
