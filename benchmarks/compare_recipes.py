@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
             "init=spec",
             *ADAMW,
             "optimizer.learning_rate=2e-3",
-            "num_steps={long}",
+            "num_steps=4000",
             "validation.every=200",
         ],
     },
@@ -81,10 +81,7 @@ def train(options: argparse.Namespace, name: str, overrides: list[str], every: i
         "save_every=100000",
         "log_every=20",
     ]
-    command += ["validation.num_videos=0", f"num_threads={options.threads}"]
-    command += [
-        override.format(long=options.num_long_steps) if "{" in override else override for override in overrides
-    ]
+    command += ["validation.num_videos=0", f"num_threads={options.threads}", *overrides]
     if not (output / "vae" / "config.json").is_file() and not options.as_they_are:
         subprocess.run(command, check=True)
     return output
@@ -161,7 +158,6 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="folder of training videos")
     parser.add_argument("--held-out", required=True, help="folder of other videos")
     parser.add_argument("--num-steps", type=int, default=320)
-    parser.add_argument("--num-long-steps", type=int, default=4000, help="of the run from the specification's start")
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
     parser.add_argument("--num-denoiser-steps", type=int, default=DiffusabilityProtocol.num_steps)
     parser.add_argument("--threads", type=int, default=1)

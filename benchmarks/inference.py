@@ -43,7 +43,7 @@ from diffusers_leanvae.results import provenance, write_result
 
 
 MODELS = ("LeanVAE-16ch", "LeanVAE-4ch", *PEERS)
-LEANVAE_VARIANTS = ("eager", "fused", "compiled", "int8")
+LEANVAE_VARIANTS = ["eager", "fused", "compiled", "int8"]
 SIZES = ["17x256x256", "17x512x512"]
 # For the curves: area at 17 frames, length at 256x256. Only LeanVAE-16ch and the peers are drawn.
 SCALING = ["17x128x128", "17x192x192", "17x384x384", "5x256x256", "9x256x256", "33x256x256", "65x256x256"]
@@ -236,9 +236,7 @@ class State:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=(*LEANVAE, *PEERS))
-    parser.add_argument(
-        "--variants", nargs="*", default=["eager", "fused", "compiled", "int8"], choices=list(VARIANTS)
-    )
+    parser.add_argument("--variants", nargs="*", default=LEANVAE_VARIANTS, choices=list(VARIANTS))
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="frames x height x width, for all models")
     parser.add_argument("--scaling", nargs="*", default=SCALING, help="more sizes for LeanVAE-16ch")
     parser.add_argument("--scaling-variants", nargs="*", default=["eager", "fused"], choices=list(VARIANTS))

@@ -533,7 +533,10 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels; as trained by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none. The pipeline's default without it.")
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance; 1 is none. By default the pipeline's, or what suits a bundled one."
+        ),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="ddpm, ddim or dpm++ for diffusion models, flow; the pipeline's own without it.")

@@ -222,4 +222,4 @@ def test_a_fused_model_streams_through_the_kernels(device: str, make_model: Call
         fused = vae.decode(latents).sample
     for actual, expected in ((torch.cat(parts, dim=2), moments), (fused, sample)):
         assert expected.std() > 0.1
-        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))

@@ -19,6 +19,7 @@ CONFIGS = {
     "patch_norm": {"patch_norm": True},
     "wan": {"patch_size": (2, 8, 8), "pixel_factor": 1.0},
     "one_iteration": {"num_ista_iterations": 1, "num_branch_layers": 0},
+    "no_layers": {"num_ista_layers": 0},
 }
 
 
@@ -52,14 +53,14 @@ def test_fused_equals_eager_in_float64(monkeypatch: pytest.MonkeyPatch, config: 
     ratio = vae.spatial_compression_ratio
     x = torch.rand(*shape[:3], shape[3] * ratio, shape[4] * ratio, dtype=torch.float64) * 2 - 1
     for actual, eager in zip(run(vae, x, True), run(vae, x, False), strict=True):
-        assert_near(actual, eager, 1e-12)
+        assert_near(actual, eager, 1e-13)
 
 
 def test_float32_differs_by_rounding():
     vae = make_vae(torch.float32)
     x = torch.rand(1, 3, 9, 80, 96) * 2 - 1
     for actual, eager in zip(run(vae, x, True), run(vae, x, False), strict=True):
-        assert_near(actual, eager, 2e-6)
+        assert_near(actual, eager, 1e-6)
         assert not torch.equal(actual, eager)  # or it did not run
 
 
@@ -93,8 +94,8 @@ def test_streams(sizes: tuple[int, ...]):
         latents = torch.cat(moments, dim=2).chunk(2, dim=1)[0]
         counts = [part.shape[2] for part in moments]
         frames = [vae.decode(part, cache=decoder).sample for part in latents.split(counts, dim=2)]
-    assert_near(torch.cat(moments, dim=2), expected, 1e-12)
-    assert_near(torch.cat(frames, dim=2), sample, 1e-12)
+    assert_near(torch.cat(moments, dim=2), expected, 1e-13)
+    assert_near(torch.cat(frames, dim=2), sample, 1e-13)
 
 
 def test_a_stream_may_change_between_fused_and_eager():
@@ -106,7 +107,7 @@ def test_a_stream_may_change_between_fused_and_eager():
         for index, part in enumerate(x.split((1, 4, 4), dim=2)):
             vae.fuse() if index % 2 else vae.unfuse()
             moments.append(vae.encode(part, cache=cache).latent_dist.parameters)
-    assert_near(torch.cat(moments, dim=2), expected, 1e-12)
+    assert_near(torch.cat(moments, dim=2), expected, 1e-13)
 
 
 def test_tiles():
@@ -115,7 +116,7 @@ def test_tiles():
     expected, sample = run(vae, x, False)
     vae.enable_tiling(40, 56, 5)
     for actual, eager in zip(run(vae, x, True), (expected, sample), strict=True):
-        assert_near(actual, eager, 1e-12)
+        assert_near(actual, eager, 1e-13)
 
 
 def test_input_is_left_alone():
@@ -144,7 +145,7 @@ def test_state_dict_stays_stock_and_changed_weights_are_prepared_anew():
     vae.load_state_dict(other.state_dict())
     with torch.no_grad():
         actual = vae.encode(x).latent_dist.parameters
-        assert_near(actual, expected, 1e-12)
+        assert_near(actual, expected, 1e-13)
         vae.to(torch.float32)
         assert_near(vae.encode(x.float()).latent_dist.parameters.double(), expected, 1e-5)
 
@@ -161,7 +162,7 @@ def test_negative_threshold():
     with torch.no_grad():
         vae.bottleneck.iterations[0].threshold.fill_(-0.02)
     x = torch.rand(1, 3, 5, 32, 32, dtype=torch.float64) * 2 - 1
-    assert_near(run(vae, x, True)[1], run(vae, x, False)[1], 1e-12)
+    assert_near(run(vae, x, True)[1], run(vae, x, False)[1], 1e-13)
 
 
 def test_int8_is_near_and_does_not_depend_on_tiles_or_chunks():
@@ -171,12 +172,25 @@ def test_int8_is_near_and_does_not_depend_on_tiles_or_chunks():
     moments, frames = run(vae, x, True, weights="int8")
     for actual, right in ((moments, expected), (frames, sample)):
         error = (actual - right).square().mean().sqrt() / right.square().mean().sqrt()
-        assert 1e-6 < error < 2e-2
+        assert 1e-4 < error < 6e-3
     vae.enable_tiling(32, 40, 5)
     tiled, _ = run(vae, x, True, weights="int8")
     # Rounding may put an activation on the other side of an integer: few values, a step of int8 at most.
-    assert (tiled - moments).abs().max() < 2e-2 * moments.abs().max()
-    assert (tiled - moments).abs().median() < 1e-5 * moments.abs().max()
+    assert (tiled - moments).abs().max() < 5e-3 * moments.abs().max()
+    assert (tiled - moments).abs().median() < 1e-7 * moments.abs().max()
+
+
+def test_hooks_that_cast_layers_when_they_are_called_get_the_layers():
+    vae = make_vae(torch.float32)
+    x = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    vae.fuse()
+    vae.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    with torch.no_grad():
+        fused = vae.encode(x).latent_dist.parameters
+        vae.unfuse()
+        assert torch.equal(fused, vae.encode(x).latent_dist.parameters)
+    with pytest.raises(ValueError, match="`fuse` must be called on a model of one dtype on one device, got torch.f"):
+        vae.fuse()
 
 
 def test_errors():

@@ -6,9 +6,7 @@ model is imported here.
 """
 
 import argparse
-import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .leanvae import _read_pickle, _read_safetensors
+from .leanvae import count_matches, read_tensors, write_tensors
 
 
 # The sizes of the paper (table 1): name -> blocks, width, heads. No tensor of a checkpoint shows the heads.
@@ -89,7 +87,7 @@ def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         state_dict: Weights under original keys; prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
     """
     state_dict = _unwrap(state_dict)
-    keys = key_map(_count_blocks(state_dict, r"blocks\.(\d+)\..*"), _LABELS[0] in state_dict)
+    keys = key_map(count_matches(state_dict, r"blocks\.(\d+)\..*"), _LABELS[0] in state_dict)
     _check_keys(state_dict, set(keys))
     converted = {}
     for original, ours in keys.items():
@@ -104,7 +102,7 @@ def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Our weights to the original ones; inverse of [`from_original`], bit for bit."""
-    num_layers = 2 * _count_blocks(state_dict, r"transformer_blocks\.(\d+)\..*")
+    num_layers = 2 * count_matches(state_dict, r"transformer_blocks\.(\d+)\..*")
     keys = key_map(num_layers, _LABELS[1] in state_dict)
     _check_keys(state_dict, {name for ours in keys.values() for name in ours})
     converted = {}
@@ -139,17 +137,13 @@ def config_from_original(
         "attention_head_dim": dim // num_attention_heads,
         "in_channels": in_channels,
         "out_channels": state_dict["final_layer.linear.weight"].shape[0] // patch_size**2,
-        "num_layers": _count_blocks(state_dict, r"blocks\.(\d+)\..*"),
+        "num_layers": count_matches(state_dict, r"blocks\.(\d+)\..*"),
         "patch_size": patch_size,
         "sample_size": math.isqrt(num_patches) * patch_size,
         "num_latent_frames": state_dict["temp_embed"].shape[1],
         "num_classes": state_dict[_LABELS[0]].shape[0] - 1 if _LABELS[0] in state_dict else None,
         "mlp_ratio": state_dict["blocks.0.mlp.fc1.weight"].shape[0] / dim,
     }
-
-
-def _count_blocks(state_dict: Mapping[str, Any], pattern: str) -> int:
-    return len({match[1] for key in state_dict if (match := re.fullmatch(pattern, key))})
 
 
 def _unwrap(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,9 +172,7 @@ def read_original_checkpoint(
         ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"`path` must be an original Latte checkpoint, got {str(path)!r}, which is no file.")
-    args, tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    args, tensors = read_tensors(path, "Latte")
     tensors = _unwrap(tensors)
     prefixes = [key.removesuffix(_ANCHOR) for key in tensors if re.fullmatch(rf"(?:.*\.)?{_ANCHOR}", key)]
     if not prefixes:
@@ -222,12 +214,5 @@ def write_original_checkpoint(
     path = Path(path)
     args = {"num_heads": config["num_attention_heads"]}
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "args": json.dumps(args)})
-        else:
-            torch.save({"args": args, "model": tensors, "ema": tensors}, partial)  # the same tensors, written once
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # The same tensors twice are written once.
+    write_tensors(path, args, tensors, {"args": args, "model": tensors, "ema": tensors})

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -113,10 +114,10 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
         "latent_channels": state_dict[_ANCHOR].shape[0],
         "low_freq_dim": low_dim,
         "high_freq_dim": state_dict["encoder.image_high_proj.1.weight"].shape[0],
-        "num_branch_layers": _count(state_dict, r"encoder\.low_layer\.dconv_layer\.(\d+)\..*"),
-        "num_fusion_layers": _count(state_dict, r"encoder\.fusion_layer\.dconv_layer\.(\d+)\..*"),
-        "num_ista_iterations": _count(state_dict, r"latent_bottleneck\.weights\.(\d+)"),
-        "num_ista_layers": _count(state_dict, r"latent_bottleneck\.forward_l\.0\.dconv_layer\.(\d+)\..*"),
+        "num_branch_layers": count_matches(state_dict, r"encoder\.low_layer\.dconv_layer\.(\d+)\..*"),
+        "num_fusion_layers": count_matches(state_dict, r"encoder\.fusion_layer\.dconv_layer\.(\d+)\..*"),
+        "num_ista_iterations": count_matches(state_dict, r"latent_bottleneck\.weights\.(\d+)"),
+        "num_ista_layers": count_matches(state_dict, r"latent_bottleneck\.forward_l\.0\.dconv_layer\.(\d+)\..*"),
         "patch_size": [video_low // image_low, patch_width, patch_width],
     }
     for original, ours in CONFIG_MAP.items():
@@ -129,7 +130,8 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     return config
 
 
-def _count(state_dict: dict[str, torch.Tensor], pattern: str) -> int:
+def count_matches(state_dict: Mapping[str, Any], pattern: str) -> int:
+    r"""How many different numbers, the pattern's group, stand in the keys that match."""
     return len({match[1] for key in state_dict if (match := re.fullmatch(pattern, key))})
 
 
@@ -146,12 +148,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
         ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"`path` must be an original LeanVAE checkpoint, got {str(path)!r}, which is no file.")
-    if path.suffix == ".safetensors":
-        args, tensors = _read_safetensors(path)
-    else:
-        args, tensors = _read_pickle(path)
+    args, tensors = read_tensors(path, "LeanVAE")
     prefixes = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
     if not prefixes:
         raise ValueError(f"`path` must be an original LeanVAE checkpoint, got {str(path)!r} without {_ANCHOR!r}.")
@@ -162,6 +159,20 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
         return config_from_original(args, tensors), from_original(tensors)
     except KeyError as error:
         raise ValueError(f"`path` must be a complete LeanVAE checkpoint, got {str(path)!r} without {error}.") from None
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    r"""Arguments and tensors of an original checkpoint of some kind, which only the error names.
+
+    A pickle is opened with `weights_only=True`, and beyond tensors only `argparse.Namespace` is allowed. The keys of
+    a dictionary inside get its name in front, but for those of `state_dict`.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged, or a pickle with anything else inside.
+    """
+    if not path.is_file():
+        raise ValueError(f"`path` must be an original {kind} checkpoint, got {str(path)!r}, which is no file.")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -220,12 +231,19 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     args |= {name: config[name] for name in _EXTRA_CONFIG}
     args["patch_size"] = list(args["patch_size"])
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
+    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})
+
+
+def write_tensors(
+    path: Path, args: dict[str, Any], tensors: dict[str, torch.Tensor], checkpoint: dict[str, Any]
+) -> None:
+    r"""Write an original checkpoint beside and rename it: safetensors with `args`, or `checkpoint` as a torch file."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "args": json.dumps(args)})
         else:
-            torch.save({"args": args, "state_dict": tensors}, partial)
+            torch.save(checkpoint, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

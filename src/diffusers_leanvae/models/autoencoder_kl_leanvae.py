@@ -554,7 +554,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 `"auto"`: Triton for a model on a GPU where it is installed.
 
         Raises:
-            ValueError: If the model has adapters that are not merged, or is not what int8 needs.
+            ValueError: If the model has adapters that are not merged, or weights of several dtypes or on several
+                devices, or is not what int8 needs.
         """
         _check_choice("weights", weights, ("same", "int8"))
         _check_choice("kernels", kernels, ("auto", "torch", "triton"))
@@ -563,6 +564,10 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"`weights` 'int8' needs a float32 model on CPU without Triton, got {self.dtype} on {self.device}, "
                 f"`kernels` {kernels!r}."
             )
+        stored = {(parameter.dtype, parameter.device.type) for parameter in self.parameters()}
+        if len(stored) > 1:
+            places = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in stored))
+            raise ValueError(f"`fuse` must be called on a model of one dtype on one device, got {places}.")
         use_triton = kernels == "triton" or (kernels == "auto" and self.device.type == "cuda" and _has_triton())
         self._fused = None
         with torch.no_grad():
@@ -574,8 +579,14 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._fused = None
 
     def _current_fused(self, x: torch.Tensor) -> FusedLeanVAE | None:
-        r"""Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers."""
+        r"""Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers.
+
+        Nor where hooks bring the layers' weights to device or dtype of the input only when a layer is called.
+        """
         if self._fused is None or not works_in_place() or torch.is_autocast_enabled(x.device.type):
+            return None
+        weight = self.logvar_proj.weight
+        if weight.device != x.device or weight.dtype != x.dtype:
             return None
         if self._fused.signature != signature(self):
             self.fuse(*self._fuse_options)

@@ -15,7 +15,8 @@ Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/mode
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,45 +112,37 @@ class Int8Product:
 
 
 Product = type[DenseProduct] | type[Int8Product]
-
-
-def pad_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return F.pad(weight, (0, 0, 0, num_rows - weight.shape[0]))
+MakeBlock = Callable[[Any, float | None], "FusedBlock"]
 
 
 class FusedBlock:
-    r"""A [`LeanVAEBlock`] with prepared weights.
+    r"""A [`LeanVAEBlock`] with prepared weights; how it is computed, slab by slab or whole, is a subclass's matter.
 
     Args:
         block: The block; its weights are copied.
-        product: What computes the products of the feed-forward.
         threshold: Soft threshold of the output, if any.
     """
 
-    def __init__(
-        self,
-        block: LeanVAEBlock,
-        product: Product,
-        threshold: float | None = None,
-    ):
+    def __init__(self, block: LeanVAEBlock, threshold: float | None):
         conv, norm, up_proj, down_proj = block.conv, block.ff.norm, block.ff.up_proj, block.ff.down_proj
-        for layer, kind in ((up_proj, nn.Linear), (down_proj, nn.Linear)):
-            if type(layer) is not kind:
+        for layer in (up_proj, down_proj):
+            if type(layer) is not nn.Linear:
                 raise ValueError(f"`fuse` must be called on plain layers (merge adapters first), got {type(layer)}.")
         self.name, self.residual, self.threshold = conv.name, block.residual, threshold
         dtype, device = up_proj.weight.dtype, up_proj.weight.device
         # PyTorch has no fast 16-bit depthwise kernel on CPU; float32 there also keeps residual and norm exact.
         self.dtype = torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
-        weight = conv.weight.detach().to(self.dtype)  # (c, 1, 3, 3, 3)
-        self.taps = [weight[:, :, delay].contiguous() for delay in (2, 1, 0)]  # by delay in time
-        self.bias = conv.bias.detach().to(self.dtype)  # type: ignore[union-attr]
-        self.norm_weight, self.norm_bias = norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype)
+        vectors = (conv.weight, conv.bias, norm.weight, norm.bias)
+        self.conv_weight, self.bias, self.norm_weight, self.norm_bias = (
+            x.detach().to(self.dtype)  # type: ignore[union-attr]
+            for x in vectors
+        )
         self.eps = norm.eps
         inner_dim = block.ff.inner_dim
         self.inner_dim = -(-inner_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        value, gate = up_proj.weight.detach().split(inner_dim)
-        self.value, self.gate = product(pad_rows(value, self.inner_dim)), product(pad_rows(gate, self.inner_dim))
-        self.down = product(F.pad(down_proj.weight.detach(), (0, self.inner_dim - inner_dim)))
+        padding = self.inner_dim - inner_dim
+        value, gate = (F.pad(half, (0, 0, 0, padding)) for half in up_proj.weight.detach().split(inner_dim))
+        self._prepare(value, gate, F.pad(down_proj.weight.detach(), (0, padding)))
 
     def __call__(
         self,
@@ -160,23 +153,65 @@ class FusedBlock:
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""Overwrite `out` (by default `hidden_states`); `base` is added to the output of a block without residual."""
-        batch_size, num_steps, height, width, _ = hidden_states.shape
-        tails = None if cache is None else cache.exchange(self.name, hidden_states, 2)
+        tail = None if cache is None else cache.exchange(self.name, hidden_states, 2)
         target = hidden_states if out is None else out
+        self._compute(hidden_states, tail, target, base, workspace)
+        return target
+
+    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        r"""Keep the padded weights of the feed-forward, `(inner, c)` twice and `(c, inner)`, as they are needed."""
+        raise NotImplementedError
+
+    def _compute(
+        self,
+        hidden_states: torch.Tensor,
+        tail: torch.Tensor | None,
+        target: torch.Tensor,
+        base: torch.Tensor | None,
+        workspace: Workspace,
+    ) -> None:
+        r"""Write the block's output to `target`, which may be `hidden_states` itself."""
+        raise NotImplementedError
+
+
+class SlabBlock(FusedBlock):
+    r"""A block computed slab by slab, in plain PyTorch.
+
+    Args:
+        product: What computes the products of the feed-forward.
+    """
+
+    def __init__(self, block: LeanVAEBlock, threshold: float | None, product: Product):
+        self.product = product
+        super().__init__(block, threshold)
+
+    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        self.taps = [self.conv_weight[:, :, delay].contiguous() for delay in (2, 1, 0)]  # by delay in time
+        self.value, self.gate, self.down = (self.product(weight) for weight in (value, gate, down))
+
+    def _compute(
+        self,
+        hidden_states: torch.Tensor,
+        tail: torch.Tensor | None,
+        target: torch.Tensor,
+        base: torch.Tensor | None,
+        workspace: Workspace,
+    ) -> None:
+        batch_size, num_steps, height, width, _ = hidden_states.shape
+        is_in_place = target is hidden_states
         for item in range(batch_size):
-            frames, tail = hidden_states[item], None if tails is None else tails[item]
+            frames, item_tail = hidden_states[item], None if tail is None else tail[item]
             last_row: torch.Tensor | None = None  # of the strip above, before it was overwritten
             for slab in slabs(num_steps, height, width, workspace.num_tokens):
-                above = last_row if slab.top > 0 and out is None else None
-                if slab.bottom < height and out is None:
+                above = last_row if is_in_place and slab.top > 0 else None
+                if is_in_place and slab.bottom < height:
                     last_row = frames[slab.start, slab.bottom - 1].clone()
-                convolved = self._convolve(frames, tail, slab, above)
+                convolved = self._convolve(frames, item_tail, slab, above)
                 destination = target[item, slab.steps, slab.rows].view(convolved.shape)
                 residual = convolved if self.residual else None
                 if base is not None:
                     residual = base[item, slab.steps, slab.rows].view(convolved.shape)
                 self._feed_forward(convolved, residual, destination, workspace)
-        return target
 
     def _convolve(
         self, frames: torch.Tensor, tail: torch.Tensor | None, slab: Slab, above: torch.Tensor | None
@@ -227,41 +262,39 @@ class FusedBlock:
 class KernelBlock(FusedBlock):
     r"""A block of whole tensors for GPUs, where launching many small slabs would cost more than memory.
 
-    Takes the operations of `kernels.get("triton")`.
+    Args:
+        kernels: Operations of `kernels.get("triton")`.
     """
 
-    def __init__(self, block: LeanVAEBlock, product: Product, threshold: float | None, kernels: Kernels):
-        super().__init__(block, product, threshold)
+    def __init__(self, block: LeanVAEBlock, threshold: float | None, kernels: Kernels):
         self.kernels = kernels
-        self.weight = kernels.pack_weight(torch.stack(self.taps[::-1], dim=2))  # of (c, 1, 3, 3, 3)
-        self.up = torch.cat((self.value.weight, self.gate.weight))  # type: ignore[union-attr]
-        self.soft_threshold = None if threshold is None else self.bias.new_full((1,), threshold)
-        del self.taps, self.value, self.gate
+        super().__init__(block, threshold)
 
-    def __call__(
+    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        self.packed = self.kernels.pack_weight(self.conv_weight)
+        self.up, self.down = torch.cat((value, gate)), down.contiguous()
+        self.limit = None if self.threshold is None else self.bias.new_full((1,), self.threshold)
+
+    def _compute(
         self,
         hidden_states: torch.Tensor,
-        cache: TemporalCache | None,
+        tail: torch.Tensor | None,
+        target: torch.Tensor,
+        base: torch.Tensor | None,
         workspace: Workspace,
-        out: torch.Tensor | None = None,
-        base: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        tail = None if cache is None else cache.exchange(self.name, hidden_states, 2)
-        weights = (self.weight, self.bias, self.norm_weight, self.norm_bias, self.eps, self.residual)
-        convolved, normed = self.kernels.depthwise_conv_residual_norm(hidden_states, tail, *weights)
-        target = hidden_states if out is None else out
-        dim = target.shape[-1]
+    ) -> None:
+        parameters = (self.packed, self.bias, self.norm_weight, self.norm_bias, self.eps, self.residual)
+        convolved, normed = self.kernels.depthwise_conv_residual_norm(hidden_states, tail, *parameters)
         residual = convolved if self.residual else base
-        normed, flat = normed.view(-1, dim), target.view(-1, dim)
-        for part in slices(len(flat), 4 * self.inner_dim, flat.device):
+        normed, out = (x.view(-1, x.shape[-1]) for x in (normed, target))
+        for part in slices(len(out), 4 * self.inner_dim, out.device):
             hidden = self.kernels.gated_gelu(torch.mm(normed[part], self.up.t()))
             if residual is None:
-                self.down(hidden, flat[part])
+                torch.mm(hidden, self.down.t(), out=out[part])
             else:
-                torch.addmm(residual.view(-1, dim)[part], hidden, self.down.weight.t(), out=flat[part])  # type: ignore[union-attr]
-        if self.soft_threshold is not None:
-            self.kernels.soft_threshold_(target, self.soft_threshold)
-        return target
+                torch.addmm(residual.view(out.shape)[part], hidden, self.down.t(), out=out[part])
+        if self.limit is not None:
+            self.kernels.soft_threshold_(target, self.limit)
 
 
 def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
@@ -272,18 +305,12 @@ def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
 
 
 class FusedStack:
-    r"""A chain of blocks."""
+    r"""A chain of blocks; the output of the last one goes through a soft threshold, if there is one."""
 
-    def __init__(
-        self, blocks: LeanVAEBlocks, product: Product, kernels: Kernels | None, threshold: float | None = None
-    ):
-        self.blocks: list[FusedBlock] = []
-        for index, block in enumerate(blocks):
-            limit = threshold if index == len(blocks) - 1 else None
-            if kernels is None:
-                self.blocks.append(FusedBlock(block, product, limit))  # type: ignore[arg-type]
-            else:
-                self.blocks.append(KernelBlock(block, product, limit, kernels))  # type: ignore[arg-type]
+    def __init__(self, blocks: LeanVAEBlocks, make_block: MakeBlock, threshold: float | None = None):
+        last = len(blocks) - 1
+        self.blocks = [make_block(block, threshold if i == last else None) for i, block in enumerate(blocks)]
+        self.threshold = threshold
 
     def __call__(
         self,
@@ -294,6 +321,11 @@ class FusedStack:
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""Overwrite `hidden_states`, or with `out` leave it alone; `base` is added to the last output."""
+        if not self.blocks:
+            target = hidden_states if out is None else out.copy_(hidden_states)
+            if self.threshold is not None:
+                soft_threshold_(target, self.threshold)
+            return target if base is None else target.add_(base)
         for block in self.blocks:
             is_last = block is self.blocks[-1]
             hidden_states = block(hidden_states, cache, workspace, out, base if is_last else None)
@@ -378,18 +410,21 @@ class FusedLeanVAE:
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
-        product = Int8Product if weights == "int8" else DenseProduct
+        if kernels is None:
+            make_block: MakeBlock = partial(SlabBlock, product=Int8Product if weights == "int8" else DenseProduct)
+        else:
+            make_block = partial(KernelBlock, kernels=kernels)
         encoder, decoder, bottleneck = vae.encoder, vae.decoder, vae.bottleneck
         # With LayerNorm inside, the embedding is not linear, and stays as it is.
         self.embedding = None if vae.config["patch_norm"] else _patch_maps(vae, embed=True)
         self.encoder = encoder
         self.projection = _patch_maps(vae, embed=False)
         branches = (encoder.low_layers, encoder.high_layers) if self.separate else ()
-        self.encoder_branches = [FusedStack(layers, product, kernels) for layers in branches]
-        self.encoder_fusion = FusedStack(encoder.fusion_layers, product, kernels)
-        self.decoder_fusion = FusedStack(decoder.fusion_layers, product, kernels)
+        self.encoder_branches = [FusedStack(layers, make_block) for layers in branches]
+        self.encoder_fusion = FusedStack(encoder.fusion_layers, make_block)
+        self.decoder_fusion = FusedStack(decoder.fusion_layers, make_block)
         branches = (decoder.low_layers, decoder.high_layers) if self.separate else ()
-        self.decoder_branches = [FusedStack(layers, product, kernels) for layers in branches]
+        self.decoder_branches = [FusedStack(layers, make_block) for layers in branches]
         logvar = vae.logvar_proj
         self.iterations: list[tuple[float, FusedStack, FusedStack]] = []
         if vae.config["bottleneck_type"] == "linear":
@@ -404,10 +439,8 @@ class FusedLeanVAE:
                 step_size, threshold = iteration.step_size.item(), iteration.threshold.item()
                 if index == 0:
                     self.start = _first_gradient_step(bottleneck.initial.detach(), self.phi, step_size)
-                forward = FusedStack(iteration.forward_transform, product, kernels, threshold)
-                self.iterations.append(
-                    (step_size, forward, FusedStack(iteration.backward_transform, product, kernels))
-                )
+                forward = FusedStack(iteration.forward_transform, make_block, threshold)
+                self.iterations.append((step_size, forward, FusedStack(iteration.backward_transform, make_block)))
         self.heads = torch.cat((heads, logvar.weight)).detach()  # (2z, c)
         self.heads_bias = torch.cat((bias, logvar.bias)).detach()
         stacks = [self.encoder_fusion, self.decoder_fusion, *self.encoder_branches, *self.decoder_branches]
@@ -418,9 +451,9 @@ class FusedLeanVAE:
         r"""Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
         workspace = Workspace(x, self.max_inner_dim, x.shape[4] // self.ratios[1])
         branches = self._embed(x, is_first, workspace)  # (B, t, h, w, dim) each
-        branches = [
-            stack(part, cache, workspace) for stack, part in zip(self.encoder_branches, branches, strict=False)
-        ] or branches
+        if self.separate:
+            stacks = zip(self.encoder_branches, branches, strict=True)
+            branches = [stack(part, cache, workspace) for stack, part in stacks]
         tokens = torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]
         del branches
         tokens = self.encoder_fusion(tokens, cache, workspace)
@@ -462,9 +495,9 @@ class FusedLeanVAE:
         tokens = self.decoder_fusion(tokens, cache, workspace)
         branches = [part.contiguous() for part in tokens.split(self.dims, dim=-1)]
         del tokens
-        branches = [
-            stack(part, cache, workspace) for stack, part in zip(self.decoder_branches, branches, strict=False)
-        ] or branches
+        if self.separate:
+            stacks = zip(self.decoder_branches, branches, strict=True)
+            branches = [stack(part, cache, workspace) for stack, part in stacks]
         return self._project(branches, is_first, workspace)
 
     def _gradient_step(self, tokens: torch.Tensor, latents: torch.Tensor, step_size: float) -> None:
