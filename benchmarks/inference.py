@@ -108,10 +108,14 @@ class Worker:
         self.is_alive = True
         other.close()
         self.reserve, self.max_seconds = reserve, max_seconds
-        self._ask(available_memory(reserve))
+        self._ask(self._limit())
 
     def measure(self, direction: str, size: tuple[int, ...], is_first: bool, with_floor: bool) -> dict[str, Any]:
-        return self._ask((direction, size, is_first, with_floor, available_memory(self.reserve)))
+        return self._ask((direction, size, is_first, with_floor, self._limit()))
+
+    def _limit(self) -> int | None:
+        # On a GPU its own memory is the limit, and CUDA reserves more address space than any limit would grant.
+        return None if torch.cuda.is_available() else available_memory(self.reserve)
 
     def _ask(self, request: Any) -> dict[str, Any]:
         left = available_memory(self.reserve)

@@ -47,7 +47,9 @@ def judge_clips(vae: Any, clips: MovingShapes) -> dict[str, Any]:
     for index in range(len(clips)):
         item = clips[index]
         labels.append(item.class_label)
-        videos.append(item.pixels if vae is None else vae(item.pixels[None]).sample[0].clamp(-1, 1))
+        videos.append(
+            item.pixels if vae is None else vae(item.pixels[None].to(vae.device)).sample[0].clamp(-1, 1).cpu()
+        )
     return judge(torch.stack(videos), labels)
 
 
@@ -65,7 +67,7 @@ def judge_generator(pipeline: Any, scale: float, options: argparse.Namespace) ->
             output_type="pt",
             return_dict=False,
         )[0]  # (B, T, C, H, W) in [0, 1]
-        videos.append(output.permute(0, 2, 1, 3, 4) * 2 - 1)
+        videos.append(output.cpu().permute(0, 2, 1, 3, 4) * 2 - 1)
     seconds = (time.perf_counter() - started) / len(labels)
     sample = torch.cat(videos)
     return judge(sample, labels) | {"seconds_per_video": round(seconds, 3)}, sample
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--device", default="cpu", help="that generates, cpu or cuda; noise is always the CPU's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=ROOT / "results/bench_shapes.json")
     options = parser.parse_args()
@@ -93,7 +96,7 @@ def main() -> None:
     clips = MovingShapes(num_clips=options.num_clips, seed=2)
     add("drawn", None, judge_clips(None, clips))
     for name in options.pipelines:
-        pipeline = load_pipeline(name, torch.device("cpu"), torch.float32)
+        pipeline = load_pipeline(name, torch.device(options.device), torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         shown = name if name in bundled.PIPELINES else "/".join(Path(name).parts[-2:])
         add(f"drawn, through the autoencoder of {shown}", None, judge_clips(pipeline.vae, clips))

@@ -53,7 +53,8 @@ def test_reference_is_the_block_of_the_model(residual: bool):
                 1e-5,
                 residual,
             )
-            gated = operations.gated_gelu(F.linear(normed, block.ff.up_proj.weight).flatten(0, 3))
+            alternating = block.ff.up_proj.weight.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+            gated = operations.gated_projection(normed.flatten(0, 3), alternating)
             change = F.linear(gated, block.ff.down_proj.weight).view_as(output)
             torch.testing.assert_close(output + change if residual else change, expected, rtol=0, atol=1e-12)
             tail = chunk[:, -2:]
@@ -96,6 +97,8 @@ def test_what_else_is_refused():
         kernels.get("cuda")
     with pytest.raises(ValueError, match="`projected` must be a non-empty"):
         eager.gated_gelu(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="`hidden_states` must be non-empty"):
+        eager.gated_projection(torch.zeros(0, 5), torch.zeros(4, 5))
     with pytest.raises(ValueError, match="`threshold` must have one element"):
         eager.soft_threshold_(torch.zeros(3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"`examples` must be tensors on a CUDA device, at least one, got \['cpu'\]"):
@@ -129,6 +132,7 @@ def test_parity_under_the_interpreter():
         ("triton_conv._conv_norm_kernel", {"CHANNELS": 24, "BLOCK_C": 32, "BLOCK_W": 32, "STEPS": 2, "MAX_STEPS": 4}),
         ("triton_pointwise._gated_gelu_kernel", {"BLOCK_N": 8, "BLOCK_I": 256}),
         ("triton_pointwise._soft_threshold_kernel", {"BLOCK": 2048}),
+        ("triton_gated._gated_projection_kernel", {"CHANNELS": 512, "GROUP": 8, "UPCAST": False}),
     ],
 )
 def test_compiles_for_a_gpu(
@@ -148,6 +152,11 @@ def test_compiles_for_a_gpu(
     if module == "triton_conv":
         constants = constants | {"HAS_TAIL": True, "RESIDUAL": True, "ROWS": 4}
     kinds = {argument: "*bf16" if argument.endswith("_ptr") else "i32" for argument in function.arg_names}
+    if module == "triton_gated":
+        rows, columns, depth = (128, 256, 64) if architecture == 90 else (128, 128, 32)
+        constants = constants | {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}
+        blocks = {"hidden_states": [rows, depth], "weight": [columns, depth], "output": [rows, columns // 2]}
+        kinds |= {name: f"tensordesc<bf16{block}>" for name, block in blocks.items()}
     kinds |= {argument: "constexpr" for argument in constants} | ({"eps": "fp32"} if "eps" in kinds else {})
     compiled = triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", architecture, 32))
     assert len(compiled.asm["cubin"]) > 1000

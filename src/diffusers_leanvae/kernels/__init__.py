@@ -15,6 +15,7 @@ class Kernels(NamedTuple):
 
     depthwise_conv_residual_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gated_gelu: Callable[[torch.Tensor], torch.Tensor]
+    gated_projection: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     soft_threshold_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     pack_weight: Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,17 +25,24 @@ def get(implementation: str) -> Kernels:
     if implementation == "eager":
         from . import eager
 
-        return Kernels(eager.depthwise_conv_residual_norm, eager.gated_gelu, eager.soft_threshold_, eager.pack_weight)
+        return Kernels(
+            eager.depthwise_conv_residual_norm,
+            eager.gated_gelu,
+            eager.gated_projection,
+            eager.soft_threshold_,
+            eager.pack_weight,
+        )
     if implementation == "triton":
         try:
             import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError('These kernels need Triton: pip install "diffusers-leanvae[triton]"') from error
-        from . import triton_conv, triton_pointwise
+        from . import triton_conv, triton_gated, triton_pointwise
 
         return Kernels(
             triton_conv.depthwise_conv_residual_norm,
             triton_pointwise.gated_gelu,
+            triton_gated.gated_projection,
             triton_pointwise.soft_threshold_,
             triton_conv.pack_weight,
         )

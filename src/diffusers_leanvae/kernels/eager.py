@@ -49,13 +49,28 @@ def depthwise_conv_residual_norm(
 
 
 def gated_gelu(projected: torch.Tensor) -> torch.Tensor:
-    r"""`gelu(gate) * value` of values and gates side by side, `(tokens, 2 * inner)` to `(tokens, inner)`.
+    r"""`value * gelu(gate)`, `(tokens, 2 * inner)` to `(tokens, inner)`; in a row, values and gates alternate.
 
-    The first half of a row are the values. The gelu is the exact one.
+    The gelu is the exact one.
     """
     check_gated_arguments(projected)
-    value, gate = projected.to(_computed_in(projected)).chunk(2, dim=-1)
-    return (F.gelu(gate) * value).to(projected.dtype)
+    value, gate = projected.to(_computed_in(projected)).unflatten(1, (-1, 2)).unbind(2)
+    return (value * F.gelu(gate)).to(projected.dtype)
+
+
+def gated_projection(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    r"""First half of a gated feed-forward: [`gated_gelu`] of `hidden_states @ weight.T`.
+
+    Args:
+        hidden_states: `(tokens, channels)`.
+        weight: `(2 * inner, channels)`, rows of values and of gates alternating.
+
+    Returns:
+        `(tokens, inner)`.
+    """
+    check_projection_arguments(hidden_states, weight)
+    dtype = _computed_in(hidden_states)
+    return gated_gelu(F.linear(hidden_states.to(dtype), weight.to(dtype))).to(hidden_states.dtype)
 
 
 def soft_threshold_(hidden_states: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -99,6 +114,15 @@ def check_depthwise_arguments(
 def check_gated_arguments(projected: torch.Tensor) -> None:
     if projected.ndim != 2 or projected.shape[1] % 2 or 0 in projected.shape:
         raise ValueError(f"`projected` must be a non-empty (tokens, 2 * inner), got {tuple(projected.shape)}.")
+
+
+def check_projection_arguments(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+    if hidden_states.ndim != 2 or 0 in hidden_states.shape:
+        raise ValueError(f"`hidden_states` must be non-empty (tokens, channels), got {tuple(hidden_states.shape)}.")
+    if weight.ndim != 2 or weight.shape[0] % 2 or weight.shape[1] != hidden_states.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"`weight` must be (2 * inner, {hidden_states.shape[1]}) for these channels, got {tuple(weight.shape)}."
+        )
 
 
 def check_threshold_arguments(threshold: torch.Tensor) -> None:

@@ -30,6 +30,7 @@ from .temporal_cache import TemporalCache
 
 WIDTH_MULTIPLE = 32  # of inner widths: aligned rows in every dtype, whole tiles of matrix kernels
 CPU_SLAB_TOKENS = 1024  # enough rows for full speed of a product, few enough to stay in the cache
+SLICES_ON_GPU = 8  # of the memory that a slice may have: some 50,000 tokens of width 512, more are not faster
 
 
 class Slab(NamedTuple):
@@ -70,12 +71,16 @@ class Workspace:
         num_tokens: Tokens of a slab; a slab of whole rows may have a few more.
     """
 
-    def __init__(self, like: torch.Tensor, max_inner_dim: int, width: int):
+    def __init__(self, like: torch.Tensor, max_inner_dim: int):
         limit = slice_elements(like.device) // (2 * max_inner_dim)
         self.num_tokens = min(CPU_SLAB_TOKENS, limit) if like.device.type == "cpu" else limit
-        self._buffers = [like.new_empty(max(self.num_tokens, width) * max_inner_dim) for _ in range(2)]
+        self._buffers = [like.new_empty(0) for _ in range(2)]
+        self._max_inner_dim = max_inner_dim
 
     def take(self, index: int, num_tokens: int, dim: int) -> torch.Tensor:
+        r"""`(num_tokens, dim)` of buffer 0 or 1, with anything in it."""
+        if self._buffers[index].numel() < num_tokens * dim:
+            self._buffers[index] = self._buffers[index].new_empty(num_tokens * self._max_inner_dim)
         return self._buffers[index][: num_tokens * dim].view(num_tokens, dim)
 
 
@@ -149,14 +154,12 @@ class FusedBlock:
         hidden_states: torch.Tensor,
         cache: TemporalCache | None,
         workspace: Workspace,
-        out: torch.Tensor | None = None,
+        keeps_input: bool = False,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        r"""Overwrite `out` (by default `hidden_states`); `base` is added to the output of a block without residual."""
+        r"""Overwrites `hidden_states`, unless told to keep it, and `base`, which a block without residual adds."""
         tail = None if cache is None else cache.exchange(self.name, hidden_states, 2)
-        target = hidden_states if out is None else out
-        self._compute(hidden_states, tail, target, base, workspace)
-        return target
+        return self._compute(hidden_states, tail, keeps_input, base, workspace)
 
     def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
         r"""Keep the padded weights of the feed-forward, `(inner, c)` twice and `(c, inner)`, as they are needed."""
@@ -166,11 +169,10 @@ class FusedBlock:
         self,
         hidden_states: torch.Tensor,
         tail: torch.Tensor | None,
-        target: torch.Tensor,
+        keeps_input: bool,
         base: torch.Tensor | None,
         workspace: Workspace,
-    ) -> None:
-        r"""Write the block's output to `target`, which may be `hidden_states` itself."""
+    ) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -193,12 +195,13 @@ class SlabBlock(FusedBlock):
         self,
         hidden_states: torch.Tensor,
         tail: torch.Tensor | None,
-        target: torch.Tensor,
+        keeps_input: bool,
         base: torch.Tensor | None,
         workspace: Workspace,
-    ) -> None:
+    ) -> torch.Tensor:
         batch_size, num_steps, height, width, _ = hidden_states.shape
-        is_in_place = target is hidden_states
+        is_in_place = not keeps_input
+        target = hidden_states if is_in_place else torch.empty_like(hidden_states)
         for item in range(batch_size):
             frames, item_tail = hidden_states[item], None if tail is None else tail[item]
             last_row: torch.Tensor | None = None  # of the strip above, before it was overwritten
@@ -212,6 +215,7 @@ class SlabBlock(FusedBlock):
                 if base is not None:
                     residual = base[item, slab.steps, slab.rows].view(convolved.shape)
                 self._feed_forward(convolved, residual, destination, workspace)
+        return target
 
     def _convolve(
         self, frames: torch.Tensor, tail: torch.Tensor | None, slab: Slab, above: torch.Tensor | None
@@ -272,29 +276,30 @@ class KernelBlock(FusedBlock):
 
     def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
         self.packed = self.kernels.pack_weight(self.conv_weight)
-        self.up, self.down = torch.cat((value, gate)), down.contiguous()
+        self.up, self.down = torch.stack((value, gate), dim=1).flatten(0, 1), down.contiguous()
         self.limit = None if self.threshold is None else self.bias.new_full((1,), self.threshold)
 
     def _compute(
         self,
         hidden_states: torch.Tensor,
         tail: torch.Tensor | None,
-        target: torch.Tensor,
+        keeps_input: bool,
         base: torch.Tensor | None,
         workspace: Workspace,
-    ) -> None:
+    ) -> torch.Tensor:
         parameters = (self.packed, self.bias, self.norm_weight, self.norm_bias, self.eps, self.residual)
         convolved, normed = self.kernels.depthwise_conv_residual_norm(hidden_states, tail, *parameters)
-        residual = convolved if self.residual else base
-        normed, out = (x.view(-1, x.shape[-1]) for x in (normed, target))
-        for part in slices(len(out), 4 * self.inner_dim, out.device):
-            hidden = self.kernels.gated_gelu(torch.mm(normed[part], self.up.t()))
-            if residual is None:
-                torch.mm(hidden, self.down.t(), out=out[part])
+        target = convolved if base is None else base
+        rows, normed = target.view(-1, target.shape[-1]), normed.view(-1, normed.shape[-1])
+        for part in slices(len(rows), SLICES_ON_GPU * self.inner_dim, rows.device):
+            hidden = self.kernels.gated_projection(normed[part], self.up)
+            if self.residual or base is not None:
+                rows[part].addmm_(hidden, self.down.t())
             else:
-                torch.addmm(residual.view(out.shape)[part], hidden, self.down.t(), out=out[part])
+                torch.mm(hidden, self.down.t(), out=rows[part])
         if self.limit is not None:
             self.kernels.soft_threshold_(target, self.limit)
+        return target
 
 
 def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
@@ -317,19 +322,19 @@ class FusedStack:
         hidden_states: torch.Tensor,
         cache: TemporalCache | None,
         workspace: Workspace,
-        out: torch.Tensor | None = None,
+        keeps_input: bool = False,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        r"""Overwrite `hidden_states`, or with `out` leave it alone; `base` is added to the last output."""
+        r"""Overwrites `hidden_states`, unless told to keep it, and `base`, which is added to the last output."""
         if not self.blocks:
-            target = hidden_states if out is None else out.copy_(hidden_states)
+            hidden_states = hidden_states.clone() if keeps_input else hidden_states
             if self.threshold is not None:
-                soft_threshold_(target, self.threshold)
-            return target if base is None else target.add_(base)
+                soft_threshold_(hidden_states, self.threshold)
+            return hidden_states if base is None else hidden_states.add_(base)
         for block in self.blocks:
             is_last = block is self.blocks[-1]
-            hidden_states = block(hidden_states, cache, workspace, out, base if is_last else None)
-            out = None
+            hidden_states = block(hidden_states, cache, workspace, keeps_input, base if is_last else None)
+            keeps_input = False
         return hidden_states
 
 
@@ -449,7 +454,7 @@ class FusedLeanVAE:
 
     def encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
-        workspace = Workspace(x, self.max_inner_dim, x.shape[4] // self.ratios[1])
+        workspace = Workspace(x, self.max_inner_dim)
         branches = self._embed(x, is_first, workspace)  # (B, t, h, w, dim) each
         if self.separate:
             stacks = zip(self.encoder_branches, branches, strict=True)
@@ -483,13 +488,13 @@ class FusedLeanVAE:
 
     def decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
-        workspace = Workspace(z, self.max_inner_dim, z.shape[4])
+        workspace = Workspace(z, self.max_inner_dim)
         latents = z.permute(0, 2, 3, 4, 1).contiguous()
         tokens = F.linear(latents, self.start, self.start_bias)  # (B, t, h, w, c)
         for index, (step_size, forward, backward) in enumerate(self.iterations):
             if index > 0:
                 self._gradient_step(tokens, latents, step_size)
-            sparse = forward(tokens, cache, workspace, out=torch.empty_like(tokens))
+            sparse = forward(tokens, cache, workspace, keeps_input=True)
             tokens = backward(sparse, cache, workspace, base=tokens)
             del sparse
         tokens = self.decoder_fusion(tokens, cache, workspace)
