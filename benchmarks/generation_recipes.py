@@ -13,7 +13,6 @@ square error of the predicted clean latents, normalised per channel: 1 is what p
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path

@@ -11,19 +11,42 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.bundled import model_path
 from diffusers_leanvae.evaluation.run import evaluate_reconstruction
+from diffusers_leanvae.models import fused
 from diffusers_leanvae.results import write_result
+
+
+class SimulatedFloat8:
+    """`x @ weight.T` as units for float8 (e4m3) would compute it: a scale per channel and per token, exact sums."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = self._round(weight)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return torch.mm(self._round(x), self.weight.t(), out=out)
+
+    @staticmethod
+    def _round(x: torch.Tensor) -> torch.Tensor:
+        scale = (x.abs().amax(dim=1, keepdim=True) / 448).clamp(min=1e-12)
+        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def simulate_float8(vae: AutoencoderKLLeanVAE) -> None:
+    with mock.patch.object(fused, "Int8Product", SimulatedFloat8):
+        vae.fuse("int8")
 
 
 VARIANTS: dict[str, tuple[torch.dtype, Callable[[AutoencoderKLLeanVAE], None]]] = {
     "float32": (torch.float32, lambda vae: None),
     "float32, fused": (torch.float32, lambda vae: vae.fuse()),
     "int8, fused": (torch.float32, lambda vae: vae.fuse("int8")),
+    "float8 (simulated), fused": (torch.float32, simulate_float8),
     "bfloat16": (torch.bfloat16, lambda vae: None),
     "bfloat16, fused": (torch.bfloat16, lambda vae: vae.fuse()),
 }
@@ -33,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder of videos")
     parser.add_argument("--models", nargs="+", default=["compact-16ch", "compact-4ch"], help="bundled models")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--num-frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -42,7 +66,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in options.models:
         reference: dict[str, Any] = {}
-        for name, (dtype, prepare) in VARIANTS.items():
+        for name in options.variants:
+            dtype, prepare = VARIANTS[name]
             vae = AutoencoderKLLeanVAE.from_pretrained(model_path(model), torch_dtype=dtype).eval()
             prepare(vae)
             quality = evaluate_reconstruction(vae, options.folder, options.num_frames, options.size)

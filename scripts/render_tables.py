@@ -13,6 +13,7 @@ import difflib
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,9 @@ def inference(results: Path) -> str:
     return f"{markdown_table(header, lines)}\n{about}{''.join(notes)}\n{source_line(path, result)}"
 
 
-def inference_floor(results: Path) -> str:
+def inference_floor(results: Path, name: str = "bench_inference") -> str:
     r"""LeanVAE beside its matrix products, one line for each variant and size."""
-    path = results / "bench_inference.json"
+    path = results / f"{name}.json"
     if not path.is_file():
         return ""
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -220,6 +221,35 @@ def inference_floor(results: Path) -> str:
                 keys = ("seconds", "floor_seconds", "time_over_floor")
                 lines.append([*map(cell, (*subject, size)), *(cell(call.get(key)) for call in pair for key in keys)])
     return f"{markdown_table(header, lines)}\n{source_line(path, result)}"
+
+
+def gpu(results: Path) -> str:
+    r"""Every variant on a GPU, encoding and decoding in one line."""
+    path = results / "bench_gpu.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    columns = {
+        "ms": "seconds",
+        "share of peak": "share_of_peak",
+        "MiB": "peak_mib",
+        "over eager float32": "speed_up_over_eager_float32",
+        "over eager bfloat16": "speed_up_over_eager_bfloat16",
+    }
+    header = ["video", "variant", "dtype", *(f"{way}: {name}" for way in ("encode", "decode") for name in columns)]
+    calls: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        calls.setdefault((cell(row["video"]), row["variant"], row["dtype"]), {})[row["direction"]] = row
+    lines = []
+    for subject, pair in calls.items():
+        line = list(subject)
+        for row in (pair.get("encode", {}), pair.get("decode", {})):
+            figures = row | ({"seconds": 1e3 * row["seconds"]} if "seconds" in row else {})
+            line += [cell(figures.get(key)) for key in columns.values()]
+        lines.append(line)
+    peaks = ", ".join(f"{dtype} {cell(peak)}" for dtype, peak in result["peak_tflops"].items())
+    about = f"Peak: the fastest square matrix product measured there, in TFLOP/s: {peaks}.\n"
+    return f"{markdown_table(header, lines)}\n{about}\n{source_line(path, result)}"
 
 
 def inference_linearity(results: Path) -> str:
@@ -246,6 +276,8 @@ TABLES = {
     "training": training,
     "inference": inference,
     "inference_floor": inference_floor,
+    "inference_floor_amx": partial(inference_floor, name="bench_inference_amx"),
+    "gpu": gpu,
     "inference_linearity": inference_linearity,
 }
 

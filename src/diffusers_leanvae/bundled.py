@@ -15,7 +15,7 @@ class BundledPipeline(NamedTuple):
     guidance_scale: float  # at which it does best, see results/bench_shapes.json
 
 
-PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=3.0)}
+PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=2.0)}
 
 
 def model_path(name: str) -> Path:

@@ -6,6 +6,7 @@ loads the next one's factors through tensor descriptors while the gate of this o
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -67,7 +68,7 @@ def _gated_projection_kernel(
 
 
 @functools.cache
-def _settings(device: torch.device) -> tuple[dict[str, int], dict[str, int], int]:
+def _settings(device: torch.device) -> tuple[dict[str, Any], dict[str, Any], int]:
     r"""Block sizes, launch options and number of programs that suit a device."""
     if IS_INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}, {}, 2
@@ -100,6 +101,8 @@ def _launch(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows, columns, depth = blocks.values()
     num_tiles = triton.cdiv(num_tokens, rows) * triton.cdiv(num_columns, columns)
     num_programs = min(num_programs, num_tiles)
+    # The interpreter's product takes bfloat16 for integers.
+    constants = {"CHANNELS": channels, **blocks, "GROUP": 8, "UPCAST": IS_INTERPRETED}
     with on_device(hidden_states):
         _gated_projection_kernel[(num_programs,)](
             TensorDescriptor.from_tensor(hidden_states, [rows, depth]),
@@ -108,10 +111,7 @@ def _launch(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             num_tokens,
             num_columns,
             num_programs,
-            CHANNELS=channels,
-            **blocks,
-            GROUP=8,
-            UPCAST=IS_INTERPRETED,  # the interpreter's product takes bfloat16 for integers
+            **constants,
             **options,
         )
     return output
