@@ -28,8 +28,6 @@ import contextlib
 import copy
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -52,12 +50,14 @@ from diffusers_leanvae.checkpoints import (
     load_data_state,
     remove_leftovers,
     save_checkpoint,
+    write_folder,
 )
 from diffusers_leanvae.data import open_training_data
 from diffusers_leanvae.data_named import open_named_dataset
 from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
 from diffusers_leanvae.finetuning import CHECKPOINT_SUFFIXES, load_vae
 from diffusers_leanvae.generation import video_grid
+from diffusers_leanvae.hub import upload_folder
 from diffusers_leanvae.latent_cache import LatentFolder
 from diffusers_leanvae.latent_data import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
 from diffusers_leanvae.latents import normalize_latents
@@ -634,22 +634,16 @@ def main(arguments: list[str] | None = None) -> None:
         if recipe.save_dtype != "float32":
             averaged.to(getattr(torch, recipe.save_dtype))
         pipeline = build_pipeline(recipe, vae, averaged, id2label)
-        partial, folder = output / "pipeline.partial", output / "pipeline"
-        shutil.rmtree(partial, ignore_errors=True)
-        pipeline.save_pretrained(partial)
         run = asdict(progress) | {"minutes": (time.monotonic() - started) / 60}
         for name in ("log", "validation"):
             path = output / f"{name}.jsonl"
             run[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
-        write_pipeline_card(partial, recipe, pipeline, run)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        say(f"saved {folder}")
+        with write_folder(output / "pipeline") as folder:
+            pipeline.save_pretrained(folder)
+            write_pipeline_card(folder, recipe, pipeline, run)
+        say(f"saved {output / 'pipeline'}")
         if recipe.push_to_hub is not None:
-            from huggingface_hub import HfApi
-
-            HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=folder)
+            upload_folder(output / "pipeline", recipe.push_to_hub)
             say(f"uploaded to {recipe.push_to_hub}")
     data.close()
     accelerator.wait_for_everyone()

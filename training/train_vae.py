@@ -53,10 +53,12 @@ from diffusers_leanvae.checkpoints import (
     load_data_state,
     remove_leftovers,
     save_checkpoint,
+    write_folder,
 )
 from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sample
 from diffusers_leanvae.discriminator import DiscriminatorTrainingModule, PatchDiscriminator2d, PatchDiscriminator3d
 from diffusers_leanvae.finetuning import add_lora, freeze_encoder, load_vae
+from diffusers_leanvae.hub import upload_folder
 from diffusers_leanvae.initialization import initialize_from_principal_components
 from diffusers_leanvae.latent_data import measure_statistics
 from diffusers_leanvae.model_card import describe_recipe, write_model_card
@@ -530,18 +532,16 @@ def main(arguments: list[str] | None = None) -> None:
             averaged.register_to_config(latents_mean=mean, latents_std=std)
         if recipe.save_dtype != "float32":
             averaged.to(getattr(torch, recipe.save_dtype))
-        averaged.save_pretrained(output / "vae")
         run = asdict(progress) | {"minutes": (time.monotonic() - started) / 60}
         for name in ("log", "validation"):
             path = output / f"{name}.jsonl"
             run[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
-        write_model_card(output / "vae", recipe, averaged, run)
+        with write_folder(output / "vae") as folder:
+            averaged.save_pretrained(folder)
+            write_model_card(folder, recipe, averaged, run)
         say(f"saved {output / 'vae'}")
         if recipe.push_to_hub is not None:
-            from huggingface_hub import HfApi
-
-            HfApi().create_repo(recipe.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=recipe.push_to_hub, folder_path=output / "vae")
+            upload_folder(output / "vae", recipe.push_to_hub)
             say(f"uploaded to {recipe.push_to_hub}")
     dataset.close()
     accelerator.wait_for_everyone()

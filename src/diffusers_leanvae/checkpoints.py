@@ -1,4 +1,4 @@
-"""Files of a training run that survive a kill at any moment: checkpoints and logs.
+"""Files of a training run that survive a kill at any moment: checkpoints, logs and what it exports.
 
 A checkpoint is written beside and renamed, so that a folder named `step-*` is always whole. A run that resumes drops
 what the killed one logged beyond it.
@@ -7,7 +7,8 @@ what the killed one logged beyond it.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,17 @@ def remove_leftovers(folder: Path) -> None:
     """Remove checkpoints that a killed run did not finish writing or removing."""
     for leftover in [*folder.glob("stale-*"), *folder.glob("partial-*")]:
         shutil.rmtree(leftover)
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when all is written; the former one stays until then."""
+    partial, former = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "former"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, former)
+    os.replace(partial, folder)
+    shutil.rmtree(former, ignore_errors=True)

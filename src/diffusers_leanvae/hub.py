@@ -161,10 +161,21 @@ def push_to_hub(
     """
     if repo_id.count("/") != 1:
         raise ValueError(f"`repo_id` must be `user/name`, got {repo_id!r}.")
-    api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         card = render_hub_card(model, repo_id) if card is None else card
         Path(folder, "README.md").write_text(card, encoding="utf-8")
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+        return upload_folder(Path(folder), repo_id, private, token, commit_message)
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload with diffusers-leanvae",
+) -> str:
+    r"""Upload a saved model as one commit, to a repository that is made if it does not exist; returns its address."""
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
