@@ -173,9 +173,11 @@ class Pool:
                     worker = self.workers[settings] = Worker(settings, self.reserve, self.max_seconds)
                 return worker.measure(record["direction"], tuple(record["video"]), is_first, with_floor)
             except OutOfMemory:
-                if attempt:
+                was_alone = not self.workers.keys() - {settings}
+                self.stop()
+                if attempt or was_alone:
                     raise
-                self.stop()  # once more with the machine to itself
+                # Once more with the machine to itself.
         raise AssertionError
 
     def stop(self) -> None:
