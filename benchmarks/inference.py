@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--max-call-seconds", type=float, default=3600.0)
     parser.add_argument("--reserve-gib", type=float, default=1.0, help="memory that stays free")
     parser.add_argument("--retry", action="store_true", help="measure again what had failed")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write what `--state` holds")
     parser.add_argument("--state", type=Path, default=Path("outputs/bench_inference_state.json"))
     parser.add_argument("--output", type=Path, default=Path("results/bench_inference.json"))
     options = parser.parse_args()
@@ -263,7 +264,10 @@ def main() -> None:
     torch.set_num_threads(max(options.threads))  # which the provenance tells
     started = time.monotonic()
     state = State(options.state)
-    plan = [state.adopt(record, options.retry) for record in make_plan(options)]
+    if options.report:
+        plan = list(state.content["records"].values())
+    else:
+        plan = [state.adopt(record, options.retry) for record in make_plan(options)]
     pool = Pool(int(options.reserve_gib * 2**30), options.max_call_seconds)
 
     def save(record: Record) -> None:
@@ -272,7 +276,8 @@ def main() -> None:
 
     try:
         for group in benchmark.groups_of(plan):
-            benchmark.run_rounds(group, pool.measure, options.repeats, options.budget, save)
+            if not options.report:
+                benchmark.run_rounds(group, pool.measure, options.repeats, options.budget, save)
             rows = [benchmark.summarize(record) for record in plan if "first" in record or "note" in record]
             result = {"weights": "random", "rows": rows, "linearity": benchmark.linearity(rows)}
             write_result(options.output, result)
