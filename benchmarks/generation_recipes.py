@@ -13,12 +13,14 @@ square error of the predicted clean latents, normalised per channel: 1 is what p
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_leanvae import LeanVAELattePipeline
 from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective
@@ -47,7 +49,8 @@ MODEL = "{num_attention_heads: 6, attention_head_dim: 64, num_layers: 8, patch_s
 
 def train_all(options: argparse.Namespace, names: list[str]) -> dict[str, Path]:
     """Pipelines by recipe; runs that ended before are not repeated. All at once with `--together`."""
-    folders, processes = {}, []
+    folders: dict[str, Path] = {}
+    running: list[subprocess.Popen] = []
     for name in names:
         output = Path(options.runs) / name.replace(", ", "_")
         folders[name] = output / "pipeline"
@@ -59,14 +62,18 @@ def train_all(options: argparse.Namespace, names: list[str]) -> dict[str, Path]:
         command += ["optimizer.num_warmup_steps=100", "optimizer.max_grad_norm=1.0", "ema_decay=0.995"]
         command += ["validation.data=null", "validation.num_samples=0", "save_every=100000", "log_every=50"]
         if not folders[name].is_dir():
-            process = subprocess.Popen([*command, *RECIPES[name]])
-            processes.append(process)
-            if not options.together:
-                process.wait()
-    for process in processes:
-        if process.wait():
-            raise SystemExit(f"A run ended with status {process.returncode}: {' '.join(process.args)}")
+            running.append(subprocess.Popen([*command, *RECIPES[name]]))
+        if not options.together:
+            wait_for(running)
+    wait_for(running)
     return folders
+
+
+def wait_for(running: list[subprocess.Popen]) -> None:
+    while running:
+        if status := running[0].wait():
+            raise SystemExit(f"A run ended with status {status}: {' '.join(running[0].args)}")
+        running.pop(0)
 
 
 def load_latents(folder: str, vae: Any, device: torch.device) -> torch.Tensor:
@@ -75,30 +82,30 @@ def load_latents(folder: str, vae: Any, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def denoising_errors(transformer: Any, latents: torch.Tensor, is_flow: bool, batch_size: int = 32) -> dict[str, float]:
-    """Mean square error of predicted clean latents, by noise level."""
+def denoising_errors(
+    transformer: Any, scheduler: Any, latents: torch.Tensor, batch_size: int = 32
+) -> dict[str, float]:
+    """Mean square error of predicted clean latents, by noise level; the scheduler tells the objective."""
+    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     objective = FlowMatchingObjective() if is_flow else EpsilonObjective()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
     errors = {}
     for level in LEVELS:
-        if isinstance(objective, FlowMatchingObjective):
-            timestep = objective.timesteps_at(torch.tensor([level], device=latents.device))
+        if is_flow:
+            timestep = objective.timesteps_at(torch.tensor([level]))
         else:
-            betas = torch.linspace(1e-4, 0.02, objective.num_train_timesteps, dtype=torch.float64)
-            signal = (1 - betas).cumprod(0)
-            snr = ((1 - level) / level) ** 2
-            timestep = (
-                ((signal / (1 - signal)).log() - torch.tensor(snr).log()).abs().argmin()[None].to(latents.device)
-            )
+            signal = scheduler.alphas_cumprod.double()
+            distance = (signal / (1 - signal)).log() - 2 * math.log((1 - level) / level)
+            timestep = distance.abs().argmin()[None]
         total = 0.0
         for clean, drawn in zip(latents.split(batch_size), noise.split(batch_size), strict=True):
-            timesteps = timestep.expand(len(clean))
+            timesteps = timestep.to(clean.device).expand(len(clean))
             noisy = objective.add_noise(clean, drawn, timesteps)
             output = transformer(noisy, timesteps, None).sample.float()
-            if isinstance(objective, FlowMatchingObjective):
-                predicted = noisy - level * output
-            else:
+            if isinstance(objective, EpsilonObjective):
                 predicted = objective.model_distribution(output, noisy, timesteps)[2]
+            else:
+                predicted = noisy - level * output
             total += (predicted - clean).square().mean().item() * len(clean)
         errors[str(level)] = round(total / len(latents), 5)
     return errors
@@ -124,12 +131,17 @@ def main() -> None:
     for name, folder in train_all(options, options.recipes).items():
         pipeline = LeanVAELattePipeline.from_pretrained(folder).to(device)
         latents = load_latents(options.held_out, pipeline.vae, device)
-        errors = denoising_errors(pipeline.transformer, latents, name.startswith("flow"))
+        errors = denoising_errors(pipeline.transformer, pipeline.scheduler, latents)
         log = (folder.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = json.loads(log[-1])["seconds_per_step"]
+        num_parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         row = {"recipe": name, "mean_error": round(sum(errors.values()) / len(errors), 5)}
         rows.append(row | {f"error_{level}": error for level, error in errors.items()})
-        rows[-1] |= {"num_steps": options.num_steps, "seconds_per_step": round(seconds, 4)}
+        rows[-1] |= {
+            "num_parameters": num_parameters,
+            "num_steps": options.num_steps,
+            "seconds_per_step": round(seconds, 4),
+        }
         print(rows[-1], flush=True)
     result = {"rows": rows, "num_held_out": len(latents), "batch_size": options.batch_size, "model": MODEL}
     write_result(options.output, result | {"vae": options.vae, "trained_together": options.together})

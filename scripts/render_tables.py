@@ -143,7 +143,7 @@ def rows_table(results: Path, name: str) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     keys = list(dict.fromkeys(key for row in result["rows"] for key in row))
     rows = [[cell(row.get(key)) for key in keys] for row in result["rows"]]
-    about = [f"{key}: {value}. ".replace("_", " ") for key, value in result.items() if isinstance(value, str)]
+    about = [f"{key.replace('_', ' ')}: {value}. " for key, value in result.items() if isinstance(value, str)]
     table = markdown_table([key.replace("_", " ") for key in keys], rows)
     return f"{table}\n{''.join(about)}{source_line(path, result)}"
 

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from diffusers_leanvae import benchmark
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.schedulers import make_scheduler
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +198,28 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     again, lines = run_inference(tmp_path, "--variants", "fused", "--sizes", "5x32x48")
     assert len(lines) == 1 and "decode" in lines[0]
     assert again["rows"][0] == rows[0] and again["rows"][1]["repeats"] == 2
+    assert run_inference(tmp_path, "--report")[0]["rows"] == again["rows"]
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_generation_recipes_are_compared_by_the_clean_latents_they_predict(kind: str):
+    module = runpy.run_path(str(ROOT / "benchmarks" / "generation_recipes.py"))
+    latents = torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+
+    def answer(offset: float) -> Any:  # of a model that knows the latents, but for an offset
+        def transformer(noisy: torch.Tensor, timesteps: torch.Tensor, labels: None) -> Any:
+            target = noise - latents if kind == "flow" else torch.cat((noise, noise), dim=1)
+            return SimpleNamespace(sample=target + offset)
+
+        return transformer
+
+    scheduler = make_scheduler(kind)
+    errors = [module["denoising_errors"](answer(offset), scheduler, latents) for offset in (0.0, 0.1)]
+    assert max(errors[0].values()) < 1e-5
+    for level, error in errors[1].items():  # the offset, as it counts at this ratio of noise to signal
+        ratio = float(level) / (1.0 if kind == "flow" else 1.0 - float(level))
+        assert error == pytest.approx((0.1 * ratio) ** 2, rel=0.03, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ._version import __version__
 
 
 def provenance() -> dict[str, Any]:
-    r"""Where and when a number was measured."""
+    r"""Where and when a number was measured. Of absolute paths in the command only the names: folders are private."""
     packages = ("torch", "diffusers", "accelerate", "av", "numpy", "torchmetrics")
     installed = {}
     for package in packages:
@@ -29,10 +29,11 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    arguments = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *arguments]),
         "commit": commit or None,
         "version": __version__,
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusers_leanvae import kernels
 from diffusers_leanvae.kernels import eager
@@ -57,7 +58,7 @@ def assert_parity(given: dict[str, Any], residual: bool = True) -> None:
     references = eager.depthwise_conv_residual_norm(**exact, residual=residual)
     hidden_states = given["hidden_states"]
     for output, reference in zip(outputs, references, strict=True):
-        assert output.dtype == hidden_states.dtype and output.is_contiguous() and 1 < reference.abs().max() < 16
+        assert output.dtype == hidden_states.dtype and output.is_contiguous() and 1 < reference.abs().max() < 8
         torch.testing.assert_close(output.cpu().double(), reference, rtol=0, atol=ATOL[output.dtype])
 
 
@@ -81,9 +82,11 @@ def test_convolution(shape: tuple[int, ...], tail: bool, residual: bool, dtype: 
 def test_convolution_of_full_size(dtype: torch.dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    for steps in (1, 4, 5, 17):  # each of the tuned forms
-        assert_parity(arguments((1, steps, 64, 64, 512), True, dtype, "cuda"))
-    assert_parity(arguments((1, 5, 135, 240, 384), False, dtype, "cuda"))  # a large frame
+    cases = [((1, steps, 64, 64, 512), True) for steps in (1, 4, 5, 17)]  # each of the tuned forms
+    for shape, tail in (*cases, ((1, 5, 135, 240, 384), False)):  # and a large frame
+        given = arguments(shape, tail, dtype, "cuda")
+        given |= {name: given[name] * 0.75 for name in ("norm_weight", "norm_bias")}  # so many stay below 8
+        assert_parity(given)
 
 
 def test_rows_one_after_the_other(device: str, monkeypatch: pytest.MonkeyPatch):
@@ -118,12 +121,12 @@ def test_layouts(device: str):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(13, 1365), (9, 1376), (33, 21), (1, 8)])
 def test_gate(shape: tuple[int, int], dtype: torch.dtype, device: str):
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     projected = torch.randn(shape[0], 2 * shape[1]).clamp(-3.5, 3.5).to(device, dtype)
     output = kernels.get("triton").gated_gelu(projected)
     reference = eager.gated_gelu(projected.cpu().double())
     atol = {torch.float32: 3e-6, torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype]
-    assert output.shape == shape and output.dtype == dtype and 0.1 < reference.abs().max() < 16
+    assert output.shape == shape and output.dtype == dtype and 0.5 < reference.abs().max() < 16
     torch.testing.assert_close(output.cpu().double(), reference, rtol=0, atol=atol)
 
 
@@ -138,6 +141,19 @@ def test_gate(shape: tuple[int, int], dtype: torch.dtype, device: str):
 )
 def test_gated_projection(num_tokens: int, channels: int, inner_dim: int, dtype: torch.dtype, device: str):
     assert_gated_parity(num_tokens, channels, inner_dim, dtype, device)
+
+
+def test_the_gelu_of_the_gated_projection(device: str):
+    if device == "cuda":
+        pytest.skip("the product of a GPU would round more than the polynomial errs")
+    kernels.get("triton")
+    gates = torch.linspace(-9, 9, 4001)
+    tokens = F.pad(torch.stack((torch.ones_like(gates), gates), dim=1), (0, 6))  # values of 1
+    output = kernels.triton_gated._launch(tokens, torch.eye(16, 8))[:, 0]  # type: ignore[attr-defined]
+    reference = F.gelu(gates.double())
+    torch.testing.assert_close(output.double(), reference, rtol=1e-6, atol=5e-7)
+    tail = (gates > -4) & (gates < -0.1)
+    torch.testing.assert_close(output[tail].double(), reference[tail], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -223,10 +239,7 @@ def test_what_is_refused(device: str):
         operations.gated_gelu(torch.zeros(8, 4, device=device).t())
     tokens = torch.zeros(3, 8, device=device)
     for weight, message in (
-        (
-            torch.zeros(16, 9, device=device),
-            r"`weight` must be \(2 \* inner, 8\) .* got \(16, 9\)",
-        ),
+        (torch.zeros(16, 9, device=device), r"`weight` must be \(2 \* inner, 8\) .* got \(16, 9\)"),
         (torch.zeros(8, 16, device=device).t(), "`weight` must be contiguous"),
         (torch.zeros(16, 8, device=device).half(), "`weight` must be torch.float32 as `hidden_states` is"),
     ):

@@ -30,7 +30,7 @@ from .temporal_cache import TemporalCache
 
 WIDTH_MULTIPLE = 32  # of inner widths: aligned rows in every dtype, whole tiles of matrix kernels
 CPU_SLAB_TOKENS = 1024  # enough rows for full speed of a product, few enough to stay in the cache
-SLICES_ON_GPU = 8  # of the memory that a slice may have: some 50,000 tokens of width 512, more are not faster
+SLICES_ON_GPU = 8  # of what `slices` allows: the hidden tensor of some 50,000 tokens of width 512
 
 
 class Slab(NamedTuple):
