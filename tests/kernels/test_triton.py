@@ -153,7 +153,7 @@ def test_the_gelu_of_the_gated_projection(device: str):
     reference = F.gelu(gates.double())
     torch.testing.assert_close(output.double(), reference, rtol=1e-6, atol=5e-7)
     tail = (gates > -4) & (gates < -0.1)
-    torch.testing.assert_close(output[tail].double(), reference[tail], rtol=1e-4, atol=0)
+    torch.testing.assert_close(output[tail].double(), reference[tail], rtol=1.5e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
