@@ -69,6 +69,21 @@ def test_floor_finds_a_layout_for_every_shape_once():
     assert layouts == chosen
 
 
+def test_floor_of_16_bits_may_be_computed_in_float32():
+    dtypes = []
+    for is_wide in (False, True):
+        layouts = {(4, 30, 5): benchmark.Layout(1, False, 0, is_wide)}
+        floor = benchmark.MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
+        with benchmark.RecordProducts() as record:
+            floor()
+        ((_, factors),) = record.products
+        dtypes.append([dtype for _, _, dtype in factors])
+    assert dtypes == [[torch.bfloat16] * 2, [torch.float32] * 2]
+    found: dict[tuple[int, ...], benchmark.Layout] = {}
+    benchmark.MatrixFloor([(300, 64, 64)], torch.float32, CPU, found)
+    assert not any(layout.is_wide for layout in found.values())
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_counts_what_is_freed_again():
     before = benchmark.start_of_peak(CPU)

@@ -147,20 +147,23 @@ def _count_work(cls: Any, config: str, size: Size) -> dict[str, Work]:
 
 class Layout(NamedTuple):
     r"""How a matrix product is computed: both widths zero-padded to multiples of `multiple_of`, the weight packed for
-    oneDNN or plain, `num_rows` rows at a time (0: all)."""
+    oneDNN or plain, `num_rows` rows at a time (0: all), 16-bit factors in their dtype or in float32."""
 
     multiple_of: int
     is_packed: bool
     num_rows: int
+    is_wide: bool = False
 
     def __str__(self) -> str:
         parts = [f"widths multiples of {self.multiple_of}"] if self.multiple_of > 1 else ["as is"]
         parts += ["packed"] if self.is_packed else []
         parts += [f"{self.num_rows} rows at a time"] if self.num_rows else []
+        parts += ["in float32"] if self.is_wide else []
         return ", ".join(parts)
 
 
 CPU_LAYOUTS = [Layout(m, p, r) for m in (1, 16, 32, 64) for p in (False, True) for r in (0, 1024, 256)]
+WIDE_CPU_LAYOUTS = [layout._replace(is_wide=True) for layout in CPU_LAYOUTS]
 GPU_LAYOUTS = [Layout(m, False, 0) for m in (1, 8, 32, 64, 128)]
 
 
@@ -211,33 +214,38 @@ class MatrixFloor:
 
     def _fastest(self, shape: tuple[int, int, int]) -> Layout:
         candidates = CPU_LAYOUTS if self._device.type == "cpu" else GPU_LAYOUTS
+        if self._device.type == "cpu" and self._dtype.itemsize == 2:
+            candidates = WIDE_CPU_LAYOUTS + candidates
         times: dict[Layout, float] = {}
         for layout in candidates:
             if layout.num_rows >= shape[0]:
                 continue
             try:
                 step = self._product(*shape, layout)
-                step()
+                first = seconds(step, self._device)
             except (RuntimeError, AttributeError):  # not every build and processor can pack every dtype
+                continue
+            if times and first > 0.1 + 5 * min(times.values()):  # emulated; no warm-up makes up for that
                 continue
             times[layout] = min(seconds(step, self._device) for _ in range(3))
         return min(times, key=times.__getitem__)
 
-    def _factor(self, name: str, rows: int, columns: int) -> torch.Tensor:
+    def _factor(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         r"""Random numbers, `(rows, columns)`."""
-        kept = self._memory.get((name, columns))
+        kept = self._memory.get((name, columns, dtype))
         if kept is None or len(kept) < rows:
-            kept = torch.randn(rows, columns, dtype=torch.float32, device=self._device).to(self._dtype)
-            self._memory[name, columns] = kept
+            kept = torch.randn(rows, columns, dtype=torch.float32, device=self._device).to(dtype)
+            self._memory[name, columns, dtype] = kept
         return kept[:rows]
 
     def _product(self, rows: int, inner: int, columns: int, layout: Layout) -> Callable[[], None]:
         inner, columns = (-(-width // layout.multiple_of) * layout.multiple_of for width in (inner, columns))
         step = layout.num_rows or rows
-        parts = self._factor("x", rows, inner).split(step)
-        key = ("weight", inner, columns)
+        dtype = torch.float32 if layout.is_wide else self._dtype
+        parts = self._factor("x", rows, inner, dtype).split(step)
+        key = ("weight", inner, columns, dtype)
         if key not in self._memory:
-            self._memory[key] = torch.randn(columns, inner, device=self._device).div_(inner**0.5).to(self._dtype)
+            self._memory[key] = torch.randn(columns, inner, device=self._device).div_(inner**0.5).to(dtype)
         weight = self._memory[key]
         if layout.is_packed:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, step)
@@ -246,9 +254,9 @@ class MatrixFloor:
                 for part in parts:
                     torch.ops.mkldnn._linear_pointwise(part, packed, None, "none", [], "")
         else:
-            kept = self._memory.get(("out",))
+            kept = self._memory.get(("out", dtype))
             if kept is None or kept.numel() < step * columns:
-                kept = self._memory["out",] = torch.empty(step * columns, dtype=self._dtype, device=self._device)
+                kept = self._memory["out", dtype] = torch.empty(step * columns, dtype=dtype, device=self._device)
             outputs = kept[: step * columns].view(step, columns)
 
             def run() -> None:

@@ -64,22 +64,41 @@ def test_float32_differs_by_rounding():
         assert not torch.equal(actual, eager)  # or it did not run
 
 
-def test_bfloat16_is_no_worse_than_eager_bfloat16():
+@pytest.mark.parametrize("products", [torch.float32, None], ids=["float32_products", "16_bit_products"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_no_worse_than_eager(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype | None
+):
+    monkeypatch.setattr(fused, "product_dtype", lambda dtype, device: products or dtype)  # whatever the processor has
     exact = make_vae(torch.float64)
-    vae = copy.deepcopy(exact).to(torch.bfloat16)
+    vae = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(vae.state_dict())  # the same, rounded, weights
-    x = (torch.rand(1, 3, 9, 80, 96) * 2 - 1).to(torch.bfloat16)
-    z = torch.randn(1, 4, 3, 10, 12).to(torch.bfloat16)
+    x = (torch.rand(1, 3, 9, 80, 96) * 2 - 1).to(dtype)
+    z = torch.randn(1, 4, 3, 10, 12).to(dtype)
     errors = {}
     with torch.no_grad():
         expected = exact.encode(x.double()).latent_dist.parameters, exact.decode(z.double()).sample
         for name in ("eager", "fused"):
             vae.fuse() if name == "fused" else vae.unfuse()
             results = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
+            assert all(result.dtype == dtype for result in results)
             errors[name] = [
                 (result - right).square().mean().sqrt().item() for result, right in zip(results, expected, strict=True)
             ]
     assert all(0 < actual <= eager for actual, eager in zip(errors["fused"], errors["eager"], strict=True)), errors
+
+
+def test_products_are_in_float32_where_the_processor_has_none_of_16_bits(monkeypatch: pytest.MonkeyPatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        for is_supported, expected in ((True, dtype), (False, torch.float32)):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=is_supported: answer)
+            assert fused.product_dtype(dtype, cpu) == expected
+            assert fused.product_dtype(dtype, gpu) == dtype
+    assert all(fused.product_dtype(dtype, cpu) == dtype for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("sizes", [(17,), (1, 4, 12), (5, 8, 4)])
@@ -165,6 +184,17 @@ def test_negative_threshold():
     assert_near(run(vae, x, True)[1], run(vae, x, False)[1], 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_of_16_bit_models_is_near(dtype: torch.dtype):
+    vae = make_vae(dtype)
+    x = (torch.rand(1, 3, 9, 64, 96) * 2 - 1).to(dtype)
+    results = run(vae, x, True, weights="int8")
+    for actual, right in zip(results, run(vae.float(), x.float(), False), strict=True):
+        assert actual.dtype == dtype
+        error = (actual - right).square().mean().sqrt() / right.square().mean().sqrt()
+        assert 1e-4 < error < 2e-2
+
+
 def test_int8_is_near_and_does_not_depend_on_tiles_or_chunks():
     vae = make_vae(torch.float32)
     x = torch.rand(1, 3, 9, 64, 96) * 2 - 1
@@ -199,7 +229,7 @@ def test_errors():
     with pytest.raises(ValueError, match="`kernels` must be one of 'auto', 'torch', 'triton', got 'cuda'"):
         make_vae().fuse(kernels="cuda")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="`weights` 'int8' needs a float32 model on CPU without Triton, got torch.float64 on cpu"
+        ValueError, match="`weights` 'int8' needs a model of at most float32 on CPU without Triton, got torch.float64 on cpu"
     ):
         make_vae().fuse("int8")
     lora = pytest.importorskip("peft").LoraConfig(target_modules=["up_proj"])

@@ -67,14 +67,19 @@ def slabs(num_steps: int, height: int, width: int, num_tokens: int) -> Iterator[
 class Workspace:
     r"""Memory that all blocks of one call use in turn: fresh memory of this size costs as much as an elementwise pass.
 
+    Args:
+        like: The input of the call.
+        dtype: Of products.
+        max_inner_dim: The widest inner width of a feed-forward.
+
     Attributes:
         num_tokens: Tokens of a slab; a slab of whole rows may have a few more.
     """
 
-    def __init__(self, like: torch.Tensor, max_inner_dim: int):
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, max_inner_dim: int):
         limit = slice_elements(like.device) // (2 * max_inner_dim)
         self.num_tokens = min(CPU_SLAB_TOKENS, limit) if like.device.type == "cpu" else limit
-        self._buffers = [like.new_empty(0) for _ in range(2)]
+        self._buffers = [like.new_empty(0, dtype=dtype) for _ in range(2)]
         self._max_inner_dim = max_inner_dim
 
     def take(self, index: int, num_tokens: int, dim: int) -> torch.Tensor:
@@ -84,11 +89,23 @@ class Workspace:
         return self._buffers[index][: num_tokens * dim].view(num_tokens, dim)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    r"""What matrix products of tensors of `dtype` are computed in: on CPUs without 16-bit products, float32.
+
+    Those emulate them several times slower. The sums are the same, and are rounded once instead of at each step.
+    """
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if device.type != "cpu" or dtype not in names:
+        return dtype
+    is_fast = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, names[dtype])()
+    return dtype if is_fast else torch.float32
+
+
 class DenseProduct:
-    r"""`x @ weight.T` into given memory."""
+    r"""`x @ weight.T` into given memory, all in the [`product_dtype`] of the weight."""
 
     def __init__(self, weight: torch.Tensor):
-        self.weight = weight.contiguous()
+        self.weight = weight.to(product_dtype(weight.dtype, weight.device)).contiguous()
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.mm(x, self.weight.t(), out=out)
@@ -101,6 +118,7 @@ class Int8Product:
     """
 
     def __init__(self, weight: torch.Tensor):
+        weight = weight.float()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
@@ -250,17 +268,20 @@ class SlabBlock(FusedBlock):
     def _feed_forward(
         self, tokens: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor, workspace: Workspace
     ) -> None:
-        normed = F.layer_norm(tokens, tokens.shape[1:], self.norm_weight, self.norm_bias, self.eps).to(out.dtype)
         gate, value = (workspace.take(index, len(tokens), self.inner_dim) for index in range(2))
+        normed = F.layer_norm(tokens, tokens.shape[1:], self.norm_weight, self.norm_bias, self.eps).to(gate.dtype)
         hidden = torch.ops.aten.gelu_(self.gate(normed, gate)).mul_(self.value(normed, value))
+        target = out if out.dtype == hidden.dtype else hidden.new_empty(out.shape)
         if residual is None:
-            self.down(hidden, out)
-        elif isinstance(self.down, DenseProduct) and residual.dtype == out.dtype:
-            torch.addmm(residual, hidden, self.down.weight.t(), out=out)
+            self.down(hidden, target)
+        elif isinstance(self.down, DenseProduct) and residual.dtype == hidden.dtype:
+            torch.addmm(residual, hidden, self.down.weight.t(), out=target)
         else:  # the sum in the residual's dtype
-            torch.add(residual, self.down(hidden, torch.empty_like(out)), out=out)
+            torch.add(residual, self.down(hidden, hidden.new_empty(out.shape)), out=target)
         if self.threshold is not None:
-            soft_threshold_(out, self.threshold)
+            soft_threshold_(target, self.threshold)
+        if target is not out:
+            out.copy_(target)
 
 
 class KernelBlock(FusedBlock):
@@ -364,7 +385,8 @@ def _patch_maps(vae: Any, embed: bool) -> list[PatchMap]:
     r"""Maps of the image token and of video tokens, found by applying the layers to each unit vector."""
     geometry = vae.encoder.geometry
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    device, dtype = vae.logvar_proj.weight.device, vae.logvar_proj.weight.dtype
+    device = vae.logvar_proj.weight.device
+    dtype = product_dtype(vae.logvar_proj.weight.dtype, device)
     module = _in_float64(vae.encoder if embed else vae.decoder)
     maps = []
     for is_image in (True, False):
@@ -406,12 +428,14 @@ class FusedLeanVAE:
 
     Args:
         vae: The model; nothing of it is changed.
-        weights: `"same"`: in the model's dtype. `"int8"`: the feed-forwards in int8 (CPU and float32 only).
+        weights: `"same"`: products in the model's dtype, or in what stands for it ([`product_dtype`]). `"int8"`: the
+            feed-forwards in int8 (CPU only).
         kernels: Operations of `kernels.get("triton")`, or `None` for slabs of plain PyTorch.
     """
 
     def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same", kernels: Kernels | None = None):
         self.signature = signature(vae)
+        self.dtype = torch.float32 if weights == "int8" else product_dtype(vae.dtype, vae.device)  # of products
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
@@ -454,7 +478,7 @@ class FusedLeanVAE:
 
     def encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
-        workspace = Workspace(x, self.max_inner_dim)
+        workspace = Workspace(x, self.dtype, self.max_inner_dim)
         branches = self._embed(x, is_first, workspace)  # (B, t, h, w, dim) each
         if self.separate:
             stacks = zip(self.encoder_branches, branches, strict=True)
@@ -483,12 +507,15 @@ class FusedLeanVAE:
                     patches = pixels.permute(1, 3, 5, 0, 2, 4, 6).flatten(3).flatten(0, 2)  # (tokens, pixels)
                     for branch, weight, bias in zip(branches, weights, biases, strict=True):
                         out = branch[item, steps][slab.steps, slab.rows].view(len(patches), -1)
-                        torch.addmm(bias, patches, weight.t(), out=out)
+                        if out.dtype == weight.dtype:
+                            torch.addmm(bias, patches, weight.t(), out=out)
+                        else:
+                            out.copy_(torch.addmm(bias, patches.to(weight.dtype), weight.t()))
         return branches
 
     def decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
         r"""Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
-        workspace = Workspace(z, self.max_inner_dim)
+        workspace = Workspace(z, self.dtype, self.max_inner_dim)
         latents = z.permute(0, 2, 3, 4, 1).contiguous()
         tokens = F.linear(latents, self.start, self.start_bias)  # (B, t, h, w, c)
         for index, (step_size, forward, backward) in enumerate(self.iterations):
@@ -523,7 +550,7 @@ class FusedLeanVAE:
                     pixels = bias
                     for branch, weight in zip(branches, weights, strict=True):
                         tokens = branch[item, steps][slab.steps, slab.rows].flatten(0, 2)
-                        pixels = torch.addmm(pixels, tokens, weight.t())  # (tokens, pixels)
+                        pixels = torch.addmm(pixels, tokens.to(weight.dtype), weight.t())  # (tokens, pixels)
                     shape = (slab.stop - slab.start, slab.bottom - slab.top, width, self.in_channels, pt, ph, pw)
                     out = frames[item, :, slab.start * pt : slab.stop * pt, slab.top * ph : slab.bottom * ph]
                     out = out.unflatten(3, (-1, pw)).unflatten(2, (-1, ph)).unflatten(1, (-1, pt))
