@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffusers_leanvae"
 FOLDERS = {"src/diffusers_leanvae": PACKAGE, "pipelines": f"{PACKAGE}.pipelines", "training": f"{PACKAGE}.training"}
 LEAVES = ("pipelines", "training", "cli", "demo")
-# Module prefixes below the package -> layer; the longest match counts. Not listed: layer 3 (functions over models).
+# Module prefixes below the package -> layer; the longest match counts. Not listed: layer 4 (functions over models).
 LAYERS = {
     "_version": 0,
     "models.wavelets": 1,
@@ -24,6 +24,8 @@ LAYERS = {
     "models.fused": 1,
     "models.patches": 1,
     "models.planner": 1,
+    "models.video_autoencoder": 2,  # what the autoencoders have in common
+    "models.video_layers": 1,
     "conversion": 1,  # functions of dictionaries: models call them, they know no model
     "kernels": 1,
     "video_io": 1,
@@ -35,7 +37,7 @@ LAYERS = {
     "perceptual": 1,
     "evaluation.metrics": 1,
     "padding": 1,
-    "models": 2,
+    "models": 3,
 }
 # Broken on the build machines, or drags in what is; see the environment notes.
 BANNED = {"torchvision", "timm", "lpips", "piqa", "calflops", "decord"}
@@ -78,9 +80,9 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, bool, bool]]:
 def layer(name: str) -> int:
     inner = name.removeprefix(PACKAGE).removeprefix(".")
     if inner.split(".")[0] in LEAVES:
-        return 4
+        return 5
     matches = [prefix for prefix in LAYERS if inner == prefix or inner.startswith(f"{prefix}.")]
-    return LAYERS[max(matches, key=len)] if matches else 3
+    return LAYERS[max(matches, key=len)] if matches else 4
 
 
 def is_ours(name: str) -> bool:
@@ -93,24 +95,24 @@ def test_the_rule_sees_the_modules():
         imports(f"{PACKAGE}.models.autoencoder_kl_leanvae", MODULES[f"{PACKAGE}.models.autoencoder_kl_leanvae"])
     )
     assert (f"{PACKAGE}.models.temporal_cache", True, True) in found
-    assert [layer(f"{PACKAGE}.{name}") for name in ("models.tiling", "models.x", "streaming", "cli")] == [1, 2, 3, 4]
+    assert [layer(f"{PACKAGE}.{name}") for name in ("models.tiling", "models.x", "streaming", "cli")] == [1, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name, path", FILES)
 def test_arrows_point_downwards(name: str, path: Path):
     if name == PACKAGE:  # the public names; only leaves must stay out, or importing the package would run them
-        assert [target for target, _, eager in imports(name, path) if eager and layer(target) == 4] == []
+        assert [target for target, _, eager in imports(name, path) if eager and layer(target) == 5] == []
         return
     for target, _, eager in imports(name, path):
         if not is_ours(target) or target == name:
             continue
         if target == PACKAGE:  # public names, for leaves only: from below it would be a circle
-            assert layer(name) == 4, f"{name} must import {target} from its own module"
+            assert layer(name) == 5, f"{name} must import {target} from its own module"
             continue
         allowed = layer(target) < layer(name)
-        if layer(name) in (1, 3):  # siblings of these layers may build on each other, models and leaves may not
+        if layer(name) in (1, 4):  # siblings of these layers may build on each other, models and leaves may not
             allowed |= layer(target) == layer(name)
-        if layer(name) == 4 and layer(target) == 4:  # a command reaches another leaf inside its sub-command only
+        if layer(name) == 5 and layer(target) == 5:  # a command reaches another leaf inside its sub-command only
             allowed = not eager and name.split(".")[1] in ("cli", "demo")
         if target.removesuffix(".__init__") in (f"{PACKAGE}.models", f"{PACKAGE}.conversion"):
             continue  # an empty package on the way to a module

@@ -1,11 +1,13 @@
-"""LeanVAE, the lightest good video autoencoder, as a first-class diffusers model."""
+"""LeanVAE, the lightest good video autoencoder, and its siblings as first-class diffusers models."""
 
 # `ModelMixin` must be a name of this package: diffusers looks base classes of components up here (see `hub.py`).
 from diffusers.models.modeling_utils import ModelMixin
 
 from . import hub
 from ._version import __version__
+from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from .models.temporal_cache import TemporalCache
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .padding import Padding, crop_sample, pad_sample
@@ -17,7 +19,9 @@ hub.register()
 __getattr__ = hub.load_pipeline_class
 
 __all__ = [
+    "AutoencoderKLIVVAE",
     "AutoencoderKLLeanVAE",
+    "AutoencoderKLWFVAE",
     "LeanVAELattePipeline",  # pyright: ignore[reportUnsupportedDunderAll]
     "LeanVAELatteTextToVideoPipeline",  # pyright: ignore[reportUnsupportedDunderAll]
     "LeanVAELatteTransformer3DModel",

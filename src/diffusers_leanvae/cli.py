@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from . import bundled, files
 from ._version import __version__
+from .autoencoders import CHECKPOINT_SUFFIXES, family_of_checkpoint, family_of_class, load_autoencoder
 from .conversion import latte, leanvae
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
@@ -80,21 +81,17 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return torch_device, torch_dtype
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> AutoencoderKLLeanVAE:
+def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> Any:
     r"""The autoencoder of a `--model` argument, ready for inference."""
     torch_device, torch_dtype = _place(device, dtype)
-    is_original = Path(name).suffix in (".ckpt", ".pt", ".pth", ".safetensors")
     try:
-        if name in bundled.MODELS:
-            vae = AutoencoderKLLeanVAE.from_pretrained(bundled.model_path(name), torch_dtype=torch_dtype)
-        elif is_original:
-            vae = AutoencoderKLLeanVAE.from_single_file(name, torch_dtype=torch_dtype)
-        else:
-            vae = AutoencoderKLLeanVAE.from_pretrained(name, torch_dtype=torch_dtype)
+        vae = load_autoencoder(bundled.model_path(name) if name in bundled.MODELS else name, torch_dtype)
     except (OSError, ValueError) as error:
         raise CommandError(f"`--model` {name!r} cannot be loaded: {_first_sentence(error)}") from None
-    vae = vae.to(torch_device).eval()  # type: ignore[assignment]
+    vae = vae.to(torch_device).eval()
     if fuse:
+        if not isinstance(vae, AutoencoderKLLeanVAE):
+            raise CommandError(f"`--fuse` needs a LeanVAE, got `--model` {name!r}, an {type(vae).__name__}.")
         vae.fuse()
     return vae
 
@@ -271,7 +268,7 @@ def decode(
     def command() -> None:
         jobs = _jobs(source, target, lambda folder: sorted(folder.rglob("*.safetensors")), suffix)
         limit = None if max_memory is None else files.parse_memory(max_memory)
-        loaded: dict[str, AutoencoderKLLeanVAE] = {}
+        loaded: dict[str, Any] = {}
 
         def work(path: Path, output: Path, progress: files.Progress) -> None:
             with files.open_latents(path) as (_, info):
@@ -372,36 +369,40 @@ def convert(
         int | None, typer.Option(help="Heads of a Latte checkpoint of none of the sizes S, B, L, XL.")
     ] = None,
 ) -> None:
-    """Convert original LeanVAE and Latte checkpoints to diffusers folders, and back; bit-equal without --dtype."""
+    """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to diffusers folders, and back.
+
+    Bit-equal without --dtype.
+    """
 
     def command() -> None:
         if dtype is not None and dtype not in DTYPES:
             raise CommandError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         torch_dtype = None if dtype is None else DTYPES[dtype]
         if to_original:
-            if target.suffix not in (".ckpt", ".pt", ".pth", ".safetensors"):
+            if target.suffix not in CHECKPOINT_SUFFIXES:
                 raise CommandError(f"OUT must end in .ckpt, .pt, .pth or .safetensors, got {str(target)!r}.")
             path = bundled.model_path(source) if source in bundled.MODELS else source
             config: Any = AutoencoderKLLeanVAE.load_config(path)
             is_latte = config.get("_class_name") == LeanVAELatteTransformer3DModel.__name__
             model_class, layout = (
-                (LeanVAELatteTransformer3DModel, latte) if is_latte else (AutoencoderKLLeanVAE, leanvae)
+                (LeanVAELatteTransformer3DModel, latte) if is_latte else family_of_class(config.get("_class_name"))
             )
             model = model_class.from_pretrained(path, torch_dtype=torch_dtype)
             target.parent.mkdir(parents=True, exist_ok=True)
             layout.write_original_checkpoint(target, dict(model.config), model.state_dict())
         else:
-            if target.suffix in (".ckpt", ".pt", ".pth", ".safetensors"):
+            if target.suffix in CHECKPOINT_SUFFIXES:
                 raise CommandError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
             file = leanvae.resolve_checkpoint(source)
             is_latte = latte.is_original_checkpoint(file)
             options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
             options = {name: value for name, value in options.items() if value is not None}
-            foreign = options.keys() & {"pixel_factor" if is_latte else "num_attention_heads"}
+            model_class = LeanVAELatteTransformer3DModel if is_latte else family_of_checkpoint(file).model_class
+            takes = {LeanVAELatteTransformer3DModel: {"num_attention_heads"}, AutoencoderKLLeanVAE: {"pixel_factor"}}
+            foreign = options.keys() - takes.get(model_class, set())
             if foreign:
-                kind = "a Latte" if is_latte else "a LeanVAE"
-                raise CommandError(f"`--{foreign.pop().replace('_', '-')}` must not be given for {kind} checkpoint.")
-            model_class = LeanVAELatteTransformer3DModel if is_latte else AutoencoderKLLeanVAE
+                name, kind = foreign.pop().replace("_", "-"), getattr(model_class, "_original_name", "Latte")
+                raise CommandError(f"`--{name}` must not be given for a checkpoint of {kind}.")
             model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
             model.save_pretrained(target)
         typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")

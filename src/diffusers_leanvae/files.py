@@ -152,6 +152,8 @@ def plan_streams(
     Raises:
         ValueError: If nothing fits; it says what would.
     """
+    if not hasattr(vae, "memory_model"):
+        raise ValueError(f"`max_memory` needs an `AutoencoderKLLeanVAE`, got an `{type(vae).__name__}`.")
     ratio = vae.spatial_compression_ratio
 
     def fit(looks_ahead: bool) -> tuple[StreamPlan, bool]:

@@ -248,6 +248,11 @@ class LatentVideoPipeline(DiffusionPipeline):
                 f"{num_overlap_latent_frames}."
             )
         windows = plan_windows(num_latent_frames, window, num_overlap_latent_frames)
+        if reencode_overlap and len(windows) > 1 and self.vae.num_delayed_frames:
+            raise ValueError(
+                f"`reencode_overlap` must be False for an {type(self.vae).__name__}, which decodes the last frames of "
+                "a window only with the next."
+            )
         return Frames(num_frames, height, width, windows, reencode_overlap and len(windows) > 1)
 
     def prepare_latents(
@@ -295,9 +300,9 @@ class LatentVideoPipeline(DiffusionPipeline):
         else:
             video = self.video_processor.preprocess_video(value, frames.height, frames.width)
         num_frames = 1 if name == "image" else frames.num_frames
-        if video.shape[1] != self.vae.config.in_channels or video.shape[2] != num_frames:
+        if video.shape[1] != self.vae.in_channels or video.shape[2] != num_frames:
             raise ValueError(
-                f"`{name}` must have {num_frames} frames of {self.vae.config.in_channels} channels, got "
+                f"`{name}` must have {num_frames} frames of {self.vae.in_channels} channels, got "
                 f"{video.shape[2]} of {video.shape[1]}."
             )
         if video.min() < -1 or video.max() > 1:

@@ -18,6 +18,8 @@ class _Stream:
     its last frame, and a caller who fills one tensor again and again would change frames already pushed.
     """
 
+    is_delayed = False  # whether something comes out after the last frames went in
+
     def __init__(self, vae: Any, step: int, cache: TemporalCache):
         self.vae = vae
         self.step = step
@@ -62,7 +64,11 @@ class _Stream:
 
     def flush(self) -> torch.Tensor | None:
         self.cache.is_last = True
-        output = self._run(self._take_pending()) if self._num_pending else None
+        output = None
+        if self._num_pending:
+            output = self._run(self._take_pending())
+        elif self.is_delayed and self._like is not None and self.cache.num_latent_frames > 0:
+            output = self._run(self._like)
         self.reset()
         return output
 
@@ -87,6 +93,8 @@ class _Stream:
         state["num_pushed"] = torch.tensor(self.num_pushed)
         if self._buffer is not None:
             state["pending"] = self._buffer[:, :, : self._num_pending].clone()
+        elif self.is_delayed and self._like is not None:
+            state["pending"] = self._like
         return state
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
@@ -179,6 +187,7 @@ class StreamingDecoder(_Stream):
     def __init__(self, vae: Any, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
         if num_latent_frames_per_step < 1:
             raise ValueError(f"`num_latent_frames_per_step` must be positive, got {num_latent_frames_per_step}.")
+        self.is_delayed = vae.num_delayed_frames > 0
         super().__init__(vae, num_latent_frames_per_step, TemporalCache() if cache is None else cache)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:

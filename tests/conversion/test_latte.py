@@ -280,11 +280,11 @@ class TestCommand:
     def test_options_of_the_other_kind(self, tmp_path: Path, original: dict[str, torch.Tensor], make_model: Any):
         torch.save({"ema": original}, tmp_path / "latte.pt")
         code, error = self.run(tmp_path / "latte.pt", tmp_path / "folder", "--pixel-factor", 1.0)
-        assert code == 1 and "`--pixel-factor` must not be given for a Latte checkpoint." in error
+        assert code == 1 and "`--pixel-factor` must not be given for a checkpoint of Latte." in error
         vae = make_model()
         leanvae.write_original_checkpoint(tmp_path / "vae.ckpt", vae.config, vae.state_dict())
         code, error = self.run(tmp_path / "vae.ckpt", tmp_path / "folder", "--num-attention-heads", 2)
-        assert code == 1 and "`--num-attention-heads` must not be given for a LeanVAE checkpoint." in error
+        assert code == 1 and "`--num-attention-heads` must not be given for a checkpoint of LeanVAE." in error
         assert not (tmp_path / "folder").exists()
 
 

@@ -229,7 +229,8 @@ def test_errors():
     with pytest.raises(ValueError, match="`kernels` must be one of 'auto', 'torch', 'triton', got 'cuda'"):
         make_vae().fuse(kernels="cuda")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="`weights` 'int8' needs a model of at most float32 on CPU without Triton, got torch.float64 on cpu"
+        ValueError,
+        match="`weights` 'int8' needs a model of at most float32 on CPU without Triton, got torch.float64 on cpu",
     ):
         make_vae().fuse("int8")
     lora = pytest.importorskip("peft").LoraConfig(target_modules=["up_proj"])

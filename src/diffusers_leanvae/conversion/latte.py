@@ -5,18 +5,15 @@ position tables are weights like all others, for averaging has changed them. Fun
 model is imported here.
 """
 
-import argparse
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
-from .leanvae import count_matches, read_tensors, write_tensors
+from .leanvae import count_matches, read_keys, read_tensors, write_tensors
 
 
 # The sizes of the paper (table 1): name -> blocks, width, heads. No tensor of a checkpoint shows the heads.
@@ -187,18 +184,7 @@ def read_original_checkpoint(
 
 def is_original_checkpoint(path: str | Path) -> bool:
     r"""Whether a file is an original Latte checkpoint, told from its keys without reading its tensors."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                keys = set(file.keys())
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="meta", weights_only=True)
-            nested = [entry for entry in checkpoint.values() if isinstance(entry, dict)]
-            keys = {str(key) for entry in (checkpoint, *nested) for key in entry}
-    except Exception:  # no file that can be read; whoever asked says so when reading it
-        return False
-    return any(key.split(".")[-1] == _ANCHOR for key in keys)
+    return any(key.split(".")[-1] == _ANCHOR for key in read_keys(path))
 
 
 def write_original_checkpoint(

@@ -22,6 +22,8 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 
 
+# Arguments of `from_single_file` that are `huggingface_hub`'s.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _PLACEHOLDERS = {
     "i": r"\d+",
     "j": r"\d+",
@@ -66,38 +68,54 @@ CONFIG_MAP = {
 _EXTRA_CONFIG = ("patch_size", "pixel_factor", "scaling_factor", "latents_mean", "latents_std")
 # The factor that the reference's diffusion configurations apply to latents (spec/latte.md section 5), by channels.
 _SCALING_FACTORS = {4: 0.7744, 16: 1.0}
-_ANCHOR = "latent_bottleneck.phi"  # one key that every original LeanVAE has and nothing else does
+ANCHOR = "latent_bottleneck.phi"  # one key that every original LeanVAE has and nothing else does
 
 
-def _rename(key: str, source: str, target: str) -> str | None:
-    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{_PLACEHOLDERS[m[1]]})", re.escape(source))
+def _rename(key: str, source: str, target: str, placeholders: Mapping[str, str]) -> str | None:
+    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{placeholders[m[1]]})", re.escape(source))
     match = re.fullmatch(pattern, key)
     return target.format(**match.groupdict()) if match else None
 
 
-def _convert_keys(state_dict: dict[str, torch.Tensor], pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+def convert_keys(
+    state_dict: dict[str, torch.Tensor],
+    pairs: list[tuple[str, str]],
+    placeholders: Mapping[str, str],
+    kind: str,
+) -> dict[str, torch.Tensor]:
+    r"""Rename keys by templates; every key must fit one.
+
+    Args:
+        state_dict: Weights.
+        pairs: Templates of keys, such as `{half}.{i}.weight`, and of what becomes of them.
+        placeholders: Regular expression of each name in braces.
+        kind: Whose keys they are, for the error.
+    """
     converted, unknown = {}, []
     for key, tensor in state_dict.items():
-        renamed = next((new for old, ours in pairs if (new := _rename(key, old, ours)) is not None), None)
+        renamed = next(
+            (new for old, ours in pairs if (new := _rename(key, old, ours, placeholders)) is not None), None
+        )
         if renamed is None:
             unknown.append(key)
         else:
             converted[renamed] = tensor
     if unknown:
         raise ValueError(
-            f"`state_dict` must hold LeanVAE keys only, got {len(unknown)} others, for instance {unknown[0]!r}."
+            f"`state_dict` must hold {kind} keys only, got {len(unknown)} others, for instance {unknown[0]!r}."
         )
     return converted
 
 
 def from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Rename original keys to ours; every key must be known. Tensors are passed on untouched."""
-    return _convert_keys(state_dict, list(KEY_MAP.items()))
+    return convert_keys(state_dict, list(KEY_MAP.items()), _PLACEHOLDERS, "LeanVAE")
 
 
 def to_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Rename our keys to the original ones; inverse of [`from_original`]."""
-    return _convert_keys(state_dict, [(ours, original) for original, ours in KEY_MAP.items()])
+    pairs = [(ours, original) for original, ours in KEY_MAP.items()]
+    return convert_keys(state_dict, pairs, _PLACEHOLDERS, "LeanVAE")
 
 
 def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -111,7 +129,7 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     video_low = state_dict["encoder.video_low_proj.1.weight"].shape[1]
     patch_width = math.isqrt(image_low // 3)
     config: dict[str, Any] = {
-        "latent_channels": state_dict[_ANCHOR].shape[0],
+        "latent_channels": state_dict[ANCHOR].shape[0],
         "low_freq_dim": low_dim,
         "high_freq_dim": state_dict["encoder.image_high_proj.1.weight"].shape[0],
         "num_branch_layers": count_matches(state_dict, r"encoder\.low_layer\.dconv_layer\.(\d+)\..*"),
@@ -149,9 +167,9 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     """
     path = Path(path)
     args, tensors = read_tensors(path, "LeanVAE")
-    prefixes = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
+    prefixes = [key.removesuffix(ANCHOR) for key in tensors if key.endswith(ANCHOR)]
     if not prefixes:
-        raise ValueError(f"`path` must be an original LeanVAE checkpoint, got {str(path)!r} without {_ANCHOR!r}.")
+        raise ValueError(f"`path` must be an original LeanVAE checkpoint, got {str(path)!r} without {ANCHOR!r}.")
     prefix = next((p for p in prefixes if "ema" in re.split(r"[._]", p.lower())), prefixes[0])
     if prefix:  # a wrapper's file: everything beside the autoencoder (losses, discriminator, optimiser) is foreign
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -186,10 +204,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
         raise ValueError(f"`path` must be a valid safetensors file, got {str(path)!r}: {error}.") from None
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_keys(path: str | Path) -> set[str]:
+    r"""Keys of the tensors that [`read_tensors`] would read, which are not; none if there is no such file."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                return set(file.keys())
+        return set(_read_pickle(Path(path), "meta")[1])
+    except (ValueError, OSError, safetensors.SafetensorError):  # whoever asked says so when reading it
+        return set()
+
+
+def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.sub(r"\s+", " ", str(error))
         unsafe = re.search(r"GLOBAL (\S+)", reason) or re.search(r"Unsupported \S+ ([^\W\d]\S*)", reason)
@@ -206,6 +235,9 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if isinstance(entry, dict):
             scope = "" if name == "state_dict" else f"{name}."
             tensors.update({scope + key: value for key, value in entry.items() if isinstance(value, torch.Tensor)})
+            for key, part in entry.items() if name == "state_dict" else ():  # of a model with several parts
+                if isinstance(part, dict):
+                    tensors.update({f"{key}.{k}": v for k, v in part.items() if isinstance(v, torch.Tensor)})
         elif isinstance(entry, torch.Tensor):  # a bare state dict
             tensors[name] = entry
     return args, tensors

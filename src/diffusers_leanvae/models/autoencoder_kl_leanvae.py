@@ -1,7 +1,8 @@
 """LeanVAE: an ultra-efficient reconstruction VAE for video diffusion models (arXiv 2503.14325).
 
-Read in the order of use: encoder -> bottleneck -> decoder -> `AutoencoderKLLeanVAE`; `encode`, `decode` and `forward`
-are the last lines of the file. The layers are in `naf.py`, sub-bands and patches in `patches.py`, both short.
+Read in the order of use: encoder -> bottleneck -> decoder -> `AutoencoderKLLeanVAE`, whose `_encode_chunk` and
+`_decode_chunk` are the whole network. The layers are in `naf.py`, sub-bands and patches in `patches.py`, the public
+methods that all video autoencoders share (`encode`, `decode`, `forward`) in `video_autoencoder.py`, all short.
 
 Shape letters in the margins: B batch, C pixel channels, T H W frames and pixels; t h w latent frames and size; c
 width of the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c)` from the patch embedding to the
@@ -9,22 +10,18 @@ last projection.
 """
 
 import importlib.util
-import inspect
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..conversion.leanvae import read_original_checkpoint, resolve_checkpoint
+from ..conversion.leanvae import read_original_checkpoint
 from ..kernels import get as get_kernels
 from .fused import FusedLeanVAE, signature
 from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
@@ -32,6 +29,7 @@ from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projec
 from .planner import MemoryModel, MemoryPlan, free_memory
 from .temporal_cache import TemporalCache, mark_last, tile_cache
 from .tiling import Span, grid, time_chunks
+from .video_autoencoder import VideoAutoencoderMixin
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -315,7 +313,7 @@ class LeanVAEConfig(FrozenDict):
         return 2 * self["patch_size"][1]
 
 
-class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n +
@@ -349,6 +347,8 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
+    _original_name = "LeanVAE"
+    _read_original_checkpoint = staticmethod(read_original_checkpoint)
 
     @register_to_config
     def __init__(
@@ -423,82 +423,6 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     @property
     def config(self) -> LeanVAEConfig:
         return LeanVAEConfig(self._internal_dict)
-
-    @classmethod
-    def from_single_file(
-        cls, pretrained_model_link_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> "AutoencoderKLLeanVAE":
-        r"""Load an original LeanVAE checkpoint: release, Lightning or safetensors layout.
-
-        Args:
-            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL.
-            torch_dtype: Dtype to cast the weights to; as stored if `None`.
-            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` go to `huggingface_hub`; any
-                other is a config value that the file cannot tell (`pixel_factor=1.0` for Wan-aligned weights).
-        """
-        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
-        unknown = set(kwargs) - set(inspect.signature(cls.__init__).parameters)
-        if unknown:
-            raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
-        config, state_dict = read_original_checkpoint(resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs))
-        model = cls(**(config | kwargs))
-        if torch_dtype is not None:
-            state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
-        try:
-            model.load_state_dict(state_dict, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`pretrained_model_link_or_path` must be a complete LeanVAE checkpoint: {error}."
-            ) from None
-        return model.eval()
-
-    # ---- sizes ------------------------------------------------------------------------------------------------------
-
-    def num_latent_frames(self, num_frames: int) -> int:
-        r"""Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
-        return (num_frames - 1) // self.temporal_compression_ratio + 1
-
-    def num_sample_frames(self, num_latent_frames: int) -> int:
-        r"""Frames that `num_latent_frames` latent frames decode to."""
-        return (num_latent_frames - 1) * self.temporal_compression_ratio + 1
-
-    def _check_sample(self, x: torch.Tensor, name: str, is_first: bool) -> None:
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"`{name}` must have shape (batch_size, {self.in_channels}, num_frames, height, width) or "
-                f"(batch_size, {self.in_channels}, height, width), got {tuple(x.shape)}."
-            )
-        if is_first and x.shape[2] % ratio_t != 1:
-            raise ValueError(
-                f"`num_frames` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, {2 * ratio_t + 1}, ...), got {x.shape[2]}."
-            )
-        if not is_first and (x.shape[2] == 0 or x.shape[2] % ratio_t):
-            raise ValueError(
-                f"`num_frames` must be {ratio_t} * n ({ratio_t}, {2 * ratio_t}, ...) in a later chunk of a stream, "
-                f"got {x.shape[2]}."
-            )
-        if x.shape[3] == 0 or x.shape[4] == 0 or x.shape[3] % ratio_s or x.shape[4] % ratio_s:
-            raise ValueError(
-                f"`height` and `width` must be positive multiples of {ratio_s}, got {x.shape[3]} and {x.shape[4]}."
-            )
-        self._check_dtype(x, name)
-
-    def _check_latents(self, z: torch.Tensor, name: str) -> None:
-        if z.ndim != 5 or z.shape[1] != self.latent_channels or min(z.shape[2:]) < 1:
-            raise ValueError(
-                f"`{name}` must have shape (batch_size, {self.latent_channels}, num_latent_frames, latent_height, "
-                f"latent_width) or (batch_size, {self.latent_channels}, latent_height, latent_width), got "
-                f"{tuple(z.shape)}."
-            )
-        self._check_dtype(z, name)
-
-    def _check_dtype(self, x: torch.Tensor, name: str) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"`{name}` must be a floating-point tensor, got {x.dtype}.")
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
 
     # ---- sub-bands, for training ------------------------------------------------------------------------------------
 
@@ -778,92 +702,3 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                         ..., rows.crop(ratio), columns.crop(ratio)
                     ],
                 )
-
-    # ---- public -----------------------------------------------------------------------------------------------------
-
-    @apply_forward_hook
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True, cache: TemporalCache | None = None
-    ) -> AutoencoderKLOutput | tuple:
-        r"""Encode videos or images into the posterior over latents.
-
-        Args:
-            x: Videos in `[-1, 1]`, `(batch_size, in_channels, num_frames, height, width)`, or images
-                `(batch_size, in_channels, height, width)`, which are videos of one frame.
-            return_dict: Whether to return an `AutoencoderKLOutput` instead of a tuple.
-            cache: State of a stream; `x` is then its next chunk: `4 * n + 1` frames the first time, `4 * n` later. The
-                chunks' latents, concatenated, equal those of the whole video. `None` for a whole video.
-
-        Returns:
-            The posterior, `latent_dist`: mean and log-variance (clamped to [-30, 20]) of shape `(batch_size,
-            latent_channels, 1 + (num_frames - 1) / 4, height / 8, width / 8)` (default ratios), not normalised.
-
-        Raises:
-            ValueError: If shape, size or dtype of `x` is not legal.
-        """
-        x = x.unsqueeze(2) if x.ndim == 4 else x
-        is_first = cache is None or cache.num_latent_frames == 0
-        self._check_sample(x, "x", is_first)
-        if cache is not None:
-            with cache.step(-(-x.shape[2] // self.temporal_compression_ratio)):
-                moments = self._encode(x, is_first, cache)
-        elif self.use_slicing and x.shape[0] > 1:
-            moments = torch.cat([self._encode(x_slice, True, None) for x_slice in x.split(1)])
-        else:
-            moments = self._encode(x, True, None)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    @apply_forward_hook
-    def decode(
-        self, z: torch.Tensor, return_dict: bool = True, cache: TemporalCache | None = None
-    ) -> DecoderOutput | tuple:
-        r"""Decode latents, not normalised, to videos.
-
-        Args:
-            z: Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, or of images
-                without the third axis.
-            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
-            cache: State of a stream; `z` is then its next chunk, of any number of latent frames. The chunks' frames,
-                concatenated, equal those of all latents decoded at once. `None` for a whole video.
-
-        Returns:
-            `sample`: videos of shape `(batch_size, in_channels, 4 * (num_latent_frames - 1) + 1, 8 * latent_height,
-            8 * latent_width)` (default ratios), nominally in `[-1, 1]`, not clamped; 4-D for 4-D latents.
-
-        Raises:
-            ValueError: If shape or dtype of `z` is not legal.
-        """
-        is_image = z.ndim == 4
-        z = z.unsqueeze(2) if is_image else z
-        self._check_latents(z, "z")
-        if cache is not None:
-            with cache.step(z.shape[2]) as is_first:
-                sample = self._decode(z, is_first, cache)
-        elif self.use_slicing and z.shape[0] > 1:
-            sample = torch.cat([self._decode(z_slice, True, None) for z_slice in z.split(1)])
-        else:
-            sample = self._decode(z, True, None)
-        sample = sample.squeeze(2) if is_image else sample
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple:
-        r"""Reconstruct videos or images.
-
-        Args:
-            sample: As `x` of [`encode`].
-            sample_posterior: Whether to decode a sample of the posterior instead of its mean.
-            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
-            generator: Random generator of the posterior sample.
-        """
-        posterior = self.encode(sample, return_dict=False)[0]
-        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
-        reconstruction = self.decode(z, return_dict=False)[0]
-        reconstruction = reconstruction.squeeze(2) if sample.ndim == 4 else reconstruction
-        return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction,)

@@ -19,7 +19,8 @@ class TemporalCache:
     settings become.
 
     Attributes:
-        tails: Per convolution name, a tensor of shape `(batch_size, 2, latent_height, latent_width, channels)`.
+        tails: Per layer name, the frames that it remembers; for LeanVAE's convolutions tensors of shape
+            `(batch_size, 2, latent_height, latent_width, channels)`.
         tiles: Per tile name, the cache of that tile.
         num_latent_frames: Latent frames seen so far; 0 means that the next chunk starts with the image token.
         layout: Tile height, tile width and frames per chunk of this stream, `None` before it starts or without tiles.
@@ -77,6 +78,32 @@ class TemporalCache:
         short = num_steps - last.shape[1]
         self.tails[name] = torch.cat((tail[:, -short:], last), dim=1) if short else last.clone()
         return tail
+
+    def recall(self, name: str, like: torch.Tensor, is_optional: bool = False) -> torch.Tensor | None:
+        r"""The frames remembered under a name, channels-first; `None` at the start, or always if optional.
+
+        Args:
+            name: Given to [`remember`].
+            like: What the frames precede, `(batch_size, channels, time, height, width)`.
+            is_optional: Whether a stream may have none.
+        """
+        tail = self.tails.get(name)
+        if tail is None:
+            if not is_optional:
+                self._check_unstarted()
+        elif tail.shape[:2] != like.shape[:2] or tail.shape[3:] != like.shape[3:]:
+            raise ValueError(
+                f"`cache` must be used with chunks of one shape, got {tuple(like.shape)} after {tuple(tail.shape)} "
+                "(batch, channels, time, height, width)."
+            )
+        return tail
+
+    def remember(self, name: str, frames: torch.Tensor) -> None:
+        r"""Keep a copy of frames for the next chunk, if there is one."""
+        if self.is_last:
+            self.tails.pop(name, None)
+        else:
+            self.tails[name] = frames.clone()
 
     def tile(self, name: str) -> "TemporalCache":
         r"""The cache of one spatial tile, made at its first use."""
@@ -194,6 +221,19 @@ def tile_cache(cache: TemporalCache | None, rows: Span, columns: Span, needed: b
         cache.tiles[name].tails = {}
     else:
         cache.park(name)
+
+
+@contextmanager
+def tile_chunk(cache: TemporalCache | None, rows: Span, columns: Span) -> Iterator[TemporalCache | None]:
+    r"""The state of one tile during one chunk, where all tiles of a chunk are computed before the next."""
+    if cache is None:
+        yield None
+        return
+    name = f"{rows.start}.{columns.start}"
+    state = cache.tile(name)
+    state.is_last = cache.is_last
+    yield state
+    cache.park(name)
 
 
 def mark_last(state: TemporalCache | None, cache: TemporalCache | None, is_end: bool) -> None:

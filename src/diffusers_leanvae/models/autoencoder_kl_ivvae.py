@@ -1,0 +1,394 @@
+"""IV-VAE: a video autoencoder with a keyframe and a motion branch and group causal convolutions (arXiv 2411.06449).
+
+Read in the order of use: layers -> encoder -> decoder -> `AutoencoderKLIVVAE`; the public methods that all video
+autoencoders share (`encode`, `decode`, `forward`) are in `video_autoencoder.py`.
+
+Every feature map `(B, 2w, T, H, W)` has two halves of `w` channels: the first is the keyframe (2D) branch, the second
+the motion (3D) branch. In time there is the first frame, then groups of four frames, of which two and one are left at
+the smaller sizes. Convolutions look both ways within a group, and back to the last frame of the group before.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..conversion.ivvae import read_original_checkpoint
+from .temporal_cache import TemporalCache
+from .video_autoencoder import Part, TiledVideoAutoencoderMixin
+from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
+
+
+class Chunk(NamedTuple):
+    r"""What all layers must know of the frames that they get."""
+
+    is_first: bool  # whether they start with the first frame of the video
+    cache: TemporalCache | None
+
+
+def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""The first frame of the video, or no frame, and the groups."""
+    return x.tensor_split((int(chunk.is_first),), dim=2)  # type: ignore[return-value]
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+class GroupCausalConv3d(nn.Conv3d):
+    r"""A 3x3x3 convolution that sees the frames of a group and the last one before it.
+
+    Beyond the last frame of a group there are zeros; the first frame of the video is a group that follows itself.
+
+    Attributes:
+        name: Of its state in a cache; the model sets it.
+    """
+
+    name = ""
+
+    def __init__(self, in_dim: int, out_dim: int, group_size: int):
+        super().__init__(in_dim, out_dim, 3, padding=(0, 1, 1))
+        self.group_size = group_size
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        before = x[:, :, :1] if chunk.cache is None else chunk.cache.recall(self.name, x)
+        before = x[:, :, :1] if before is None else before
+        if chunk.cache is not None:
+            chunk.cache.remember(self.name, x[:, :, -1:])
+        first, groups = split_first(x, chunk)
+        parts = [self._convolve(first, before, 1)] if first.shape[2] else []
+        before = first if first.shape[2] else before
+        if groups.shape[2]:
+            parts.append(self._convolve(groups, before, self.group_size))
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+    def _convolve(self, x: torch.Tensor, before: torch.Tensor, group_size: int) -> torch.Tensor:
+        groups = x.unflatten(2, (-1, group_size))  # (B, c, groups, frames, H, W)
+        last = torch.cat((before, groups[:, :, :-1, -1]), dim=2).unsqueeze(3)  # of the group before each
+        windows = torch.cat((last, groups, torch.zeros_like(last)), dim=3).transpose(1, 2).flatten(0, 1)
+        output = convolve(windows, self.weight, self.bias, self.stride, (0, 1, 1), self.dilation)  # type: ignore[arg-type]
+        return output.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+
+
+class PointwiseConv3d(nn.Conv3d):
+    r"""A 1x1x1 convolution, for which time is nothing special."""
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return super().forward(x)
+
+
+class BranchConv3d(nn.Module):
+    r"""Both branches from both: a 2D convolution of every frame and a group causal one."""
+
+    def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int):
+        super().__init__()
+        self.conv_2d = FrameConv2d(in_channels, out_dim, kernel_size, padding=kernel_size // 2)
+        self.conv_3d = (
+            PointwiseConv3d(in_channels, out_dim, 1)
+            if kernel_size == 1
+            else GroupCausalConv3d(in_channels, out_dim, group_size)
+        )
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return torch.cat((self.conv_2d(x), self.conv_3d(x, chunk)), dim=1)
+
+
+class BranchRMSNorm(nn.Module):
+    r"""RMS norm over the channels of each branch."""
+
+    def __init__(self, dim: int, num_branches: int = 2):
+        super().__init__()
+        self.num_branches = num_branches
+        self.weight = nn.Parameter(torch.ones(num_branches * dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = x.unflatten(1, (self.num_branches, -1))
+        normed = F.normalize(branches, dim=2) * branches.shape[2] ** 0.5  # the norm is at least 1e-12
+        return normed.flatten(1, 2) * self.weight.view(-1, 1, 1, 1)
+
+
+class IVVAEResnetBlock(nn.Module):
+    r"""Two norms, activations and convolutions with a residual; with `group_size` 1 every frame by itself."""
+
+    def __init__(self, in_dim: int, out_dim: int, group_size: int, dropout: float):
+        super().__init__()
+
+        def conv(in_dim: int, kernel_size: int) -> nn.Module:
+            if group_size > 1:
+                return BranchConv3d(2 * in_dim, out_dim, kernel_size, group_size)
+            return FrameConv2d(2 * in_dim, 2 * out_dim, kernel_size, padding=kernel_size // 2)
+
+        self.norm1 = BranchRMSNorm(in_dim)
+        self.conv1 = conv(in_dim, 3)
+        self.norm2 = BranchRMSNorm(out_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(out_dim, 3)
+        self.conv_shortcut = conv(in_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)), chunk)
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), chunk)
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x, chunk))
+
+
+class BranchAttention(nn.Module):
+    r"""Self-attention with one head over the positions of each frame, of one branch, with a residual."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = BranchRMSNorm(dim, num_branches=1)
+        self.to_qkv = FrameConv2d(dim, 3 * dim, 1)
+        self.to_out = FrameConv2d(dim, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, h * w, 3w)
+        attended = attend_within_frames(tokens.chunk(3, dim=-1), x.shape[3:])  # type: ignore[arg-type]
+        return x + self.to_out(attended.permute(0, 4, 1, 2, 3))
+
+
+class IVVAEAttention(nn.Module):
+    r"""Attention of both branches, each by itself."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attention_2d = BranchAttention(dim)
+        self.attention_3d = BranchAttention(dim)
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        keyframes, motion = x.chunk(2, dim=1)
+        return torch.cat((self.attention_2d(keyframes), self.attention_3d(motion)), dim=1)
+
+
+class IVVAEDownsample(nn.Module):
+    r"""Half the height and width of both branches, and with time half the frames of every group."""
+
+    def __init__(self, dim: int, is_temporal: bool):
+        super().__init__()
+        self.conv_2d = FrameConv2d(dim, dim, 3, stride=2)
+        self.conv_3d = FrameConv2d(dim, dim, 3, stride=2)
+        self.time_conv = nn.Conv3d(dim, dim, (2, 1, 1), stride=(2, 1, 1)) if is_temporal else None
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        keyframes, motion = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)  # zeros on the right and below only
+        keyframes, motion = self.conv_2d(keyframes), self.conv_3d(motion)
+        if self.time_conv is not None:
+            (first, groups), (first_motion, motion) = split_first(keyframes, chunk), split_first(motion, chunk)
+            keyframes = torch.cat((first, groups[:, :, ::2]), dim=2)
+            motion = torch.cat((first_motion, self.time_conv(motion)) if motion.shape[2] else (first_motion,), dim=2)
+        return torch.cat((keyframes, motion), dim=1)
+
+
+class IVVAEUpsample(nn.Module):
+    r"""With time twice the frames of every group; twice the height and width, and half the channels."""
+
+    def __init__(self, dim: int, is_temporal: bool):
+        super().__init__()
+        self.conv_2d = FrameConv2d(dim, dim // 2, 3, padding=1)
+        self.conv_3d = FrameConv2d(dim, dim // 2, 3, padding=1)
+        self.time_conv = nn.Conv3d(dim, 2 * dim, 1) if is_temporal else None
+
+    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        keyframes, motion = x.chunk(2, dim=1)
+        if self.time_conv is not None:
+            (first, groups), (first_motion, motion) = split_first(keyframes, chunk), split_first(motion, chunk)
+            keyframes = torch.cat((first, groups.repeat_interleave(2, dim=2)), dim=2)
+            if motion.shape[2]:  # channels become frames
+                motion = self.time_conv(motion).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            motion = torch.cat((first_motion, motion), dim=2)
+        keyframes, motion = (
+            part.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4) for part in (keyframes, motion)
+        )
+        return torch.cat((self.conv_2d(keyframes), self.conv_3d(motion)), dim=1)
+
+
+class PyramidConv2d(nn.Module):
+    r"""Convolutions of several dilations, merged: the last layer of the encoder."""
+
+    DILATIONS = (0, 1, 3, 6, 9, 12)  # 0: a 1x1 convolution
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.convs = nn.ModuleDict(
+            {
+                str(dilation): FrameConv2d(
+                    2 * in_dim, 2 * out_dim, 3 if dilation else 1, padding=dilation, dilation=max(dilation, 1)
+                )
+                for dilation in self.DILATIONS
+            }
+        )
+        self.merge = FrameConv2d(2 * len(self.DILATIONS) * out_dim, 2 * out_dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = zip(*(conv(x).chunk(2, dim=1) for conv in self.convs.values()), strict=True)
+        return self.merge(torch.cat([part for branch in branches for part in branch], dim=1))
+
+
+def _mid_blocks(dim: int, dropout: float) -> LayerChain:
+    frame_resnets = [IVVAEResnetBlock(dim, dim, 1, dropout) for _ in range(2)]
+    return LayerChain([frame_resnets[0], IVVAEAttention(dim), frame_resnets[1]])
+
+
+# ---- encoder and decoder --------------------------------------------------------------------------------------------
+
+
+class IVVAEEncoder(nn.Module):
+    r"""Three levels that halve the size, of which two halve the groups; a fourth of single frames with attention."""
+
+    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
+        super().__init__()
+        self.conv_in = BranchConv3d(3, dims[0], 3, group_size=4)
+        blocks: list[nn.Module] = []
+        for level, (in_dim, dim) in enumerate(zip([dims[0], *dims[:2]], dims[:3], strict=True)):
+            group_size = (4, 4, 2)[level]
+            blocks += [
+                IVVAEResnetBlock(in_dim if i == 0 else dim, dim, group_size, dropout) for i in range(num_layers)
+            ]
+            blocks += [IVVAEDownsample(dim, is_temporal=level > 0)]
+        self.num_local_blocks = len(blocks)
+        blocks += [IVVAEAttention(dims[2])]
+        for i in range(num_layers):
+            blocks += [IVVAEResnetBlock(dims[3 if i else 2], dims[3], 1, dropout), IVVAEAttention(dims[3])]
+        self.blocks = LayerChain(blocks)
+        self.mid = _mid_blocks(dims[3], dropout)
+        self.norm_out = BranchRMSNorm(dims[3])
+        self.conv_out = PyramidConv2d(dims[3], latent_dim)
+        self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1, group_size=1)
+
+    def forward(
+        self, x: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
+    ) -> torch.Tensor:
+        r"""Moments `(B, 2z, t, h, w)` of pixels; `(B, 2w, t, h, w)` lies between the parts."""
+        hidden = x if part == "whole" else self._local(x, Chunk(is_first, cache))
+        return hidden if part == "local" else self._whole(hidden, Chunk(is_first, cache))
+
+    def _local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.blocks.run(self.conv_in(x, chunk), chunk, stop=self.num_local_blocks)
+
+    def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        hidden = self.mid(self.blocks.run(hidden, chunk, start=self.num_local_blocks), chunk)
+        moments = self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden))), chunk)
+        mean_2d, logvar_2d, mean_3d, logvar_3d = moments.chunk(4, dim=1)
+        return torch.cat((mean_2d, mean_3d, logvar_2d, logvar_3d), dim=1)
+
+
+class IVVAEDecoder(nn.Module):
+    r"""The way back; each upsampling halves the channels before the next level's blocks."""
+
+    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
+        super().__init__()
+        half = latent_dim // 2
+        self.post_quant_conv = BranchConv3d(latent_dim, half, 1, group_size=1)
+        self.conv_in = FrameConv2d(2 * half, 2 * dims[3], 3, padding=1)
+        self.mid = _mid_blocks(dims[3], dropout)
+        blocks: list[nn.Module] = []
+        for _ in range(num_layers + 1):
+            blocks += [IVVAEResnetBlock(dims[3], dims[3], 1, dropout), IVVAEAttention(dims[3])]
+        self.num_whole_blocks = len(blocks)
+        for level, (in_dim, dim) in enumerate(zip(dims[:0:-1], dims[2::-1], strict=True)):
+            group_size = (2, 4, 4)[level]
+            blocks += [IVVAEUpsample(in_dim, is_temporal=level < 2)]
+            blocks += [
+                IVVAEResnetBlock(dim if i else in_dim // 2, dim, group_size, dropout) for i in range(num_layers + 1)
+            ]
+        self.blocks = LayerChain(blocks)
+        self.norm_out = BranchRMSNorm(dims[0])
+        self.conv_out = BranchConv3d(2 * dims[0], 3, 3, group_size=4)
+
+    def forward(
+        self, z: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
+    ) -> torch.Tensor:
+        r"""Pixels `(B, 3, T, H, W)` of latents; `(B, 2w, t, h, w)` lies between the parts."""
+        hidden = z if part == "local" else self._whole(z, Chunk(is_first, cache))
+        return hidden if part == "whole" else self._local(hidden, Chunk(is_first, cache))
+
+    def _whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        hidden = self.mid(self.conv_in(self.post_quant_conv(z, chunk)), chunk)
+        return self.blocks.run(hidden, chunk, stop=self.num_whole_blocks)
+
+    def _local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        hidden = self.blocks.run(hidden, chunk, start=self.num_whole_blocks)
+        keyframes, motion = self.conv_out(F.silu(self.norm_out(hidden)), chunk).chunk(2, dim=1)
+        # The first frame of every group is the keyframe branch's, the others are the motion branch's.
+        index = torch.arange(keyframes.shape[2], device=keyframes.device) - int(chunk.is_first)
+        is_keyframe = (index < 0) | (index % 4 == 0)
+        return torch.where(is_keyframe.view(-1, 1, 1), keyframes, motion)
+
+
+# ---- the autoencoder ------------------------------------------------------------------------------------------------
+
+
+class AutoencoderKLIVVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""IV-VAE, a video autoencoder with KL posterior, a keyframe and a motion branch (arXiv 2411.06449).
+
+    Pixels are in `[-1, 1]`, videos `(batch_size, 3, num_frames, height, width)` with `num_frames` = 4 * n + 1 and
+    sizes that are multiples of 8. Latents are *not* normalised, unlike the original's: `(latents -
+    config.latents_mean) * config.scaling_factor` are those.
+
+    The defaults are those of the released model with 16 channels and width 64.
+
+    Args:
+        latent_channels: Channels of the latents, an even number: those of the keyframe branch, then of the motion one.
+        base_channels: Width of each branch at full size.
+        channel_multipliers: Widths of the four levels, relative to `base_channels`.
+        num_layers: Residual blocks of each level of the encoder; the decoder has one more.
+        dropout: In the residual blocks, while training.
+        scaling_factor: Factor that pipelines apply to latents for diffusion.
+        latents_mean: Mean of each latent channel, or `None`.
+        latents_std: Standard deviation of each latent channel, or `None`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["IVVAEResnetBlock", "IVVAEAttention"]
+    # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
+    _group_offload_block_modules = ["encoder", "decoder"]
+    _repeated_blocks = ["IVVAEResnetBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+    _original_name = "IV-VAE"
+    _read_original_checkpoint = staticmethod(read_original_checkpoint)
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        base_channels: int = 64,
+        channel_multipliers: tuple[int, int, int, int] = (1, 2, 4, 4),
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        scaling_factor: float = 1.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        if latent_channels < 2 or latent_channels % 2:
+            raise ValueError(f"`latent_channels` must be a positive even number, got {latent_channels}.")
+        if len(channel_multipliers) != 4 or min(channel_multipliers) < 1:
+            raise ValueError(f"`channel_multipliers` must be four positive integers, got {channel_multipliers}.")
+        dims = [base_channels * multiplier for multiplier in channel_multipliers]
+        if base_channels < 1 or any(dim % 2 for dim in dims[1:]):
+            raise ValueError(
+                f"`base_channels` must make even widths of all levels but the first (upsampling halves them), got "
+                f"{base_channels}."
+            )
+        for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if statistics is not None and len(statistics) != latent_channels:
+                raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+        self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, dropout)
+        self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, dropout)
+        for name, module in self.named_modules():
+            if isinstance(module, GroupCausalConv3d):
+                module.name = name
+
+        self.in_channels = 3
+        self.latent_channels = latent_channels
+        self.temporal_compression_ratio = 4
+        self.spatial_compression_ratio = 8
+        # How far convolutions reach, in latents: a level of the encoder has its blocks and the downsampling, the first
+        # one the input's convolution too; a level of the decoder the upsampling and its blocks, the last one the
+        # output's.
+        level = 2 * num_layers + 1
+        self.encoder_halo = -(-((level + 1) + 2 * level + 4 * level) // 8)
+        level = 1 + 2 * (num_layers + 1)
+        self.decoder_halo = -(-(4 * level + 2 * level + level + 1) // 8)

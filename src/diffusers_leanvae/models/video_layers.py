@@ -1,0 +1,64 @@
+"""Layers of channels-first videos `(B, c, T, H, W)` that more than one autoencoder is made of."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FrameConv2d(nn.Conv2d):
+    r"""A 2D convolution of every frame."""
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        padding: Any = self.padding
+        stride, padding, dilation = (1, *self.stride), (0, *padding), (1, *self.dilation)
+        return convolve(x, self.weight.unsqueeze(2), self.bias, stride, padding, dilation)
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> torch.Tensor:
+    r"""`conv3d`, also of no frames: a stream may have nothing ready yet."""
+    if x.shape[2] > 0:
+        return F.conv3d(x, weight, bias, stride, padding, dilation)
+    shape = (*x.shape[:2], weight.shape[2] - 2 * padding[0], *x.shape[3:])  # one frame comes out of so many
+    return F.conv3d(x.new_empty(shape), weight, bias, stride, padding, dilation)[:, :, :0]
+
+
+class LayerChain(nn.ModuleList):
+    r"""Layers one after the other, with gradient checkpointing; other arguments go to every layer."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__(layers)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return self.run(x, *args)
+
+    def run(self, x: torch.Tensor, *args: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        r"""Some of the layers."""
+        for layer in list(self)[start:stop]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(layer, x, *args)  # type: ignore[operator]
+            else:
+                x = layer(x, *args)
+        return x
+
+
+def attend_within_frames(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], size: torch.Size) -> torch.Tensor:
+    r"""Attention with one head over the positions of each frame.
+
+    Args:
+        qkv: Queries, keys and values, `(B, T, H * W, c)` each.
+        size: Height and width.
+
+    Returns:
+        `(B, T, H, W, c)`.
+    """
+    return F.scaled_dot_product_attention(*qkv).unflatten(2, size)

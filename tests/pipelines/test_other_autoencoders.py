@@ -1,0 +1,53 @@
+"""A latent video pipeline takes any autoencoder of the package."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE
+
+
+SIBLINGS = {
+    "wf": (AutoencoderKLWFVAE, {"base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}),
+    "iv": (AutoencoderKLIVVAE, {"base_channels": 4}),
+}
+siblings = pytest.mark.parametrize("sibling", SIBLINGS)
+
+
+def make_vae(sibling: str) -> Any:
+    torch.manual_seed(0)
+    model_class, config = SIBLINGS[sibling]
+    return model_class(latent_channels=4, scaling_factor=0.5, **config).eval()
+
+
+@siblings
+def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path):
+    pipeline = class_case.pipeline(vae=make_vae(sibling))
+    videos = class_case.run(pipeline)
+    assert videos.shape == (1, 9, 3, 32, 32) and videos.std() > 0.01
+    latents = class_case.run(pipeline, output_type="latent")
+    decoded = pipeline.video_processor.postprocess_video(pipeline.vae.decode(latents / 0.5).sample, output_type="pt")
+    torch.testing.assert_close(videos, decoded)
+    streamed = torch.cat(list(pipeline.decode_stream(latents, num_latent_frames_per_step=1)), dim=1)
+    torch.testing.assert_close(streamed, videos, rtol=0, atol=1e-5)
+
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.vae) is type(pipeline.vae)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(class_case.run(loaded), videos)
+
+
+@siblings
+def test_long_videos(class_case, sibling: str):
+    pipeline = class_case.pipeline(vae=make_vae(sibling))
+    arguments = {"num_frames": 17, "num_overlap_latent_frames": 1}
+    assert class_case.run(pipeline, **arguments, reencode_overlap=False).shape[1] == 17
+    if sibling == "iv":
+        assert class_case.run(pipeline, **arguments, reencode_overlap=True).shape[1] == 17
+    else:
+        with pytest.raises(ValueError, match="`reencode_overlap` must be False for an AutoencoderKLWFVAE"):
+            class_case.run(pipeline, **arguments, reencode_overlap=True)
