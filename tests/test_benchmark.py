@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -69,19 +70,30 @@ def test_floor_finds_a_layout_for_every_shape_once():
     assert layouts == chosen
 
 
-def test_floor_of_16_bits_may_be_computed_in_float32():
-    dtypes = []
-    for is_wide in (False, True):
-        layouts = {(4, 30, 5): benchmark.Layout(1, False, 0, is_wide)}
-        floor = benchmark.MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
-        with benchmark.RecordProducts() as record:
-            floor()
-        ((_, factors),) = record.products
-        dtypes.append([dtype for _, _, dtype in factors])
-    assert dtypes == [[torch.bfloat16] * 2, [torch.float32] * 2]
+class RecordFactors(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.dtypes += [args[0].dtype, args[1].dtype]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_wide, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_floor_of_16_bits_may_be_computed_in_float32(is_wide: bool, dtype: torch.dtype):
+    layouts = {(4, 30, 5): benchmark.Layout(1, False, 0, is_wide)}
+    floor = benchmark.MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
+    with RecordFactors() as record:
+        floor()
+    assert record.dtypes == [dtype, dtype]
+
+
+def test_floor_of_float32_has_no_wider_layout():
     found: dict[tuple[int, ...], benchmark.Layout] = {}
     benchmark.MatrixFloor([(300, 64, 64)], torch.float32, CPU, found)
-    assert not any(layout.is_wide for layout in found.values())
+    assert len(found) == 1 and not any(layout.is_wide for layout in found.values())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

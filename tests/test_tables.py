@@ -132,6 +132,31 @@ def test_bundled_weights_are_small_and_as_good_as_published():
         assert result["psnr_frame_mean_rgb"] >= least
 
 
+@pytest.mark.parametrize("dtype, limit", [("float32", 1.2), ("bfloat16", 1.3)])
+def test_fused_is_near_the_matrix_product_floor(dtype: str, limit: float):
+    rows = json.loads((ROOT / "results/bench_inference.json").read_text())["rows"]
+    wanted = {"model": "LeanVAE-16ch", "variant": "fused", "dtype": dtype, "num_threads": 2}
+    for size in (256, 512):
+        ours = [row for row in rows if row.items() >= wanted.items() and row["video"] == [17, size, size]]
+        assert sorted(row["direction"] for row in ours) == ["decode", "encode"]
+        for row in ours:
+            assert row["time_over_floor"] <= limit and row["repeats"] >= 8
+            assert row["peak_mib"] <= 150 * 1e6 / 2**20 or size == 512
+
+
+def test_leanvae_is_first_on_time_and_memory():
+    rows = json.loads((ROOT / "results/bench_inference.json").read_text())["rows"]
+    for size in (256, 512):
+        for direction in ("encode", "decode"):
+            here = [row for row in rows if row["video"] == [17, size, size] and row["direction"] == direction]
+            ours = next(row for row in here if row["model"] == "LeanVAE-16ch" and row["variant"] == "fused")
+            peers = [row for row in here if row["model"].startswith("Autoencoder")]
+            assert len(peers) == 6  # each measured, or its row says that the machine's memory was not enough
+            for row in peers:
+                if "needs more than" not in row.get("note", ""):
+                    assert row["seconds"] > ours["seconds"] and row["peak_mib"] > ours["peak_mib"]
+
+
 def test_picture_is_small():
     assert 10_000 < (ROOT / "docs" / "images" / "demo.jpg").stat().st_size <= 250_000
 
