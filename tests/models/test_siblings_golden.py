@@ -26,11 +26,11 @@ WF_TINY = [
     "wfvae_tiny_nearest_noattn",
     "wfvae_tiny_8x8x8",
 ]
-WF_OFFICIAL = {  # and their parameters, without the constants of the wavelets
-    "wfvae_official_S_4ch_recipe": 146_496_836 - 2 * 144,
-    "wfvae_official_S_8ch_recipe": 147_347_788 - 2 * 144,
-    "wfvae_official_L_16ch_recipe": 317_081_372 - 2 * 144,
-    "wfvae_official_M_32ch_8x8x8_recipe": 227_035_816 - 2 * 192,
+WF_OFFICIAL = {  # and their parameters, without those of the encoder that are the constants of wavelets
+    "wfvae_official_S_4ch_recipe": 146_496_836 - 128,
+    "wfvae_official_S_8ch_recipe": 147_347_788 - 128,
+    "wfvae_official_L_16ch_recipe": 317_081_372 - 128,
+    "wfvae_official_M_32ch_8x8x8_recipe": 227_035_816 - 192,
 }
 IV_TINY = ["ivvae_tiny_z4", "ivvae_tiny_z8_t17", "ivvae_tiny_z16_res1"]
 IV_OFFICIAL = {
