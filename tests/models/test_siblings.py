@@ -188,6 +188,28 @@ def test_time_is_causal_but_for_what_is_late(case: str):
         assert not torch.allclose(start[:, :, known], whole[:, :, known])
 
 
+@torch.no_grad()
+def test_iv_goes_group_by_group_without_gradients():
+    vae = make("iv")
+    video, latents = make_video(vae, 4), make_latents(vae, 5, 4, 5)
+    calls: list[int] = []
+    vae.encoder.conv_in.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[2]))
+    moments, sample = vae.encode(video).latent_dist.parameters, vae.decode(latents).sample
+    assert calls == [5, 4, 4, 4]
+    calls.clear()
+    with torch.enable_grad():
+        assert_exact(vae.encode(video).latent_dist.parameters, moments)
+    assert calls == [17]
+    vae.num_frames_per_step = None
+    assert_exact(vae.decode(latents).sample, sample)
+    # A stream may change between the two.
+    cache, parts = TemporalCache(), []
+    for index, part in enumerate(latents.split(1, dim=2)):
+        vae.num_frames_per_step = 5 if index % 2 else None
+        parts.append(vae.decode(part, cache=cache).sample)
+    assert_exact(torch.cat(parts, dim=2), sample)
+
+
 @both
 def test_training(case: str):
     vae = make(case).train()

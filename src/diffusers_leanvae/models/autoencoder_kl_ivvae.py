@@ -385,6 +385,8 @@ class AutoencoderKLIVVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixi
         self.latent_channels = latent_channels
         self.temporal_compression_ratio = 4
         self.spatial_compression_ratio = 8
+        # Group by group as the original: memory that does not grow with the clip, and no slower.
+        self.num_frames_per_step = 5
         # How far convolutions reach, in latents: a level of the encoder has its blocks and the downsampling, the first
         # one the input's convolution too; a level of the decoder the upsampling and its blocks, the last one the
         # output's.

@@ -20,6 +20,7 @@ from .temporal_cache import TemporalCache, tile_chunk
 from .tiling import grid, time_chunks
 
 
+UNTILED = 2**62  # size of a tile that holds every frame
 # Of a network: all of it, the layers that are local in space, or those that see whole frames.
 Part = Literal["all", "local", "whole"]
 
@@ -241,6 +242,8 @@ class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
         encoder_halo: How far the local layers of the encoder reach, in latents.
         decoder_halo: How far those of the decoder reach.
         can_stream: Whether the model computes chunks exactly.
+        num_frames_per_step: Frames of a first chunk in which clips are computed without gradients, tiling or not;
+            `None` for whole clips.
     """
 
     encoder: Any
@@ -248,6 +251,7 @@ class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
     encoder_halo: int
     decoder_halo: int
     can_stream: bool = True
+    num_frames_per_step: int | None = None
     use_tiling: bool = False
     tile_sample_min_height: int = 512
     tile_sample_min_width: int = 512
@@ -292,15 +296,16 @@ class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
 
     def _layout(self, cache: TemporalCache | None) -> tuple[int, int, int] | None:
         r"""Height and width of tiles, and frames per chunk; a stream keeps what it started with."""
+        layout = None
         if cache is not None:
             self._check_can_stream("cache")
-            if cache.layout is not None or cache.num_latent_frames > 0:
-                return cache.layout
-        if not self.use_tiling:
-            return None
-        layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
-        if cache is not None:
-            cache.layout = layout
+            layout = cache.layout
+        if layout is None and self.use_tiling and (cache is None or cache.num_latent_frames == 0):
+            layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
+            if cache is not None:
+                cache.layout = layout
+        if layout is None and self.num_frames_per_step is not None and not torch.is_grad_enabled():
+            return UNTILED, UNTILED, self.num_frames_per_step
         return layout
 
     def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
@@ -349,7 +354,7 @@ class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
         cache: TemporalCache | None,
     ) -> torch.Tensor:
         r"""`function` of `x` and a cache, tile by tile; `scales`: elements of a latent in its input and its output."""
-        if layout is None:
+        if layout is None or layout[0] == UNTILED:
             return function(x, cache=cache)
         source, target = scales
         height, width = x.shape[3] // source, x.shape[4] // source
