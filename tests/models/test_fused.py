@@ -192,7 +192,7 @@ def test_int8_of_16_bit_models_is_near(dtype: torch.dtype):
     for actual, right in zip(results, run(vae.float(), x.float(), False), strict=True):
         assert actual.dtype == dtype
         error = (actual - right).square().mean().sqrt() / right.square().mean().sqrt()
-        assert 1e-4 < error < 2e-2
+        assert 1e-4 < error < 1.2e-2  # measured: 0.0077 in bfloat16, 0.0040 in float16
 
 
 def test_int8_is_near_and_does_not_depend_on_tiles_or_chunks():

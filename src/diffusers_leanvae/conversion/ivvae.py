@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .leanvae import convert_keys, count_matches, read_tensors, write_tensors
+from .leanvae import convert_keys, count_matches, read_tensors, select_weights, write_tensors
 
 
 _PLACEHOLDERS = {
@@ -120,8 +120,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     """
     path = Path(path)
     args, tensors = read_tensors(path, "IV-VAE")
-    if ANCHOR not in tensors:
-        raise ValueError(f"`path` must be an original IV-VAE checkpoint, got {str(path)!r} without {ANCHOR!r}.")
+    tensors = select_weights(path, tensors, ANCHOR, "IV-VAE")
     try:
         return config_from_original(args, tensors), from_original(tensors)
     except KeyError as error:

@@ -167,16 +167,28 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     """
     path = Path(path)
     args, tensors = read_tensors(path, "LeanVAE")
-    prefixes = [key.removesuffix(ANCHOR) for key in tensors if key.endswith(ANCHOR)]
-    if not prefixes:
-        raise ValueError(f"`path` must be an original LeanVAE checkpoint, got {str(path)!r} without {ANCHOR!r}.")
-    prefix = next((p for p in prefixes if "ema" in re.split(r"[._]", p.lower())), prefixes[0])
-    if prefix:  # a wrapper's file: everything beside the autoencoder (losses, discriminator, optimiser) is foreign
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    tensors = select_weights(path, tensors, ANCHOR, "LeanVAE")
     try:
         return config_from_original(args, tensors), from_original(tensors)
     except KeyError as error:
         raise ValueError(f"`path` must be a complete LeanVAE checkpoint, got {str(path)!r} without {error}.") from None
+
+
+def select_weights(path: Path, tensors: dict[str, torch.Tensor], anchor: str, kind: str) -> dict[str, torch.Tensor]:
+    r"""The weights of one network in a file that may hold several: averaged (EMA) ones if there are any.
+
+    Args:
+        path: Of the file, for the error.
+        tensors: All of them.
+        anchor: One key that every network of the kind has. What precedes it in the file is cut off; what does not
+            start so is foreign: losses, discriminator, optimiser.
+        kind: Of network, for the error.
+    """
+    prefixes = [key.removesuffix(anchor) for key in tensors if key.endswith(anchor)]
+    if not prefixes:
+        raise ValueError(f"`path` must be an original {kind} checkpoint, got {str(path)!r} without {anchor!r}.")
+    prefix = next((p for p in prefixes if "ema" in re.split(r"[._]", p.lower())), prefixes[0])
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .leanvae import count_matches, read_tensors, write_tensors
+from .leanvae import count_matches, read_tensors, select_weights, write_tensors
 
 
 # Original argument -> ours.
@@ -57,6 +57,8 @@ _STATISTICS = {
         + [1.5312, 0.6836, 0.7656, 0.8242, 1.2344, 1.0312, 1.7266, 0.9492],
     ),
 }
+# Of the 3D transforms, as the reference writes it: 1 / (2 * sqrt(2)) rounded, and trained weights depend on it.
+HAAR_3D = 0.3536
 ANCHOR = "encoder.down1.0.weight"  # one key that every original WF-VAE has and nothing else does
 _LEGACY_ANCHOR = "encoder.connect_l3.weight"
 _BANDS_2D = ("aa", "ad", "da", "dd")
@@ -132,16 +134,15 @@ def wavelet_constants(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     r"""The original keys that hold constants, and these."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # sum and difference; in 2D the vertical difference comes first
     bands_2d = 0.5 * torch.einsum("ah,bw->bahw", signs, signs).reshape(4, 1, 1, 2, 2)
-    bands_3d = 0.3536 * torch.einsum("at,bh,cw->abcthw", signs, signs, signs).reshape(8, 1, 1, 2, 2, 2)
+    bands_3d = HAAR_3D * torch.einsum("at,bh,cw->abcthw", signs, signs, signs).reshape(8, 1, 1, 2, 2, 2)
     constants = {}
     for stage in ("in", "l1", "l2", "out"):
         of_space = stage == "l1" and config["temporal_compression_ratio"] == 4
         names, bands = (_BANDS_2D, bands_2d) if of_space else (_BANDS_3D, bands_3d)
         for name, band in zip(names, bands, strict=True):
             if stage != "out":
-                constants[f"encoder.wavelet_transform_{stage}.{name}" + ("" if of_space else "_conv.conv.weight")] = (
-                    band
-                )
+                suffix = "" if of_space else "_conv.conv.weight"
+                constants[f"encoder.wavelet_transform_{stage}.{name}{suffix}"] = band
             if stage != "in":
                 constants[f"decoder.inverse_wavelet_transform_{stage}.{name}"] = band
     return constants
@@ -245,11 +246,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     """
     path = Path(path)
     args, tensors = read_tensors(path, "WF-VAE")
-    prefixes = [key.removesuffix(ANCHOR) for key in tensors if key.endswith(ANCHOR)]
-    if not prefixes:
-        raise ValueError(f"`path` must be an original WF-VAE checkpoint, got {str(path)!r} without {ANCHOR!r}.")
-    prefix = next((p for p in prefixes if "ema" in re.split(r"[._]", p.lower())), prefixes[0])
-    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    tensors = select_weights(path, tensors, ANCHOR, "WF-VAE")
     try:
         config = config_from_original(args, tensors)
         return config, from_original(tensors, config)

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..conversion.ivvae import read_original_checkpoint
 from .temporal_cache import TemporalCache
-from .video_autoencoder import Part, TiledVideoAutoencoderMixin
-from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
+from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_statistics
+from .video_layers import FrameConv2d, LayerChain, attend_within_frames
 
 
 class Chunk(NamedTuple):
@@ -69,8 +69,7 @@ class GroupCausalConv3d(nn.Conv3d):
         groups = x.unflatten(2, (-1, group_size))  # (B, c, groups, frames, H, W)
         last = torch.cat((before, groups[:, :, :-1, -1]), dim=2).unsqueeze(3)  # of the group before each
         windows = torch.cat((last, groups, torch.zeros_like(last)), dim=3).transpose(1, 2).flatten(0, 1)
-        output = convolve(windows, self.weight, self.bias, self.stride, (0, 1, 1), self.dilation)  # type: ignore[arg-type]
-        return output.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+        return super().forward(windows).unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
 class PointwiseConv3d(nn.Conv3d):
@@ -83,7 +82,7 @@ class PointwiseConv3d(nn.Conv3d):
 class BranchConv3d(nn.Module):
     r"""Both branches from both: a 2D convolution of every frame and a group causal one."""
 
-    def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int):
+    def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int = 1):
         super().__init__()
         self.conv_2d = FrameConv2d(in_channels, out_dim, kernel_size, padding=kernel_size // 2)
         self.conv_3d = (
@@ -255,7 +254,7 @@ class IVVAEEncoder(nn.Module):
         self.mid = _mid_blocks(dims[3], dropout)
         self.norm_out = BranchRMSNorm(dims[3])
         self.conv_out = PyramidConv2d(dims[3], latent_dim)
-        self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1, group_size=1)
+        self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1)
 
     def forward(
         self, x: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
@@ -280,7 +279,7 @@ class IVVAEDecoder(nn.Module):
     def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
         super().__init__()
         half = latent_dim // 2
-        self.post_quant_conv = BranchConv3d(latent_dim, half, 1, group_size=1)
+        self.post_quant_conv = BranchConv3d(latent_dim, half, 1)
         self.conv_in = FrameConv2d(2 * half, 2 * dims[3], 3, padding=1)
         self.mid = _mid_blocks(dims[3], dropout)
         blocks: list[nn.Module] = []
@@ -372,9 +371,7 @@ class AutoencoderKLIVVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixi
                 f"`base_channels` must make even widths of all levels but the first (upsampling halves them), got "
                 f"{base_channels}."
             )
-        for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if statistics is not None and len(statistics) != latent_channels:
-                raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+        check_statistics(latent_channels, latents_mean, latents_std)
         self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, dropout)
         self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, dropout)
         for name, module in self.named_modules():

@@ -29,7 +29,7 @@ from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projec
 from .planner import MemoryModel, MemoryPlan, free_memory
 from .temporal_cache import TemporalCache, mark_last, tile_cache
 from .tiling import Span, grid, time_chunks
-from .video_autoencoder import VideoAutoencoderMixin
+from .video_autoencoder import VideoAutoencoderMixin, check_choice, check_statistics
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -281,11 +281,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-
-
 def _initialize(module: nn.Module) -> None:
     r"""The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
     if isinstance(module, nn.Linear):
@@ -371,16 +366,14 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
         latents_std: list[float] | None = None,
     ):
         super().__init__()
-        _check_choice("patch_embedding_type", patch_embedding_type, ("separate", "joint", "no_wavelet"))
-        _check_choice("bottleneck_type", bottleneck_type, ("compressed_sensing", "linear"))
+        check_choice("patch_embedding_type", patch_embedding_type, ("separate", "joint", "no_wavelet"))
+        check_choice("bottleneck_type", bottleneck_type, ("compressed_sensing", "linear"))
         if len(patch_size) != 3 or min(patch_size) < 1 or patch_size[1] != patch_size[2]:
             raise ValueError(
                 f"`patch_size` must be three positive integers (time, height, width) with height = width, got "
                 f"{patch_size}."
             )
-        for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if statistics is not None and len(statistics) != latent_channels:
-                raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+        check_statistics(latent_channels, latents_mean, latents_std)
 
         geometry = LeanVAEPatchGeometry(in_channels, (patch_size[0], *patch_size[1:]), patch_embedding_type)
         dim = low_freq_dim + high_freq_dim
@@ -482,8 +475,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
             ValueError: If the model has adapters that are not merged, or weights of several dtypes or on several
                 devices, or is not what int8 needs.
         """
-        _check_choice("weights", weights, ("same", "int8"))
-        _check_choice("kernels", kernels, ("auto", "torch", "triton"))
+        check_choice("weights", weights, ("same", "int8"))
+        check_choice("kernels", kernels, ("auto", "torch", "triton"))
         if weights == "int8" and (self.dtype.itemsize > 4 or self.device.type != "cpu" or kernels == "triton"):
             raise ValueError(
                 f"`weights` 'int8' needs a model of at most float32 on CPU without Triton, got {self.dtype} on "
@@ -544,15 +537,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
         height = self.tile_sample_min_height if tile_sample_min_height in ("auto", None) else tile_sample_min_height
         width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
         num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
-            if not isinstance(size, int) or size < ratio_s or size % ratio_s:
-                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
-        if num_frames <= ratio_t or num_frames % ratio_t != 1:
-            raise ValueError(
-                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
-                f"...), got {num_frames}."
-            )
+        self._check_tile(height, width, num_frames)
         self.tile_sample_min_height, self.tile_sample_min_width = int(height), width
         self.num_frames_per_chunk = num_frames
         self.tiling_budget = ("auto" if budget is None else budget) if is_auto else None

@@ -21,15 +21,11 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..conversion.wfvae import read_original_checkpoint
+from ..conversion.wfvae import HAAR_3D, read_original_checkpoint
 from .temporal_cache import TemporalCache
-from .video_autoencoder import Part, TiledVideoAutoencoderMixin
+from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_choice, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
-
-
-# Of the 3D transforms, as the reference writes it: 1 / (2 * sqrt(2)) rounded, and trained weights depend on it.
-HAAR_3D = 0.3536
 
 
 # ---- wavelets -------------------------------------------------------------------------------------------------------
@@ -414,12 +410,11 @@ def _encoder_reach(num_layers: int) -> int:
 
 
 def _decoder_reach(num_layers: int, num_flow_layers: int, is_8x: bool) -> int:
-    def interpolate(
-        low: int, high: int
-    ) -> tuple[int, int]:  # an odd index also reads to the right, an even to the left
-        return (low - 1) // 2, (high + 1) // 2
+    def interpolate(low: int, high: int) -> tuple[int, int]:
+        return (low - 1) // 2, (high + 1) // 2  # an odd index also reads to the right, an even one to the left
 
-    def latents(low: int, high: int) -> int:  # of what the first level gives: a convolution, a block; then its blocks
+    def latents(low: int, high: int) -> int:
+        # Of what the first level gives: a block and a convolution, upsampling, and the level's blocks.
         low, high = interpolate(low - 3, high + 3)
         return max(-low, high) + 2 * num_layers
 
@@ -490,16 +485,10 @@ class AutoencoderKLWFVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixi
         latents_std: list[float] | None = None,
     ):
         super().__init__()
-        for name, value, legal in (
-            ("norm_type", norm_type, ("layer_norm", "group_norm")),
-            ("temporal_interpolation", temporal_interpolation, ("linear", "nearest")),
-            ("temporal_compression_ratio", temporal_compression_ratio, (4, 8)),
-        ):
-            if value not in legal:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-        for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if statistics is not None and len(statistics) != latent_channels:
-                raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+        check_choice("norm_type", norm_type, ("layer_norm", "group_norm"))
+        check_choice("temporal_interpolation", temporal_interpolation, ("linear", "nearest"))
+        check_choice("temporal_compression_ratio", temporal_compression_ratio, (4, 8))
+        check_statistics(latent_channels, latents_mean, latents_std)
         layers = Layers(norm_type, dropout, temporal_interpolation)
         wavelets = (Wavelet(True), Wavelet(temporal_compression_ratio == 8), Wavelet(True))  # from the pixels down
         self.encoder = WFVAEEncoder(

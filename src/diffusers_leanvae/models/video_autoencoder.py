@@ -25,6 +25,17 @@ UNTILED = 2**62  # size of a tile that holds every frame
 Part = Literal["all", "local", "whole"]
 
 
+def check_choice(name: str, value: Any, legal: tuple[Any, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
+
+
+def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
+    for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+        if statistics is not None and len(statistics) != latent_channels:
+            raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+
+
 class VideoAutoencoderMixin:
     r"""Encode, decode and reconstruct videos and images, whole or as streams.
 
@@ -137,6 +148,17 @@ class VideoAutoencoderMixin:
             raise ValueError(f"`{name}` must be a floating-point tensor, got {x.dtype}.")
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
+
+    def _check_tile(self, height: Any, width: Any, num_frames: int) -> None:
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
+            if not isinstance(size, int) or size < ratio_s or size % ratio_s:
+                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
+        if num_frames <= ratio_t or num_frames % ratio_t != 1:
+            raise ValueError(
+                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
+                f"...), got {num_frames}."
+            )
 
     # ---- public -----------------------------------------------------------------------------------------------------
 
@@ -277,15 +299,7 @@ class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
         height = self.tile_sample_min_height if tile_sample_min_height is None else tile_sample_min_height
         width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
         num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
-            if size < ratio_s or size % ratio_s:
-                raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
-        if num_frames <= ratio_t or num_frames % ratio_t != 1:
-            raise ValueError(
-                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
-                f"...), got {num_frames}."
-            )
+        self._check_tile(height, width, num_frames)
         self.tile_sample_min_height, self.tile_sample_min_width = height, width
         self.num_frames_per_chunk = num_frames
         self.use_tiling = True
