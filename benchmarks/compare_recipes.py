@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.alignment import Teacher
 from diffusers_leanvae.data import pixels_to_sample
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
-from diffusers_leanvae.evaluation.run import evaluate_reconstruction
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.losses.alignment import Teacher
 
 
 ROOT = Path(__file__).resolve().parent.parent

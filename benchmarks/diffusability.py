@@ -17,7 +17,7 @@ from diffusers import AutoModel
 import diffusers_leanvae  # noqa: F401 - makes AutoModel know AutoencoderKLLeanVAE
 from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
-from diffusers_leanvae.results import sha256, write_result
+from diffusers_leanvae.evaluation.results import sha256, write_result
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_leanvae import LeanVAELattePipeline
-from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective
-from diffusers_leanvae.latent_cache import LatentFolder
+from diffusers_leanvae.data.latent_cache import LatentFolder
+from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.latents import normalize_latents
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective
 
 
 ROOT = Path(__file__).resolve().parent.parent

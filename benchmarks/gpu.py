@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae import benchmark
-from diffusers_leanvae.benchmark import DIRECTIONS, DTYPES, KEYS, Record, Subject
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae.benchmark import rounds as benchmark
+from diffusers_leanvae.benchmark.rounds import DIRECTIONS, DTYPES, KEYS, Record, Subject
+from diffusers_leanvae.evaluation.results import write_result
 
 
 TF32 = "float32-tf32"

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae import benchmark
-from diffusers_leanvae.benchmark import (
+from diffusers_leanvae.benchmark import rounds as benchmark
+from diffusers_leanvae.benchmark.rounds import (
     DIRECTIONS,
     DTYPES,
     KEYS,
@@ -39,7 +39,7 @@ from diffusers_leanvae.benchmark import (
     MeasurementError,
     Record,
 )
-from diffusers_leanvae.results import provenance, write_result
+from diffusers_leanvae.evaluation.results import provenance, write_result
 
 
 MODELS = ("LeanVAE-16ch", "LeanVAE-4ch", *PEERS)

@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder, files
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
+from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.inference import files
 from diffusers_leanvae.video_io import VideoWriter, iter_video
 
 

@@ -17,9 +17,9 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.bundled import model_path
-from diffusers_leanvae.evaluation.run import evaluate_reconstruction
-from diffusers_leanvae.models import fused
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.models import leanvae_fused as fused
 
 
 class SimulatedFloat8:

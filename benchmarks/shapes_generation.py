@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from diffusers_leanvae import bundled
+from diffusers_leanvae.data.shapes import NUM_CLASSES, MovingShapes, class_parts
+from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.evaluation.shapes_detector import detect
 from diffusers_leanvae.generation import load_pipeline
-from diffusers_leanvae.results import write_result
-from diffusers_leanvae.shapes import NUM_CLASSES, MovingShapes, class_parts
-from diffusers_leanvae.shapes_detector import detect
 
 
 ROOT = Path(__file__).resolve().parent.parent

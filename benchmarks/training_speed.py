@@ -21,9 +21,9 @@ from diffusers_leanvae.training import train_vae  # pyright: ignore[reportMissin
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_leanvae.benchmark import FIRST_FACTOR, RecordProducts, seconds
-from diffusers_leanvae.recipe import load_recipe
-from diffusers_leanvae.results import write_result
+from diffusers_leanvae.benchmark.rounds import FIRST_FACTOR, RecordProducts, seconds
+from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.trainer.recipe import load_recipe
 
 
 class Case:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers.schedulers import SchedulerMixin
 
-from diffusers_leanvae.latent_video import Callback, Generator, LatentVideoPipeline, LatentVideoPipelineOutput
+from diffusers_leanvae.generation.pipeline import Callback, Generator, LatentVideoPipeline, LatentVideoPipelineOutput
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
 

@@ -8,7 +8,7 @@ from diffusers import LatteTransformer3DModel
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
 
-from diffusers_leanvae.latent_video import (
+from diffusers_leanvae.generation.pipeline import (
     Callback,
     Frames,
     Generator,

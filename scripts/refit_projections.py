@@ -13,7 +13,7 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import VideoFolder, pixels_to_sample
-from diffusers_leanvae.models.patches import split_patches
+from diffusers_leanvae.models.leanvae_patches import split_patches
 
 
 @torch.inference_mode()

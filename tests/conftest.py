@@ -1,13 +1,17 @@
 """What all tests share: one thread, and tiny models whose weights do something."""
 
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from patterns import drifting_pattern
 
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.video_io import VideoWriter
 
 
 # Runners share their cores, and sums over one thread come out the same everywhere.
@@ -53,3 +57,14 @@ def make_model() -> Callable[..., AutoencoderKLLeanVAE]:
 def make_video() -> Callable[..., torch.Tensor]:
     r"""`make_video(*shape, dtype, seed)`: uniform noise in [-1, 1]."""
     return _make_video
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    r"""A folder of tiny clips that move, written once."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "nested").mkdir()
+    for number, name in enumerate(["a.mp4", "b.mp4", "nested/c.mp4"]):
+        with VideoWriter(folder / name, Fraction(24)) as writer:
+            writer.write(drifting_pattern(12 + number, height=48, width=64, seed=number))
+    return folder

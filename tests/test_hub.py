@@ -23,7 +23,7 @@ from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_leanvae
 from diffusers_leanvae import AutoencoderKLLeanVAE, hub
-from diffusers_leanvae.schedulers import make_scheduler
+from diffusers_leanvae.generation.schedulers import make_scheduler
 
 
 # What every fresh process starts with. Only the package is imported: that must be enough.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from diffusers_leanvae import bundled
-from diffusers_leanvae.results import sha256
+from diffusers_leanvae.evaluation.results import sha256
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,7 +42,25 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_leanvae.checkpoints import (
+from diffusers_leanvae.data import open_training_data
+from diffusers_leanvae.data.latent_cache import LatentFolder
+from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
+from diffusers_leanvae.data.named import open_named_dataset
+from diffusers_leanvae.data.shapes import MovingShapes
+from diffusers_leanvae.generation import video_grid
+from diffusers_leanvae.generation.schedulers import make_scheduler
+from diffusers_leanvae.hub import upload_folder
+from diffusers_leanvae.latents import normalize_latents
+from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
+from diffusers_leanvae.losses.representation import (
+    AutoencoderFeatures,
+    FeatureEncoder,
+    ImageFeatures,
+    RepresentationHead,
+)
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
+from diffusers_leanvae.trainer.checkpoints import (
     Progress,
     append_json,
     find_checkpoint,
@@ -52,24 +70,11 @@ from diffusers_leanvae.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from diffusers_leanvae.data import open_training_data
-from diffusers_leanvae.data_named import open_named_dataset
-from diffusers_leanvae.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
-from diffusers_leanvae.finetuning import CHECKPOINT_SUFFIXES, load_vae
-from diffusers_leanvae.generation import video_grid
-from diffusers_leanvae.hub import upload_folder
-from diffusers_leanvae.latent_cache import LatentFolder
-from diffusers_leanvae.latent_data import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
-from diffusers_leanvae.latents import normalize_latents
-from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
-from diffusers_leanvae.model_card import describe_recipe, write_pipeline_card
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
-from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
-from diffusers_leanvae.representation import AutoencoderFeatures, FeatureEncoder, ImageFeatures, RepresentationHead
-from diffusers_leanvae.schedulers import make_scheduler
-from diffusers_leanvae.shapes import MovingShapes
-from diffusers_leanvae.training_loop import RunningMeans, average, build_optimizer, check_trackers
+from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
+from diffusers_leanvae.trainer.finetuning import CHECKPOINT_SUFFIXES, load_vae
+from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimizer, check_trackers
+from diffusers_leanvae.trainer.model_card import describe_recipe, write_pipeline_card
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.video_io import write_video
 
 

@@ -44,8 +44,21 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_leanvae.alignment import Teacher
-from diffusers_leanvae.checkpoints import (
+from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sample
+from diffusers_leanvae.data.latent_samples import measure_statistics
+from diffusers_leanvae.hub import upload_folder
+from diffusers_leanvae.losses.adversarial import (
+    DiscriminatorTrainingModule,
+    PatchDiscriminator2d,
+    PatchDiscriminator3d,
+)
+from diffusers_leanvae.losses.alignment import Teacher
+from diffusers_leanvae.losses.perceptual import LPIPS
+from diffusers_leanvae.losses.reconstruction import LossWeights
+from diffusers_leanvae.losses.regularizers import AlignmentWeights
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.trainer.autoencoder_module import Regularization, VAETrainingModule
+from diffusers_leanvae.trainer.checkpoints import (
     Progress,
     append_json,
     find_checkpoint,
@@ -55,21 +68,12 @@ from diffusers_leanvae.checkpoints import (
     save_checkpoint,
     write_folder,
 )
-from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sample
-from diffusers_leanvae.discriminator import DiscriminatorTrainingModule, PatchDiscriminator2d, PatchDiscriminator3d
-from diffusers_leanvae.finetuning import add_lora, freeze_encoder, load_vae
-from diffusers_leanvae.hub import upload_folder
-from diffusers_leanvae.initialization import initialize_from_principal_components
-from diffusers_leanvae.latent_data import measure_statistics
-from diffusers_leanvae.model_card import describe_recipe, write_model_card
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.objectives import LossWeights
-from diffusers_leanvae.perceptual import LPIPS
-from diffusers_leanvae.recipe import OptimizerRecipe, load_recipe, save_recipe
-from diffusers_leanvae.regularizers import AlignmentWeights
-from diffusers_leanvae.training_loop import RunningMeans, average, build_optimizer, check_trackers
-from diffusers_leanvae.training_module import Regularization, VAETrainingModule
-from diffusers_leanvae.validation import load_validation_clips, score_clips, summarize, write_picture
+from diffusers_leanvae.trainer.finetuning import add_lora, freeze_encoder, load_vae
+from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimizer, check_trackers
+from diffusers_leanvae.trainer.model_card import describe_recipe, write_model_card
+from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
+from diffusers_leanvae.trainer.validation import load_validation_clips, score_clips, summarize, write_picture
 
 
 # --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from . import hub
 from ._version import __version__
+from .inference.padding import Padding, crop_sample, pad_sample
+from .inference.streaming import StreamingDecoder, StreamingEncoder
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from .models.temporal_cache import TemporalCache
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
-from .padding import Padding, crop_sample, pad_sample
-from .streaming import StreamingDecoder, StreamingEncoder
 
 
 hub.register()

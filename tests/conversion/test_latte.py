@@ -304,7 +304,7 @@ from pathlib import Path
 from diffusers_leanvae import AutoencoderKLLeanVAE, bundled
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
 from diffusers_leanvae.pipelines.pipeline_leanvae_latte import LeanVAELattePipeline
-from diffusers_leanvae.schedulers import make_scheduler
+from diffusers_leanvae.generation.schedulers import make_scheduler
 torch.set_num_threads(1)
 source, folder = sys.argv[1:]
 report, last = {}, time.process_time()

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE
-from diffusers_leanvae.autoencoders import load_autoencoder
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.conversion import ivvae, wfvae
+from diffusers_leanvae.loading import load_autoencoder
 
 
 WF = {"latent_channels": 8, "base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}

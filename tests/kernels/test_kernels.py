@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers_leanvae import kernels
 from diffusers_leanvae.kernels import eager
 from diffusers_leanvae.kernels.cuda_graphs import GraphedFunction
-from diffusers_leanvae.models.naf import LeanVAEBlock
+from diffusers_leanvae.models.leanvae_blocks import LeanVAEBlock
 from diffusers_leanvae.models.temporal_cache import TemporalCache
 
 

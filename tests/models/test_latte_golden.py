@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from diffusers_leanvae.conversion.latte import config_from_original, from_original, to_original
+from diffusers_leanvae.generation.schedulers import guide_noise, make_scheduler, respaced_timesteps
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
-from diffusers_leanvae.schedulers import guide_noise, make_scheduler, respaced_timesteps
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"

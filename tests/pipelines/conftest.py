@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffusers_leanvae
-from diffusers_leanvae.schedulers import make_scheduler
+from diffusers_leanvae.generation.schedulers import make_scheduler
 
 
 # 9 frames of 32 x 32 pixels: 3 latent frames of 4 x 4.

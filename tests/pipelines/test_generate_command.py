@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from diffusers_leanvae import bundled
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.generation import video_grid
-from diffusers_leanvae.schedulers import make_scheduler
+from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
 

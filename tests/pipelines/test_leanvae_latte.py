@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import config_from_original, from_original
-from diffusers_leanvae.latent_video import plan_windows, set_timesteps
+from diffusers_leanvae.generation.pipeline import plan_windows, set_timesteps
+from diffusers_leanvae.generation.schedulers import make_scheduler, respaced_timesteps
 from diffusers_leanvae.latents import normalize_latents
-from diffusers_leanvae.schedulers import make_scheduler, respaced_timesteps
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"

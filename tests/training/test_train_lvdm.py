@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from diffusers_leanvae import LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import write_original_checkpoint
-from diffusers_leanvae.latent_cache import encode_dataset
-from diffusers_leanvae.latent_data import LatentData, encode_batch
-from diffusers_leanvae.lvdm_module import LatentDiffusionTrainingModule, draw_step, drop_labels
+from diffusers_leanvae.data.latent_cache import encode_dataset
+from diffusers_leanvae.data.latent_samples import LatentData, encode_batch
+from diffusers_leanvae.data.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.recipe import load_recipe
-from diffusers_leanvae.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
+from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
+from diffusers_leanvae.trainer.recipe import load_recipe
 from diffusers_leanvae.video_io import probe_video
 
 

@@ -19,10 +19,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
+from diffusers_leanvae.losses.perceptual import LPIPS
+from diffusers_leanvae.losses.reconstruction import LossWeights
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.objectives import LossWeights
-from diffusers_leanvae.perceptual import LPIPS
-from diffusers_leanvae.training_module import VAETrainingModule
+from diffusers_leanvae.trainer.autoencoder_module import VAETrainingModule
 from diffusers_leanvae.video_io import probe_video
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..data import VideoFolder, pixels_to_sample
+from ..data.datasets import VideoFolder, pixels_to_sample
 from .metrics import frame_psnr
 
 

@@ -1,8 +1,9 @@
 """LeanVAE: an ultra-efficient reconstruction VAE for video diffusion models (arXiv 2503.14325).
 
 Read in the order of use: encoder -> bottleneck -> decoder -> `AutoencoderKLLeanVAE`, whose `_encode_chunk` and
-`_decode_chunk` are the whole network. The layers are in `naf.py`, sub-bands and patches in `patches.py`, the public
-methods that all video autoencoders share (`encode`, `decode`, `forward`) in `video_autoencoder.py`, all short.
+`_decode_chunk` are the whole network. The layers are in `leanvae_blocks.py`, sub-bands and patches in
+`leanvae_patches.py`, the public methods that all video autoencoders share (`encode`, `decode`, `forward`) in
+`video_autoencoder.py`, all short.
 
 Shape letters in the margins: B batch, C pixel channels, T H W frames and pixels; t h w latent frames and size; c
 width of the tokens; z latent channels. Tokens are channels-last `(B, t, h, w, c)` from the patch embedding to the
@@ -23,10 +24,10 @@ from torch import nn
 
 from ..conversion.leanvae import read_original_checkpoint
 from ..kernels import get as get_kernels
-from .fused import FusedLeanVAE, signature
-from .naf import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
-from .patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
-from .planner import MemoryModel, MemoryPlan, free_memory
+from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
+from .leanvae_fused import FusedLeanVAE, signature
+from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
+from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import TemporalCache, mark_last, tile_cache
 from .tiling import Span, grid, time_chunks
 from .video_autoencoder import VideoAutoencoderMixin, check_choice, check_statistics

@@ -1,0 +1,6 @@
+"""The command `leanvae`."""
+
+from .commands import app
+
+
+__all__ = ["app"]

@@ -1,0 +1,282 @@
+"""The videos of a source as something to cut clips from: probed, kept in memory, put into buckets, drawn in order."""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..video_io.reader import VideoError, iter_video, probe_video
+from .sources import VideoSource
+
+
+NUM_PASSES = 4  # over all videos in search of a sound part, before giving up
+
+Size = tuple[int, int, int]  # frames, height, width
+
+
+def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize `(num_frames, height, width, 3)` frames with antialiased bicubic weights; the dtype stays.
+
+    `uint8` is rounded and clipped by the resampler, floating point is neither.
+    """
+    if frames.shape[1:3] == (height, width):
+        return frames
+    # A THWC tensor seen as TCHW is channels-last, which is the layout of the fast uint8 resampler.
+    resized = F.interpolate(frames.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width after scaling the shorter of them to `short_side`, the aspect ratio kept."""
+    scale = short_side / min(height, width)
+    return max(short_side, round(height * scale)), max(short_side, round(width * scale))
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    r"""What is cut from a video; see `open_training_data`."""
+
+    clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),)
+    aspect_buckets: bool = False
+    short_side: int | None = None
+    stride: int | Sequence[int] = 1
+    max_zoom_out: float = 1.0
+    flip: bool = True
+    rescale_factors: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for size in self.clip_sizes:
+            if len(size) != 3 or any(not isinstance(edge, int) or edge < 1 for edge in size):
+                raise ValueError(f"`clip_sizes` must hold [num_frames, height, width] triples, got {list(size)}.")
+        if not self.clip_sizes:
+            raise ValueError("`clip_sizes` must hold at least one [num_frames, height, width], got none.")
+        strides = [self.stride] * 2 if isinstance(self.stride, int) else list(self.stride)
+        if len(strides) != 2 or not all(isinstance(n, int) for n in strides) or not 1 <= strides[0] <= strides[1]:
+            raise ValueError(f"`stride` must be an integer from 1 or [lowest, highest] of them, got {self.stride}.")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"`short_side` must be at least 1 or None, got {self.short_side}.")
+        if self.max_zoom_out < 1.0:
+            raise ValueError(f"`max_zoom_out` must be at least 1.0, got {self.max_zoom_out}.")
+        if not self.rescale_factors or min(self.rescale_factors) <= 0:
+            raise ValueError(f"`rescale_factors` must hold at least one positive number, got {self.rescale_factors}.")
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [(size[0], size[1], size[2]) for size in self.clip_sizes]
+
+    @property
+    def image_sizes(self) -> list[Size]:
+        """The clip sizes with one frame, each once."""
+        return list(dict.fromkeys((1, height, width) for _, height, width in self.sizes))
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return (self.stride, self.stride) if isinstance(self.stride, int) else (self.stride[0], self.stride[1])
+
+
+class VideoShelf:
+    r"""The videos of a source, and as many of them decoded in memory as fit.
+
+    Args:
+        source: The files.
+        sizes: The clip sizes that are wanted; a video which holds none of them is unusable.
+        options: What is cut.
+    """
+
+    def __init__(self, source: VideoSource, sizes: Sequence[Size], options: ClipOptions) -> None:
+        self.source, self.sizes, self.options = source, list(sizes), options
+        self.cache: dict[int, torch.Tensor] = {}
+        self.shapes: dict[int, Size | None] = {}  # after scaling; None for unusable videos
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(shape is None for shape in self.shapes.values())
+
+    def shape(self, number: int) -> Size | None:
+        r"""Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
+        if number not in self.shapes:
+            try:
+                self.shapes[number] = shape = self._probe(number)
+                if not any(fits(shape, size) for size in self.sizes):
+                    raise VideoError(
+                        f"{self.source.name(number)!r} has {shape} frames, height, width and holds no clip."
+                    )
+            except Exception as error:
+                # Whatever a foreign file does to the reader must not end a run of days.
+                self._skip(number, error)
+        return self.shapes[number]
+
+    def fill_cache(self, capacity: int) -> int:
+        r"""Decode videos into memory, the first ones first, until `capacity` bytes are spent; returns what is left."""
+        for number in range(len(self)) if capacity > 0 else ():
+            shape = self.shape(number)
+            if shape is None:
+                continue
+            if 3 * math.prod(shape) > capacity:
+                break
+            try:
+                frames = self._read(number)
+                capacity -= frames.numel()
+                self.cache[number] = frames
+                self.shapes[number] = (len(frames), *shape[1:])  # headers can be wrong
+            except Exception as error:
+                self._skip(number, error)
+        return capacity
+
+    def cut(self, number: int, size: Size, factor: float, rng: np.random.Generator) -> torch.Tensor | None:
+        r"""A random clip, uint8 `(3, num_frames, height, width)`, or `None` where the video cannot be read.
+
+        Args:
+            number: A video whose `shape` holds `size`.
+            size: Frames, height and width of the window at zoom 1.
+            factor: Height and width of the clip are those of `size` by this, rounded to 16 (unless the factor is 1).
+            rng: All randomness.
+        """
+        shape = self.shapes[number]
+        assert shape is not None
+        num_frames, height, width = size
+        longest = (shape[0] - 1) // (num_frames - 1) if num_frames > 1 else 1
+        lowest, highest = (min(stride, longest) for stride in self.options.strides)
+        stride = int(rng.integers(lowest, highest + 1))
+        span = (num_frames - 1) * stride + 1
+        start = int(rng.integers(shape[0] - span + 1))
+
+        largest_zoom = min(self.options.max_zoom_out, shape[1] / height, shape[2] / width)
+        zoom = float(np.exp(rng.uniform(0.0, np.log(largest_zoom))))
+        window_height, window_width = int(height * zoom), int(width * zoom)
+        top = int(rng.integers(shape[1] - window_height + 1))
+        left = int(rng.integers(shape[2] - window_width + 1))
+        mirrored = self.options.flip and rng.random() < 0.5
+
+        if number in self.cache:
+            frames = self.cache[number][start : start + span]
+        else:
+            try:
+                frames = self._read(number, start, span)
+                if frames.shape[:3] != (span, *shape[1:]):
+                    raise VideoError(
+                        f"{self.source.name(number)!r} ends before frame {start + span} or changes its size, against "
+                        "what its header promises."
+                    )
+            except Exception as error:
+                # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
+                warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)
+                return None
+        window = frames[::stride, top : top + window_height, left : left + window_width]
+        if factor != 1.0:
+            height, width = (max(16, 16 * round(edge / factor / 16)) for edge in (height, width))
+        clip = resize_frames(window, height, width)
+        return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
+
+    def _probe(self, number: int) -> Size:
+        with self.source.open(number) as path:
+            info = probe_video(path)
+            num_frames = info.num_frames or sum(len(frames) for frames in iter_video(path))
+        return num_frames, *self._scaled_size(info.height, info.width)
+
+    def _read(self, number: int, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
+        with self.source.open(number) as path:
+            chunks = iter_video(path, start, num_frames)
+            return torch.cat([resize_frames(frames, *self._scaled_size(*frames.shape[1:3])) for frames in chunks])
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        short_side = self.options.short_side
+        if short_side is None or min(height, width) <= short_side:
+            return height, width
+        return short_side_size(height, width, short_side)
+
+    def _skip(self, number: int, error: Exception) -> None:
+        self.shapes[number] = None
+        warnings.warn(f"Skipping a video: {error}", stacklevel=3)
+
+
+class VideoPool:
+    r"""Decides which videos a step may use: buckets of them, each visited in a new random order every epoch.
+
+    An epoch is one visit to every video of every bucket; a bucket takes whole steps, and what its videos do not fill
+    is carried over to the next epoch.
+
+    Args:
+        shelf: The videos.
+        sizes: The clip sizes to choose from.
+        batch_size: Clips of one step.
+        seed: Entropy of the orders.
+        is_image: Whether clips are single frames; only tells the orders of the two kinds apart.
+    """
+
+    def __init__(
+        self, shelf: VideoShelf, sizes: Sequence[Size], batch_size: int, seed: Sequence[int], is_image: bool = False
+    ) -> None:
+        self.shelf, self.batch_size, self.seed, self.is_image = shelf, batch_size, list(seed), is_image
+        self.buckets: list[tuple[list[Size], np.ndarray]] = [(list(sizes), np.arange(len(shelf)))]
+        if shelf.options.aspect_buckets:
+            self.buckets = _aspect_buckets(shelf, sizes)
+            if not self.buckets:
+                raise ValueError(f"`clip_sizes` must fit at least one of the {len(shelf)} videos, got {list(sizes)}.")
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # the newest order of each bucket, and its epoch
+        self._plan: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def candidates(self, step: int, position: int) -> tuple[list[Size], Iterator[int]]:
+        r"""For the `position`-th clip of the `step`-th step: the sizes to choose from, the videos in order."""
+        bucket, step_of_bucket = self._locate(step)
+        sizes, members = self.buckets[bucket]
+        epoch, first = divmod(step_of_bucket * self.batch_size + position, len(members))
+        order = self._order(bucket, epoch)
+        numbers = (int(order[(first + i) % len(order)]) for i in range(NUM_PASSES * len(order)))
+        return sizes, numbers
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps of that bucket came before."""
+        if len(self.buckets) == 1:
+            return 0, step
+        epoch = step * self.batch_size // sum(len(members) for _, members in self.buckets)
+        while sum(self._steps_before(epoch)) > step:
+            epoch -= 1
+        while sum(self._steps_before(epoch + 1)) <= step:
+            epoch += 1
+        before = self._steps_before(epoch)
+        if self._plan[0] != epoch:
+            counts = [end - begin for begin, end in zip(before, self._steps_before(epoch + 1), strict=True)]
+            plan = np.repeat(np.arange(len(counts)), counts)
+            rng = np.random.default_rng([*self.seed, epoch, 2 * len(counts) + self.is_image])
+            self._plan = (epoch, rng.permutation(plan))
+        plan, offset = self._plan[1], step - sum(before)
+        bucket = int(plan[offset])
+        return bucket, before[bucket] + int((plan[:offset] == bucket).sum())
+
+    def _steps_before(self, epoch: int) -> list[int]:
+        return [epoch * len(members) // self.batch_size for _, members in self.buckets]
+
+    def _order(self, bucket: int, epoch: int) -> np.ndarray:
+        if self._orders.get(bucket, (-1,))[0] != epoch:
+            rng = np.random.default_rng([*self.seed, epoch, 2 * bucket + self.is_image])
+            self._orders[bucket] = (epoch, rng.permutation(self.buckets[bucket][1]))
+        return self._orders[bucket][1]
+
+
+def _aspect_buckets(shelf: VideoShelf, all_sizes: Sequence[Size]) -> list[tuple[list[Size], np.ndarray]]:
+    """Clip sizes of one aspect ratio, and the videos whose own ratio is nearest to it among those that fit."""
+    ratios = list(dict.fromkeys(Fraction(height, width) for _, height, width in all_sizes))
+    sizes = [[size for size in all_sizes if Fraction(size[1], size[2]) == ratio] for ratio in ratios]
+    with ThreadPoolExecutor() as pool:  # FFmpeg works outside the interpreter lock
+        shapes = list(pool.map(shelf.shape, range(len(shelf))))
+    members: list[list[int]] = [[] for _ in ratios]
+    for number, shape in enumerate(shapes):
+        possible = [i for i in range(len(ratios)) if shape and any(fits(shape, size) for size in sizes[i])]
+        if shape and possible:
+            distances = [abs(math.log(ratios[i] * shape[2] / shape[1])) for i in possible]
+            members[possible[distances.index(min(distances))]].append(number)
+    return [(sizes[i], np.array(members[i])) for i in range(len(ratios)) if members[i]]
+
+
+def fits(shape: Size, size: Size) -> bool:
+    return all(edge <= available for edge, available in zip(size, shape, strict=True))

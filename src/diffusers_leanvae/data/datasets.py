@@ -1,0 +1,342 @@
+"""Training data: the i-th clip is a pure function of the seed and of i.
+
+Nothing here remembers what was drawn before. Resuming is starting at a later step, and the clips of a step do not
+depend on the number of workers (nor, for files at hand, of processes) that share them. `open_training_data` is the way
+in; `docs/data.md` tells what it takes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..video_io.reader import VideoError, read_video
+from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits, resize_frames, short_side_size
+from .sources import FileSource, VideoSource
+
+
+def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
+    """`uint8` pixels to float32 in `[-1, 1]`, any shape, on whatever device they are."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tensor:
+    r"""The evaluation view of a video: its first frames, short side resized to `size`, centre crop.
+
+    Returns:
+        Float32 clip in `[-1, 1]`, shape `(3, num_frames, size, size)`. The resampled values are clipped but not
+        rounded to 256 levels, which alone would hide differences beyond 59 dB.
+    """
+    frames, _ = read_video(path, num_frames=num_frames)
+    if len(frames) < num_frames:
+        raise VideoError(f"{str(path)!r} must have at least {num_frames} frames, got {len(frames)}.")
+    height, width = short_side_size(frames.shape[1], frames.shape[2], size)
+    frames = resize_frames(frames.float(), height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    clip = frames[:, top : top + size, left : left + size].permute(3, 0, 1, 2)
+    return clip.div(127.5).sub_(1.0).clamp_(-1.0, 1.0).contiguous()
+
+
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    r"""Which steps are image steps, and which clip indices belong to a step.
+
+    Image steps are spread evenly. Step `s` owns the indices from `s * clips_per_step` on; a step of videos leaves the
+    last of them unused where image steps are larger.
+
+    Args:
+        batch_size: Clips of a step of videos, over all processes and accumulation steps.
+        image_ratio: The share of steps whose clips are single frames.
+        image_batch_factor: Such a step has this many times more clips.
+    """
+
+    batch_size: int
+    image_ratio: float = 0.0
+    image_batch_factor: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.image_ratio <= 1.0:
+            raise ValueError(f"`image_ratio` must be from 0 to 1, got {self.image_ratio}.")
+        if self.image_batch_factor < 1:
+            raise ValueError(f"`image_batch_factor` must be at least 1, got {self.image_batch_factor}.")
+
+    @property
+    def clips_per_step(self) -> int:
+        return self.batch_size * (self.image_batch_factor if self.image_ratio > 0 else 1)
+
+    def num_image_steps(self, step: int) -> int:
+        r"""Image steps before `step`."""
+        ratio = Fraction(self.image_ratio).limit_denominator(10_000)  # exact: both sides of a step must agree
+        return step * ratio.numerator // ratio.denominator
+
+    def is_image_step(self, step: int) -> bool:
+        return self.num_image_steps(step + 1) > self.num_image_steps(step)
+
+    def num_clips(self, step: int) -> int:
+        return self.batch_size * (self.image_batch_factor if self.is_image_step(step) else 1)
+
+
+class StepBatches(Sampler[list[int]]):
+    r"""The index lists of one process: step `s` uses the clips `s * batch_size` up to `(s + 1) * batch_size`.
+
+    Args:
+        batch_size: Clips of one optimizer step, over all processes and accumulation steps.
+        start_step: The first step to draw, later ones when resuming.
+        num_steps: The step to stop before.
+        num_accumulation_steps: Batches per step and process.
+        rank: This process.
+        world_size: Number of processes.
+        schedule: Where image steps are mixed in; the indices of a step are then those of `StepSchedule`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        start_step: int,
+        num_steps: int,
+        num_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        schedule: StepSchedule | None = None,
+    ) -> None:
+        if batch_size < 1 or batch_size % (num_accumulation_steps * world_size):
+            raise ValueError(
+                f"`batch_size` must be a multiple of {num_accumulation_steps} accumulation steps times {world_size} "
+                f"processes, got {batch_size}."
+            )
+        self.schedule = schedule or StepSchedule(batch_size)
+        self.start_step, self.num_steps = start_step, num_steps
+        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step) * self.num_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_parts = self.num_accumulation_steps * self.world_size
+        for step in range(self.start_step, self.num_steps):
+            count = self.schedule.num_clips(step) // num_parts
+            for part in range(self.rank, num_parts, self.world_size):
+                first = step * self.schedule.clips_per_step + part * count
+                yield list(range(first, first + count))
+
+
+# --- Clips -----------------------------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of all fields.
+
+    `video` is the number of the video, for `metadata`. `num_skipped` counts the unusable videos and parts of videos
+    that were passed over in search of this clip.
+    """
+
+    pixels: torch.Tensor
+    index: int
+    video: int
+    num_skipped: int
+
+
+class ClipDataset(Dataset[Clip]):
+    r"""Random clips without end: any index from 0 is valid. What videos they come from is up to the subclass.
+
+    One size is drawn per step, so that a batch has one. A video that cannot be decoded, or is too short or too small
+    for the clip, is passed over, with a warning where no clip fits at all, and the next one in the order takes its
+    place.
+    """
+
+    def __init__(
+        self,
+        options: ClipOptions,
+        schedule: StepSchedule,
+        num_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.options, self.schedule, self.seed = options, schedule, seed
+        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
+        self.batches(0, 0)  # refuses a batch that does not divide
+
+    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+        r"""The videos for the clip at `position` of `step`, and its step and position within them."""
+        raise NotImplementedError
+
+    def metadata(self, video: int) -> dict[str, Any]:
+        r"""What is known of a video beside its pixels: `file_name` and, for instance, `caption`."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        r"""The data in a few words, for a log."""
+        raise NotImplementedError
+
+    @property
+    def num_cached(self) -> int:
+        r"""Videos and images held in memory."""
+        raise NotImplementedError
+
+    @property
+    def num_skipped(self) -> int:
+        r"""Videos and images found to be unusable so far, in this process; `Clip.num_skipped` tells of all."""
+        raise NotImplementedError
+
+    def batches(self, start_step: int, num_steps: int) -> StepBatches:
+        r"""The `batch_sampler` of this process, from `start_step` until before `num_steps`."""
+        return StepBatches(
+            self.schedule.batch_size,
+            start_step,
+            num_steps,
+            self.num_accumulation_steps,
+            self.rank,
+            self.world_size,
+            self.schedule,
+        )
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        r"""What makes starting at `step` fast, to be saved by each process; the clips are the same without it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        r"""Take what `state_dict` gave to the same process of an equal run."""
+
+    def close(self) -> None:
+        r"""Remove temporary files."""
+
+    def __getitem__(self, index: int) -> Clip:
+        step, position = divmod(index, self.schedule.clips_per_step)
+        pool, pool_step, pool_position = self.pool(step, position)
+        sizes, numbers = pool.candidates(pool_step, pool_position)
+        rng = np.random.default_rng([self.seed, 1, step])
+        size = sizes[int(rng.integers(len(sizes)))]
+        factor = self.options.rescale_factors[int(rng.integers(len(self.options.rescale_factors)))]
+        num_skipped = 0
+        for attempt, number in enumerate(numbers):
+            shape = pool.shelf.shape(number)
+            if shape is not None:
+                if not fits(shape, size):
+                    continue
+                rng = np.random.default_rng([self.seed, 2, index, attempt])
+                pixels = pool.shelf.cut(number, size, factor, rng)
+                if pixels is not None:
+                    return Clip(pixels, index, self._video(step, number), num_skipped)
+            num_skipped += 1
+        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(pool.shelf)} videos, got {list(size)}.")
+
+    def _video(self, step: int, number: int) -> int:
+        return number
+
+
+class TrainingClips(ClipDataset):
+    r"""Clips of videos at hand: of a folder, or of tar shards.
+
+    Args:
+        source: The videos.
+        options: What is cut from them.
+        schedule: The steps.
+        images: Where image steps take their images from; `None` for random frames of the videos.
+        cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
+            others each clip reads what it needs.
+        kwargs: As of `ClipDataset`.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        options: ClipOptions,
+        schedule: StepSchedule,
+        images: VideoSource | None = None,
+        cache_gib: float = 4.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(options, schedule, **kwargs)
+        self.shelf = VideoShelf(source, shelf_sizes(options, schedule, images is None), options)
+        self.image_shelf = self.shelf if images is None else VideoShelf(images, options.image_sizes, options)
+        capacity = int(cache_gib * 2**30)
+        for shelf in self._shelves:
+            capacity = shelf.fill_cache(capacity)
+            if shelf.num_skipped == len(shelf):
+                raise ValueError(f"`train` must hold at least one usable video, got {len(shelf)} that were skipped.")
+        self.video_pool = VideoPool(self.shelf, options.sizes, schedule.batch_size, [self.seed, 0])
+        self.image_pool = None
+        if schedule.image_ratio > 0:
+            self.image_pool = make_image_pool(self.image_shelf, schedule, [self.seed, 0])
+
+    def __len__(self) -> int:
+        """The number of videos, which is the length of an epoch; indices go on beyond it."""
+        return len(self.shelf)
+
+    @property
+    def num_cached(self) -> int:
+        return sum(len(shelf.cache) for shelf in self._shelves)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(shelf.num_skipped for shelf in self._shelves)
+
+    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+        num_image_steps = self.schedule.num_image_steps(step)
+        if self.image_pool is not None and self.schedule.is_image_step(step):
+            return self.image_pool, num_image_steps, position
+        return self.video_pool, step - num_image_steps, position
+
+    def metadata(self, video: int) -> dict[str, Any]:
+        return self.shelf.source.metadata(video)
+
+    def describe(self) -> str:
+        images = "" if self.image_shelf is self.shelf else f" and {len(self.image_shelf)} images"
+        return f"{len(self)} videos{images}, {self.num_cached} in memory, {self.num_skipped} skipped"
+
+    @property
+    def _shelves(self) -> list[VideoShelf]:
+        return [self.shelf] if self.image_shelf is self.shelf else [self.shelf, self.image_shelf]
+
+
+class VideoFolder(TrainingClips):
+    r"""Random clips of the videos below a folder, with a stride from 1 to `max_stride`.
+
+    Args:
+        folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
+        clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `clips_per_size` successive clips.
+        clips_per_size: The number of successive clips that share a size: a multiple of the batch size.
+        short_side, max_zoom_out, flip, cache_gib, seed: As of `open_training_data`.
+        max_stride: Frames are taken 1 to `max_stride` apart, as far as the video is long enough.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),),
+        clips_per_size: int = 1,
+        short_side: int | None = None,
+        max_stride: int = 1,
+        max_zoom_out: float = 1.0,
+        flip: bool = True,
+        cache_gib: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        if max_stride < 1:
+            raise ValueError(f"`max_stride` must be at least 1, got {max_stride}.")
+        options = ClipOptions(
+            clip_sizes, short_side=short_side, stride=(1, max_stride), max_zoom_out=max_zoom_out, flip=flip
+        )
+        source = FileSource(Path(folder))
+        super().__init__(source, options, StepSchedule(clips_per_size), cache_gib=cache_gib, seed=seed)
+        self.paths = source.paths
+
+
+def shelf_sizes(options: ClipOptions, schedule: StepSchedule, mixes_frames: bool) -> list[Size]:
+    """The sizes that videos are wanted for; with `mixes_frames`, image steps take frames of them too."""
+    return [*options.sizes, *(options.image_sizes if mixes_frames and schedule.image_ratio > 0 else [])]
+
+
+def make_image_pool(shelf: VideoShelf, schedule: StepSchedule, seed: Sequence[int], num_shares: int = 1) -> VideoPool:
+    """The pool of image steps; `num_shares` processes have a pool of their own each."""
+    batch_size = schedule.batch_size * schedule.image_batch_factor // num_shares
+    return VideoPool(shelf, shelf.options.image_sizes, batch_size, seed, is_image=True)

@@ -1,0 +1,171 @@
+"""What latent diffusion trains on: cached latents, or clips that a frozen autoencoder encodes on the way.
+
+Both come in the same order: the i-th sample of training is a function of the seed and of i, and of nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .datasets import ClipDataset, StepBatches, pixels_to_sample
+
+
+class LatentBatch(NamedTuple):
+    r"""A batch before encoding.
+
+    Attributes:
+        videos: Latents `(B, C, F, h, w)`, not normalised, or pixels `(B, 3, T, H, W)`, uint8 or in `[-1, 1]`.
+        images: Likewise `(B * num_images, ..., 1, ..., ...)`, or `None`.
+        class_labels: `(B,)`, with images `(B, 1 + num_images)`, or `None`.
+        index: Numbers of the samples in training, `(B,)`.
+        num_skipped: Unusable videos that were passed over.
+    """
+
+    videos: torch.Tensor
+    images: torch.Tensor | None
+    class_labels: torch.Tensor | None
+    index: torch.Tensor
+    num_skipped: int
+
+
+class LatentData(Dataset[LatentBatch]):
+    r"""Samples without end of a list of items, reshuffled in every epoch; whole batches are asked for at once.
+
+    Args:
+        items: A `LatentFolder` (`latents`, `class_label`), clips (`pixels`, `class_label`), or a `ClipDataset`, which
+            has an order of its own and no labels.
+        has_latents: Whether the items are latents.
+        has_labels: Whether to use the items' labels.
+        seed: What the order follows from.
+        num_images: Give every sample so many images of other items (joint training of arXiv 2401.03048): their first
+            frames, which are latents of their own.
+        in_memory_gib: Latents are read into memory once if they fit into so much.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        has_latents: bool,
+        has_labels: bool = False,
+        seed: int = 0,
+        num_images: int = 0,
+        in_memory_gib: float = 4.0,
+    ) -> None:
+        self.items, self.has_latents, self.has_labels = items, has_latents, has_labels
+        self.seed, self.num_images = seed, num_images
+        self.has_own_order = isinstance(items, ClipDataset)
+        if num_images and self.has_own_order:
+            raise ValueError(f"`num_images` must be 0 for clips cut at random from videos, got {num_images}.")
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+        self.stored: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if has_latents and len(items) * items[0].latents.nbytes <= in_memory_gib * 2**30:
+            self.stored = self._read(range(len(items)))
+
+    def describe(self) -> str:
+        r"""The data in a few words, for a log."""
+        if self.has_own_order:
+            return self.items.describe()
+        kind = "latents" if self.has_latents else "clips"
+        return f"{len(self.items)} {kind}" + (", in memory" if self.stored is not None else "")
+
+    def order(self, index: int) -> int:
+        r"""The item of the `index`-th sample of training."""
+        epoch, place = divmod(index, len(self.items))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, 20, epoch])
+            self._epoch, self._permutation = epoch, rng.permutation(len(self.items))
+        return int(self._permutation[place])
+
+    def __getitems__(self, indices: Sequence[int]) -> LatentBatch:
+        if self.has_own_order:
+            clips = [self.items[index] for index in indices]
+            pixels = torch.stack([clip.pixels for clip in clips])
+            return LatentBatch(pixels, None, None, torch.tensor(indices), sum(clip.num_skipped for clip in clips))
+        videos, labels = self._get([self.order(index) for index in indices])
+        images = None
+        if self.num_images:
+            others = [item for index in indices for item in self._images_of(index)]
+            clips, image_labels = self._get(others)
+            images = clips[:, :, :1]
+            if labels is not None and image_labels is not None:
+                labels = torch.cat((labels[:, None], image_labels.view(-1, self.num_images)), dim=1)
+        return LatentBatch(videos, images, labels, torch.tensor(indices), 0)
+
+    def first(self, num_items: int, batch_size: int) -> Iterator[LatentBatch]:
+        r"""The first items in their own order, in batches: for validation and statistics."""
+        if self.has_own_order:
+            for start in range(0, num_items, batch_size):
+                yield self.__getitems__(range(start, min(start + batch_size, num_items)))
+            return
+        num_items = min(num_items, len(self.items))
+        for start in range(0, num_items, batch_size):
+            indices = range(start, min(start + batch_size, num_items))
+            videos, labels = self._get(list(indices))
+            yield LatentBatch(videos, None, labels, torch.tensor(indices), 0)
+
+    def batches(
+        self, batch_size: int, start_step: int, num_steps: int, num_accumulation_steps: int, rank: int, world_size: int
+    ) -> StepBatches:
+        r"""The `batch_sampler` of a process, from `start_step` until before `num_steps`."""
+        return StepBatches(batch_size, start_step, num_steps, num_accumulation_steps, rank, world_size)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        r"""As of `ClipDataset`."""
+        return self.items.state_dict(step) if self.has_own_order else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        r"""As of `ClipDataset`."""
+        if self.has_own_order:
+            self.items.load_state_dict(state)
+
+    def close(self) -> None:
+        r"""Remove temporary files."""
+        if self.has_own_order:
+            self.items.close()
+
+    def _images_of(self, index: int) -> list[int]:
+        return np.random.default_rng([self.seed, 21, index]).integers(len(self.items), size=self.num_images).tolist()
+
+    def _get(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.stored is None:
+            return self._read(items)
+        chosen = torch.tensor(items)
+        latents, labels = self.stored
+        return latents[chosen], None if labels is None else labels[chosen]
+
+    def _read(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        read = [self.items[item] for item in items]
+        values = torch.stack([item.latents if self.has_latents else item.pixels for item in read])
+        if not self.has_labels:
+            return values, None
+        labels = [item.class_label for item in read]
+        if None in labels:
+            raise ValueError(f"`class_label` must be known of every item, got None for item {labels.index(None)}.")
+        return values, torch.tensor(labels)
+
+
+def as_sample(pixels: torch.Tensor) -> torch.Tensor:
+    r"""Clips in `[-1, 1]`, of uint8 or as they are."""
+    return pixels_to_sample(pixels) if pixels.dtype == torch.uint8 else pixels
+
+
+@torch.no_grad()
+def encode_batch(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    r"""Posterior means, not normalised, of clips: uint8, or floats in `[-1, 1]`; without autocast, in float32."""
+    sample = as_sample(pixels)
+    with torch.autocast(sample.device.type, enabled=False):
+        return vae.encode(sample, return_dict=False)[0].mode()
+
+
+def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
+    r"""Mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
+    total = squares = torch.zeros(num_channels, dtype=torch.float64)
+    count = 0
+    for batch in latents:
+        values = batch.transpose(0, 1).flatten(1).cpu().double()
+        total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()

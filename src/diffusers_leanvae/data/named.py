@@ -1,0 +1,340 @@
+"""Video data sets by name, cut as in the training of Latte (2401.03048) on LeanVAE latents, or soundly.
+
+A clip is a pure function of the seed and of its index. What `sampling="reference"` does is what published models were
+trained on, faults included; `"exact"` does what was meant. `docs/data.md` has both side by side.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from ..video_io.reader import IMAGE_EXTENSIONS, VideoError, iter_video, list_videos, probe_video, read_video
+from .cutting import resize_frames, short_side_size
+from .sources import FileSource
+
+
+Sampling = Literal["exact", "reference"]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a named data set is: files or folders of frames, mirrored or not, and how the reference makes it square."""
+
+    has_frame_folders: bool
+    is_mirrored: bool
+    spatial: Literal["resize_then_crop", "crop_then_resize", "none"]
+    has_classes: bool = False
+    needs_more_than_window: bool = False  # else a folder of frames must only reach the last frame of a clip
+
+
+_RULES = {
+    "ucf101": _Rules(False, True, "resize_then_crop", has_classes=True),
+    "skytimelapse": _Rules(True, False, "crop_then_resize", needs_more_than_window=True),
+    "ffs": _Rules(False, True, "resize_then_crop"),
+    "taichi": _Rules(True, True, "none"),
+    "videofolder": _Rules(False, False, "resize_then_crop"),
+}
+NAMED_DATASETS = tuple(_RULES)
+LABEL_KEYS = ("class_label", "label", "cls")  # columns of metadata that may hold the class
+
+
+class NamedClip(NamedTuple):
+    r"""`pixels` are `(3, num_frames, size, size)`, uint8, or float32 in `[-1, 1]` where the reference resamples so."""
+
+    pixels: torch.Tensor
+    class_label: int | None
+    caption: str | None
+
+
+class NamedDataset(Dataset[NamedClip]):
+    r"""Clips of a named data set; see `open_named_dataset`."""
+
+    def __init__(
+        self,
+        name: str,
+        videos: "Sequence[_Video]",
+        class_names: tuple[str, ...] | None,
+        num_frames: int,
+        size: int,
+        sampling: Sampling,
+        seed: int,
+        sample_stride: int,
+        flip: bool,
+        num_draws: int,
+    ) -> None:
+        self.name, self.videos, self.class_names = name, list(videos), class_names
+        self.num_frames, self.size, self.sampling, self.seed = num_frames, size, sampling, seed
+        self.sample_stride, self.flip, self.num_draws = sample_stride, flip, num_draws
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.num_draws
+
+    def __getitem__(self, index: int) -> NamedClip:
+        r"""The clip of an index, or where its video cannot be used, that of the next one that can, with a warning."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
+        for attempt in range(len(self)):
+            try:
+                return self.clip((index + attempt) % len(self))
+            except VideoError as error:
+                warnings.warn(f"Skipping a video: {error}", stacklevel=2)
+        raise ValueError(f"`folder` must hold at least one usable video, got {len(self.videos)} that are not.")
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        r"""What is known of the video of a clip: `file_name`, `class_label`, `class_name`, `caption`."""
+        video = self.videos[index // self.num_draws]
+        name = None
+        if self.class_names is not None and video.class_label is not None:
+            name = self.class_names[video.class_label]
+        return {
+            "file_name": video.name,
+            "class_label": video.class_label,
+            "class_name": name,
+            "caption": video.caption,
+        }
+
+    def clip(self, index: int) -> NamedClip:
+        r"""The clip of an index.
+
+        Raises:
+            VideoError: If its video cannot be read, or is too short.
+        """
+        video = self.videos[index // self.num_draws]
+        rng = np.random.default_rng([self.seed, index])
+        if video.frames is None:
+            info = probe_video(video.path)
+            num_frames = info.num_frames or sum(len(frames) for frames in iter_video(video.path))
+        else:
+            num_frames = len(video.frames)
+        sample = _sample_reference if self.sampling == "reference" else _sample_exact
+        places = sample(num_frames, self.num_frames, self.sample_stride, video.frames is not None, rng)
+        if places is None:
+            raise VideoError(f"{str(video.path)!r} must have more frames for a clip, got {num_frames}.")
+        frames = video.read(places)
+        if self.flip and rng.random() < 0.5:
+            frames = frames.flip(2)
+        if self.sampling == "exact":
+            pixels = _square(frames, self.size)
+        else:
+            pixels = _square_as_reference(frames, self.size, _RULES[self.name].spatial, video.path)
+        return NamedClip(pixels.permute(3, 0, 1, 2).contiguous(), video.class_label, video.caption)
+
+
+def open_named_dataset(
+    name: str,
+    folder: str | Path,
+    num_frames: int = 17,
+    size: int = 256,
+    sampling: Sampling = "exact",
+    seed: int = 0,
+    *,
+    sample_stride: int = 3,
+    flip: bool | None = None,
+    num_draws: int = 1,
+) -> NamedDataset:
+    r"""Open a data set that lies on disk as it was published.
+
+    Args:
+        name: `"ucf101"`: video files in a folder per class; `"ffs"` (FaceForensics): video files; `"skytimelapse"`,
+            `"taichi"`: any folder that directly holds frames is a video, sorted by the number behind the last `_` of
+            their names; `"videofolder"`: what `metadata.jsonl` lists, with columns `label` and `caption`, or else all
+            video files, of which those in folders belong to the class that the first folder names.
+        folder: Where it lies. Classes are numbered by name.
+        num_frames: Frames of a clip.
+        size: Height and width of a clip.
+        sampling: `"exact"`: frames exactly `sample_stride` apart, any start alike, antialiased resize of the short
+            side, centre crop, uint8. `"reference"`: as published models were trained (`docs/data.md`).
+        seed: The clip of an index follows from this and the index.
+        sample_stride: Distance of frames; in video files the reference takes it for the length of a window,
+            `num_frames * sample_stride`, over which it spreads the frames.
+        flip: Mirror every other clip; `None` for what is usual for the data set: not for SkyTimelapse and videofolder.
+        num_draws: Clips per video; a data set has this many times as many clips as videos.
+
+    Raises:
+        ValueError: If `folder` holds no such data set, or an argument is not legal.
+    """
+    if name not in _RULES:
+        raise ValueError(f"`name` must be one of {', '.join(NAMED_DATASETS)}, got {name!r}.")
+    if sampling not in ("exact", "reference"):
+        raise ValueError(f"`sampling` must be 'exact' or 'reference', got {sampling!r}.")
+    counts = {"num_frames": num_frames, "size": size, "sample_stride": sample_stride, "num_draws": num_draws}
+    for argument, value in counts.items():
+        if value < 1:
+            raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"`folder` must be an existing folder, got {str(folder)!r}.")
+    rules, class_names = _RULES[name], None
+    if rules.has_frame_folders:
+        shortest = (num_frames - 1) * sample_stride + 1
+        if rules.needs_more_than_window and sampling == "reference":
+            shortest = num_frames * sample_stride + 1
+        videos = _frame_folders(root, shortest)
+    elif name == "videofolder" and (root / "metadata.jsonl").is_file():
+        videos, class_names = _listed_videos(root)
+    else:
+        videos, class_names = _class_folders(root, rules.has_classes, name in ("ucf101", "videofolder"))
+    if not videos:
+        kind = f"folder of {shortest} frames" if rules.has_frame_folders else "video"
+        raise ValueError(f"`folder` must hold at least one {kind} for {name!r}, got none in {str(folder)!r}.")
+    flip = rules.is_mirrored if flip is None else flip
+    return NamedDataset(name, videos, class_names, num_frames, size, sampling, seed, sample_stride, flip, num_draws)
+
+
+def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:
+    r"""Class labels of rows of metadata, from the first of `LABEL_KEYS` in each, and names of the classes if known.
+
+    Numbers, also written as text, stay as they are; names are numbered in their order.
+
+    Raises:
+        ValueError: If some labels are numbers and some are names, or a number is negative.
+    """
+    found = [next((row[key] for key in LABEL_KEYS if row.get(key) is not None), None) for row in rows]
+    labels = [int(str(label)) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if not names and all(label is None or isinstance(label, int) and label >= 0 for label in labels):
+        return [None if label is None else int(label) for label in labels], None
+    for label in labels:
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"Labels must be all numbers from 0 or all names, got {names[:1] + [label]}.")
+    return [None if label is None else names.index(str(label)) for label in labels], tuple(names)
+
+
+def find_caption(row: dict[str, Any]) -> str | None:
+    r"""The caption in a row of metadata: `caption`, `text` or `txt`."""
+    return next((str(row[key]).strip() for key in ("caption", "text", "txt") if row.get(key) is not None), None)
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Video:
+    """A video file, or a folder with its frames in order."""
+
+    path: Path
+    name: str
+    class_label: int | None = None
+    caption: str | None = None
+    frames: tuple[Path, ...] | None = None
+
+    def read(self, places: np.ndarray) -> torch.Tensor:
+        """The frames at ascending `places`, uint8 `(len(places), height, width, 3)`."""
+        if self.frames is not None:
+            frames = [read_video(self.frames[place], num_frames=1)[0] for place in places]
+            if len({frame.shape for frame in frames}) > 1:
+                raise VideoError(f"The frames in {str(self.path)!r} must have one size, got several.")
+            return torch.cat(frames)
+        first, span = int(places[0]), int(places[-1] - places[0]) + 1
+        frames = torch.cat(list(iter_video(self.path, first, span)))
+        if len(frames) < span:
+            raise VideoError(f"{str(self.path)!r} ends before frame {first + span}, against what its header promises.")
+        return frames[torch.from_numpy(places - first)]
+
+
+def _frame_folders(root: Path, shortest: int) -> list[_Video]:
+    folders: dict[Path, list[Path]] = {}
+    for path in list_videos(root):
+        if path.suffix.lower() in IMAGE_EXTENSIONS:
+            folders.setdefault(path.parent, []).append(path)
+    return [
+        _Video(folder, folder.relative_to(root).as_posix(), frames=tuple(sorted(frames, key=_frame_number)))
+        for folder, frames in sorted(folders.items())
+        if len(frames) >= shortest
+    ]
+
+
+def _frame_number(path: Path) -> tuple[int, str]:
+    digits = re.findall(r"\d+", path.stem.rpartition("_")[2])
+    return int(digits[-1]) if digits else -1, path.name
+
+
+def _listed_videos(root: Path) -> tuple[list[_Video], tuple[str, ...] | None]:
+    source = FileSource(root)
+    rows = [source.metadata(number) for number in range(len(source))]
+    labels, names = number_labels(rows)
+    videos = [
+        _Video(path, row["file_name"], label, find_caption(row))
+        for path, row, label in zip(source.paths, rows, labels, strict=True)
+    ]
+    return videos, names
+
+
+def _class_folders(root: Path, needs: bool, has: bool) -> tuple[list[_Video], tuple[str, ...] | None]:
+    paths = [path for path in list_videos(root) if path.suffix.lower() not in IMAGE_EXTENSIONS]
+    parts = [path.relative_to(root).parts for path in paths]
+    loose = [path for path, part in zip(paths, parts, strict=True) if len(part) == 1]
+    if needs and loose:
+        raise ValueError(f"`folder` must have a folder per class and no videos beside, got {str(loose[0])!r}.")
+    if not has or loose:
+        return [_Video(path, "/".join(part)) for path, part in zip(paths, parts, strict=True)], None
+    names = sorted({part[0] for part in parts})
+    numbers = {name: number for number, name in enumerate(names)}
+    videos = [_Video(path, "/".join(part), numbers[part[0]]) for path, part in zip(paths, parts, strict=True)]
+    return videos, tuple(names) or None
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+def _sample_exact(
+    total: int, num_frames: int, stride: int, is_folder: bool, rng: np.random.Generator
+) -> np.ndarray | None:
+    span = (num_frames - 1) * stride + 1
+    if total < span:
+        return None
+    return int(rng.integers(total - span + 1)) + stride * np.arange(num_frames)
+
+
+def _sample_reference(
+    total: int, num_frames: int, stride: int, is_folder: bool, rng: np.random.Generator
+) -> np.ndarray | None:
+    window = num_frames * stride
+    start = int(rng.integers(max(0, total - window - 1) + 1))
+    if is_folder:
+        places = start + stride * np.arange(num_frames)
+        return places if places[-1] < total else None
+    end = min(start + window, total)
+    # Spread over the window from its first to its last frame, so 50 / 16 = 3.125 apart for 17 frames of stride 3.
+    return np.linspace(start, end - 1, num_frames).astype(np.int64) if end - start >= num_frames else None
+
+
+# --- Space -----------------------------------------------------------------------------------------------------------
+
+
+def _square(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """Antialiased: short side to `size`, centre crop."""
+    height, width = short_side_size(frames.shape[1], frames.shape[2], size)
+    return _center_crop(resize_frames(frames, height, width), size, size)
+
+
+def _square_as_reference(frames: torch.Tensor, size: int, spatial: str, path: Path) -> torch.Tensor:
+    """Bilinear without antialiasing, on floats that are not rounded afterwards: `[-1, 1]`."""
+    height, width = frames.shape[1:3]
+    side = min(height, width)
+    if spatial == "none":
+        if (height, width) != (size, size):
+            raise ValueError(f"`size` must be that of the frames, {height} x {width} in {str(path)!r}, got {size}.")
+        return frames.float().div(127.5).sub(1.0)
+    if spatial == "crop_then_resize":
+        frames = _center_crop(frames, side, side)
+    images = frames.permute(0, 3, 1, 2).float()
+    if spatial == "resize_then_crop" and int(side * (size / side)) == size:
+        images = F.interpolate(images, scale_factor=(size / side, size / side), mode="bilinear", align_corners=False)
+    else:  # also for the few sides which rounding would leave one pixel short
+        target = (max(size, int(edge * (size / side))) for edge in images.shape[2:])
+        images = F.interpolate(images, size=tuple(target), mode="bilinear", align_corners=False)
+    return _center_crop(images.permute(0, 2, 3, 1), size, size).div(127.5).sub(1.0)
+
+
+def _center_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    top, left = (round((have - want) / 2) for have, want in zip(frames.shape[1:3], (height, width), strict=True))
+    return frames[:, top : top + height, left : left + width]

@@ -1,0 +1,77 @@
+"""Open whatever training data a recipe names: `open_training_data`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cutting import ClipOptions
+from .datasets import ClipDataset, StepSchedule, TrainingClips
+from .sources import open_source
+from .streams import VideoStream, open_stream
+
+
+def open_training_data(
+    train: str,
+    *,
+    batch_size: int,
+    num_accumulation_steps: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),),
+    aspect_buckets: bool = False,
+    short_side: int | None = None,
+    stride: int | Sequence[int] = 1,
+    max_zoom_out: float = 1.0,
+    flip: bool = True,
+    rescale_factors: Sequence[float] = (1.0,),
+    image_ratio: float = 0.0,
+    image_batch_factor: int = 1,
+    images: str | None = None,
+    cache_gib: float = 4.0,
+    shuffle_buffer: int = 256,
+) -> ClipDataset:
+    r"""Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
+
+    Args:
+        train: A folder (searched recursively; with a `metadata.jsonl` in it, what that lists), uncompressed WebDataset
+            shards (a folder of them, `"shards/{000..003}.tar"` or `"shards/*.tar"`), shards at a URL, or a dataset of
+            the Hub as `"hub:user/name[:config][:split]"` or `"hf://user/name..."`. The last two are streamed, see
+            `VideoStream`.
+        batch_size: Clips of one optimizer step, over all processes and accumulation steps.
+        num_accumulation_steps: Batches per step and process.
+        rank: This process.
+        world_size: Number of processes.
+        seed: Everything random depends on this and on the index of the clip alone.
+        clip_sizes: `[num_frames, height, width]` choices; one is drawn per step.
+        aspect_buckets: Give every video to the aspect ratio of `clip_sizes` that is nearest to its own; a step takes
+            videos of one ratio, and one size of that ratio. Every video is probed in the beginning.
+        short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
+        stride: Frames are taken so far apart, or `[lowest, highest]` to draw it per clip; less where a video is short.
+        max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
+        flip: Mirror every other clip left to right.
+        rescale_factors: One of them is drawn per step, and the step's clips are scaled down by it, height and width
+            rounded to multiples of 16.
+        image_ratio: The share of steps whose clips are single frames.
+        image_batch_factor: Such a step has this many times more clips.
+        images: Where single frames come from, named like `train` but at hand; `None` for random frames of the videos.
+        cache_gib: Memory for decoded videos, in each process; streams are not cached.
+        shuffle_buffer: How many videos of a stream are held on disk by each process and shuffled among each other.
+
+    Raises:
+        ValueError: If `train` or `images` names nothing usable, or an option is not legal.
+        ImportError: If a stream is asked for and `datasets` is not installed.
+    """
+    options = ClipOptions(clip_sizes, aspect_buckets, short_side, stride, max_zoom_out, flip, rescale_factors)
+    schedule = StepSchedule(batch_size, image_ratio, image_batch_factor)
+    image_source = None if images is None else open_source(images)
+    share: Any = {
+        "num_accumulation_steps": num_accumulation_steps,
+        "rank": rank,
+        "world_size": world_size,
+        "seed": seed,
+        "images": image_source,
+        "cache_gib": cache_gib,
+    }
+    if train.startswith("hub:") or "://" in train:
+        return VideoStream(open_stream(train), options, schedule, shuffle_buffer=shuffle_buffer, **share)
+    return TrainingClips(open_source(train), options, schedule, **share)

@@ -1,0 +1,216 @@
+"""Moving shapes: a procedural data set of labelled clips, drawn when asked for.
+
+A clip shows one shape of one colour that moves evenly in one direction over a dark gradient; position, size, speed,
+shade and background vary. It is a pure function of the seed, the index and the size. Small enough for a generator to
+be trained on a laptop, and simple enough for `shapes_detector` to say whether a generated clip shows what was asked.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..video_io.reader import partial_path, remove_stale_partials, write_video
+
+
+# Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.
+SHAPES = ("circle", "triangle", "cross")
+COLORS = ("red", "yellow", "blue")
+DIRECTIONS = ("left", "right", "up", "down")
+NUM_CLASSES = len(SHAPES) * len(COLORS) * len(DIRECTIONS)
+
+# Width and height of a shape of size 1. Areas are alike, so that no shape is known by its size.
+_EXTENTS = {"circle": (1.0, 1.0), "triangle": (1.2, 1.1), "cross": (1.15, 1.15)}
+_CROSS_ARM = 0.36  # width, of the width of the whole
+_HUES = {"red": 0.0, "yellow": 55.0, "blue": 230.0}  # degrees
+_VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
+# Of the shorter side of the clip. The widest shape on the longest way, 0.44 * 1.2 + 0.45, still fits.
+_SIZES = (0.34, 0.44)
+_WAYS = (0.25, 0.45)
+_NUM_SAMPLES = 4  # per pixel and axis
+
+
+class ShapesItem(NamedTuple):
+    r"""`pixels` are float32 in `[-1, 1]`, `(3, num_frames, height, width)`; PyTorch collates batches of it."""
+
+    pixels: torch.Tensor
+    class_label: int
+    caption: str
+
+
+def class_label(shape: str, color: str, direction: str) -> int:
+    r"""The class of a shape, colour and direction: `((shape * 3) + color) * 4 + direction`."""
+    for name, value, legal in (
+        ("shape", shape, SHAPES),
+        ("color", color, COLORS),
+        ("direction", direction, DIRECTIONS),
+    ):
+        if value not in legal:
+            raise ValueError(f"`{name}` must be one of {', '.join(legal)}, got {value!r}.")
+    index = SHAPES.index(shape) * len(COLORS) + COLORS.index(color)
+    return index * len(DIRECTIONS) + DIRECTIONS.index(direction)
+
+
+def class_parts(label: int) -> tuple[str, str, str]:
+    r"""Shape, colour and direction of a class."""
+    if not 0 <= label < NUM_CLASSES:
+        raise ValueError(f"`label` must be from 0 to {NUM_CLASSES - 1}, got {label}.")
+    index, direction = divmod(int(label), len(DIRECTIONS))
+    shape, color = divmod(index, len(COLORS))
+    return SHAPES[shape], COLORS[color], DIRECTIONS[direction]
+
+
+def caption(label: int) -> str:
+    r"""What a clip of the class shows, such as `"a red circle moving left"`."""
+    shape, color, direction = class_parts(label)
+    return f"a {color} {shape} moving {direction}"
+
+
+CLASS_NAMES = tuple(f"{color} {shape} {direction}" for shape, color, direction in map(class_parts, range(NUM_CLASSES)))
+
+
+def draw_clip(
+    label: int, num_frames: int = 17, height: int = 64, width: int = 64, seed: int = 0, index: int = 0
+) -> torch.Tensor:
+    r"""Draw clip number `index` of a class.
+
+    The way of the shape over the whole clip is a quarter to almost half of the shorter side, whatever the length.
+
+    Args:
+        label: From 0 to `NUM_CLASSES - 1`.
+        num_frames: Any number from 1.
+        height, width: Any size from 16.
+        seed, index: Position, size, speed, shade and background depend on these and on `label`.
+
+    Returns:
+        Float32 in `[-1, 1]`, shape `(3, num_frames, height, width)`.
+    """
+    shape, color, direction = class_parts(label)
+    if num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
+    if min(height, width) < 16:
+        raise ValueError(f"`height` and `width` must be at least 16, got {height} and {width}.")
+    rng = np.random.default_rng([seed, index, label])
+    side = min(height, width)
+    size, way = rng.uniform(*_SIZES) * side, rng.uniform(*_WAYS) * side
+    extent_x, extent_y = (size * extent for extent in _EXTENTS[shape])
+    toward_x, toward_y = _VELOCITIES[direction]
+    x = _path(rng, extent_x, way * toward_x, width, num_frames)
+    y = _path(rng, extent_y, way * toward_y, height, num_frames)
+    foreground = _hsv(_HUES[color] + rng.uniform(-8, 8), rng.uniform(0.7, 0.85), rng.uniform(0.8, 0.95))
+    background = _gradient(rng, height, width)
+    coverage = _coverage(shape, extent_x, extent_y, x, y, height, width)
+    pixels = background[:, None] + coverage * (foreground[:, None, None, None] - background[:, None])
+    return torch.from_numpy(pixels.astype(np.float32)).mul_(2.0).sub_(1.0)
+
+
+class MovingShapes(Dataset[ShapesItem]):
+    r"""Moving shapes; every `NUM_CLASSES` successive clips show each class once.
+
+    Args:
+        num_frames, height, width, seed: As of `draw_clip`.
+        num_clips: How many clips an epoch has.
+    """
+
+    class_names = CLASS_NAMES
+
+    def __init__(
+        self, num_frames: int = 17, height: int = 64, width: int = 64, seed: int = 0, num_clips: int = 10_000
+    ) -> None:
+        if num_clips < 1:
+            raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
+        draw_clip(0, num_frames, height, width)  # refuses what cannot be drawn
+        self.num_frames, self.height, self.width = num_frames, height, width
+        self.seed, self.num_clips = seed, num_clips
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def label(self, index: int) -> int:
+        r"""The class of a clip, without drawing it."""
+        block, place = divmod(index, NUM_CLASSES)
+        return int(np.random.default_rng([self.seed, block]).permutation(NUM_CLASSES)[place])
+
+    def __getitem__(self, index: int) -> ShapesItem:
+        if not 0 <= index < self.num_clips:
+            raise IndexError(f"`index` must be from 0 to {self.num_clips - 1}, got {index}.")
+        label = self.label(index)
+        pixels = draw_clip(label, self.num_frames, self.height, self.width, self.seed, index)
+        return ShapesItem(pixels, label, caption(label))
+
+
+def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: float = 12) -> None:
+    r"""Write clips as a video folder: `000000.mp4` and so on, and `metadata.jsonl` with `label` and `caption`.
+
+    Files that are there already are kept, so that a killed call goes on where it was.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(len(clips)):
+        path = root / f"{index:06d}.mp4"
+        label = clips.label(index)
+        rows.append({"file_name": path.name, "label": label, "caption": caption(label)})
+        if not path.exists():
+            pixels = clips[index].pixels.add(1.0).mul_(127.5).round_().to(torch.uint8)
+            write_video(path, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
+    listing = root / "metadata.jsonl"
+    remove_stale_partials(listing)
+    partial = partial_path(listing, "partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, listing)
+
+
+def _path(rng: np.random.Generator, extent: float, way: float, length: int, num_frames: int) -> np.ndarray:
+    """Centres `(num_frames,)` along one axis, all of them such that the shape is inside."""
+    first = rng.uniform(extent / 2 + max(0.0, -way), length - extent / 2 - max(0.0, way))
+    return first + way * np.arange(num_frames) / max(1, num_frames - 1)
+
+
+def _gradient(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A dark, almost grey gradient `(3, height, width)` in a random direction."""
+    colors = [_hsv(rng.uniform(0, 360), rng.uniform(0, 0.2), rng.uniform(0.05, 0.4)) for _ in range(2)]
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp_y = np.linspace(-0.5, 0.5, height)[:, None] * math.sin(angle)
+    ramp_x = np.linspace(-0.5, 0.5, width)[None] * math.cos(angle)
+    ramp = (ramp_y + ramp_x) / (abs(math.sin(angle)) + abs(math.cos(angle))) + 0.5
+    return colors[0][:, None, None] * (1 - ramp) + colors[1][:, None, None] * ramp
+
+
+def _coverage(
+    shape: str, extent_x: float, extent_y: float, x: np.ndarray, y: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """The covered share of every pixel, `(num_frames, height, width)`, from `_NUM_SAMPLES` squared samples."""
+    coverage = np.zeros((len(x), height, width), np.float32)
+    # Only where the shape ever is. Sample positions are in units of the shape: -1 and 1 are its sides.
+    columns, u = _samples(x, extent_x, width)
+    rows, v = _samples(y, extent_y, height)
+    u, v = u[:, None], v[..., None]
+    if shape == "circle":
+        inside = u * u + v * v <= 1
+    elif shape == "cross":
+        inside = (np.minimum(abs(u), abs(v)) <= _CROSS_ARM) & (np.maximum(abs(u), abs(v)) <= 1)
+    else:
+        inside = (abs(u) <= (v + 1) / 2) & (v <= 1)  # the tip is at the top
+    blocks = inside.reshape(len(x), rows.stop - rows.start, _NUM_SAMPLES, columns.stop - columns.start, _NUM_SAMPLES)
+    coverage[:, rows, columns] = blocks.mean((2, 4), dtype=np.float32)
+    return coverage
+
+
+def _samples(centers: np.ndarray, extent: float, length: int) -> tuple[slice, np.ndarray]:
+    """The pixels along one axis that the shape touches in any frame, and where their samples are."""
+    first = max(0, math.floor(centers.min() - extent / 2))
+    last = min(length, math.ceil(centers.max() + extent / 2))
+    places = first + (np.arange((last - first) * _NUM_SAMPLES) + 0.5) / _NUM_SAMPLES
+    return slice(first, last), ((places - centers[:, None]) / (extent / 2)).astype(np.float32)
+
+
+def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    """RGB in `[0, 1]` of a hue in degrees."""
+    steps = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
+    return value - value * saturation * np.clip(np.minimum(steps, 4 - steps), 0, 1)

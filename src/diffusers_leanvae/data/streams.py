@@ -1,0 +1,347 @@
+"""Streamed training data: a dataset that can only be read from front to back, through `datasets`.
+
+The stream is cut into blocks, each of which becomes a folder on disk; within its block a clip is a pure function of
+the seed and of its index. So any index can be asked for, and costs reading the stream up to its block, or from the
+position that `state_dict` remembers.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from .cutting import ClipOptions, VideoPool, VideoShelf
+from .datasets import ClipDataset, StepBatches, StepSchedule, make_image_pool, shelf_sizes
+from .sources import FileSource, VideoSource, expand_braces
+
+
+_NUM_BATCHES_AHEAD = 64  # a block stays on disk until its last batch was handed to a worker so many batches ago
+
+
+def open_stream(train: str) -> Any:
+    r"""The `datasets.IterableDataset` that `train` names: tar files at a URL, or a dataset of the Hub.
+
+    `"hub:user/name"` may be followed by `:config` and `:config:split`; an empty config is the default one and
+    `"train"` the default split. In place of `user/name`, a local folder that `datasets` can load will do.
+    """
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError('Streaming needs datasets: pip install "diffusers-leanvae[datasets]".') from error
+    if train.endswith(".tar"):
+        files = expand_braces(train)
+        return load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
+    name = train.removeprefix("hub:").removeprefix("hf://").removeprefix("datasets/")
+    if "://" in name:
+        raise ValueError(f"`train` must name tar files when it is a URL, got {train!r}.")
+    name, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    return load_dataset(name, config or None, split=split or "train", streaming=True)
+
+
+class VideoStream(ClipDataset):
+    r"""Clips of a streaming dataset. Processes share its shards, or where that does not go up, its examples in turn.
+
+    Each process downloads a block of at least `shuffle_buffer` examples while it trains on the one before, and visits
+    each of them once; examples that cannot be read are passed over. The order of shards is new in every epoch.
+
+    Args:
+        stream: A `datasets.IterableDataset` with a column of videos or images. They are never decoded by `datasets`.
+        options: What is cut from the videos.
+        schedule: The steps.
+        images: Where image steps take their images from; `None` for random frames of the videos.
+        cache_gib: Memory for decoded `images`.
+        shuffle_buffer: Examples of a block, rounded up to whole steps.
+        kwargs: As of `ClipDataset`.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        options: ClipOptions,
+        schedule: StepSchedule,
+        images: VideoSource | None = None,
+        cache_gib: float = 4.0,
+        shuffle_buffer: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(options, schedule, **kwargs)
+        if shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` must be at least 1, got {shuffle_buffer}.")
+        local_batch_size = schedule.batch_size // self.world_size
+        self.steps_per_block = math.ceil(shuffle_buffer / local_batch_size)
+        self.block_size = self.steps_per_block * local_batch_size
+        num_batches = self.steps_per_block * self.num_accumulation_steps
+        self.num_blocks_kept = 1 + math.ceil(_NUM_BATCHES_AHEAD / num_batches)
+        self.image_pool = None
+        if images is not None and schedule.image_ratio > 0:
+            shelf = VideoShelf(images, options.image_sizes, options)
+            shelf.fill_cache(int(cache_gib * 2**30))
+            self.image_pool = make_image_pool(shelf, schedule, [self.seed, 0])
+        self.mixes_frames = images is None
+        self.root = Path(tempfile.mkdtemp(prefix="leanvae-stream-"))
+        self._remove = weakref.finalize(self, _remove_folder, self.root, os.getpid())
+        self._reader = _BlockReader(stream, self.block_size, self.root, self.seed, self.rank, self.world_size)
+        self._pools: dict[int, tuple[VideoPool, VideoPool | None]] = {}
+
+    @property
+    def num_skipped(self) -> int:
+        # Of the blocks at hand.
+        return sum(pool.shelf.num_skipped for pool, _ in self._pools.values())
+
+    @property
+    def num_cached(self) -> int:
+        return 0 if self.image_pool is None else len(self.image_pool.shelf.cache)
+
+    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+        is_image_step = self.schedule.is_image_step(step)
+        if is_image_step and self.image_pool is not None:
+            return self.image_pool, self.schedule.num_image_steps(step), position
+        block = step // self.steps_per_block
+        first_step = block * self.steps_per_block
+        num_image_steps = self.schedule.num_image_steps(step) - self.schedule.num_image_steps(first_step)
+        # Of the parts of a step, every `world_size`-th is this process's: positions count its own clips.
+        count = self.schedule.num_clips(step) // (self.num_accumulation_steps * self.world_size)
+        part, within = divmod(position, count)
+        position = part // self.world_size * count + within
+        video_pool, image_pool = self._block_pools(block)
+        if is_image_step:
+            assert image_pool is not None
+            return image_pool, num_image_steps, position
+        return video_pool, step - first_step - num_image_steps, position
+
+    def batches(self, start_step: int, num_steps: int) -> StepBatches:
+        return _StreamBatches(self, start_step, num_steps)
+
+    def metadata(self, video: int) -> dict[str, Any]:
+        r"""The columns of an example beside the video, while its block is at hand, so far as they can be JSON."""
+        block, number = divmod(video, self.block_size)
+        return self._block_pools(block)[0].shelf.source.metadata(number)
+
+    def describe(self) -> str:
+        images = "" if self.image_pool is None else f" and {len(self.image_pool.shelf)} images"
+        return f"a stream in blocks of {self.block_size} videos per process{images}"
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return self._reader.state_dict(step // self.steps_per_block)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:  # an empty one is that of files at hand, or of a process that saved none
+            self._reader.load_state_dict(state)
+
+    def close(self) -> None:
+        self._remove()
+
+    def _video(self, step: int, number: int) -> int:
+        from_images = self.schedule.is_image_step(step) and self.image_pool is not None
+        return number if from_images else step // self.steps_per_block * self.block_size + number
+
+    def _block_pools(self, block: int) -> tuple[VideoPool, VideoPool | None]:
+        if block not in self._pools:
+            folder = self._reader.fetch(block)
+            sizes = shelf_sizes(self.options, self.schedule, self.mixes_frames)
+            shelf = VideoShelf(FileSource(folder), sizes, self.options)
+            seed = [self.seed, 0, self.rank, block]
+            local_batch_size = self.schedule.batch_size // self.world_size
+            pool = VideoPool(shelf, self.options.sizes, local_batch_size, seed)
+            needs_images = self.mixes_frames and self.schedule.image_ratio > 0
+            image_pool = make_image_pool(shelf, self.schedule, seed, self.world_size) if needs_images else None
+            self._pools = dict(sorted(self._pools.items())[-1:])  # the one before may still be asked for
+            self._pools[block] = pool, image_pool
+        return self._pools[block]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_remove"}  # workers remove nothing
+
+
+class _StreamBatches(StepBatches):
+    r"""Index lists of a stream: the block of a batch is on disk before a worker sees its indices."""
+
+    def __init__(self, stream: VideoStream, start_step: int, num_steps: int) -> None:
+        schedule = stream.schedule
+        super().__init__(
+            schedule.batch_size,
+            start_step,
+            num_steps,
+            stream.num_accumulation_steps,
+            stream.rank,
+            stream.world_size,
+            schedule,
+        )
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[list[int]]:
+        reader, steps_per_block = self.stream._reader, self.stream.steps_per_block
+        last_block = (self.num_steps - 1) // steps_per_block
+        current = -1
+        coming: Future[Path] | None = None
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for indices in super().__iter__():
+                block = indices[0] // self.schedule.clips_per_step // steps_per_block
+                if block != current:
+                    if coming is not None:
+                        coming.result()
+                    reader.fetch(block)
+                    reader.forget_before(block - self.stream.num_blocks_kept)
+                    coming = thread.submit(reader.fetch, block + 1) if block < last_block else None
+                    current = block
+                yield indices
+
+
+class _BlockReader:
+    r"""Writes block after block of a stream to disk: a folder of videos with a `metadata.jsonl`."""
+
+    def __init__(self, stream: Any, block_size: int, root: Path, seed: int, rank: int, world_size: int) -> None:
+        from datasets.distributed import split_dataset_by_node  # pyright: ignore[reportMissingImports]
+
+        self.column = _visual_column(stream)
+        stream = _without_decoding(stream, self.column)
+        # A buffer of one shuffles the order of shards only, and holds nothing back that a state would not know of.
+        stream = split_dataset_by_node(stream, rank, world_size).shuffle(seed=seed, buffer_size=1)
+        self.stream, self.block_size, self.root = stream, block_size, root
+        self.setting = {"block_size": block_size, "seed": seed, "rank": rank, "world_size": world_size}
+        self.states: dict[int, dict[str, Any]] = {0: {"epoch": 0, "stream": {}}}  # position at the start of a block
+        self.next_block, self.epoch = 0, 0
+        self.examples: Iterator[dict[str, Any]] | None = None
+        self.lock, self.pid = threading.Lock(), os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lock": None, "examples": None, "pid": -1}
+
+    def fetch(self, block: int) -> Path:
+        r"""The folder of a block, read from the stream unless it is there already."""
+        if self.pid != os.getpid():  # a worker that finds the block missing reads the stream on its own
+            self.lock, self.examples, self.pid = threading.Lock(), None, os.getpid()
+        with self.lock:
+            folder = self.root / f"block-{block:07d}"
+            if not folder.is_dir():
+                self._read(block).rename(folder)
+            return folder
+
+    def _read(self, block: int) -> Path:
+        if self.examples is None or self.next_block > block:
+            self._start(max(known for known in self.states if known <= block))
+        while self.next_block < block:
+            for _ in range(self.block_size):
+                self._next()
+            self._finish()
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self.root))
+        rows = [_write(self._next(), self.column, partial, number) for number in range(self.block_size)]
+        (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._finish()
+        return partial
+
+    def forget_before(self, block: int) -> None:
+        for folder in self.root.glob("block-*"):
+            if int(folder.name.removeprefix("block-")) < block:
+                shutil.rmtree(folder, ignore_errors=True)
+        for known in [known for known in self.states if 0 < known < block]:
+            del self.states[known]
+
+    def state_dict(self, block: int) -> dict[str, Any]:
+        known = max(number for number in self.states if number <= block)
+        return {**self.setting, "block": known, "position": self.states[known]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        setting = {name: state.get(name) for name in self.setting}
+        if setting != self.setting:
+            warnings.warn(
+                f"The position in the stream is found by reading from its start: it was saved with {setting}, this is "
+                f"{self.setting}.",
+                stacklevel=2,
+            )
+            return
+        self.states[state["block"]] = state["position"]
+
+    def _start(self, block: int) -> None:
+        self.next_block, self.epoch = block, self.states[block]["epoch"]
+        self.stream.set_epoch(self.epoch)
+        self.stream.load_state_dict(self.states[block]["stream"])
+        self.examples = iter(self.stream)
+
+    def _finish(self) -> None:
+        self.next_block += 1
+        self.states[self.next_block] = {"epoch": self.epoch, "stream": self.stream.state_dict()}
+
+    def _next(self) -> dict[str, Any]:
+        for _ in range(2):
+            assert self.examples is not None
+            example = next(self.examples, None)
+            if example is not None:
+                return example
+            self.epoch += 1
+            self.stream.set_epoch(self.epoch)
+            self.stream.load_state_dict({})
+            self.examples = iter(self.stream)
+        raise ValueError(f"`train` must hold an example for each of {self.setting['world_size']} processes, got none.")
+
+
+def _visual_column(stream: Any) -> str:
+    """The column with the videos, or else the images, by its type or (as in tar files) by its name."""
+    features = stream.features
+    if features is None:
+        first = next(iter(stream.take(1)), {})
+        features = dict.fromkeys(first)
+    for kind, extensions in (("Video", VIDEO_EXTENSIONS), ("Image", IMAGE_EXTENSIONS)):
+        for name, feature in features.items():
+            if type(feature).__name__ == kind or f".{name.rpartition('.')[2].lower()}" in extensions:
+                return name
+    raise ValueError(f"`train` must have a column of videos or images, got the columns {', '.join(features)}.")
+
+
+def _without_decoding(stream: Any, column: str) -> Any:
+    from datasets import Image, Video  # pyright: ignore[reportMissingImports]
+
+    features = stream.features or {}
+    for name, feature in features.items():  # every one, as each would be decoded when an example is read
+        if type(feature).__name__ in ("Image", "Video"):
+            stream = stream.cast_column(name, (Image if type(feature).__name__ == "Image" else Video)(decode=False))
+    return stream
+
+
+def _write(example: dict[str, Any], column: str, folder: Path, number: int) -> dict[str, Any]:
+    """Write the video of an example, an empty file where there is none, and return its line of `metadata.jsonl`."""
+    value = example.pop(column, None)
+    value = {"bytes": value, "path": None} if isinstance(value, bytes) else value or {"bytes": b"", "path": None}
+    encoded, origin = value["bytes"], value["path"] or ""
+    path = folder / f"{number:05d}{Path(origin).suffix}"  # what it is, is read from its first bytes
+    if encoded is not None:
+        path.write_bytes(encoded)
+    elif Path(origin).is_file():
+        try:
+            path.symlink_to(Path(origin).absolute())
+        except OSError:  # not everywhere permitted
+            shutil.copyfile(origin, path)
+    else:
+        _download(origin, path)
+    row = {"file_name": path.name}
+    for name, cell in example.items():
+        try:
+            row[name] = json.loads(json.dumps(cell))
+        except (TypeError, ValueError):
+            continue  # other media
+    return row
+
+
+def _download(origin: str, path: Path) -> None:
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(origin, "rb") as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target)  # pyright: ignore[reportArgumentType]
+    except Exception:  # each file system has its own; the reader will find an empty file and pass the example over
+        path.write_bytes(b"")
+
+
+def _remove_folder(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a forked worker leaves it alone
+        shutil.rmtree(folder, ignore_errors=True)

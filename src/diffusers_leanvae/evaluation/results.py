@@ -1,0 +1,72 @@
+"""Published numbers are files: every result carries the machine, versions, date and command that made it."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+
+def provenance() -> dict[str, Any]:
+    r"""Where and when a number was measured. Of absolute paths in the command only the names: folders are private."""
+    packages = ("torch", "diffusers", "accelerate", "av", "numpy", "torchmetrics")
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except ModuleNotFoundError:
+            continue  # an extra that is not installed
+    root = Path(__file__).resolve().parents[3]
+    commit = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    arguments = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join([Path(sys.argv[0]).name, *arguments]),
+        "commit": commit or None,
+        "version": __version__,
+        "python": platform.python_version(),
+        "packages": installed,
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    r"""Write a result with its provenance as JSON, beside and renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(result | {"provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    r"""Checksum of a weight file, to tell which weights a number belongs to."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,548 @@
+"""What the latent video pipelines share: sampling by any scheduler, guidance, known frames, long videos, decoding.
+
+A pipeline prepares its condition (labels, or text) and calls `_generate`; everything from noise to frames is here.
+Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, normalised (see
+`latents.py`), and stay in float32 between the steps, whatever dtype the networks have.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+
+from ..inference.streaming import StreamingDecoder
+from ..latents import denormalize_latents, normalize_latents
+from ..models.temporal_cache import TemporalCache
+from .schedulers import guide_noise
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Generator = torch.Generator | list[torch.Generator] | None
+Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None
+
+
+@dataclass
+class LatentVideoPipelineOutput(BaseOutput):
+    r"""Output of the latent video pipelines.
+
+    Args:
+        frames: `"pil"`: a list of videos, each a list of images. `"np"`: an array
+            `(batch_size, num_frames, height, width, channels)`, `"pt"`: a tensor
+            `(batch_size, num_frames, channels, height, width)`, both in `[0, 1]`. `"latent"`: normalised latents.
+    """
+
+    frames: Any
+
+
+class Window(NamedTuple):
+    r"""Latent frames `start` to `stop` that are sampled at once; the first `num_known` are given."""
+
+    start: int
+    stop: int
+    num_known: int
+
+
+@dataclass
+class Frames:
+    r"""What is to be generated: sizes in pixels, and how a video that is longer than the transformer is cut."""
+
+    num_frames: int
+    height: int
+    width: int
+    windows: list[Window]
+    reencode_overlap: bool
+
+
+def plan_windows(num_latent_frames: int, window: int, num_overlap: int) -> list[Window]:
+    r"""Windows of `window` latent frames that cover a video, each beginning with at least `num_overlap` of the last.
+
+    All are equally long, because a transformer may know one length only; the last one overlaps more where that is
+    needed.
+    """
+    windows = [Window(0, min(window, num_latent_frames), 0)]
+    while windows[-1].stop < num_latent_frames:
+        stop = min(windows[-1].stop + window - num_overlap, num_latent_frames)
+        windows.append(Window(stop - window, stop, windows[-1].stop - (stop - window)))
+    return windows
+
+
+def set_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> torch.Tensor:
+    r"""Set a scheduler's steps, by their number, or by the list of timesteps or of sigmas; returns its timesteps.
+
+    Raises:
+        ValueError: If both lists are given, or one that the scheduler does not take.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("`timesteps` and `sigmas` must not be given together, got both.")
+    for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if steps is None:
+            continue
+        if name not in signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"`{name}` must be None for a {type(scheduler).__name__}, which takes none, got a list.")
+        scheduler.set_timesteps(**{name: list(steps)}, device=device)
+        return scheduler.timesteps
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler.timesteps
+
+
+def takes_variance(scheduler: Any) -> bool:
+    r"""Whether `step` wants the variance half of a model output.
+
+    Only DDPM has a use for it. The DPM solvers with `variance_type="learned_range"`, which their config inherits from
+    a DDPM scheduler's, keep the first *three* channels of what they get, a constant for RGB; so the setting is taken
+    out of their config here, and they get epsilon alone.
+    """
+    is_learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if is_learned and not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
+        scheduler.register_to_config(variance_type=None)
+        return False
+    return is_learned
+
+
+def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    r"""Latents as they are at a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
+    timesteps = timestep.expand(latents.shape[0])
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(latents, timesteps, noise)
+    return scheduler.add_noise(latents, noise, timesteps)
+
+
+class LatentVideoPipeline(DiffusionPipeline):
+    r"""Base of the pipelines; those have `vae`, `transformer` and `scheduler`, and what makes their condition."""
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    vae: Any
+    transformer: Any
+    scheduler: Any
+
+    def _set_up(self) -> None:
+        self.video_processor = VideoProcessor(
+            vae_scale_factor=1 if self.vae is None else self.vae.spatial_compression_ratio
+        )
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._current_timestep: torch.Tensor | None = None
+        self._interrupt = False
+
+    # ---- what a pipeline of this kind says --------------------------------------------------------------------------
+
+    def _num_trained_latent_frames(self) -> int:
+        r"""Latent frames that the transformer was made for."""
+        raise NotImplementedError
+
+    def _condition(self, tensors: dict[str, Any], num_latent_frames: int) -> dict[str, torch.Tensor]:
+        r"""Arguments of the transformer beside latents and timestep, of both halves of a batch if guidance is on."""
+        raise NotImplementedError
+
+    # ---- state, which callbacks read and may change -----------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        r"""Steps of the whole call, over all windows."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # ---- inputs -----------------------------------------------------------------------------------------------------
+
+    def _check_options(
+        self,
+        *,
+        output_type: str,
+        num_inference_steps: int,
+        num_videos_per_prompt: int,
+        num_guided_channels: int | None,
+        strength: float,
+    ) -> None:
+        r"""Check what does not depend on sizes.
+
+        Raises:
+            ValueError: With the argument, what is legal, and what came.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        for name, count in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+        ):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
+        channels = self.transformer.config.in_channels
+        if num_guided_channels is not None and not 1 <= num_guided_channels <= channels:
+            raise ValueError(f"`num_guided_channels` must be 1 to {channels}, got {num_guided_channels}.")
+        if channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"`transformer` must have the {self.vae.config.latent_channels} channels of the latents of `vae`, got "
+                f"{channels}."
+            )
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be more than 0 and at most 1, got {strength}.")
+        if takes_variance(self.scheduler) and self.transformer.out_channels != 2 * channels:
+            raise ValueError(
+                f"`scheduler` must have a fixed `variance_type` for a transformer that predicts no variance, got "
+                f"{self.scheduler.config.variance_type!r}."
+            )
+
+    def _plan_frames(
+        self,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+        num_frames_per_window: int | None,
+        num_overlap_latent_frames: int,
+        reencode_overlap: bool,
+    ) -> Frames:
+        r"""Sizes, by default those of the transformer, and windows.
+
+        Raises:
+            ValueError: If a size is not legal.
+        """
+        ratio_t, ratio_s = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
+        length: int = self.vae.num_sample_frames(self._num_trained_latent_frames())
+        side: int = self.transformer.config.sample_size * ratio_s
+        num_frames, window = (length if n is None else n for n in (num_frames, num_frames_per_window))
+        height, width = (side if size is None else size for size in (height, width))
+        for name, count in (("num_frames", num_frames), ("num_frames_per_window", window)):
+            if not isinstance(count, int) or count < 1 or count % ratio_t != 1 % ratio_t:
+                raise ValueError(f"`{name}` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, ...), got {count!r}.")
+        step = ratio_s * self.transformer.config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, int) or size < step or size % step:
+                raise ValueError(f"`{name}` must be a positive multiple of {step}, got {size!r}.")
+        num_latent_frames, window = self.vae.num_latent_frames(num_frames), self.vae.num_latent_frames(window)
+        if num_latent_frames > window and not 1 <= num_overlap_latent_frames < window:
+            raise ValueError(
+                f"`num_overlap_latent_frames` must be 1 to {window - 1} for windows of {window} latent frames, got "
+                f"{num_overlap_latent_frames}."
+            )
+        windows = plan_windows(num_latent_frames, window, num_overlap_latent_frames)
+        if reencode_overlap and len(windows) > 1 and self.vae.num_delayed_frames:
+            raise ValueError(
+                f"`reencode_overlap` must be False for an {type(self.vae).__name__}, which decodes the last frames of "
+                "a window only with the next."
+            )
+        return Frames(num_frames, height, width, windows, reencode_overlap and len(windows) > 1)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        frames: Frames,
+        generator: Generator = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""Gaussian noise of the latents' size in float32, or the given `latents`.
+
+        Raises:
+            ValueError: If the number of generators or the shape of `latents` is not legal.
+        """
+        ratio = self.vae.spatial_compression_ratio
+        num_latent_frames = self.vae.num_latent_frames(frames.num_frames)
+        channels = self.transformer.config.in_channels
+        shape = (batch_size, channels, num_latent_frames, frames.height // ratio, frames.width // ratio)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or {batch_size}, one for each video, got {len(generator)}."
+            )
+        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        return latents.to(self._execution_device, dtype)
+
+    def encode_video(self, video: torch.Tensor) -> torch.Tensor:
+        r"""Normalised latents of videos: posterior means, nothing is sampled.
+
+        Args:
+            video: `(batch_size, channels, num_frames, height, width)` in `[-1, 1]`.
+        """
+        video = video.to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(video, return_dict=False)[0].mode()
+        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        return normalize_latents(latents.to(dtype), self.vae.config)
+
+    def _encode_input(self, name: str, value: Any, batch_size: int, frames: Frames) -> torch.Tensor:
+        r"""Normalised latents of the `image` or `video` argument, resized to the video's size, one for each video."""
+        if name == "image":
+            video = self.video_processor.preprocess(value, frames.height, frames.width).unsqueeze(2)
+        else:
+            video = self.video_processor.preprocess_video(value, frames.height, frames.width)
+        num_frames = 1 if name == "image" else frames.num_frames
+        if video.shape[1] != self.vae.in_channels or video.shape[2] != num_frames:
+            raise ValueError(
+                f"`{name}` must have {num_frames} frames of {self.vae.in_channels} channels, got "
+                f"{video.shape[2]} of {video.shape[1]}."
+            )
+        if video.min() < -1 or video.max() > 1:
+            raise ValueError(
+                f"`{name}` must be in [0, 1] as a tensor or array, got values outside (uint8 must be divided by 255)."
+            )
+        if batch_size % video.shape[0]:
+            raise ValueError(f"`{name}` must be one, or one for each of {batch_size} videos, got {video.shape[0]}.")
+        return self.encode_video(video).repeat_interleave(batch_size // video.shape[0], dim=0)
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        tensors: dict[str, Any],
+        batch_size: int,
+        frames: Frames,
+        *,
+        steps: dict[str, Any],
+        generator: Generator,
+        latents: torch.Tensor | None,
+        image: Any,
+        video: Any,
+        strength: float,
+        num_guided_channels: int | None,
+        output_type: str,
+        return_dict: bool,
+        callback: Callback,
+        callback_inputs: Sequence[str],
+    ) -> LatentVideoPipelineOutput | tuple:
+        r"""From the condition to frames; see the `__call__` of the pipelines for the arguments.
+
+        Args:
+            tensors: The condition, by names that callbacks may ask for and `_condition` reads.
+            batch_size: Number of videos.
+            frames: Of `_plan_frames`.
+            steps: Keyword arguments of `set_timesteps`.
+        """
+        if image is not None and video is not None:
+            raise ValueError("`image` and `video` must not be given together, got both.")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_inputs = callback.tensor_inputs
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {', '.join(self._callback_tensor_inputs)}, got "
+                f"{', '.join(sorted(unknown))}."
+            )
+        noise = self.prepare_latents(batch_size, frames, generator, latents)
+        known = None if image is None else self._encode_input("image", image, batch_size, frames)
+        clean = None if video is None else self._encode_input("video", video, batch_size, frames)
+        step_kwargs = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        steps = steps | {"device": noise.device}
+        timesteps = self._timesteps(steps, None if clean is None else strength)
+        self._num_timesteps = len(timesteps) * len(frames.windows)
+        self._interrupt = False
+
+        result, cache, pieces = noise[:, :, :0], TemporalCache(), []
+        with self.progress_bar(total=self._num_timesteps) as progress:  # type: ignore
+            for number, window in enumerate(frames.windows):
+                if number > 0:
+                    timesteps = self._timesteps(steps, None if clean is None else strength)  # a scheduler has state
+                    self._reset_caches()
+                    known = self._overlap(result, pieces, window)
+
+                on_step_end = partial(
+                    self._on_step_end, tensors, callback, callback_inputs, progress, number * len(timesteps)
+                )
+                part = slice(window.start, window.stop)
+                sampled = self._sample(
+                    tensors,
+                    noise[:, :, part],
+                    None if clean is None else clean[:, :, part],
+                    known,
+                    timesteps,
+                    num_guided_channels,
+                    step_kwargs,
+                    on_step_end,
+                )
+                new = sampled[:, :, window.num_known :]
+                result = torch.cat([result, new], dim=2)
+                if frames.reencode_overlap:
+                    pieces.append(self._decode(new, cache))
+        self._current_timestep = None
+
+        output: Any = result
+        if output_type != "latent":
+            decoded = torch.cat(pieces, dim=2) if pieces else self.decode_latents(result)
+            output = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return LatentVideoPipelineOutput(frames=output) if return_dict else (output,)
+
+    def _on_step_end(
+        self,
+        tensors: dict[str, Any],
+        callback: Callback,
+        names: Sequence[str],
+        progress: Any,
+        num_done: int,
+        index: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        r"""Show the callback a step, and take what it changed."""
+        progress.update()
+        if callback is None:
+            return latents
+        given = tensors | {"latents": latents}
+        changed = callback(self, num_done + index, timestep, {name: given[name] for name in names})  # type: ignore
+        tensors.update({name: changed[name] for name in changed if name in tensors})
+        return changed.get("latents", latents)
+
+    def _timesteps(self, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
+        r"""The scheduler's timesteps; with a `strength`, only that share of them, the last ones."""
+        timesteps = set_timesteps(self.scheduler, **steps)
+        if strength is None:
+            return timesteps
+        order = self.scheduler.order
+        num_steps = -(-len(timesteps) // order)  # a step of second order has two entries, the last one only one
+        start = num_steps - round(num_steps * strength)
+        if start == num_steps:
+            raise ValueError(f"`strength` must leave at least one of {num_steps} steps, got {strength}.")
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start * order)
+        return timesteps[start * order :]
+
+    def _reset_caches(self) -> None:
+        # PyramidAttentionBroadcast and its like would hand attention of one window to the next.
+        if getattr(self.transformer, "is_cache_enabled", False):
+            self.transformer._reset_stateful_cache()
+
+    def _overlap(self, result: torch.Tensor, pieces: list[torch.Tensor], window: Window) -> torch.Tensor:
+        r"""Known latent frames at the start of a window.
+
+        Taken from the middle of a video, latents do not begin with an image's, as every clip in training does. So the
+        last frames, decoded, are encoded as a clip of their own; without `pieces` the latents are taken as they are.
+        """
+        if not pieces:
+            return result[:, :, window.start :]
+        num_frames = self.vae.num_sample_frames(window.num_known)
+        last: list[torch.Tensor] = []
+        for piece in reversed(pieces):
+            missing = num_frames - sum(part.shape[2] for part in last)
+            if missing > 0:
+                last.insert(0, piece[:, :, -missing:])
+        return self.encode_video(torch.cat(last, dim=2).clamp(-1, 1))
+
+    def _sample(
+        self,
+        tensors: dict[str, Any],
+        noise: torch.Tensor,
+        clean: torch.Tensor | None,
+        known: torch.Tensor | None,
+        timesteps: torch.Tensor,
+        num_guided_channels: int | None,
+        step_kwargs: dict[str, Any],
+        on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        r"""One window from noise (or from `clean` latents with noise) to latents; `known` first frames stay.
+
+        The transformer has one timestep for all frames, so before every step the known ones are noised to it.
+        """
+        channels = self.transformer.config.in_channels
+        keeps_variance = takes_variance(self.scheduler)
+        num_known = 0 if known is None else known.shape[2]
+        if clean is None:
+            latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        else:
+            latents = add_noise(self.scheduler, clean, noise, timesteps[0])
+        for index, timestep in enumerate(timesteps):
+            if self._interrupt:
+                continue
+            self._current_timestep = timestep
+            if known is not None:
+                first = add_noise(self.scheduler, known, noise[:, :, :num_known], timestep)
+                latents = torch.cat([first, latents[:, :, num_known:]], dim=2)
+            output = self._predict(tensors, latents, timestep)
+            if self.do_classifier_free_guidance:
+                null, condition = output.chunk(2)
+                output = guide_noise(condition, null, self._guidance_scale, channels, num_guided_channels)
+            if not keeps_variance:
+                output = output[:, :channels]
+            latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
+            latents = on_step_end(index, timestep, latents)
+        if known is not None:
+            latents = torch.cat([known, latents[:, :, num_known:]], dim=2)
+        return latents
+
+    def _predict(self, tensors: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        r"""Output of the transformer, of both halves if guidance is on (first the null condition), as the latents'."""
+        hidden_states = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            hidden_states = self.scheduler.scale_model_input(hidden_states, timestep)
+        context = getattr(self.transformer, "cache_context", None)
+        with context("cond_uncond") if context is not None else nullcontext():
+            output = self.transformer(
+                hidden_states=hidden_states.to(self.transformer.dtype),
+                timestep=timestep.expand(hidden_states.shape[0]).to(latents.device),
+                **self._condition(tensors, latents.shape[2]),
+                return_dict=False,
+            )[0]
+        return output.to(latents.dtype)
+
+    # ---- decoding ---------------------------------------------------------------------------------------------------
+
+    def _decode(self, latents: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+        latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False, cache=cache)[0]
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        r"""Videos of normalised latents, `(batch_size, channels, num_frames, height, width)` nominally in `[-1, 1]`.
+
+        All latent frames of a video at once: LeanVAE is causal, its frames are not independent. `vae.enable_tiling`
+        and [`decode_stream`] bound the memory and change nothing in the result but its rounding.
+        """
+        return self._decode(latents)
+
+    @torch.no_grad()
+    def decode_stream(
+        self, latents: torch.Tensor, output_type: str = "pt", num_latent_frames_per_step: int = 4
+    ) -> Iterator[Any]:
+        r"""Decode normalised latents piece by piece: a long video in the memory of a short one.
+
+        Args:
+            latents: What a pipeline returns for `output_type="latent"`.
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            num_latent_frames_per_step: Latent frames to decode at once.
+
+        Yields:
+            Consecutive frames, as [`LatentVideoPipelineOutput`] describes them, of all videos of the batch.
+        """
+        if output_type not in OUTPUT_TYPES[:-1]:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES[:-1])}, got {output_type!r}.")
+        decoder = StreamingDecoder(self.vae, num_latent_frames_per_step)
+        for latent_frames in latents.split(1, dim=2):
+            latent_frames = denormalize_latents(latent_frames.to(self._execution_device), self.vae.config)
+            piece = decoder.push(latent_frames.to(self.vae.dtype))
+            if piece is not None:
+                yield self.video_processor.postprocess_video(piece, output_type=output_type)
+        piece = decoder.flush()
+        if piece is not None:
+            yield self.video_processor.postprocess_video(piece, output_type=output_type)
+        self.maybe_free_model_hooks()

@@ -1,0 +1,182 @@
+"""From a pipeline to video files: what `leanvae generate` does."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from .. import bundled
+from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..video_io.reader import WRITABLE_VIDEO, VideoWriter, read_video
+from .pipeline import LatentVideoPipeline
+from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
+
+
+def video_grid(videos: torch.Tensor) -> torch.Tensor:
+    r"""Videos side by side in a grid that is as wide as it is high or wider, missing places black.
+
+    Args:
+        videos: `(num_videos, num_frames, height, width, channels)`.
+
+    Returns:
+        `(num_frames, rows * height, columns * width, channels)`.
+    """
+    count, num_frames, height, width, channels = videos.shape
+    columns = int(max(count - 1, 0) ** 0.5) + 1
+    rows = -(-count // columns)
+    grid = videos.new_zeros(rows * columns, num_frames, height, width, channels)
+    grid[:count] = videos
+    grid = grid.view(rows, columns, num_frames, height, width, channels).permute(2, 0, 3, 1, 4, 5)
+    return grid.reshape(num_frames, rows * height, columns * width, channels)
+
+
+def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    r"""A latent video pipeline by the name of a bundled one, by its folder, or by its Hub id.
+
+    Raises:
+        ValueError: If there is none, or it is of another kind.
+    """
+    path, components = Path(name), {}
+    if name in bundled.PIPELINES:
+        path, model = bundled.pipeline_path(name), bundled.model_path(bundled.PIPELINES[name].model)
+        components["vae"] = AutoencoderKLLeanVAE.from_pretrained(model, torch_dtype=dtype)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=dtype, **components)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"`model` {name!r} cannot be loaded: {error}") from None
+    if not isinstance(pipeline, LatentVideoPipeline):
+        raise ValueError(f"`model` must be a pipeline on LeanVAE latents, got a {type(pipeline).__name__}.")
+    return pipeline.to(device)
+
+
+def choose_scheduler(pipeline: LatentVideoPipeline, name: str | None, num_inference_steps: int) -> dict[str, Any]:
+    r"""Put the named scheduler into a pipeline; returns the arguments of its call that say the steps.
+
+    Raises:
+        ValueError: If the model was trained for other schedulers.
+    """
+    if name is None:
+        return {"num_inference_steps": num_inference_steps}
+    is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    legal = [n for n in SCHEDULERS if (n == "flow") == is_flow]
+    if name not in legal:
+        raise ValueError(f"`scheduler` must be one of {', '.join(legal)} for this model, got {name!r}.")
+    pipeline.scheduler = make_scheduler(name)
+    if name in ("ddpm", "ddim"):  # exactly the steps of the reference
+        return {"timesteps": respaced_timesteps(num_inference_steps)}
+    return {"num_inference_steps": num_inference_steps}
+
+
+def generate_videos(
+    model: str,
+    output: Path,
+    *,
+    labels: list[str] | None = None,
+    prompts: list[str] | None = None,
+    image: Path | None = None,
+    num_videos: int | None = None,
+    scheduler: str | None = None,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    max_memory: int | None = None,
+    fps: float = 8,
+    crf: float = 16,
+    show_progress: bool = False,
+    **options: Any,
+) -> list[Path]:
+    r"""Generate videos and write them.
+
+    Args:
+        model: As of [`load_pipeline`].
+        output: A video file, in which several videos form a grid; or a folder with one file for each.
+        labels: Classes by name or id, taken in turn; random ones if `None`.
+        prompts: Texts, taken in turn, for a text-to-video pipeline.
+        image: File of the picture that the videos begin with.
+        num_videos: Videos in all; by default one for each label or prompt.
+        scheduler: One of [`SCHEDULERS`], or `None` for the pipeline's own.
+        num_inference_steps: Number of steps.
+        seed: Video `i` comes from `seed + i`, whatever the batch.
+        batch_size: Videos at once.
+        device: Where to compute.
+        dtype: In what.
+        max_memory: Bytes that decoding may use above the weights: the autoencoder chooses its tiles by it.
+        fps: Frames per second of the files.
+        crf: Quality of the files, lower is better.
+        show_progress: Whether the pipeline shows its bar.
+        options: Further arguments of the pipeline; `None` means its default, or what suits a bundled one.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If an argument is not legal or does not fit the pipeline.
+    """
+    pipeline = load_pipeline(model, device, dtype)
+    pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
+    options = {key: value for key, value in options.items() if value is not None}
+    if model in bundled.PIPELINES:
+        options = {"guidance_scale": bundled.PIPELINES[model].guidance_scale} | options
+    options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
+    if image is not None:
+        options["image"] = read_video(image)[0][:1].permute(0, 3, 1, 2) / 255
+    if max_memory is not None:
+        pipeline.vae.enable_tiling(budget=max_memory)
+    argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
+
+    latents = []
+    for start in range(0, len(conditions), batch_size):
+        batch = conditions[start : start + batch_size]
+        given = {"num_videos_per_prompt": len(batch)} if argument is None else {argument: batch}
+        generator = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        latents.append(pipeline(**given, generator=generator, output_type="latent", **options).frames)
+
+    if output.suffix.lower() in WRITABLE_VIDEO:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _write(pipeline, torch.cat(latents), output, fps, crf)
+        return [output]
+    output.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, one in enumerate(torch.cat(latents).split(1)):
+        words = "" if conditions[index] is None else re.sub(r"\W+", "-", str(conditions[index])).strip("-")[:60]
+        paths.append(output / f"{index:03d}{'-' * bool(words)}{words}.mp4")
+        _write(pipeline, one, paths[-1], fps, crf)
+    return paths
+
+
+def _conditions(
+    pipeline: Any, labels: list[str] | None, prompts: list[str] | None, num_videos: int | None, seed: int
+) -> tuple[str | None, list[Any]]:
+    r"""Name of the pipeline's argument, and its value for each video."""
+    takes_text = hasattr(pipeline, "encode_prompt")
+    num_classes = None if takes_text else pipeline.transformer.config.num_classes
+    if labels is not None and num_classes is None:
+        kind = "a text-to-video" if takes_text else "an unconditional"
+        raise ValueError(f"`label` must not be given to {kind} pipeline, got {', '.join(labels)}.")
+    if (prompts is not None) != takes_text:
+        came = "none" if prompts is None else "one"
+        raise ValueError(f"`prompt` must{'' if takes_text else ' not'} be given to this pipeline, got {came}.")
+    if takes_text:
+        values: list[Any] = list(prompts or [])
+    elif num_classes is None:
+        return None, [None] * (num_videos or 1)
+    elif labels is None:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randint(num_classes, (num_videos or 1,), generator=generator).tolist()
+    else:
+        values = [int(label) if label.isdecimal() else label for label in labels]
+    count = num_videos or len(values)
+    return "prompt" if takes_text else "class_labels", [values[i % len(values)] for i in range(count)]
+
+
+def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps: float, crf: float) -> None:
+    r"""Decode and write piece by piece; the file appears when it is complete."""
+    options: dict[str, Any] = {"crf": crf}
+    with VideoWriter(path, fps, **options) as writer:
+        for piece in pipeline.decode_stream(latents):
+            frames = (piece.float() * 255).round().to("cpu", torch.uint8)
+            writer.write(video_grid(frames.permute(0, 1, 3, 4, 2)))

@@ -1,0 +1,81 @@
+"""Losses of the plain recipe as pure functions of tensors; `trainer/autoencoder_module.py` puts all losses together.
+
+Terms are unweighted and in float32. Pixel and sub-band terms are measured in the model's own pixel range
+(`sample * pixel_factor`), so that the published weights keep their meaning for every `pixel_factor`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+NUM_LOW_CHANNELS = 3  # the lowest sub-band of an RGB clip comes first in both sub-band tensors
+
+
+@dataclass
+class LossWeights:
+    """Weights of the reference (its wavelet terms are `4 * 0.05` and `4 * 0.1`); names are those of the terms."""
+
+    l1_pixel: float = 4.0
+    l1_low: float = 0.2
+    l1_high: float = 0.4
+    kl: float = 1e-7
+    lpips: float = 0.0  # 4 in the reference; needs the weights of VGG16
+    ms_ssim: float = 0.0  # a perceptual term that needs no weights
+    log_mse: float = 0.0  # ours: PSNR itself, up to a factor; relative errors of easy and of hard clips weigh the same
+
+
+def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    r"""Divergence from the standard normal distribution: the sum over each posterior, averaged over the batch.
+
+    Args:
+        mean: Posterior means, shape `(batch_size, ...)`.
+        logvar: Posterior log-variances, clamped by the caller, same shape.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / mean.shape[0]
+
+
+def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: float) -> torch.Tensor:
+    r"""Mean over the clips of the logarithm of their mean squared error, which stops to count below 1e-6 (60 dB)."""
+    error = (reconstruction.float() - sample.float()) * pixel_factor
+    return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-6).log().mean()
+
+
+def reconstruction_terms(
+    sample: torch.Tensor,
+    reconstruction: torch.Tensor,
+    target_bands: tuple[torch.Tensor, torch.Tensor | None],
+    predicted_bands: tuple[torch.Tensor, torch.Tensor | None],
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    pixel_factor: float,
+) -> dict[str, torch.Tensor]:
+    r"""The four unweighted terms of the objective as float32 scalars.
+
+    Args:
+        sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
+        reconstruction: Their reconstruction, same shape, not clamped.
+        target_bands: Sub-bands `(image, video)` of `sample` in the model's pixel range; `video` is `None` for
+            single images.
+        predicted_bands: The decoder's sub-bands, laid out alike.
+        mean: Posterior means, shape `(batch_size, latent_channels, num_latent_frames, ...)`.
+        logvar: Posterior log-variances, same shape.
+        pixel_factor: The factor from `[-1, 1]` to the model's pixel range.
+    """
+    l1_low = l1_high = sample.new_zeros((), dtype=torch.float32)
+    for target, predicted in zip(target_bands, predicted_bands, strict=True):
+        if target is None or predicted is None:
+            continue
+        low, high = predicted.float().tensor_split([NUM_LOW_CHANNELS], dim=1)
+        target_low, target_high = target.float().tensor_split([NUM_LOW_CHANNELS], dim=1)
+        l1_low = l1_low + F.l1_loss(low, target_low)
+        l1_high = l1_high + F.l1_loss(high, target_high)
+    return {
+        "l1_pixel": F.l1_loss(reconstruction.float(), sample.float()) * pixel_factor,
+        "l1_low": l1_low,
+        "l1_high": l1_high,
+        "kl": kl_divergence(mean, logvar),
+        "log_mse": log_mse(sample, reconstruction, pixel_factor),
+    }

@@ -1,0 +1,81 @@
+"""Start training from any LeanVAE, and choose what of it is trained."""
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bundled import MODELS, model_path
+from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+
+
+# What makes the latents: with these frozen, they stay those of the model that training started from. The sensing
+# matrix `phi` also takes part in decoding, but it is what the latents are measured with.
+ENCODER_PARAMETERS = ("encoder.", "logvar_proj.", "bottleneck.phi", "bottleneck.compress.")
+CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:
+    r"""Make or load the model that training starts from, in float32.
+
+    Args:
+        init: `"spec"` or `"pca"`: a new model by `config`; the name of a bundled model; a folder of `save_pretrained`;
+            an original checkpoint file; a Hub repository `user/name`; or a Hub file `user/name/file.ckpt`.
+        config: Arguments of `AutoencoderKLLeanVAE`; for a loaded model only such as it has.
+    """
+    legal = [name for name in inspect.signature(AutoencoderKLLeanVAE.__init__).parameters if name != "self"]
+    for key in config:
+        if key not in legal:
+            raise ValueError(f"Unknown recipe key `model.{key}`: legal keys here are {', '.join(legal)}.")
+    if init in ("spec", "pca"):
+        return AutoencoderKLLeanVAE(**config)
+    source = str(model_path(init)) if init in MODELS else init
+    is_file = Path(source).suffix in CHECKPOINT_SUFFIXES
+    if not Path(source).exists() and len(Path(init).parts) < (3 if is_file else 2):
+        raise ValueError(
+            f"`init` must be 'spec', 'pca', {', '.join(map(repr, MODELS))}, a folder of `save_pretrained`, an "
+            f"original checkpoint file, or one of the two on the Hub, got {init!r}, which does not exist."
+        )
+    if is_file:
+        # Only the user can know whether a file is of a Wan-aligned model: its pixel range is not stored.
+        known = {"pixel_factor": config["pixel_factor"]} if "pixel_factor" in config else {}
+        vae = AutoencoderKLLeanVAE.from_single_file(source, torch_dtype=torch.float32, **known)
+    else:
+        vae = AutoencoderKLLeanVAE.from_pretrained(source, torch_dtype=torch.float32)
+    for key, value in config.items():
+        if json.dumps(vae.config[key]) != json.dumps(value):
+            raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")
+    return vae
+
+
+def freeze_encoder(vae: AutoencoderKLLeanVAE) -> None:
+    r"""Freeze whatever decides what the latents are, so that they keep their meaning for models trained on them."""
+    for name, parameter in vae.named_parameters():
+        if name.startswith(ENCODER_PARAMETERS):
+            parameter.requires_grad_(False)
+
+
+def add_lora(vae: AutoencoderKLLeanVAE, rank: int, alpha: float, targets: Sequence[str]) -> Any:
+    r"""Freeze a model and put low-rank adapters (arXiv 2106.09685) beside its linear layers, in place.
+
+    Args:
+        vae: The model; it goes on to work by itself, adapters included.
+        rank: Rank of the adapters.
+        alpha: The adapters' output is scaled by `alpha / rank`.
+        targets: Linear layers to adapt, by the ends of their names.
+
+    Returns:
+        The `peft.PeftModel` around `vae`, which saves and merges the adapters.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('`tune: lora` needs peft: pip install "diffusers-leanvae[lora]"') from error
+    try:
+        model: Any = vae  # peft asks for a model of transformers, and takes any module
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ValueError(f"`lora` must fit the model, got {list(targets)} of rank {rank}: {error}") from error

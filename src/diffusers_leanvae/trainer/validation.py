@@ -1,0 +1,106 @@
+"""Validation during training: figures for all clips, videos and pictures of originals beside reconstructions."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..data.datasets import read_center_clip
+from ..evaluation.metrics import frame_psnr, frame_ssim
+from ..video_io.reader import list_videos, probe_video, write_video
+
+
+class ValidationClip(NamedTuple):
+    """One clip: its path below the validation folder, its frames `(3, num_frames, height, width)` in `[-1, 1]`."""
+
+    name: str
+    sample: torch.Tensor
+    fps: Fraction
+
+
+class ClipScore(NamedTuple):
+    """Figures of one clip, and its middle frame beside the original's: uint8, `(height, 2 * width, 3)`, or `None`."""
+
+    name: str
+    psnr: float
+    ssim: float
+    picture: np.ndarray | None
+
+
+def load_validation_clips(
+    folder: str | Path | None, num_frames: int, size: int, rank: int = 0, world_size: int = 1
+) -> list[ValidationClip]:
+    """The clips of a process: of every video below `folder` the first frames, short side `size`, centre crop.
+
+    Args:
+        folder: Searched recursively; `None` for no validation.
+        num_frames: Frames of a clip.
+        size: Height and width of a clip.
+        rank: This process, which takes every `world_size`-th video.
+        world_size: Number of processes.
+    """
+    if folder is None:
+        return []
+    paths = list_videos(folder)
+    if not paths:
+        raise ValueError(f"`validation.folder` must hold at least one video, got none in {str(folder)!r}.")
+    return [
+        ValidationClip(
+            path.relative_to(folder).as_posix(), read_center_clip(path, num_frames, size), probe_video(path).fps
+        )
+        for path in map(Path, paths[rank::world_size])
+    ]
+
+
+@torch.no_grad()
+def score_clips(
+    vae: Any, clips: Iterable[ValidationClip], videos: Path | None = None, num_videos: int = 8
+) -> list[ClipScore]:
+    """Reconstruct clips from posterior means, clip after clip, by the protocol of `evaluation.run`.
+
+    Args:
+        vae: The autoencoder, on its device.
+        clips: What to reconstruct.
+        videos: A folder for the originals beside the reconstructions, as mp4; `None` writes none.
+        num_videos: The number of clips that get a picture and a video.
+    """
+    scores = []
+    for index, clip in enumerate(clips):
+        sample = clip.sample.to(vae.device)
+        reconstruction = vae(sample[None], return_dict=False)[0][0]
+        original, decoded = (x.transpose(0, 1).float().clamp(-1, 1).add(1).div(2) for x in (sample, reconstruction))
+        psnr, ssim = (metric(decoded, original).mean().item() for metric in (frame_psnr, frame_ssim))
+        pictures = None
+        if index < num_videos:
+            pairs = torch.cat((original, decoded), dim=3)  # (T, 3, H, 2 * W)
+            pictures = pairs.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            if videos is not None:
+                path = videos / Path(clip.name).with_suffix(".mp4")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_video(path, pictures, clip.fps)
+        scores.append(ClipScore(clip.name, psnr, ssim, None if pictures is None else pictures[len(pictures) // 2]))
+    return scores
+
+
+def write_picture(path: Path, scores: Iterable[ClipScore]) -> None:
+    """The middle frames of all clips that have one, below each other, as one PNG."""
+    from PIL import Image
+
+    pictures = [score.picture for score in scores if score.picture is not None]
+    if pictures:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(pictures)).save(path)
+
+
+def summarize(scores: Iterable[ClipScore]) -> dict[str, Any]:
+    """Means over the clips and the figures of each, sorted by name."""
+    scores = sorted(scores, key=lambda score: score.name)
+    return {
+        "psnr_frame_mean_rgb": sum(score.psnr for score in scores) / len(scores),
+        "ssim_frame_mean_rgb": sum(score.ssim for score in scores) / len(scores),
+        "clips": {score.name: score.psnr for score in scores},
+        "clips_ssim": {score.name: score.ssim for score in scores},
+    }

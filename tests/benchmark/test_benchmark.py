@@ -1,0 +1,298 @@
+"""Benchmarks measure what they say: work, floor, memory, turns, and runs that go on after they were stopped."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from diffusers_leanvae.benchmark import rounds as benchmark
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.generation.schedulers import make_scheduler
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def test_work_of_the_full_size_model_is_as_published():
+    work = benchmark.count_work(benchmark.build_model("LeanVAE-16ch"), (17, 256, 256))
+    assert work["encode"].output_shape == work["decode"].input_shape == (1, 16, 5, 32, 32)
+    assert work["decode"].output_shape == (1, 3, 17, 256, 256)
+    assert work["encode"].multiply_adds / 1e9 == pytest.approx(58, abs=0.5)
+    assert work["decode"].multiply_adds / 1e9 == pytest.approx(145, abs=0.5)
+    for part in work.values():  # all but the depthwise convolutions is matrix products
+        in_products = sum(rows * inner * columns for rows, inner, columns in part.products)
+        assert 0.96 < in_products / part.multiply_adds < 1
+    assert (5120, 512, 2730) in work["encode"].products and (5120, 1365, 512) in work["decode"].products
+
+
+@pytest.mark.parametrize("variant", ["eager", "fused"])
+def test_what_is_counted_is_what_runs(make_model, make_video, variant):
+    model = make_model()
+    work = benchmark.count_work(model, (9, 32, 48))
+    subject = benchmark.Subject(model, variant)
+    x = make_video(1, 3, 9, 32, 48)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        benchmark.encode(subject.vae, x)
+    ran = counter.get_total_flops() / 2
+    if variant == "eager":
+        assert ran == work["encode"].multiply_adds
+    else:  # zeros beside inner widths of 85 and 21 and 64 are multiplied too, and folded maps are dense
+        assert ran > work["encode"].multiply_adds
+
+
+def test_floor_computes_each_product_in_its_layout():
+    products = [(10, 21, 30), (10, 21, 30), (4, 30, 5)]
+    for multiple_of, expected in ((1, 2 * 10 * 21 * 30 + 4 * 30 * 5), (32, 2 * 10 * 32 * 32 + 4 * 32 * 32)):
+        layouts = {shape: benchmark.Layout(multiple_of, False, 3) for shape in set(products)}
+        floor = benchmark.MatrixFloor(products, torch.float32, CPU, layouts)
+        with FlopCounterMode(display=False) as counter:
+            floor()
+        assert counter.get_total_flops() / 2 == expected
+
+
+def test_floor_finds_a_layout_for_every_shape_once():
+    layouts: dict[tuple[int, ...], benchmark.Layout] = {}
+    benchmark.MatrixFloor([(300, 21, 30), (5000, 21, 30)], torch.float32, CPU, layouts)()
+    assert set(layouts) == {(300, 21, 30), (4096, 21, 30)}
+    chosen = dict(layouts)
+    benchmark.MatrixFloor([(9000, 21, 30)], torch.float32, CPU, layouts)()  # more rows than are ever tried
+    assert layouts == chosen
+
+
+class RecordFactors(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.dtypes += [args[0].dtype, args[1].dtype]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_wide, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_floor_of_16_bits_may_be_computed_in_float32(is_wide: bool, dtype: torch.dtype):
+    layouts = {(4, 30, 5): benchmark.Layout(1, False, 0, is_wide)}
+    floor = benchmark.MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
+    with RecordFactors() as record:
+        floor()
+    assert record.dtypes == [dtype, dtype]
+
+
+def test_floor_of_float32_has_no_wider_layout():
+    found: dict[tuple[int, ...], benchmark.Layout] = {}
+    benchmark.MatrixFloor([(300, 64, 64)], torch.float32, CPU, found)
+    assert len(found) == 1 and not any(layout.is_wide for layout in found.values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_counts_what_is_freed_again():
+    before = benchmark.start_of_peak(CPU)
+    torch.ones(64 * benchmark.MIB // 4).sum()
+    peak = benchmark.end_of_peak(before, CPU)
+    assert peak is not None and 63 <= peak / benchmark.MIB <= 70
+    before = benchmark.start_of_peak(CPU)
+    peak = benchmark.end_of_peak(before, CPU)
+    assert peak is not None and peak / benchmark.MIB <= 2
+
+
+def make_records(*models: str) -> list[benchmark.Record]:
+    return [
+        dict(zip(benchmark.KEYS, (model, "eager", "float32", 1, [5, 32, 32], "encode"), strict=True))
+        for model in models
+    ]
+
+
+FIRST = {"peak_mib": 10.0, "output_mib": 1.0, "giga_multiply_adds": 4.0, "num_parameters": 7, "latent": [2, 4, 4]}
+
+
+def test_models_take_turns_within_their_budget_and_one_that_fails_stops_nobody():
+    calls = []
+    duration = {"fast": 1.0, "slow": 8.0, "broken": 1.0}
+
+    def measure(record: benchmark.Record, is_first: bool) -> dict[str, Any]:
+        calls.append(record["model"])
+        if record["model"] == "broken":
+            raise benchmark.MeasurementError("does not fit")
+        times = {"seconds": duration[record["model"]]}
+        return times | FIRST if is_first else times | {"floor_seconds": 0.8 * times["seconds"]}
+
+    records, saved = make_records("fast", "slow", "broken"), []
+    benchmark.run_rounds(records, measure, 4, 30.0, lambda record: saved.append(record["model"]))
+    assert saved == calls
+    assert calls == ["fast", "slow", "broken", "slow", "fast", "fast", "fast", "fast"]
+    fast, slow, broken = map(benchmark.summarize, records)
+    assert fast["repeats"] == 4 and slow["repeats"] == 1
+    assert fast["seconds"] == 1 and fast["time_over_floor"] == 1.25 and fast["giga_multiply_adds_per_second"] == 4
+    assert broken == {key: records[2][key] for key in benchmark.KEYS} | {"note": "does not fit"}
+
+    calls.clear()  # the same again, one call later than where it was stopped
+    benchmark.run_rounds(records, measure, 5, 30.0, lambda record: None)
+    assert calls == ["fast"]
+
+
+def test_rows_are_medians_and_ratios_of_neighbours():
+    (record,) = make_records("x")
+    record |= {"first": FIRST | {"seconds": 9.0}, "seconds": [1.0, 2.0, 6.0], "floor_seconds": [1.0, 1.0, 5.0]}
+    row = benchmark.summarize(record)
+    assert (row["seconds_lower"], row["seconds"], row["seconds_upper"]) == (1.5, 2.0, 4.0)
+    assert row["time_over_floor"] == 1.2 and row["floor_seconds"] == 1.0
+    record["seconds"] = []
+    assert benchmark.summarize(record | {"floor_seconds": []})["seconds"] == 9.0  # the first alone, if nothing else
+
+
+def test_linear_and_quadratic_cost_are_told_apart():
+    rows = []
+    for frames, size in ((5, 64), (9, 64), (17, 64), (9, 32), (9, 128)):
+        latent = [(frames - 1) // 4 + 1, size // 8, size // 8]
+        tokens = latent[0] * latent[1] * latent[2]
+        key = dict(zip(benchmark.KEYS, ("x", "eager", "float32", 1, [frames, size, size], "encode"), strict=True))
+        rows.append(key | {"seconds": 3.0 * tokens, "peak_mib": 2.0 * tokens**2, "latent": latent})
+    found = {(item["axis"], item["quantity"]): item for item in benchmark.linearity(rows)}
+    assert len(found) == 4
+    for axis in ("length", "area"):
+        time, memory = found[axis, "seconds"], found[axis, "peak_mib"]
+        assert time["num_points"] == 3 and time["exponent"] == 1 and time["r_squared"] == 1
+        assert time["max_deviation"] == 0 and memory["exponent"] == 2 and memory["max_deviation"] > 0.3
+    assert found["area", "seconds"]["smallest"] == [9, 32, 32]
+    assert found["length", "seconds"]["largest"] == [17, 64, 64]
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda vae: benchmark.Subject(vae, "faster"), "`variant` must be one of eager, fused"),
+        (lambda vae: benchmark.parse_size("256x256"), "`size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256"),
+        (lambda vae: benchmark.build_model("AutoencoderKL"), "`name` must be one of LeanVAE-16ch"),
+    ],
+)
+def test_bad_arguments(make_model, make, match):
+    with pytest.raises(ValueError, match=match):
+        make(make_model())
+
+
+def test_command_prints_rows_and_ends_with_json(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "vae")
+    arguments = ["bench", "--model", str(tmp_path / "vae"), "--size", "5x32x32", "--repeats", "1", "--threads", "1"]
+    arguments += ["--variant", "eager", "--variant", "fused", "--output", str(tmp_path / "bench.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.output.splitlines()[-1])
+    assert printed["rows"] == json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {(row["variant"], row["direction"]) for row in printed["rows"]} == {
+        (variant, direction) for variant in ("eager", "fused") for direction in ("encode", "decode")
+    }
+    for row in printed["rows"]:
+        assert row["seconds"] > 0 and row["time_over_floor"] > 0 and row["repeats"] == 1
+    result = CliRunner().invoke(app, [*arguments, "--size", "6x32x32"])
+    assert result.exit_code == 1 and "`num_frames` must be 4 * n + 1" in result.output
+
+
+def run_inference(folder: Path, *arguments: str) -> tuple[dict[str, Any], list[str]]:
+    settings = ["--models", "LeanVAE-tiny", "--scaling", "--peer-scaling", "--threads", "1", "--repeats", "2"]
+    files = ["--state", str(folder / "state.json"), "--output", str(folder / "bench.json")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "inference.py"), *settings, *files, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert output.returncode == 0, output.stderr
+    *lines, last = output.stdout.splitlines()
+    return json.loads(last), lines
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_run_goes_on_where_it_was(tmp_path):
+    result, lines = run_inference(tmp_path, "--variants", "fused", "--sizes", "5x32x48")
+    rows = result["rows"]
+    assert len(rows) == 2 and len(lines) == 2 * 3
+    assert all(row["repeats"] == 2 and row["time_over_floor"] > 0 and row["peak_mib"] < 64 for row in rows)
+    assert [line.split()[8] for line in lines[:2]] == ["encode", "decode"]
+
+    state = json.loads((tmp_path / "state.json").read_text())
+    last = next(record for key, record in state["records"].items() if "decode" in key)
+    del last["seconds"][1], last["floor_seconds"][1]  # as if it had been killed before the last call
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    again, lines = run_inference(tmp_path, "--variants", "fused", "--sizes", "5x32x48")
+    assert len(lines) == 1 and "decode" in lines[0]
+    assert again["rows"][0] == rows[0] and again["rows"][1]["repeats"] == 2
+    assert run_inference(tmp_path, "--report")[0]["rows"] == again["rows"]
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_generation_recipes_are_compared_by_the_clean_latents_they_predict(kind: str):
+    module = runpy.run_path(str(ROOT / "benchmarks" / "generation_recipes.py"))
+    latents = torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+
+    def answer(offset: float) -> Any:  # of a model that knows the latents, but for an offset
+        def transformer(noisy: torch.Tensor, timesteps: torch.Tensor, labels: None) -> Any:
+            target = noise - latents if kind == "flow" else torch.cat((noise, noise), dim=1)
+            return SimpleNamespace(sample=target + offset)
+
+        return transformer
+
+    scheduler = make_scheduler(kind)
+    errors = [module["denoising_errors"](answer(offset), scheduler, latents) for offset in (0.0, 0.1)]
+    assert max(errors[0].values()) < 1e-5
+    for level, error in errors[1].items():  # the offset, as it counts at this ratio of noise to signal
+        ratio = float(level) / (1.0 if kind == "flow" else 1.0 - float(level))
+        assert error == pytest.approx((0.1 * ratio) ** 2, rel=0.03, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_does_not_fit_is_a_row_that_says_so(tmp_path):
+    # With all memory held in reserve 64 MiB are left, which the small video fits into.
+    result, _ = run_inference(
+        tmp_path, "--variants", "eager", "--sizes", "5x32x32", "65x512x512", "--reserve-gib", "100000"
+    )
+    small, large = result["rows"][:2], result["rows"][2:]
+    assert all("seconds" in row for row in small)
+    assert all("needs more than the" in row["note"] and "seconds" not in row for row in large)
+
+
+def test_gpu_benchmark_rehearsed_on_cpu(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU `make gpu` runs it in earnest")
+    precision = torch.get_float32_matmul_precision()
+    arguments = ["--rehearse", "--repeats", "1", "--variants", "eager", "fused", "graphs"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments, "--output", str(tmp_path / "gpu.json")])
+    try:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["rows"] == json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    measured = [row for row in printed["rows"] if "seconds" in row]
+    assert {row["variant"] for row in measured} == {"eager", "fused"}
+    for row in measured:
+        assert row["tflops"] > 0 and row["share_of_peak"] > 0 and row["speed_up_over_eager_bfloat16"] > 0
+    (graphs,) = {row["note"] for row in printed["rows"] if row["variant"] == "graphs"}
+    assert "`examples` must be tensors on a CUDA device" in graphs
+
+
+def test_plots_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="drawing needs the extra `bench`")
+    rows = []
+    for model in ("LeanVAE-16ch", "AutoencoderKLWan"):
+        for frames, size in ((17, 128), (17, 256), (9, 256)):
+            for direction in benchmark.DIRECTIONS:
+                values = (model, "eager", "float32", 2, [frames, size, size], direction)
+                row = dict(zip(benchmark.KEYS, values, strict=True))
+                rows.append(row | {"seconds": frames * size**2 / 1e6, "peak_mib": frames * size / 10})
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    arguments = ["plots.py", "--result", str(tmp_path / "bench.json"), "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    runpy.run_path(str(ROOT / "benchmarks" / "plots.py"), run_name="__main__")
+    for name in ("bench_area.png", "bench_length.png"):
+        assert 10_000 < (tmp_path / name).stat().st_size < 250_000

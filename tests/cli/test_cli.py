@@ -1,0 +1,285 @@
+"""The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from diffusers_leanvae import bundled
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.inference import files
+from diffusers_leanvae.models.leanvae_memory import MemoryModel
+from diffusers_leanvae.video_io import probe_video, read_video, write_video
+
+
+@pytest.fixture(scope="module")
+def model(make_model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    return str(folder)
+
+
+def clip(path: Path, num_frames: int = 9, height: int = 48, width: int = 64, fps: Fraction = Fraction(25), **options):
+    y, x = np.mgrid[:height, :width]
+    frames = np.stack(
+        [np.stack(((x * 3 + 5 * t) % 256, (y * 4) % 256, (x + y + t) % 256), -1) for t in range(num_frames)]
+    )
+    write_video(path, torch.from_numpy(frames.astype(np.uint8)), fps, **options)
+    return path
+
+
+def leanvae(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "height", "width"), [(22, 131, 247), (1, 48, 64), (3, 48, 64), (9, 64, 32), (5, 9, 7), (4, 1, 1)]
+)
+def test_every_size_and_length_comes_back_as_it_was(model, tmp_path, num_frames, height, width):
+    source = clip(tmp_path / "in.mkv", num_frames, height, width, Fraction(30000, 1001), codec="ffv1")
+    code, out, err = leanvae("reconstruct", source, tmp_path / "out.mp4", "--model", model, "--metrics")
+    assert code == 0, err
+    assert "PSNR" in out and "SSIM" in out
+    code, _, err = leanvae("encode", source, tmp_path / "out.safetensors", "--model", model)
+    assert code == 0, err
+    code, _, err = leanvae("decode", tmp_path / "out.safetensors", tmp_path / "decoded.mp4")
+    assert code == 0, err
+    for name in ("out.mp4", "decoded.mp4"):
+        frames, info = read_video(tmp_path / name)
+        assert frames.shape == (num_frames, height, width, 3)
+        assert info.fps == Fraction(30000, 1001)
+    reconstructed, decoded = (read_video(tmp_path / name)[0] for name in ("out.mp4", "decoded.mp4"))
+    torch.testing.assert_close(reconstructed, decoded, rtol=0, atol=0)  # one path through the model, two ways to it
+    assert entries(tmp_path) == ["decoded.mp4", "in.mkv", "out.mp4", "out.safetensors"]
+
+
+def test_reconstruction_is_the_models(make_model, tmp_path):
+    vae = make_model()
+    source = clip(tmp_path / "in.mkv", 21, 40, 56, codec="ffv1")
+    files.reconstruct_video(vae, source, tmp_path / "out.mkv", codec="ffv1")  # lossless on both sides
+    sample = read_video(source)[0].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        expected = ((vae(sample).sample[0] + 1) * 127.5).clamp(0, 255).permute(1, 2, 3, 0)
+    assert expected.std() > 10
+    actual = read_video(tmp_path / "out.mkv")[0].float()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.51)  # rounding to 256 levels
+
+
+def test_side_by_side_start_and_size(model, tmp_path):
+    source = clip(tmp_path / "in.mp4", 12, 96, 128)
+    target = tmp_path / "out.mp4"
+    options = ("--side-by-side", "--start", 4, "--num-frames", 5, "--size", "64x48", "--dtype", "bfloat16")
+    code, _, err = leanvae("reconstruct", source, target, "--model", model, *options)
+    assert code == 0, err
+    frames, _ = read_video(target)
+    assert frames.shape == (5, 48, 128, 3)
+    expected = torch.nn.functional.interpolate(
+        read_video(source, start=4, num_frames=5)[0].permute(0, 3, 1, 2), size=(48, 64), mode="bicubic", antialias=True
+    )
+    assert (frames[:, :, :64].permute(0, 3, 1, 2).float() - expected.float()).abs().mean() < 6
+
+
+def test_the_least_bound_on_memory_that_is_named_works(model, tmp_path):
+    source = clip(tmp_path / "in.mkv", 11, 44, 70, codec="ffv1")
+    for command, target in (("reconstruct", "out.mp4"), ("encode", "z.safetensors"), ("decode", "decoded.mp4")):
+        path = tmp_path / "z.safetensors" if command == "decode" else source
+        arguments = (command, path, tmp_path / target, "--model", model, "--max-memory")
+        code, _, err = leanvae(*arguments, "1MiB")
+        match = re.fullmatch(r"error: `max_memory` must be at least about (\d+) MiB for .*, got 1 MiB\.\n", err)
+        assert code == 1 and match is not None, err
+        least = int(match[1])
+        code, _, err = leanvae(*arguments, f"{least - 1}MiB")
+        assert code == 1 and f"at least about {least} MiB for" in err
+        code, _, err = leanvae(*arguments, f"{least}MiB")
+        assert code == 0, err
+    assert entries(tmp_path) == ["decoded.mp4", "in.mkv", "out.mp4", "z.safetensors"]
+    for name in ("out.mp4", "decoded.mp4"):
+        assert read_video(tmp_path / name)[0].shape == (11, 44, 70, 3)
+
+
+def test_a_bound_on_memory_changes_no_pixel(make_model, tmp_path, monkeypatch):
+    vae = make_model()
+    source = clip(tmp_path / "in.mkv", 14, 44, 70, codec="ffv1")
+    plan = vae.memory_model().stream((48, 72), 14, 8, (24, 32, 5), 4, is_parked=True)._replace(overhead=7.4)
+    assert plan.layout == (24, 32, 5)
+    # Sizes at which the planner itself needs tiles would take minutes: it is told to choose these.
+    for choice in (
+        plan,
+        plan._replace(layout=(8, 72, 9), is_parked=False),
+        plan._replace(layout=None, is_parked=False),
+    ):
+        warned = pytest.warns(
+            UserWarning, match="`max_memory` leaves room for small tiles only: about 7 times the work"
+        )
+        with monkeypatch.context() as patch, warned:
+            patch.setattr(MemoryModel, "fit_stream", lambda *_, choice=choice, **__: choice)
+            options: dict = {"max_memory": 2**30, "codec": "ffv1"}
+            files.reconstruct_video(vae, source, tmp_path / "out.mkv", **options)
+            files.encode_video(vae, source, tmp_path / "z.safetensors", model="", max_memory=2**30)
+            files.decode_video(vae, tmp_path / "z.safetensors", tmp_path / "decoded.mkv", **options)
+        files.reconstruct_video(vae, source, tmp_path / "whole.mkv", codec="ffv1")
+        files.encode_video(vae, source, tmp_path / "whole.safetensors", model="")
+        latents, expected = (load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("z", "whole"))
+        assert expected.std() > 0.1
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+        whole = read_video(tmp_path / "whole.mkv")[0].int()
+        for name in ("out.mkv", "decoded.mkv"):
+            difference = (read_video(tmp_path / name)[0].int() - whole).abs()
+            assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # what lay between two levels
+    assert not vae.use_tiling
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_fused_latents_are_those_of_the_layers_up_to_rounding(model, tmp_path):
+    source, names = clip(tmp_path / "in.mp4"), ("eager.safetensors", "fused.safetensors")
+    for name, options in zip(names, ((), ("--fuse",)), strict=True):
+        code, _, err = leanvae("encode", source, tmp_path / name, "--model", model, *options)
+        assert code == 0, err
+    eager, fused = (load_file(tmp_path / name)["latents"] for name in names)
+    assert 0 < (fused - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+def test_sizes_of_memory():
+    assert files.parse_memory("2GiB") == files.parse_memory(" 2 gib ") == files.parse_memory("2G") == 2**31
+    assert files.parse_memory("800MiB") == 800 * 2**20 and files.parse_memory("1.5GB") == 15 * 10**8
+    assert files.parse_memory("123456") == files.parse_memory("123456B") == 123456
+    for text in ("", "2 apples", "-1GiB", "GiB", "0", "1e9"):
+        with pytest.raises(ValueError, match="`max_memory` must be a size such as 2GiB or 800MiB, got"):
+            files.parse_memory(text)
+
+
+def test_images(model, tmp_path):
+    write_video(tmp_path / "in.png", torch.randint(0, 256, (1, 33, 50, 3), dtype=torch.uint8), 1)
+    assert leanvae("reconstruct", tmp_path / "in.png", tmp_path / "out.png", "--model", model)[0] == 0
+    assert leanvae("encode", tmp_path / "in.png", tmp_path / "z.safetensors", "--model", model)[0] == 0
+    assert leanvae("decode", tmp_path / "z.safetensors", tmp_path / "decoded.png")[0] == 0
+    reconstructed, decoded = (read_video(tmp_path / name)[0] for name in ("out.png", "decoded.png"))
+    assert reconstructed.shape == (1, 33, 50, 3)
+    torch.testing.assert_close(reconstructed, decoded, rtol=0, atol=0)
+
+
+def test_a_folder_goes_on_past_a_bad_file_and_continues_where_it_stopped(model, tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    (source / "deeper").mkdir(parents=True)
+    clip(source / "a.mp4")
+    clip(source / "deeper" / "b.mp4")
+    (source / "broken.mp4").write_text("this is not a video")
+    code, out, err = leanvae("reconstruct", source, target, "--model", model)
+    assert code == 1
+    assert entries(target) == ["a.mp4", "b.mp4", "deeper"]
+    assert "broken.mp4" in err and "1 of 3 files failed" in err
+    before = (target / "a.mp4").stat().st_mtime_ns
+    (target / "deeper" / "b.mp4").unlink()
+    (source / "broken.mp4").unlink()
+    code, out, err = leanvae("reconstruct", source, target, "--model", model)
+    assert code == 0
+    assert "done already" in err and (target / "deeper" / "b.mp4").exists()
+    assert (target / "a.mp4").stat().st_mtime_ns == before
+    assert leanvae("reconstruct", source, target, "--model", model, "--overwrite")[0] == 0
+    assert (target / "a.mp4").stat().st_mtime_ns > before
+    assert leanvae("encode", source, tmp_path / "z", "--model", model)[0] == 0
+    assert leanvae("decode", tmp_path / "z", tmp_path / "y")[0] == 0
+    assert entries(tmp_path / "y") == ["a.mp4", "b.mp4", "deeper"]
+
+
+def damaged(tmp_path: Path, kind: str) -> Path:
+    path = tmp_path / "bad.mp4"
+    if kind == "missing":
+        return path
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("WEBVTT\n\nthis is text\n" * 50)
+    elif kind == "truncated":
+        clip(path, 60)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "corrupt":
+        clip(path, 120, 96, 128, preset="ultrafast")
+        data = bytearray(path.read_bytes())
+        middle = len(data) // 2
+        data[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+        path.write_bytes(data)
+    elif kind == "audio":
+        with av.open(path, "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+            frame.rate = 16000
+            container.mux(stream.encode(frame) + stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "corrupt", "audio"])
+@pytest.mark.parametrize("command", ["reconstruct", "encode"])
+def test_bad_files_give_one_sentence_and_leave_nothing(model, tmp_path, command, kind):
+    source = damaged(tmp_path, kind)
+    output = tmp_path / "out"
+    output.mkdir()
+    target = output / ("out.mp4" if command == "reconstruct" else "out.safetensors")
+    code, _, err = leanvae(command, source, target, "--model", model)
+    assert code == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and "bad.mp4" in err and "Traceback" not in err
+    assert entries(output) == []
+
+
+def test_bad_arguments_give_one_sentence(model, tmp_path):
+    source = clip(tmp_path / "in.mp4")
+    for arguments, expected in [
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", tmp_path / "nothing.ckpt"), "cannot be loaded"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", tmp_path / "nothing"), "cannot be loaded"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--dtype", "int8"), "`--dtype` must be"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--device", "cuda:7"), "`--device` must be"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--size", "big"), "`size` must be"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--start", 99), "in.mp4"),
+        (("reconstruct", source, tmp_path / "o.xyz", "--model", model), ".mp4"),
+        (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "much"), "2GiB or 800MiB"),
+        (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "1MiB"), "must be at least"),
+        (("encode", source, tmp_path / "o.mp4", "--model", model), "must end in .safetensors"),
+        (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
+        (("convert", model, tmp_path / "o.bin", "--to-original"), "must end in"),
+        (("convert", source, tmp_path / "o"), "must be"),
+        (("info", tmp_path / "nothing.mp4"), "nothing.mp4"),
+    ]:
+        code, _, err = leanvae(*arguments)
+        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, (arguments, err)
+    assert entries(tmp_path) == ["in.mp4"]
+
+
+def test_convert_there_and_back(model, make_model, tmp_path):
+    assert leanvae("convert", model, tmp_path / "original.ckpt", "--to-original")[0] == 0
+    code, out, err = leanvae("convert", tmp_path / "original.ckpt", tmp_path / "back")
+    assert code == 0, err
+    back = type(make_model()).from_pretrained(tmp_path / "back")
+    for key, tensor in make_model().state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor)
+
+
+def test_info(model, tmp_path):
+    described = json.loads(leanvae("info", clip(tmp_path / "in.mp4"))[1])
+    assert described["kind"] == "video" and described["num_frames"] == 9 and described["fps"] == "25"
+    described = json.loads(leanvae("info", model)[1])
+    assert described["kind"] == "model" and described["config"]["latent_channels"] == 4
+
+
+@pytest.mark.skipif(not bundled.clip_path().exists(), reason="the bundled clip is not in this checkout")
+def test_demo(tmp_path):
+    code, out, err = leanvae("demo", "--output", tmp_path, "--num-frames", 5)
+    assert code == 0, err
+    names = ["frames.png", "generated.mp4", "generated.png", "latents.safetensors", "side_by_side.mp4"]
+    assert entries(tmp_path) == names
+    assert probe_video(tmp_path / "side_by_side.mp4").width == 2 * probe_video(bundled.clip_path()).width
+    assert float(out.split("PSNR ")[1].split(" dB")[0]) > 30.0
+    info = probe_video(tmp_path / "generated.mp4")
+    assert (info.width, info.height, info.num_frames) == (128, 128, 17)

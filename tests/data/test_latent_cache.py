@@ -1,0 +1,297 @@
+"""Latent caches: what encoding on the way would give, the same files whoever writes them and however often killed."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.data.latent_cache import LatentFolder, encode_dataset, open_clips
+from diffusers_leanvae.data.latent_samples import LatentData, encode_batch
+from diffusers_leanvae.data.named import open_named_dataset
+from diffusers_leanvae.data.shapes import CLASS_NAMES, MovingShapes
+from diffusers_leanvae.video_io import write_video
+
+
+SIZE = {"clip_size": (5, 16, 24), "shard_size": 4, "batch_size": 3}
+LAUNCH = """
+import json, os, shutil, signal, sys
+import torch
+from accelerate.launchers import debug_launcher
+from diffusers_leanvae.data import latent_cache
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from torch.multiprocessing.spawn import ProcessExitedException
+
+def run(model, output, options, dies):
+    torch.set_num_threads(1)
+    write = latent_cache._write_beside
+    def killed(path, content):
+        if dies and path.name.startswith("latents-00002"):
+            latent_cache.partial_path(path, "partial").write_bytes(content[:99])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+    latent_cache._write_beside = killed
+    latent_cache.encode_dataset(AutoencoderKLLeanVAE.from_pretrained(model), "shapes", output, **options)
+
+if __name__ == "__main__":
+    model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    debug_launcher(run, (model, f"{folder}/one", options, False), 1)
+    debug_launcher(run, (model, f"{folder}/two", options, False), 2)
+    try:
+        debug_launcher(run, (model, f"{folder}/killed", options, True), 1)
+    except ProcessExitedException as error:
+        assert error.signal_name == "SIGKILL"
+    else:
+        raise SystemExit("was not killed")
+    shutil.copytree(f"{folder}/killed", f"{folder}/before")
+    debug_launcher(run, (model, f"{folder}/killed", options, False), 1)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return encode_batch(vae, pixels[None])[0]
+
+
+@pytest.fixture(scope="module")
+def vae(make_model) -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def cache(vae, tmp_path_factory: pytest.TempPathFactory) -> LatentFolder:
+    return encode_dataset(vae, "shapes", tmp_path_factory.mktemp("cache"), num_clips=10, seed=3, **SIZE)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    r"""Three videos and a file that is none, with labels and captions."""
+    folder = tmp_path_factory.mktemp("videos")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        frames = torch.randint(0, 256, (9, 20, 32, 3), generator=generator, dtype=torch.uint8)
+        write_video(folder / f"{number}.mkv", frames, fps=8, codec="ffv1")
+    (folder / "3.mkv").write_bytes(b"nothing")
+    rows = [{"file_name": f"{n}.mkv", "label": "even" if n % 2 == 0 else "odd", "text": f"no {n}"} for n in range(4)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_cached_is_encoded_on_the_way(cache: LatentFolder, vae):
+    clips = MovingShapes(5, 16, 24, seed=3, num_clips=10)
+    assert len(cache) == 10 and cache.class_names == CLASS_NAMES
+    for index, clip in enumerate(clips[index] for index in range(10)):
+        item = cache[index]
+        assert (item.class_label, item.caption) == (clip.class_label, clip.caption)
+        assert cache.name(index) == f"shapes-3#{index}"
+        assert item.latents.shape == (4, 2, 2, 3) and item.latents.dtype == torch.float32
+        # Batches of 3 there and of 1 here: the same up to the rounding of sums.
+        torch.testing.assert_close(item.latents, encode(vae, clip.pixels), rtol=0, atol=1e-5)
+    with pytest.raises(IndexError):
+        cache[10]
+
+
+def test_what_the_folder_tells(cache: LatentFolder):
+    latents = torch.stack([cache[index].latents for index in range(10)]).double().transpose(0, 1).flatten(1)
+    assert cache.statistics["num_items"] == 10
+    np.testing.assert_allclose(cache.statistics["mean"], latents.mean(1), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(cache.statistics["std"], latents.std(1, correction=0), rtol=0, atol=1e-9)
+    assert cache.index["shape"] == [4, 2, 2, 3] and cache.index["num_skipped"] == 0
+    assert [shard["num_items"] for shard in cache.index["shards"]] == [4, 4, 2]
+    assert (
+        cache.settings["vae"]["config"]["latent_channels"] == 4 and len(cache.settings["vae"]["weights_sha256"]) == 64
+    )
+    assert sorted(path.name for path in cache.path.iterdir()) == [
+        "index.json",
+        *(f"latents-0000{number}.safetensors" for number in range(3)),
+        "settings.json",
+        "statistics.json",
+    ]
+
+
+def test_training_reads_it_in_workers_and_in_memory(cache: LatentFolder):
+    read = [item.latents[0] for item in DataLoader(cache, num_workers=1)]
+    assert all(torch.equal(latents, cache[index].latents) for index, latents in enumerate(read))
+    for gib in (0.0, 1.0):
+        data = LatentData(cache, has_latents=True, has_labels=True, in_memory_gib=gib)
+        batch = data.__getitems__([0, 1, 2])
+        orders = [data.order(index) for index in range(3)]
+        assert torch.equal(batch.videos, torch.stack([cache[index].latents for index in orders]))
+        assert batch.class_labels is not None
+        assert batch.class_labels.tolist() == [cache[index].class_label for index in orders]
+
+
+def test_two_processes_and_a_killed_run_write_the_same_files(cache: LatentFolder, vae, tmp_path: Path):
+    vae.save_pretrained(tmp_path / "model")
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    arguments = [
+        tmp_path / "launch.py",
+        tmp_path / "model",
+        tmp_path,
+        json.dumps({"num_clips": 10, "seed": 3, **SIZE}),
+    ]
+    # One thread from the start: MKL sums in another order where the number is lowered later, as in this process.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    expected = contents(tmp_path / "one")
+    assert expected.keys() == contents(cache.path).keys()
+    for index, item in enumerate(LatentFolder(tmp_path / "one")):  # type: ignore[arg-type]
+        torch.testing.assert_close(item.latents, cache[index].latents, rtol=0, atol=1e-5)
+    assert contents(tmp_path / "two") == expected
+
+    before = contents(tmp_path / "before")
+    assert "latents-00001.safetensors" in before and "latents-00002.safetensors" not in before
+    assert "index.json" not in before and any("partial" in name for name in before)
+    with pytest.raises(ValueError, match="`path` must be a finished folder of `leanvae encode-dataset`, got"):
+        LatentFolder(tmp_path / "before")
+    assert contents(tmp_path / "killed") == expected
+    times = [(tmp_path / name / "latents-00001.safetensors").stat().st_mtime_ns for name in ("before", "killed")]
+    assert times[0] == times[1]  # what was whole is not written again
+
+
+def test_other_settings_are_refused(cache: LatentFolder, make_model, vae):
+    before = contents(cache.path)
+    for model, options, message in (
+        (vae, {"seed": 4}, "`seed` was 3 and is now 4"),
+        (vae, {"seed": 3, "dtype": "float16"}, "`dtype` was 'float32' and is now 'float16'"),
+        (make_model(seed=1), {"seed": 3}, "`vae` was .* and is now"),
+    ):
+        with pytest.raises(ValueError, match=f"`output` must be a new folder, or one begun with .*{message}"):
+            encode_dataset(model, "shapes", cache.path, num_clips=10, **SIZE, **options)
+    assert contents(cache.path) == before
+
+
+def test_float16_and_webdataset(cache: LatentFolder, vae, tmp_path: Path):
+    options = {"num_clips": 10, "seed": 3, "dtype": "float16", "file_format": "webdataset", **SIZE}
+    half = encode_dataset(vae, "shapes", tmp_path, **options)
+    for index in range(10):
+        assert torch.equal(half[index].latents, cache[index].latents.half().float())
+        assert half[index][1:] == cache[index][1:] and half.name(index) == cache.name(index)
+    with tarfile.open(tmp_path / "latents-00001.tar") as archive:
+        names = archive.getnames()
+        content = {name: archive.extractfile(name).read() for name in names}  # pyright: ignore[reportOptionalMemberAccess]
+    assert names[:4] == ["00001-00000.npy", "00001-00000.json", "00001-00000.cls", "00001-00000.txt"]
+    array = np.load(io.BytesIO(content["00001-00000.npy"]))
+    assert array.dtype == np.float16 and np.array_equal(array, cache[4].latents.half().numpy())
+    assert content["00001-00000.cls"] == str(cache[4].class_label).encode()
+    assert content["00001-00000.txt"].decode() == cache[4].caption
+    with torch.no_grad():
+        vae = type(vae).from_config(vae.config)
+        for parameter in vae.parameters():
+            parameter.fill_(1e6)
+    with pytest.raises(ValueError, match="`dtype` must hold the latents, got float16, in which some are not finite"):
+        encode_dataset(vae, "shapes", tmp_path / "large", num_clips=1, dtype="float16", **SIZE)
+
+
+def test_crops_and_mirrors_of_a_folder(vae, videos: Path, tmp_path: Path):
+    options = {"num_crops": 2, "stride": 2, "seed": 7, **SIZE}
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        both = encode_dataset(vae, str(videos), tmp_path / "both", flip="both", **options)
+    assert len(both) == 12 and both.index["num_skipped"] == 2 and both.class_names == ("even", "odd")
+    assert [both[index].class_label for index in range(0, 12, 4)] == [0, 1, 0]
+    assert [both.name(index) for index in range(4)] == ["0.mkv#0", "0.mkv#0#mirrored", "0.mkv#1", "0.mkv#1#mirrored"]
+    assert both[6].caption == "no 1"
+    clips = open_clips(str(videos), SIZE["clip_size"], num_crops=2, flip="both", stride=2, seed=7)
+    for number, clip in enumerate(clips.read(range(6))):
+        assert clip is not None and clip.pixels.dtype == torch.uint8
+        for mirrored, pixels in enumerate((clip.pixels, clip.pixels.flip(-1))):
+            item = both[2 * number + mirrored]
+            torch.testing.assert_close(item.latents, encode(vae, pixels), rtol=0, atol=1e-5)
+    assert not torch.equal(both[0].latents, both[2].latents)  # two crops
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        plain = encode_dataset(vae, str(videos), tmp_path / "plain", num_workers=1, **options)
+        random = encode_dataset(vae, str(videos), tmp_path / "random", flip="random", **options)
+    assert len(plain) == len(random) == 6
+    same = [torch.equal(plain[index].latents, random[index].latents) for index in range(6)]
+    assert any(same) and not all(same)
+    assert all(torch.allclose(plain[n].latents, both[2 * n].latents, rtol=0, atol=1e-5) for n in range(6))
+
+
+def test_tar_shards_and_streams(vae, videos: Path, tmp_path: Path):
+    with tarfile.open(tmp_path / "000.tar", "w") as archive:
+        for number in range(3):
+            archive.add(videos / f"{number}.mkv", f"{number}.mkv")
+            member = tarfile.TarInfo(f"{number}.cls")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"7"))
+    tar = encode_dataset(vae, str(tmp_path / "*.tar"), tmp_path / "tar", seed=5, **SIZE)
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        folder = encode_dataset(vae, str(videos), tmp_path / "folder", seed=5, **SIZE)
+    for index in range(3):
+        assert torch.equal(tar[index].latents, folder[index].latents) and tar[index].class_label == 7
+
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    rows = [{"file_name": f"{number}.mkv", "label": number, "caption": f"no {number}"} for number in range(3)]
+    for number in range(3):
+        (clean / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    (clean / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = encode_dataset(vae, f"hub:{clean}", tmp_path / "stream", num_clips=6, num_crops=2, **SIZE)
+    assert sorted({(stream[index].class_label, stream[index].caption) for index in range(6)}) == [
+        (number, f"no {number}") for number in range(3)
+    ]
+    assert not torch.equal(stream[0].latents, stream[1].latents)  # two crops of one video
+    with pytest.raises(ValueError, match="`num_clips` must be given for a stream, got None"):
+        encode_dataset(vae, f"hub:{clean}", tmp_path / "other", **SIZE)
+
+
+def test_named_data_sets(vae, videos: Path, tmp_path: Path):
+    for number, name in enumerate(("Swing", "Archery", "Swing")):
+        (tmp_path / "ucf" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ucf" / name / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    source, options = f"ucf101:{tmp_path / 'ucf'}", {**SIZE, "clip_size": (5, 16, 16), "stride": 2, "num_crops": 2}
+    cached = encode_dataset(vae, source, tmp_path / "cache", sampling="reference", seed=1, **options)
+    clips = open_named_dataset("ucf101", tmp_path / "ucf", 5, 16, "reference", seed=1, sample_stride=2, num_draws=2)
+    assert cached.class_names == ("Archery", "Swing") and len(cached) == 6
+    for index in range(6):
+        clip = clips[index]
+        assert cached[index].class_label == clip.class_label == int(index >= 2)
+        torch.testing.assert_close(cached[index].latents, encode(vae, clip.pixels), rtol=0, atol=1e-5)
+
+
+def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):
+    for source, options, message in (
+        ("shapes", {"clip_size": (5, 16)}, r"`clip_size` must be \[num_frames, height, width\], got \[5, 16\]"),
+        ("shapes", {"clip_size": (6, 16, 16)}, r"`clip_size` must be .*, got \[6, 16, 16\]"),
+        ("shapes", {"flip": "both"}, "`flip` and `num_crops` must be 'none' and 1 for shapes"),
+        ("shapes", {"flip": "yes"}, "`flip` must be one of auto, none, random, both, got 'yes'"),
+        ("shapes", {"dtype": "int8"}, "`dtype` must be one of float32, float16, got 'int8'"),
+        ("shapes", {"file_format": "zip"}, "`file_format` must be one of safetensors, webdataset, got 'zip'"),
+        ("shapes", {"shard_size": 0}, "`shard_size` must be at least 1, got 0"),
+        ("shapes", {"num_clips": 0}, "`num_clips` must be at least 1, got 0"),
+        (f"ffs:{videos}", {}, "`clip_size` must be square and `short_side` None for ffs"),
+        ("nowhere", {}, "`train` must be a folder of videos"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_dataset(vae, source, tmp_path / "bad", **{**SIZE, "num_clips": 2, **options})
+        assert not (tmp_path / "bad").exists(), message
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "0.mkv").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="Skipping"), pytest.raises(ValueError, match="at least one usable clip"):
+        encode_dataset(vae, str(tmp_path / "none"), tmp_path / "empty", **SIZE)
+
+
+def test_on_the_command_line(cache: LatentFolder, vae, tmp_path: Path):
+    vae.save_pretrained(tmp_path / "model")
+    arguments = ["encode-dataset", "shapes", tmp_path / "out", "--model", tmp_path / "model", "--clip-size", "5x16x24"]
+    arguments += ["--num-clips", 10, "--seed", 3, "--shard-size", 4, "--batch-size", 3]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0 and "10 latents of 4 x 2 x 2 x 3" in result.stdout, result.output
+    assert contents(tmp_path / "out") == contents(cache.path)
+    result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "out"), "--clip-size", "5x16"])
+    assert result.exit_code == 1 and "`--clip-size` must be FRAMESxHEIGHTxWIDTH" in result.stderr

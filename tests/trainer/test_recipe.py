@@ -1,0 +1,221 @@
+"""Recipes: what a YAML file and the command line may say, and what the error tells when they may not."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers_leanvae.training.train_vae as train_vae
+import pytest
+import torch
+
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
+
+
+CONFIGS = sorted(Path(train_vae.__file__).resolve().parent.glob("configs/*.yaml"))
+CONFIGS = [path for path in CONFIGS if not path.stem.startswith("lvdm_")]  # those are of train_lvdm.py
+
+
+@dataclass
+class Section:
+    folder: str
+    rate: float = 0.5
+
+
+@dataclass
+class Small:
+    section: Section
+    num_steps: int = 3
+    mode: Literal["fast", "slow"] = "fast"
+    limit: float | None = None
+    flag: bool = True
+    sizes: list[list[int]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_defaults_and_overrides(tmp_path: Path):
+    path = write(tmp_path, "section: {folder: clips}\nnum_steps: 5\n")
+    recipe = load_recipe(
+        Small,
+        path,
+        ["section.rate=5e-4", "limit=2", "sizes=[[17,64,64]]", "extra.width=8", "num_steps=7", "flag=false"],
+    )
+    expected = Small(Section("clips", 5e-4), 7, "fast", 2.0, False, [[17, 64, 64]], {"width": 8})
+    assert recipe == expected and isinstance(recipe.limit, float)
+    assert load_recipe(Small, path, ["limit=1.5", "limit=null"]).limit is None
+
+
+def test_the_resolved_copy_reads_back_equal(tmp_path: Path):
+    recipe = load_recipe(Small, write(tmp_path, "section: {folder: a}"), ["section.rate=1e-7", "extra.x=[1, 2]"])
+    save_recipe(recipe, tmp_path / "copy.yaml")
+    assert load_recipe(Small, tmp_path / "copy.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            "section: {folder: a}\nnum_step: 5",
+            [],
+            r"Unknown recipe key `num_step`: legal keys here are section, num_st",
+        ),
+        (
+            "section: {folder: a, rates: 1}",
+            [],
+            r"Unknown recipe key `section\.rates`: legal keys here are folder, rate",
+        ),
+        ("section: {folder: a}", ["section.size=1"], r"Unknown recipe key `section\.size`"),
+        ("num_steps: 5", [], r"The recipe must set `section`"),
+        ("section: {rate: 1}", [], r"The recipe must set `section\.folder`"),
+        ("section: {folder: a}\nnum_steps: 1.5", [], r"`num_steps` must be of type int, got 1\.5"),
+        ("section: {folder: a}\nnum_steps: true", [], r"`num_steps` must be of type int, got True"),
+        ("section: {folder: a, rate: often}", [], r"`section\.rate` must be of type float, got 'often'"),
+        ("section: {folder: a}\nmode: best", [], r"`mode` must be one of 'fast', 'slow', got 'best'"),
+        ("section: {folder: a}\nsizes: 3", [], r"`sizes` must be of type list\[list\[int\]\], got 3"),
+        ("section: {folder: a}\nsizes: [[1, x]]", [], r"`sizes\[0\]\[1\]` must be of type int, got 'x'"),
+        ("section: 3", [], r"`section` must be a section of keys, got 3"),
+        ("section: {folder: a}", ["num_steps"], r"must read `key=value`, got 'num_steps'"),
+        ("section: {folder: a}", ["num_steps.x=1", "num_steps=3", "num_steps.y=1"], r"`num_steps\.y` reaches into"),
+        ("section: {folder: a}", ["sizes=[1"], r"value of an override must be YAML"),
+        ("- a\n- b", [], r"must be a mapping of keys to values, got list"),
+        ("a: [", [], r"must be a readable YAML recipe"),
+    ],
+)
+def test_errors_name_the_key_and_what_is_legal(tmp_path: Path, text: str, overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(Small, write(tmp_path, text), overrides)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match="must be a readable YAML recipe"):
+        load_recipe(Small, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
+    recipe = load_recipe(train_vae.Recipe, path)
+    text = path.read_text()
+    for word in ("# Expected:", "# Cost:", "# Command:", f"training/configs/{path.name}"):
+        assert word in text
+    assert not any(Path(entry).is_absolute() for entry in (recipe.data.train, recipe.output))
+    with torch.device("meta" if recipe.init in ("spec", "pca") else "cpu"):  # shapes only
+        vae = train_vae.build_vae(recipe)
+        discriminators = train_vae.build_discriminators(recipe, vae)
+    train_vae.check_sizes(recipe, vae, discriminators)
+    ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    for num_frames, *sides in recipe.data.clip_sizes:
+        for factor in recipe.data.rescale_factors:
+            edges = [round(side / factor / 16) * 16 if factor > 1 else side for side in sides]
+            assert (num_frames - 1) % ratio_t == edges[0] % ratio_s == edges[1] % ratio_s == 0
+
+
+def of_paper(name: str) -> train_vae.Recipe:
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    return load_recipe(train_vae.Recipe, path)
+
+
+@pytest.mark.parametrize("name", ["paper_4ch", "paper_16ch"])
+def test_paper_recipes_have_the_published_numbers(name: str):
+    recipe = of_paper(name)
+    weights = {name: weight for name, weight in asdict(recipe.loss).items() if weight}
+    assert weights == {"l1_pixel": 4.0, "lpips": 4.0, "l1_low": 0.2, "l1_high": 0.4, "kl": 1e-7}
+    optimizer, adversarial = recipe.optimizer, recipe.adversarial
+    assert optimizer.betas == [0.5, 0.9] and optimizer.num_warmup_steps == 5000 and optimizer.max_grad_norm == 1.0
+    rates = [optimizer.learning_rate_at(step, recipe.num_steps) for step in (5000, 600_000, 699_999)]
+    assert rates == pytest.approx([5e-5, 1e-5, 1e-5])
+    assert (adversarial.weight, adversarial.start_step, recipe.num_steps) == (0.2, 600_000, 700_000)
+    assert (adversarial.kind, adversarial.num_layers, adversarial.num_filters, adversarial.norm) == (
+        "2d",
+        3,
+        64,
+        "batch",
+    )
+    assert (adversarial.loss, adversarial.generator_loss, adversarial.learning_rate) == (
+        "hinge",
+        "non_saturating",
+        1e-5,
+    )
+    assert (adversarial.lecam_weight, adversarial.lecam_decay) == (0.005, 0.999)
+    assert recipe.batch_size == 40 and recipe.perceptual.frames == "reference"
+
+
+@pytest.mark.parametrize(("name", "latent_channels", "ratio"), [("wan_aligned", 16, 8), ("wan22_aligned", 48, 16)])
+def test_wan_recipes_have_the_published_numbers(name: str, latent_channels: int, ratio: int):
+    recipe = of_paper(name)
+    with torch.device("meta"):
+        vae = train_vae.build_vae(recipe)
+    assert (vae.latent_channels, vae.spatial_compression_ratio, vae.pixel_factor) == (latent_channels, ratio, 1.0)
+    assert vae.config.num_ista_iterations == 4
+    # 4 * (L1 + 0.5 * L1 of latents), wavelet terms as for the model's own reconstruction
+    assert asdict(recipe.teacher.weights) == {
+        "align_pixel": 4.0,
+        "align_latents": 2.0,
+        "align_low": 0.2,
+        "align_high": 0.4,
+    }
+    assert recipe.teacher.has_discriminator and recipe.adversarial.update == "alternate"
+    assert (recipe.adversarial.start_step, recipe.adversarial.num_layers) == (50_000, 7)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.final_learning_rate) == (5e-5, 2e-5)
+    assert recipe.optimizer.num_warmup_steps == 10_000 and recipe.data.rescale_factors == [1.0, 1.25, 1.5, 2.0, 2.5]
+    assert recipe.mixed_precision is None and not recipe.sample_posterior
+
+
+@pytest.mark.parametrize(("name", "num_parameters"), [("paper_4ch", 39.77e6), ("compact_16ch", 5.83e6)])
+def test_sizes_are_those_of_the_heads(name: str, num_parameters: float):
+    with torch.device("meta"):
+        vae = train_vae.build_vae(of_paper(name))
+    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(num_parameters, rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_comes_down():
+    cosine = OptimizerRecipe(learning_rate=1.0, final_learning_rate=0.2, num_warmup_steps=4)
+    assert [cosine.learning_rate_at(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert cosine.learning_rate_at(4, 12) == 1.0
+    assert cosine.learning_rate_at(8, 12) == pytest.approx(0.6)
+    assert cosine.learning_rate_at(12, 12) == pytest.approx(0.2)
+    early = OptimizerRecipe(learning_rate=1.0, final_learning_rate=0.2, num_warmup_steps=4, num_decay_steps=12)
+    assert [early.learning_rate_at(step, 100) for step in (8, 12, 50)] == pytest.approx([0.6, 0.2, 0.2])
+    constant = OptimizerRecipe(learning_rate=1.0, schedule="constant", num_warmup_steps=2)
+    assert [constant.learning_rate_at(step, 4) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def recipe_with(**changes: Any) -> train_vae.Recipe:
+    data = train_vae.DataRecipe("clips")
+    return train_vae.Recipe(**{"data": data, "output": "runs/x", **changes})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_steps", "log_every", "save_every", "keep_checkpoints"])
+def test_counts_must_be_positive(name: str):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        recipe_with(**{name: 0})
+
+
+def test_model_arguments_and_start_are_checked(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"Unknown recipe key `model\.z_dim`: legal keys here are in_channels, latent_c"
+    ):
+        train_vae.build_vae(recipe_with(model={"z_dim": 4}))
+    with pytest.raises(
+        ValueError, match=r"`init` must be 'spec', 'pca', 'compact-16ch', .* got 'nowhere', which does not exist"
+    ):
+        train_vae.build_vae(recipe_with(init="nowhere"))
+    tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
+    AutoencoderKLLeanVAE(**tiny).save_pretrained(tmp_path)
+    assert train_vae.build_vae(recipe_with(init=str(tmp_path), model=tiny)).config.low_freq_dim == 8
+    with pytest.raises(ValueError, match=r"`model\.latent_channels` must agree with `init`, which has 4, got 16"):
+        train_vae.build_vae(recipe_with(init=str(tmp_path), model={"latent_channels": 16}))
+
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden checkpoints are not at {GOLDEN}")
+def test_training_starts_from_an_original_checkpoint():
+    vae = train_vae.build_vae(recipe_with(init=str(GOLDEN / "leanvae_4ch_release.ckpt")))
+    assert vae.config.low_freq_dim == 8 and next(vae.parameters()).requires_grad
