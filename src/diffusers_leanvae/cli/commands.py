@@ -21,7 +21,8 @@ from ..inference import files
 from ..loading import CHECKPOINT_SUFFIXES, family_of_checkpoint, family_of_class, load_autoencoder
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..models.transformer_latte import LeanVAELatteTransformer3DModel
-from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos, probe_video
+from ..video_io import list_videos, probe_video
+from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 app = typer.Typer(

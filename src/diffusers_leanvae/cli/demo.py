@@ -9,7 +9,7 @@ from .. import bundled
 from ..generation.videos import generate_videos
 from ..inference import files
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from ..video_io.reader import probe_video, read_video, write_video
+from ..video_io import probe_video, read_video, write_video
 
 
 def write_contact_sheet(video: str | Path, target: str | Path, num_frames: int = 3) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..video_io.reader import VideoError, iter_video, probe_video
+from ..video_io import VideoError, iter_video, probe_video
 from .sources import VideoSource
 
 

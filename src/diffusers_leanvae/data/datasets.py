@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..video_io.reader import VideoError, read_video
+from ..video_io import VideoError, read_video
 from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits, resize_frames, short_side_size
 from .sources import FileSource, VideoSource
 

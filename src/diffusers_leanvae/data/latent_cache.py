@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-from ..video_io.reader import VideoError, partial_path, remove_stale_partials
+from ..video_io import VideoError
+from ..video_io.writer import partial_path, remove_stale_partials
 from .cutting import ClipOptions, VideoShelf
 from .latent_samples import as_sample, encode_batch, measure_statistics
 from .named import LABEL_KEYS, NAMED_DATASETS, NamedDataset, find_caption, number_labels, open_named_dataset

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from ..video_io.reader import IMAGE_EXTENSIONS, VideoError, iter_video, list_videos, probe_video, read_video
+from ..video_io import VideoError, iter_video, list_videos, probe_video, read_video
+from ..video_io.reader import IMAGE_EXTENSIONS
 from .cutting import resize_frames, short_side_size
 from .sources import FileSource
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..video_io.reader import partial_path, remove_stale_partials, write_video
+from ..video_io import write_video
+from ..video_io.writer import partial_path, remove_stale_partials
 
 
 # Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, list_videos
+from ..video_io import list_videos
+from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 _MAGIC = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..data.datasets import read_center_clip
-from ..video_io.reader import list_videos
+from ..video_io import list_videos
 from .metrics import frame_psnr, frame_ssim
 
 

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from .. import bundled
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from ..video_io.reader import WRITABLE_VIDEO, VideoWriter, read_video
+from ..video_io import VideoWriter, read_video
+from ..video_io.writer import WRITABLE_VIDEO
 from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 

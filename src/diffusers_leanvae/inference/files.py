@@ -26,16 +26,9 @@ from ..data.datasets import pixels_to_sample, resize_frames, short_side_size
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..models.leanvae_memory import OtherMemory, StreamPlan
 from ..models.temporal_cache import TemporalCache
-from ..video_io.reader import (
-    IMAGE_EXTENSIONS,
-    VideoError,
-    VideoInfo,
-    VideoWriter,
-    iter_video,
-    partial_path,
-    probe_video,
-    remove_stale_partials,
-)
+from ..video_io import VideoError, VideoInfo, VideoWriter, iter_video, probe_video
+from ..video_io.reader import IMAGE_EXTENSIONS
+from ..video_io.writer import partial_path, remove_stale_partials
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 

@@ -10,7 +10,7 @@ import torch
 
 from ..data.datasets import read_center_clip
 from ..evaluation.metrics import frame_psnr, frame_ssim
-from ..video_io.reader import list_videos, probe_video, write_video
+from ..video_io import list_videos, probe_video, write_video
 
 
 class ValidationClip(NamedTuple):

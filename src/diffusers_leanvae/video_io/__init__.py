@@ -1,6 +1,7 @@
-"""Reading and writing of video files: the only code that opens them."""
+"""Reading and writing video and image files: the only code that opens them."""
 
-from .reader import VideoError, VideoInfo, VideoWriter, iter_video, list_videos, probe_video, read_video, write_video
+from .reader import VideoError, VideoInfo, iter_video, list_videos, probe_video, read_video
+from .writer import VideoWriter, write_video
 
 
 __all__ = [
