@@ -22,6 +22,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..checks import check_choice
 from ..conversion.leanvae import read_original_checkpoint
 from ..kernels import get as get_kernels
 from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
@@ -30,7 +31,7 @@ from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import TemporalCache, mark_last, tile_cache
 from .tiling import Span, grid, time_chunks
-from .video_autoencoder import VideoAutoencoderMixin, check_choice, check_statistics
+from .video_autoencoder import VideoAutoencoderMixin, check_statistics
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 

@@ -21,9 +21,10 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..checks import check_choice
 from ..conversion.wfvae import HAAR_3D, read_original_checkpoint
 from .temporal_cache import TemporalCache
-from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_choice, check_statistics
+from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
 

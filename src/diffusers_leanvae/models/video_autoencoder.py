@@ -25,11 +25,6 @@ UNTILED = 2**62  # size of a tile that holds every frame
 Part = Literal["all", "local", "whole"]
 
 
-def check_choice(name: str, value: Any, legal: tuple[Any, ...]) -> None:
-    if value not in legal:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
-
-
 def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
     for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
         if statistics is not None and len(statistics) != latent_channels:

@@ -1,0 +1,54 @@
+"""Small checks and tables that every part of the package needs; imports nothing heavy."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+# The dtypes that users may name, with the short name of each.
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+# Files of weights in an original layout; the command line and recipes tell them from folders by these.
+CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def check_choice(name: str, value: Any, legal: Iterable[Any], context: str = "") -> None:
+    """Refuse a value that is not one of the legal ones.
+
+    Args:
+        name: The argument, for the message.
+        value: What came.
+        legal: All that may come; of a mapping, its keys.
+        context: When the choice is this, such as `"for this model"`; goes into the message.
+
+    Raises:
+        ValueError: "`name` must be one of 'a', 'b', got 'c'."
+    """
+    legal = tuple(legal)
+    if value not in legal:
+        context = f" {context}" if context else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}{context}, got {value!r}.")
+
+
+def parse_dtype(name: str, value: str, legal: Iterable[str] = DTYPES) -> "torch.dtype":
+    """Turn the name of a dtype into the dtype.
+
+    Args:
+        name: The argument, for the message.
+        value: A key of `DTYPES`, or its short name, such as `"bf16"`.
+        legal: The keys of `DTYPES` that may come, where not all may.
+
+    Raises:
+        ValueError: If `value` is not one of them.
+    """
+    import torch  # here, since the command line asks for the names alone when it prints its help
+
+    long_names = {short: long for long, short in DTYPES.items()}
+    long_name = long_names.get(value, value)
+    legal = tuple(legal)
+    if long_name not in legal:
+        names = ", ".join(f"{long!r} ({DTYPES[long]})" for long in legal)
+        raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")
+    return getattr(torch, long_name)

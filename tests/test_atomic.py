@@ -1,0 +1,91 @@
+"""Files and folders that are seen complete or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_leanvae.atomic import commit, partial_path, remove_stale_partials, replace_file, replace_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def dead_partial(path: Path, kind: str) -> Path:
+    r"""The name under which a process that lives no more would have written `path`."""
+    code = "import sys; from pathlib import Path; from diffusers_leanvae.atomic import partial_path\n"
+    code += "print(partial_path(Path(sys.argv[1]), sys.argv[2]))"
+    output = subprocess.run([sys.executable, "-c", code, path, kind], capture_output=True, text=True, check=True)
+    return Path(output.stdout.strip())
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path):
+    target = tmp_path / "result.json"
+    for content in ("first", "second"):
+        with replace_file(target) as partial:
+            assert partial.parent == tmp_path and partial.name.startswith(".") and partial.suffix == ".json"
+            partial.write_text(content)
+            assert not target.exists() if content == "first" else target.read_text() == "first"
+        assert target.read_text() == content and names(tmp_path) == ["result.json"]
+
+
+def test_an_error_leaves_the_former_file(tmp_path):
+    target = tmp_path / "result.json"
+    target.write_text("former")
+    with pytest.raises(KeyboardInterrupt), replace_file(target) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "former" and names(tmp_path) == ["result.json"]
+    with pytest.raises(FileNotFoundError), replace_file(target):
+        pass  # nothing was written
+    assert target.read_text() == "former"
+
+
+def test_a_folder_is_replaced_when_it_is_complete(tmp_path):
+    target = tmp_path / "runs" / "vae"
+    for content in ("first", "second"):
+        with replace_folder(target) as partial:
+            assert names(partial) == []
+            (partial / content).mkdir()
+            (partial / content / "weights").write_text(content)
+        assert names(target) == [content] and names(target.parent) == ["vae"]
+    with pytest.raises(KeyboardInterrupt), replace_folder(target) as partial:
+        (partial / "half").write_text("")
+        raise KeyboardInterrupt
+    assert names(target) == ["second"] and names(target.parent) == ["vae"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    target = tmp_path / "clip[1].mp4"  # brackets mean something in a glob
+    stale, foreign = dead_partial(target, "partial"), dead_partial(tmp_path / "other.mp4", "partial")
+    alive = partial_path(target)
+    for path in (stale, foreign, alive):
+        path.write_text("half")
+    stale_folder = dead_partial(target, "spool")
+    stale_folder.mkdir()
+    (stale_folder / "file").write_text("")
+    remove_stale_partials(target)
+    assert names(tmp_path) == sorted([foreign.name, alive.name])
+    assert str(os.getpid()) in alive.name and str(os.getpid()) not in foreign.name
+
+
+def test_a_folder_moved_away_by_a_killed_process_gets_its_name_back(tmp_path):
+    target = tmp_path / "vae"
+    former, partial = dead_partial(target, "former"), dead_partial(target, "partial")
+    former.mkdir()
+    (former / "weights").write_text("former")
+    partial.mkdir()
+    with pytest.raises(KeyboardInterrupt), replace_folder(target):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["vae"] and (target / "weights").read_text() == "former"
+
+
+def test_commit_gives_names(tmp_path):
+    partial = tmp_path / "partial-7"
+    partial.mkdir()
+    (partial / "link").symlink_to(tmp_path / "nowhere")
+    commit(partial, tmp_path / "step-7")
+    assert names(tmp_path) == ["step-7"] and names(tmp_path / "step-7") == ["link"]
