@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffusers_leanvae import bundled
+from diffusers_leanvae import AutoencoderKLWFVAE, bundled
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.generation import video_grid
 from diffusers_leanvae.generation.schedulers import make_scheduler
@@ -137,6 +137,17 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
     assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
     with pytest.raises(ValueError, match="`name` must be one of mini-shapes, got 'maxi'"):
         bundled.pipeline_path("maxi")
+
+
+def test_a_memory_limit_needs_a_model_whose_memory_is_known(class_case, tmp_path: Path):
+    folder, target = tmp_path / "pipeline", tmp_path / "out.mp4"
+    torch.manual_seed(0)
+    vae = AutoencoderKLWFVAE(latent_channels=4, base_channels=4, encoder_flow_channels=3, decoder_flow_channels=2)
+    class_case.pipeline(vae=vae).save_pretrained(folder)
+    code, stdout, err = leanvae(target, "--model", folder, "--steps", 1, "--max-memory", "1GiB")
+    assert code == 1 and stdout == "" and not target.exists()
+    assert err.startswith("error: `max_memory` needs a pipeline with an AutoencoderKLLeanVAE, whose memory is known")
+    assert err.endswith("got an AutoencoderKLWFVAE.\n") and len(err.splitlines()) == 1
 
 
 def test_grid_of_videos():

@@ -26,6 +26,7 @@ from .schedulers import guide_noise
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LEARNED_VARIANCES = ("learned", "learned_range")
 
 Generator = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None
@@ -101,18 +102,37 @@ def set_timesteps(
     return scheduler.timesteps
 
 
-def takes_variance(scheduler: Any) -> bool:
-    r"""Whether `step` wants the variance half of a model output.
+def choose_timesteps(scheduler: Any, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
+    """Set a scheduler's steps as [`set_timesteps`] does; with a `strength`, only that share of them, the last ones."""
+    timesteps = set_timesteps(scheduler, **steps)
+    if strength is None:
+        return timesteps
+    order = scheduler.order
+    num_steps = -(-len(timesteps) // order)  # a step of second order has two entries, the last one only one
+    start = num_steps - round(num_steps * strength)
+    if start == num_steps:
+        raise ValueError(f"`strength` must leave at least one of {num_steps} steps, got {strength}.")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * order)
+    return timesteps[start * order :]
 
-    Only DDPM has a use for it. The DPM solvers with `variance_type="learned_range"`, which their config inherits from
-    a DDPM scheduler's, keep the first *three* channels of what they get, a constant for RGB; so the setting is taken
-    out of their config here, and they get epsilon alone.
+
+def takes_variance(scheduler: Any) -> bool:
+    """Tell whether `step` wants the variance half of a model output: only DDPM has a use for it."""
+    is_learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
+    return is_learned and isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+
+
+def prepare_scheduler(scheduler: Any) -> Any:
+    """Return the scheduler to sample with: the given one, or a copy where its setting of the variance would do harm.
+
+    The DPM solvers with `variance_type="learned_range"`, which their config inherits from a DDPM scheduler's, keep the
+    first *three* channels of what they get, a constant for RGB. The copy has no such setting and gets epsilon alone.
     """
-    is_learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    if is_learned and not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
-        scheduler.register_to_config(variance_type=None)
-        return False
-    return is_learned
+    is_learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
+    if not is_learned or takes_variance(scheduler):
+        return scheduler
+    return type(scheduler).from_config({**scheduler.config, "variance_type": None})
 
 
 def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -354,9 +374,10 @@ class LatentVideoPipeline(DiffusionPipeline):
         noise = self.prepare_latents(batch_size, frames, generator, latents)
         known = None if image is None else self._encode_input("image", image, batch_size, frames)
         clean = None if video is None else self._encode_input("video", video, batch_size, frames)
-        step_kwargs = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
+        scheduler = prepare_scheduler(self.scheduler)
+        step_kwargs = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         steps = steps | {"device": noise.device}
-        timesteps = self._timesteps(steps, None if clean is None else strength)
+        timesteps = choose_timesteps(scheduler, steps, None if clean is None else strength)
         self._num_timesteps = len(timesteps) * len(frames.windows)
         self._interrupt = False
 
@@ -364,7 +385,8 @@ class LatentVideoPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress:  # type: ignore
             for number, window in enumerate(frames.windows):
                 if number > 0:
-                    timesteps = self._timesteps(steps, None if clean is None else strength)  # a scheduler has state
+                    # A scheduler has state, which this resets.
+                    timesteps = choose_timesteps(scheduler, steps, None if clean is None else strength)
                     self._reset_caches()
                     known = self._overlap(result, pieces, window)
 
@@ -373,6 +395,7 @@ class LatentVideoPipeline(DiffusionPipeline):
                 )
                 part = slice(window.start, window.stop)
                 sampled = self._sample(
+                    scheduler,
                     tensors,
                     noise[:, :, part],
                     None if clean is None else clean[:, :, part],
@@ -415,20 +438,6 @@ class LatentVideoPipeline(DiffusionPipeline):
         tensors.update({name: changed[name] for name in changed if name in tensors})
         return changed.get("latents", latents)
 
-    def _timesteps(self, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
-        r"""The scheduler's timesteps; with a `strength`, only that share of them, the last ones."""
-        timesteps = set_timesteps(self.scheduler, **steps)
-        if strength is None:
-            return timesteps
-        order = self.scheduler.order
-        num_steps = -(-len(timesteps) // order)  # a step of second order has two entries, the last one only one
-        start = num_steps - round(num_steps * strength)
-        if start == num_steps:
-            raise ValueError(f"`strength` must leave at least one of {num_steps} steps, got {strength}.")
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start * order)
-        return timesteps[start * order :]
-
     def _reset_caches(self) -> None:
         # PyramidAttentionBroadcast and its like would hand attention of one window to the next.
         if getattr(self.transformer, "is_cache_enabled", False):
@@ -452,6 +461,7 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     def _sample(
         self,
+        scheduler: Any,
         tensors: dict[str, Any],
         noise: torch.Tensor,
         clean: torch.Tensor | None,
@@ -466,26 +476,27 @@ class LatentVideoPipeline(DiffusionPipeline):
         The transformer has one timestep for all frames, so before every step the known ones are noised to it.
         """
         channels = self.transformer.config.in_channels
-        keeps_variance = takes_variance(self.scheduler)
+        keeps_variance = takes_variance(scheduler)
         num_known = 0 if known is None else known.shape[2]
         if clean is None:
-            latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         else:
-            latents = add_noise(self.scheduler, clean, noise, timesteps[0])
+            latents = add_noise(scheduler, clean, noise, timesteps[0])
         for index, timestep in enumerate(timesteps):
             if self._interrupt:
                 continue
             self._current_timestep = timestep
             if known is not None:
-                first = add_noise(self.scheduler, known, noise[:, :, :num_known], timestep)
+                first = add_noise(scheduler, known, noise[:, :, :num_known], timestep)
                 latents = torch.cat([first, latents[:, :, num_known:]], dim=2)
-            output = self._predict(tensors, latents, timestep)
+            scale = getattr(scheduler, "scale_model_input", None)
+            output = self._predict(tensors, latents if scale is None else scale(latents, timestep), timestep)
             if self.do_classifier_free_guidance:
                 null, condition = output.chunk(2)
                 output = guide_noise(condition, null, self._guidance_scale, channels, num_guided_channels)
             if not keeps_variance:
                 output = output[:, :channels]
-            latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
+            latents = scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
             latents = on_step_end(index, timestep, latents)
         if known is not None:
             latents = torch.cat([known, latents[:, :, num_known:]], dim=2)
@@ -494,8 +505,6 @@ class LatentVideoPipeline(DiffusionPipeline):
     def _predict(self, tensors: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         r"""Output of the transformer, of both halves if guidance is on (first the null condition), as the latents'."""
         hidden_states = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
-        if hasattr(self.scheduler, "scale_model_input"):
-            hidden_states = self.scheduler.scale_model_input(hidden_states, timestep)
         context = getattr(self.transformer, "cache_context", None)
         with context("cond_uncond") if context is not None else nullcontext():
             output = self.transformer(

@@ -118,6 +118,11 @@ def generate_videos(
         ValueError: If an argument is not legal or does not fit the pipeline.
     """
     pipeline = load_pipeline(model, device, dtype)
+    if max_memory is not None and not isinstance(pipeline.vae, AutoencoderKLLeanVAE):
+        raise ValueError(
+            f"`max_memory` needs a pipeline with an AutoencoderKLLeanVAE, whose memory is known, got an "
+            f"{type(pipeline.vae).__name__}."
+        )
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
     if model in bundled.PIPELINES:
