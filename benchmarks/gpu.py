@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from diffusers_leanvae.benchmark import rounds as benchmark
-from diffusers_leanvae.benchmark.rounds import DIRECTIONS, DTYPES, KEYS, Record, Subject
+from diffusers_leanvae.benchmark.rounds import DIRECTIONS, KEYS, Record, Subject
+from diffusers_leanvae.checks import parse_dtype
 from diffusers_leanvae.evaluation.results import write_result
 
 
@@ -58,7 +59,7 @@ def set_precision(dtype: str) -> None:
 
 
 def to_torch(dtype: str) -> torch.dtype:
-    return DTYPES["float32" if dtype == TF32 else dtype]
+    return parse_dtype("dtype", "float32" if dtype == TF32 else dtype)
 
 
 def finish(records: list[Record], peaks: dict[str, float]) -> list[dict[str, Any]]:

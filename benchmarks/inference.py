@@ -29,7 +29,6 @@ import torch
 from diffusers_leanvae.benchmark import rounds as benchmark
 from diffusers_leanvae.benchmark.rounds import (
     DIRECTIONS,
-    DTYPES,
     KEYS,
     LEANVAE,
     MIB,
@@ -39,6 +38,7 @@ from diffusers_leanvae.benchmark.rounds import (
     MeasurementError,
     Record,
 )
+from diffusers_leanvae.checks import DTYPES, parse_dtype
 from diffusers_leanvae.evaluation.results import provenance, write_result
 
 
@@ -64,7 +64,9 @@ def serve(connection: Connection, for_memory: bool, model: str, variant: str, dt
     while True:
         try:
             if subject is None:
-                subject = benchmark.Subject(benchmark.build_model(model, device, DTYPES[dtype]), variant)
+                subject = benchmark.Subject(
+                    benchmark.build_model(model, device, parse_dtype("--dtypes", dtype)), variant
+                )
                 connection.send({})
             direction, size, is_first, with_floor, limit = connection.recv()
             limit_memory(limit)

@@ -4,6 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+from .checks import check_choice
+
 
 # Trained in hours on small hardware, for the demo, examples and tests; see model_card.md.
 MODELS = ("compact-16ch", "compact-4ch")
@@ -20,15 +22,13 @@ PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=2.0)}
 
 def model_path(name: str) -> Path:
     r"""Folder of a bundled model, for `from_pretrained`."""
-    if name not in MODELS:
-        raise ValueError(f"`name` must be one of {', '.join(MODELS)}, got {name!r}.")
+    check_choice("name", name, MODELS)
     return Path(str(files("diffusers_leanvae"))) / "assets" / name
 
 
 def pipeline_path(name: str) -> Path:
     r"""Folder of a bundled pipeline without its autoencoder; [`generation.load_pipeline`] loads both."""
-    if name not in PIPELINES:
-        raise ValueError(f"`name` must be one of {', '.join(PIPELINES)}, got {name!r}.")
+    check_choice("name", name, PIPELINES)
     return Path(str(files("diffusers_leanvae"))) / "assets" / name
 
 

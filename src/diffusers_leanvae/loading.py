@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checks import CHECKPOINT_SUFFIXES
 from .conversion import ivvae, leanvae, wfvae
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
@@ -24,7 +25,6 @@ FAMILIES = (
     Family(AutoencoderKLWFVAE, wfvae),
     Family(AutoencoderKLIVVAE, ivvae),
 )
-CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 
 
 def family_of_checkpoint(path: str | Path) -> Family:

@@ -172,9 +172,9 @@ def test_linear_and_quadratic_cost_are_told_apart():
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda vae: benchmark.Subject(vae, "faster"), "`variant` must be one of eager, fused"),
+        (lambda vae: benchmark.Subject(vae, "faster"), "`variant` must be one of 'eager', 'fused"),
         (lambda vae: benchmark.parse_size("256x256"), "`size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256"),
-        (lambda vae: benchmark.build_model("AutoencoderKL"), "`name` must be one of LeanVAE-16ch"),
+        (lambda vae: benchmark.build_model("AutoencoderKL"), "`name` must be one of 'LeanVAE-16ch"),
     ],
 )
 def test_bad_arguments(make_model, make, match):

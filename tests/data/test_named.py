@@ -194,8 +194,11 @@ def test_a_clip_follows_from_seed_and_index(ucf: Path):
 
 def test_bad_arguments_and_files_are_named(ucf: Path, tmp_path: Path):
     for arguments, message in (
-        (("kinetics", ucf), "`name` must be one of ucf101, skytimelapse, ffs, taichi, videofolder, got 'kinetics'"),
-        (("ffs", ucf, 5, 16, "fast"), "`sampling` must be 'exact' or 'reference', got 'fast'"),
+        (
+            ("kinetics", ucf),
+            "`name` must be one of 'ucf101', 'skytimelapse', 'ffs', 'taichi', 'videofolder', got 'kinetics'",
+        ),
+        (("ffs", ucf, 5, 16, "fast"), "`sampling` must be one of 'exact', 'reference', got 'fast'"),
         (("ffs", ucf, 0), "`num_frames` must be at least 1, got 0"),
         (("ffs", tmp_path / "none"), "`folder` must be an existing folder, got"),
         (("taichi", ucf, 5), "`folder` must hold at least one folder of 13 frames for 'taichi', got none in"),

@@ -29,7 +29,7 @@ def test_classes_are_numbered_by_shape_color_and_direction():
     assert class_parts(0) == ("circle", "red", "left") and class_parts(35) == ("cross", "blue", "down")
     assert caption(class_label("triangle", "yellow", "up")) == "a yellow triangle moving up"
     assert CLASS_NAMES[class_label("triangle", "yellow", "up")] == "yellow triangle up"
-    with pytest.raises(ValueError, match="`shape` must be one of circle, triangle, cross, got 'square'"):
+    with pytest.raises(ValueError, match="`shape` must be one of 'circle', 'triangle', 'cross', got 'square'"):
         class_label("square", "red", "left")
     with pytest.raises(ValueError, match="`label` must be from 0 to 35, got 36"):
         class_parts(36)

@@ -93,7 +93,7 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]):
 
 
 def test_what_else_is_refused():
-    with pytest.raises(ValueError, match="`implementation` must be 'eager' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="`implementation` must be one of 'eager', 'triton', got 'cuda'"):
         kernels.get("cuda")
     with pytest.raises(ValueError, match="`projected` must be a non-empty"):
         eager.gated_gelu(torch.zeros(3, 5))

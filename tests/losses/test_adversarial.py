@@ -113,7 +113,7 @@ def test_layout_and_initialisation(network: type):
 
 @pytest.mark.parametrize("network", CLASSES)
 def test_bad_arguments(network: type):
-    with pytest.raises(ValueError, match="`norm` must be one of batch, group, instance, none, got 'layer'"):
+    with pytest.raises(ValueError, match="`norm` must be one of 'batch', 'group', 'instance', 'none', got 'layer'"):
         network(norm="layer")
     with pytest.raises(ValueError, match="`num_layers` must be at least 1, got 0"):
         network(num_layers=0)
@@ -121,9 +121,9 @@ def test_bad_arguments(network: type):
         with pytest.raises(ValueError, match="`sample` must be videos"):
             network(num_filters=4)(torch.zeros(shape))
     for function in (lambda: generator_loss(torch.zeros(1, 1, 2, 2), "wgan"), lambda: tiny(kind="wgan")):
-        with pytest.raises(ValueError, match="`kind` must be one of hinge, non_saturating, got 'wgan'"):
+        with pytest.raises(ValueError, match="`kind` must be one of 'hinge', 'non_saturating', got 'wgan'"):
             function()
-    with pytest.raises(ValueError, match="`generator_kind` must be one of hinge, non_saturating, got 'wgan'"):
+    with pytest.raises(ValueError, match="`generator_kind` must be one of 'hinge', 'non_saturating', got 'wgan'"):
         tiny(generator_kind="wgan")
     with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.0"):
         LeCam(1.0)

@@ -185,5 +185,5 @@ def test_what_cannot_be_is_refused():
         FlowMatchingObjective().loss(draw(1, 8, 2, 4, 4), latents, latents, timesteps)
     with pytest.raises(ValueError, match="`min_snr_gamma` must be positive or None, got 0"):
         EpsilonObjective(min_snr_gamma=0)
-    with pytest.raises(ValueError, match="`sampling` must be 'uniform' or 'logit_normal', got 'cosine'"):
+    with pytest.raises(ValueError, match="`sampling` must be one of 'uniform', 'logit_normal', got 'cosine'"):
         FlowMatchingObjective("cosine")  # pyright: ignore[reportArgumentType]

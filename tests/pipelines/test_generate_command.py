@@ -114,9 +114,9 @@ def test_text(text_model: str, tmp_path: Path):
     [
         (("--label", "dog"), "`class_labels` must be ids or known names"),
         (("--prompt", "a dog"), "`prompt` must not be given to this pipeline, got one"),
-        (("--scheduler", "flow"), "`scheduler` must be one of ddpm, ddim, dpm++ for this model, got 'flow'"),
+        (("--scheduler", "flow"), "`scheduler` must be one of 'ddpm', 'ddim', 'dpm++' for this model, got 'flow'"),
         (("--num-frames", 8), "`num_frames` must be 4 * n + 1"),
-        (("--dtype", "int8"), "`--dtype` must be auto, float32"),
+        (("--dtype", "int8"), "`--dtype` must be one of 'float32'"),
         (("--image", "nowhere.png"), "nowhere.png"),
         (("--max-memory", "much"), "`max_memory` must be a size"),
     ],
@@ -135,7 +135,7 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
     assert code == 1 and "`prompt` must be given to this pipeline, got none" in err
     code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model, "--label", 1, "--prompt", "a")
     assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
-    with pytest.raises(ValueError, match="`name` must be one of mini-shapes, got 'maxi'"):
+    with pytest.raises(ValueError, match="`name` must be one of 'mini-shapes', got 'maxi'"):
         bundled.pipeline_path("maxi")
 
 

@@ -339,7 +339,7 @@ def test_decoding_streams(class_case):
     assert [piece.shape[1] for piece in pieces] == [9, 8, 8, 8]
     close(torch.cat(pieces, dim=1), whole, atol=1e-5)
     assert isinstance(next(pipeline.decode_stream(latents, "pil"))[0][0], PIL.Image.Image)
-    with pytest.raises(ValueError, match="`output_type` must be one of pil, np, pt, got 'latent'"):
+    with pytest.raises(ValueError, match="`output_type` must be one of 'pil', 'np', 'pt', got 'latent'"):
         next(pipeline.decode_stream(latents, "latent"))
 
 
@@ -378,7 +378,7 @@ def test_callback_objects(class_case):
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a positive integer, got 0"),
         ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` must be a positive integer, got 0"),
         ({"num_guided_channels": 5}, "`num_guided_channels` must be 1 to 4, got 5"),
-        ({"output_type": "mp4"}, "`output_type` must be one of pil, np, pt, latent, got 'mp4'"),
+        ({"output_type": "mp4"}, "`output_type` must be one of 'pil', 'np', 'pt', 'latent', got 'mp4'"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"`latents` must have shape \(1, 4, 3, 4, 4\), got"),
         ({"generator": [torch.Generator()] * 2}, "`generator` must be one generator or 1, .* got 2"),
         ({"video": torch.rand(5, 3, 32, 32)}, "`video` must have 9 frames of 3 channels, got 5 of 3"),

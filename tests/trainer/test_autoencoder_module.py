@@ -165,7 +165,7 @@ def test_a_teacher_adds_its_terms_and_a_second_pair(vae: AutoencoderKLLeanVAE, s
     ("arguments", "message"),
     [
         ({"weights": LossWeights(lpips=1.0)}, "`lpips` must be given"),
-        ({"perceptual_frames": "none"}, "`perceptual_frames` must be 'reference' or 'all', got 'none'"),
+        ({"perceptual_frames": "none"}, "`perceptual_frames` must be one of 'reference', 'all', got 'none'"),
     ],
 )
 def test_what_is_missing_is_named(arguments: dict, message: str, vae: AutoencoderKLLeanVAE):

@@ -29,10 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checks import check_choice
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("encode", "decode")
 # How a variant of LeanVAE is fused (arguments of `AutoencoderKLLeanVAE.fuse`), or not.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -66,8 +66,7 @@ Record = dict[str, Any]
 
 def build_model(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     r"""An autoencoder with random weights: a name of `LEANVAE`, or a class of diffusers as it is by default."""
-    if name not in LEANVAE and name not in PEERS:
-        raise ValueError(f"`name` must be one of {', '.join((*LEANVAE, *PEERS))}, got {name!r}.")
+    check_choice("name", name, (*LEANVAE, *PEERS))
     torch.manual_seed(0)
     if name in PEERS:
         return nn.Module.to(getattr(diffusers, name)().eval(), device, dtype)  # diffusers' own `to` warns of nothing
@@ -298,8 +297,7 @@ class Subject:
     """
 
     def __init__(self, vae: Any, variant: str = "eager"):
-        if variant not in VARIANTS:
-            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+        check_choice("variant", variant, VARIANTS)
         if (settings := VARIANTS[variant]) is not None:
             if not isinstance(vae, AutoencoderKLLeanVAE):
                 raise ValueError(f"`variant` must be 'eager' or 'compiled' for {type(vae).__name__}, got {variant!r}.")

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from .. import bundled
 from .._version import __version__
+from ..checks import CHECKPOINT_SUFFIXES, DTYPES, parse_dtype
 from ..conversion import latte, leanvae
 from ..evaluation.results import sha256, write_result
 from ..inference import files
-from ..loading import CHECKPOINT_SUFFIXES, family_of_checkpoint, family_of_class, load_autoencoder
+from ..loading import family_of_checkpoint, family_of_class, load_autoencoder
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..models.transformer_latte import LeanVAELatteTransformer3DModel
 from ..video_io import list_videos, probe_video
@@ -33,7 +34,8 @@ app = typer.Typer(
 )
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+DTYPE_NAMES = ", ".join(f"{name} ({short})" for name, short in DTYPES.items())
 
 Model = Annotated[
     str,
@@ -43,7 +45,7 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is bfloat16 on CUDA, else float32.")]
+Dtype = Annotated[str, typer.Option(help=f"{DTYPE_NAMES}; auto is bfloat16 on CUDA, else float32.")]
 Start = Annotated[int, typer.Option(min=0, help="First frame.")]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames to take; all by default.")]
 Size = Annotated[str | None, typer.Option(help="Resize first: a short side (256) or WIDTHxHEIGHT (640x360).")]
@@ -72,9 +74,7 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if dtype not in DTYPES:
-        raise CommandError(f"`--dtype` must be auto, {', '.join(DTYPES)}, got {dtype!r}.")
-    torch_dtype = DTYPES[dtype]
+    torch_dtype = parse_dtype("--dtype", dtype)
     try:
         torch_device = torch.device(device)
         torch.empty(0, device=torch_device)
@@ -363,7 +363,7 @@ def convert(
         Path, typer.Argument(metavar="OUT", help="Model folder to write; a .ckpt or .safetensors back.")
     ],
     to_original: Annotated[bool, typer.Option(help="From a diffusers folder to the original layout.")] = False,
-    dtype: Annotated[str | None, typer.Option(help=f"Cast the weights: {', '.join(DTYPES)}.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Cast the weights: {DTYPE_NAMES}.")] = None,
     pixel_factor: Annotated[
         float | None, typer.Option(help="1.0 for weights trained on [-1, 1] (Wan-aligned); as stored by default.")
     ] = None,
@@ -377,12 +377,10 @@ def convert(
     """
 
     def command() -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise CommandError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        torch_dtype = None if dtype is None else DTYPES[dtype]
+        torch_dtype = None if dtype is None else parse_dtype("--dtype", dtype)
         if to_original:
             if target.suffix not in CHECKPOINT_SUFFIXES:
-                raise CommandError(f"OUT must end in .ckpt, .pt, .pth or .safetensors, got {str(target)!r}.")
+                raise CommandError(f"OUT must end in {', '.join(CHECKPOINT_SUFFIXES)}, got {str(target)!r}.")
             path = bundled.model_path(source) if source in bundled.MODELS else source
             config: Any = AutoencoderKLLeanVAE.load_config(path)
             is_latte = config.get("_class_name") == LeanVAELatteTransformer3DModel.__name__

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
+from ..checks import check_choice, parse_dtype
 from ..video_io import VideoError
 from ..video_io.writer import partial_path, remove_stale_partials
 from .cutting import ClipOptions, VideoShelf
@@ -36,7 +37,7 @@ from .sources import FileSource, VideoSource, open_source
 
 Flip = Literal["auto", "none", "random", "both"]
 FileFormat = Literal["safetensors", "webdataset"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = ("float32", "float16")  # the keys of `checks.DTYPES` that latents may be stored in
 _SUFFIXES = {"safetensors": ".safetensors", "webdataset": ".tar"}
 _VERSION = 1
 _BLOCK_SIZE = 64  # examples of a stream that are on disk at once
@@ -188,9 +189,7 @@ def encode_dataset(
     for name, value in counts.items() | ({"num_clips": num_clips}.items() if num_clips is not None else set()):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    for name, value, legal in (("dtype", dtype, DTYPES), ("file_format", file_format, _SUFFIXES)):
-        if value not in legal:
-            raise ValueError(f"`{name}` must be one of {', '.join(legal)}, got {value!r}.")
+    check_choice("file_format", file_format, _SUFFIXES)
     asked: dict[str, Any] = dict(
         source=source, clip_size=list(clip_size), num_crops=num_crops, flip=flip, sampling=sampling, stride=stride,
         short_side=short_side, num_clips=num_clips, seed=seed,
@@ -200,7 +199,7 @@ def encode_dataset(
     settings = {
         "version": _VERSION,
         **asked,
-        "dtype": dtype,
+        "dtype": str(parse_dtype("dtype", dtype, DTYPES)).removeprefix("torch."),
         "file_format": file_format,
         "shard_size": shard_size,
         "batch_size": batch_size,
@@ -251,8 +250,7 @@ def open_clips(
     r"""The clips that `encode_dataset` encodes, with its arguments."""
     if len(clip_size) != 3 or min(clip_size) < 1:
         raise ValueError(f"`clip_size` must be [num_frames, height, width], got {list(clip_size)}.")
-    if flip not in ("auto", "none", "random", "both"):
-        raise ValueError(f"`flip` must be one of auto, none, random, both, got {flip!r}.")
+    check_choice("flip", flip, get_args(Flip))
     num_frames, height, width = clip_size
     if source == "shapes":
         if flip not in ("auto", "none") or num_crops > 1:
@@ -477,7 +475,9 @@ def _encode(
     vae: Any, clips: Iterator[SourceClip | None], settings: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The latents of a shard, `(n, C, F, h, w)`, and what is known of each."""
-    latents = [torch.empty(0, *_latent_shape(vae, settings["clip_size"]), dtype=DTYPES[settings["dtype"]])]
+    latents = [
+        torch.empty(0, *_latent_shape(vae, settings["clip_size"]), dtype=parse_dtype("dtype", settings["dtype"]))
+    ]
     rows: list[dict[str, Any]] = []
     usable = (clip for clip in clips if clip is not None)
     while batch := list(itertools.islice(usable, settings["batch_size"])):

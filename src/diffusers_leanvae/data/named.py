@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from ..checks import check_choice
 from ..video_io import VideoError, iter_video, list_videos, probe_video, read_video
 from ..video_io.reader import IMAGE_EXTENSIONS
 from .cutting import resize_frames, short_side_size
@@ -162,10 +163,8 @@ def open_named_dataset(
     Raises:
         ValueError: If `folder` holds no such data set, or an argument is not legal.
     """
-    if name not in _RULES:
-        raise ValueError(f"`name` must be one of {', '.join(NAMED_DATASETS)}, got {name!r}.")
-    if sampling not in ("exact", "reference"):
-        raise ValueError(f"`sampling` must be 'exact' or 'reference', got {sampling!r}.")
+    check_choice("name", name, NAMED_DATASETS)
+    check_choice("sampling", sampling, ("exact", "reference"))
     counts = {"num_frames": num_frames, "size": size, "sample_stride": sample_stride, "num_draws": num_draws}
     for argument, value in counts.items():
         if value < 1:

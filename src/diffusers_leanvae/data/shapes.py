@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..checks import check_choice
 from ..video_io import write_video
 from ..video_io.writer import partial_path, remove_stale_partials
 
@@ -51,8 +52,7 @@ def class_label(shape: str, color: str, direction: str) -> int:
         ("color", color, COLORS),
         ("direction", direction, DIRECTIONS),
     ):
-        if value not in legal:
-            raise ValueError(f"`{name}` must be one of {', '.join(legal)}, got {value!r}.")
+        check_choice(name, value, legal)
     index = SHAPES.index(shape) * len(COLORS) + COLORS.index(color)
     return index * len(DIRECTIONS) + DIRECTIONS.index(direction)
 

@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
+from ..checks import check_choice
 from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..models.temporal_cache import TemporalCache
@@ -211,8 +212,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: With the argument, what is legal, and what came.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),
@@ -543,8 +543,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         Yields:
             Consecutive frames, as [`LatentVideoPipelineOutput`] describes them, of all videos of the batch.
         """
-        if output_type not in OUTPUT_TYPES[:-1]:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES[:-1])}, got {output_type!r}.")
+        check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
         decoder = StreamingDecoder(self.vae, num_latent_frames_per_step)
         for latent_frames in latents.split(1, dim=2):
             latent_frames = denormalize_latents(latent_frames.to(self._execution_device), self.vae.config)

@@ -14,6 +14,8 @@ from diffusers.schedulers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from ..checks import check_choice
+
 
 NUM_TRAIN_TIMESTEPS = 1000
 _BETAS: dict[str, Any] = {
@@ -38,6 +40,7 @@ def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | F
 
     The three diffusion schedulers take the reference's steps by `set_timesteps(timesteps=respaced_timesteps(n))`.
     """
+    check_choice("name", name, SCHEDULERS)
     if name == "ddpm":
         return DDPMScheduler(**_BETAS, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
     if name in ("ddim", "dpm++"):
@@ -45,9 +48,7 @@ def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | F
         return DPMSolverMultistepScheduler(
             **_BETAS, algorithm_type="dpmsolver++", solver_order=order, final_sigmas_type="zero"
         )
-    if name == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=1.0)
-    raise ValueError(f"`name` must be one of {', '.join(map(repr, SCHEDULERS))}, got {name!r}.")
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=1.0)
 
 
 def respaced_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from .. import bundled
+from ..checks import check_choice
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..video_io import VideoWriter, read_video
 from ..video_io.writer import WRITABLE_VIDEO
@@ -62,8 +63,7 @@ def choose_scheduler(pipeline: LatentVideoPipeline, name: str | None, num_infere
         return {"num_inference_steps": num_inference_steps}
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     legal = [n for n in SCHEDULERS if (n == "flow") == is_flow]
-    if name not in legal:
-        raise ValueError(f"`scheduler` must be one of {', '.join(legal)} for this model, got {name!r}.")
+    check_choice("scheduler", name, legal, "for this model")
     pipeline.scheduler = make_scheduler(name)
     if name in ("ddpm", "ddim"):  # exactly the steps of the reference
         return {"timesteps": respaced_timesteps(num_inference_steps)}

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import check_choice
+
 
 class Kernels(NamedTuple):
     r"""The operations of one implementation; `eager.py` documents them."""
@@ -22,6 +24,7 @@ class Kernels(NamedTuple):
 
 def get(implementation: str) -> Kernels:
     r"""The operations of an implementation, `"eager"` or `"triton"`."""
+    check_choice("implementation", implementation, ("eager", "triton"))
     if implementation == "eager":
         from . import eager
 
@@ -32,18 +35,16 @@ def get(implementation: str) -> Kernels:
             eager.soft_threshold_,
             eager.pack_weight,
         )
-    if implementation == "triton":
-        try:
-            import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ImportError('These kernels need Triton: pip install "diffusers-leanvae[triton]"') from error
-        from . import triton_conv, triton_gated, triton_pointwise
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError('These kernels need Triton: pip install "diffusers-leanvae[triton]"') from error
+    from . import triton_conv, triton_gated, triton_pointwise
 
-        return Kernels(
-            triton_conv.depthwise_conv_residual_norm,
-            triton_pointwise.gated_gelu,
-            triton_gated.gated_projection,
-            triton_pointwise.soft_threshold_,
-            triton_conv.pack_weight,
-        )
-    raise ValueError(f"`implementation` must be 'eager' or 'triton', got {implementation!r}.")
+    return Kernels(
+        triton_conv.depthwise_conv_residual_norm,
+        triton_pointwise.gated_gelu,
+        triton_gated.gated_projection,
+        triton_pointwise.soft_threshold_,
+        triton_conv.pack_weight,
+    )

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..checks import check_choice
+
 
 KINDS = ("hinge", "non_saturating")
 NORMS = ("batch", "group", "instance", "none")
@@ -90,8 +92,7 @@ def _patch_layers(
     num_filters: int,
     norm: str,
 ) -> nn.Sequential:
-    if norm not in NORMS:
-        raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, got {norm!r}.")
+    check_choice("norm", norm, NORMS)
     if len(strides) < 3:
         raise ValueError(f"`num_layers` must be at least 1, got {len(strides) - 2}.")
     widths = [num_filters * min(2**i, MAX_WIDTH_FACTOR) for i in range(len(strides) - 1)] + [1]
@@ -120,7 +121,7 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kin
         fake_logits: Logits of reconstructions, any shape.
         kind: `"hinge"` or `"non_saturating"` (cross-entropy).
     """
-    _check_kind(kind, "kind")
+    check_choice("kind", kind, KINDS)
     real_logits, fake_logits = _at_least_float32(real_logits), _at_least_float32(fake_logits)
     if kind == "hinge":
         return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
@@ -135,7 +136,7 @@ def generator_loss(fake_logits: torch.Tensor, kind: str = "non_saturating") -> t
             `(..., 1, patch_frames, patch_rows, patch_columns)`.
         kind: `"non_saturating"`: cross-entropy of the mean logit of each frame; `"hinge"`: minus the mean logit.
     """
-    _check_kind(kind, "kind")
+    check_choice("kind", kind, KINDS)
     frame_logits = _at_least_float32(fake_logits).mean(dim=(-2, -1))
     return (F.softplus(-frame_logits) if kind == "non_saturating" else -frame_logits).mean()
 
@@ -231,8 +232,8 @@ class DiscriminatorTrainingModule(nn.Module):
         generator_kind: str = "non_saturating",
     ) -> None:
         super().__init__()
-        _check_kind(kind, "kind")
-        _check_kind(generator_kind, "generator_kind")
+        check_choice("kind", kind, KINDS)
+        check_choice("generator_kind", generator_kind, KINDS)
         self.discriminator = discriminator
         self.kind, self.generator_kind = kind, generator_kind
         self.lecam_weight = lecam_weight
@@ -287,11 +288,6 @@ def _mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
     return tensor / dist.get_world_size()
-
-
-def _check_kind(kind: str, argument: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"`{argument}` must be one of {', '.join(KINDS)}, got {kind!r}.")
 
 
 def _check_video(sample: torch.Tensor, in_channels: int, min_size: int) -> None:

@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from ..checks import check_choice
+
 
 TimestepSampling = Literal["uniform", "logit_normal"]
 
@@ -181,8 +183,7 @@ class FlowMatchingObjective:
 
 
 def _check_sampling(sampling: str) -> None:
-    if sampling not in ("uniform", "logit_normal"):
-        raise ValueError(f"`sampling` must be 'uniform' or 'logit_normal', got {sampling!r}.")
+    check_choice("sampling", sampling, ("uniform", "logit_normal"))
 
 
 def _noise_levels(uniform: torch.Tensor, sampling: str) -> torch.Tensor:

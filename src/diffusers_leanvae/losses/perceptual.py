@@ -16,10 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..checks import CHECKPOINT_SUFFIXES
+
 
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 CLASSIFIER_PREFIXES = ("classifier.", "pre_logits.", "head.")  # torchvision's and timm's names
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 
@@ -216,7 +217,7 @@ def _resolve_vgg16(vgg16: str | Path) -> Path:
     if path.is_file():
         return path
     try:
-        if path.suffix in WEIGHT_SUFFIXES or isinstance(vgg16, Path):
+        if path.suffix in CHECKPOINT_SUFFIXES or isinstance(vgg16, Path):
             raise FileNotFoundError("no such file")
         return Path(hf_hub_download(str(vgg16), "model.safetensors"))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
@@ -234,7 +235,7 @@ def _load_tensors(path: Path, argument: str) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
         raise ValueError(
-            f"`{argument}` must be a readable file of weights ({', '.join(WEIGHT_SUFFIXES)}), got {str(path)!r}."
+            f"`{argument}` must be a readable file of weights ({', '.join(CHECKPOINT_SUFFIXES)}), got {str(path)!r}."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"`{argument}` must be a file of named tensors, got something else in {str(path)!r}.")

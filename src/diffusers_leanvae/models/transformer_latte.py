@@ -31,6 +31,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
+from ..checks import check_choice
 from ..conversion.latte import VARIANTS, read_original_checkpoint
 from ..conversion.leanvae import resolve_checkpoint
 
@@ -299,8 +300,7 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         """
         temporal_mode = mode if temporal_mode is None else temporal_mode
         for name, value in (("mode", mode), ("temporal_mode", temporal_mode)):
-            if value not in POSITION_MODES:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, POSITION_MODES))}, got {value!r}.")
+            check_choice(name, value, POSITION_MODES)
         self.position_mode, self.temporal_position_mode = mode, temporal_mode
 
     def _spatial_positions(self, height: int, width: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from ..checks import check_choice
 from ..losses.adversarial import DiscriminatorTrainingModule, adaptive_weight
 from ..losses.perceptual import ms_ssim, reference_frames
 from ..losses.reconstruction import LossWeights, reconstruction_terms
@@ -90,8 +91,7 @@ class VAETrainingModule(nn.Module):
         if self.weights.lpips and lpips is None:
             raise ValueError(f"`lpips` must be given for `weights.lpips` of {self.weights.lpips}, got None.")
         self.lpips = None if lpips is None else lpips.__call__  # a bound method: modules would be registered
-        if perceptual_frames not in ("reference", "all"):
-            raise ValueError(f"`perceptual_frames` must be 'reference' or 'all', got {perceptual_frames!r}.")
+        check_choice("perceptual_frames", perceptual_frames, ("reference", "all"))
         self.perceptual_frames = perceptual_frames
         self.adversarial_weight, self.is_adaptive = adversarial_weight, is_adaptive
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..bundled import MODELS, model_path
+from ..checks import CHECKPOINT_SUFFIXES
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
 # What makes the latents: with these frozen, they stay those of the model that training started from. The sensing
 # matrix `phi` also takes part in decoding, but it is what the latents are measured with.
 ENCODER_PARAMETERS = ("encoder.", "logvar_proj.", "bottleneck.phi", "bottleneck.compress.")
-CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ..checks import check_choice
+
 
 Recipe = TypeVar("Recipe")
 
@@ -130,9 +132,8 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
         (expected,) = [argument for argument in arguments if argument is not type(None)]
         return _convert(expected, value, key)
     if origin is typing.Literal:
-        if value in arguments:
-            return value
-        raise ValueError(f"`{key}` must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
+        check_choice(key, value, arguments)
+        return value
     if origin is list and isinstance(value, list):
         return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
