@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from diffusers_leanvae.atomic import replace_file
 from diffusers_leanvae.benchmark import rounds as benchmark
 from diffusers_leanvae.benchmark.rounds import (
     DIRECTIONS,
@@ -236,9 +237,8 @@ class State:
     def save(self, record: Record) -> None:
         self.content["records"][identity(record)] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        partial.write_text(json.dumps(self.content), encoding="utf-8")
-        partial.replace(self.path)
+        with replace_file(self.path) as partial:
+            partial.write_text(json.dumps(self.content), encoding="utf-8")
 
 
 def main() -> None:

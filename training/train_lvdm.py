@@ -42,6 +42,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.data import open_training_data
 from diffusers_leanvae.data.latent_cache import LatentFolder
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
@@ -68,7 +69,6 @@ from diffusers_leanvae.trainer.checkpoints import (
     load_data_state,
     remove_leftovers,
     save_checkpoint,
-    write_folder,
 )
 from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
 from diffusers_leanvae.trainer.finetuning import CHECKPOINT_SUFFIXES, load_vae
@@ -643,7 +643,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("log", "validation"):
             path = output / f"{name}.jsonl"
             run[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
-        with write_folder(output / "pipeline") as folder:
+        with replace_folder(output / "pipeline") as folder:
             pipeline.save_pretrained(folder)
             write_pipeline_card(folder, recipe, pipeline, run)
         say(f"saved {output / 'pipeline'}")

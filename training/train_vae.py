@@ -44,6 +44,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sample
 from diffusers_leanvae.data.latent_samples import measure_statistics
 from diffusers_leanvae.hub import upload_folder
@@ -66,7 +67,6 @@ from diffusers_leanvae.trainer.checkpoints import (
     load_data_state,
     remove_leftovers,
     save_checkpoint,
-    write_folder,
 )
 from diffusers_leanvae.trainer.finetuning import add_lora, freeze_encoder, load_vae
 from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimizer, check_trackers
@@ -540,7 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("log", "validation"):
             path = output / f"{name}.jsonl"
             run[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
-        with write_folder(output / "vae") as folder:
+        with replace_folder(output / "vae") as folder:
             averaged.save_pretrained(folder)
             write_model_card(folder, recipe, averaged, run)
         say(f"saved {output / 'vae'}")

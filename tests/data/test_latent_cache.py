@@ -28,19 +28,20 @@ LAUNCH = """
 import json, os, shutil, signal, sys
 import torch
 from accelerate.launchers import debug_launcher
+from diffusers_leanvae.atomic import partial_path
 from diffusers_leanvae.data import latent_cache
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from torch.multiprocessing.spawn import ProcessExitedException
 
 def run(model, output, options, dies):
     torch.set_num_threads(1)
-    write = latent_cache._write_beside
+    write = latent_cache._write
     def killed(path, content):
         if dies and path.name.startswith("latents-00002"):
-            latent_cache.partial_path(path, "partial").write_bytes(content[:99])
+            partial_path(path, "partial").write_bytes(content[:99])
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
-    latent_cache._write_beside = killed
+    latent_cache._write = killed
     latent_cache.encode_dataset(AutoencoderKLLeanVAE.from_pretrained(model), "shapes", output, **options)
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants, hf_hub_download
 
+from ..atomic import replace_file
+
 
 # Arguments of `from_single_file` that are `huggingface_hub`'s.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -281,16 +283,12 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
 def write_tensors(
     path: Path, args: dict[str, Any], tensors: dict[str, torch.Tensor], checkpoint: dict[str, Any]
 ) -> None:
-    r"""Write an original checkpoint beside and rename it: safetensors with `args`, or `checkpoint` as a torch file."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    """Write an original checkpoint: safetensors with `args`, or `checkpoint` as a torch file."""
+    with replace_file(path) as partial:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "args": json.dumps(args)})
         else:
             torch.save(checkpoint, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def resolve_checkpoint(reference: str | Path, **hub_kwargs: Any) -> Path:

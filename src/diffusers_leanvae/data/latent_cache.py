@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 import tempfile
 import warnings
@@ -25,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
+from ..atomic import replace_file
 from ..checks import check_choice, parse_dtype
 from ..video_io import VideoError
-from ..video_io.writer import partial_path, remove_stale_partials
 from .cutting import ClipOptions, VideoShelf
 from .latent_samples import as_sample, encode_batch, measure_statistics
 from .named import LABEL_KEYS, NAMED_DATASETS, NamedDataset, find_caption, number_labels, open_named_dataset
@@ -222,7 +221,7 @@ def encode_dataset(
         numbers = range(number * shard_size, min((number + 1) * shard_size, len(clips)))
         if not paths[number].exists():
             latents, rows = _encode(vae, clips.read(numbers), settings, device)
-            _write_beside(paths[number], _SERIALIZERS[file_format](latents, rows, f"{number:05d}"))
+            _write(paths[number], _SERIALIZERS[file_format](latents, rows, f"{number:05d}"))
         if progress is not None:
             progress(len(numbers))
     accelerator.wait_for_everyone()
@@ -529,7 +528,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     text = json.dumps(settings, indent=2) + "\n"
     if not path.exists():
-        _write_beside(path, text.encode())
+        _write(path, text.encode())
     begun = json.loads(path.read_text(encoding="utf-8"))
     new = json.loads(text)
     different = [key for key in {**begun, **new} if begun.get(key) != new.get(key)]
@@ -563,15 +562,10 @@ def _finish(folder: Path, paths: list[Path], clips: ClipSource, settings: dict[s
         "class_names": None if clips.class_names is None else list(clips.class_names),
         "shards": [{"file_name": path.name, "num_items": count} for path, count in zip(paths, counts, strict=True)],
     }
-    _write_beside(folder / "statistics.json", (json.dumps(statistics, indent=2) + "\n").encode())
-    _write_beside(folder / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+    _write(folder / "statistics.json", (json.dumps(statistics, indent=2) + "\n").encode())
+    _write(folder / "index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _write_beside(path: Path, content: bytes) -> None:
-    remove_stale_partials(path)
-    partial = partial_path(path, "partial")
-    try:
+def _write(path: Path, content: bytes) -> None:
+    with replace_file(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

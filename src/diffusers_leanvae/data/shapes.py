@@ -7,7 +7,6 @@ be trained on a laptop, and simple enough for `shapes_detector` to say whether a
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..atomic import replace_file
 from ..checks import check_choice
 from ..video_io import write_video
-from ..video_io.writer import partial_path, remove_stale_partials
 
 
 # Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.
@@ -160,11 +159,8 @@ def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: flo
         if not path.exists():
             pixels = clips[index].pixels.add(1.0).mul_(127.5).round_().to(torch.uint8)
             write_video(path, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
-    listing = root / "metadata.jsonl"
-    remove_stale_partials(listing)
-    partial = partial_path(listing, "partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, listing)
+    with replace_file(root / "metadata.jsonl") as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _path(rng: np.random.Generator, extent: float, way: float, length: int, num_frames: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..atomic import replace_file
 
 
 def provenance() -> dict[str, Any]:
@@ -55,15 +56,11 @@ def _processor() -> str:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    r"""Write a result with its provenance as JSON, beside and renamed."""
+    """Write a result with its provenance as JSON; an older file is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with replace_file(path) as partial:
         partial.write_text(json.dumps(result | {"provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:

@@ -22,13 +22,13 @@ import safetensors
 import torch
 
 from .._version import __version__
+from ..atomic import commit, partial_path, remove_stale_partials
 from ..data.datasets import pixels_to_sample, resize_frames, short_side_size
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..models.leanvae_memory import OtherMemory, StreamPlan
 from ..models.temporal_cache import TemporalCache
 from ..video_io import VideoError, VideoInfo, VideoWriter, iter_video, probe_video
 from ..video_io.reader import IMAGE_EXTENSIONS
-from ..video_io.writer import partial_path, remove_stale_partials
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
@@ -560,7 +560,7 @@ class _LatentsWriter:
                 for channel, planes in enumerate(data.view(-1, z, plane).unbind(1)):
                     file.seek(start + (channel * self.num_latent_frames + begin) * plane)
                     file.write(planes.contiguous().numpy().data)
-        self.partial_path.replace(self.path)
+        commit(self.partial_path, self.path)
 
 
 def default_suffix(path: str | Path) -> str:

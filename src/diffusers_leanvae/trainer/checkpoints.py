@@ -7,11 +7,12 @@ what the killed one logged beyond it.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..atomic import commit, replace_file
 
 
 @dataclass
@@ -41,9 +42,8 @@ def forget_after(path: Path, step: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        with replace_file(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -82,7 +82,7 @@ def save_checkpoint(accelerator: Any, folder: Path, step: int, keep: int, data_s
     if accelerator.is_main_process:
         if final.exists():  # resumed from an earlier checkpoint than the newest
             os.replace(final, folder / f"stale-{step:07d}")
-        os.replace(partial, final)
+        commit(partial, final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             os.replace(old, folder / old.name.replace("step", "stale"))
         remove_leftovers(folder)
@@ -99,17 +99,3 @@ def remove_leftovers(folder: Path) -> None:
     """Remove checkpoints that a killed run did not finish writing or removing."""
     for leftover in [*folder.glob("stale-*"), *folder.glob("partial-*")]:
         shutil.rmtree(leftover)
-
-
-@contextmanager
-def write_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, which takes its place when all is written; the former one stays until then."""
-    partial, former = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "former"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, former)
-    os.replace(partial, folder)
-    shutil.rmtree(former, ignore_errors=True)

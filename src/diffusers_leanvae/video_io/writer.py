@@ -1,9 +1,5 @@
 """uint8 RGB tensors `(num_frames, height, width, 3)` -> video and image files, with the sound of another file."""
 
-import glob
-import os
-import platform
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +20,7 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from ..atomic import commit, partial_path, remove_stale_partials
 from .reader import PathLike, VideoError, open_input
 
 
@@ -46,26 +43,6 @@ _PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "s
 _COLORSPACES = {"bt709": 1, "bt470bg": 5}  # AVColorSpace
 # Chroma is averaged over the pixels that share it, which is what the reader, repeating it, takes it to be.
 _SCALE = "flags=area+accurate_rnd+full_chroma_int:out_color_matrix={}:out_range={}"
-
-
-def partial_path(path: Path, kind: str, suffix: str = "") -> Path:
-    r"""The hidden name, beside `path`, under which this process writes it until it is whole."""
-    return path.with_name(f".{path.name}.{kind}-{platform.node()}-{os.getpid()}{suffix}")
-
-
-def remove_stale_partials(path: Path) -> None:
-    r"""Remove what killed processes of this machine left of an unfinished `path`."""
-    if os.name != "posix":
-        return  # elsewhere there is no harmless way to ask whether a process lives
-    name = f".{glob.escape(path.name)}.*-{glob.escape(platform.node())}-*"
-    for partial in path.parent.glob(name):
-        match = re.search(r"-(\d+)(\.\w+)?$", partial.name)
-        try:
-            os.kill(int(match[1]) if match else os.getpid(), 0)
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except (PermissionError, OverflowError):
-            continue
 
 
 class VideoWriter:
@@ -203,7 +180,7 @@ class VideoWriter:
                 if self._audio is not None:
                     self._mux_audio(self._audio.limit(self.num_frames / self._fps, 1 / self._fps))
                 self._resources.close()
-                os.replace(self._partial, self.path)
+                commit(self._partial, self.path)
             self._closed = True
         finally:
             self.abort()
