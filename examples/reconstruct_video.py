@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, crop_sample, pad_sample
-from diffusers_leanvae.data import pixels_to_sample
 from diffusers_leanvae.video_io import read_video, write_video
+from diffusers_leanvae.video_io.pixels import pixels_to_sample, sample_to_pixels
 
 
 def main(model: str, source: str, target: str) -> None:
@@ -29,7 +29,7 @@ def main(model: str, source: str, target: str) -> None:
 
     psnr = -10 * ((decoded - sample) / 2).square().mean().log10()
     print(f"{tuple(sample.shape[2:])} frames, height, width -> latents {tuple(latents.shape)}; PSNR {psnr:.2f} dB")
-    write_video(target, ((decoded[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0), info.fps)
+    write_video(target, sample_to_pixels(decoded[0]).permute(1, 2, 3, 0), info.fps)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ from diffusers_leanvae.data.latent_cache import LatentFolder
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.shapes import MovingShapes
-from diffusers_leanvae.generation import video_grid
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.hub import upload_folder
 from diffusers_leanvae.latents import normalize_latents
@@ -76,6 +75,7 @@ from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimize
 from diffusers_leanvae.trainer.model_card import describe_recipe, write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.video_io import write_video
+from diffusers_leanvae.video_io.pixels import unit_to_pixels, video_grid
 
 
 # Of `optimizer.name: muon`: layers on the condition, of which a batch has too few to know their covariance, and the
@@ -406,7 +406,7 @@ def write_samples(pipeline: Any, latent_shape: tuple[int, ...], recipe: Recipe, 
             output_type="pt",
         ).frames
         videos.append(frames.float().cpu())
-    pixels = torch.cat(videos).permute(0, 1, 3, 4, 2).mul(255).round().byte()  # (n, T, H, W, 3)
+    pixels = unit_to_pixels(torch.cat(videos).permute(0, 1, 3, 4, 2))  # (n, T, H, W, 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, video_grid(pixels), fps=view.fps)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_leanvae.data import StepBatches, VideoFolder, cutting, pixels_to_sample, read_center_clip, resize_frames
+from diffusers_leanvae.data import StepBatches, VideoFolder, cutting, pixels_to_sample, read_center_clip
 from diffusers_leanvae.video_io import VideoError, probe_video, read_video
 
 
@@ -153,15 +153,6 @@ def test_the_batch_must_divide():
         ValueError, match="`batch_size` must be a multiple of 2 accumulation steps times 2 processes, got 6"
     ):
         StepBatches(6, 0, 1, 2, 0, 2)
-
-
-def test_pixels_and_sizes():
-    levels = torch.arange(256, dtype=torch.uint8)
-    sample = pixels_to_sample(levels)
-    assert sample.dtype == torch.float32 and (sample[0], sample[-1]) == (-1.0, 1.0)
-    assert torch.equal(sample.add(1).mul(127.5).round().byte(), levels)
-    frames = torch.full((2, 32, 48, 3), 7, dtype=torch.uint8)
-    assert torch.equal(resize_frames(frames, 16, 24), frames[:, :16, :24])
 
 
 def test_the_evaluation_view(clips: Path):

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from diffusers_leanvae import AutoencoderKLWFVAE, bundled
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.generation import video_grid
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
@@ -148,13 +147,3 @@ def test_a_memory_limit_needs_a_model_whose_memory_is_known(class_case, tmp_path
     assert code == 1 and stdout == "" and not target.exists()
     assert err.startswith("error: `max_memory` needs a pipeline with an AutoencoderKLLeanVAE, whose memory is known")
     assert err.endswith("got an AutoencoderKLWFVAE.\n") and len(err.splitlines()) == 1
-
-
-def test_grid_of_videos():
-    videos = torch.arange(3)[:, None, None, None, None].expand(3, 2, 4, 6, 3) + 1
-    grid = video_grid(videos)
-    assert grid.shape == (2, 8, 12, 3)
-    assert [grid[0, y, x, 0].item() for y, x in ((0, 0), (0, 6), (4, 0), (4, 6))] == [1, 2, 3, 0]
-    assert torch.equal(video_grid(videos[:1]), videos[0])
-    assert video_grid(videos[:1].expand(4, -1, -1, -1, -1)).shape == (2, 8, 12, 3)
-    assert video_grid(videos[:2]).shape == (2, 4, 12, 3)

@@ -1,6 +1,6 @@
 """Videos and latents to train on: the i-th clip is a pure function of the seed and of i."""
 
-from .cutting import resize_frames, short_side_size
+from ..video_io.pixels import pixels_to_sample, resize_frames, short_side_size
 from .datasets import (
     Clip,
     ClipDataset,
@@ -8,7 +8,6 @@ from .datasets import (
     StepSchedule,
     TrainingClips,
     VideoFolder,
-    pixels_to_sample,
     read_center_clip,
 )
 from .opening import open_training_data

@@ -9,33 +9,15 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..video_io import VideoError, iter_video, probe_video
+from ..video_io.pixels import resize_frames, short_side_size
 from .sources import VideoSource
 
 
 NUM_PASSES = 4  # over all videos in search of a sound part, before giving up
 
 Size = tuple[int, int, int]  # frames, height, width
-
-
-def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize `(num_frames, height, width, 3)` frames with antialiased bicubic weights; the dtype stays.
-
-    `uint8` is rounded and clipped by the resampler, floating point is neither.
-    """
-    if frames.shape[1:3] == (height, width):
-        return frames
-    # A THWC tensor seen as TCHW is channels-last, which is the layout of the fast uint8 resampler.
-    resized = F.interpolate(frames.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1)
-
-
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width after scaling the shorter of them to `short_side`, the aspect ratio kept."""
-    scale = short_side / min(height, width)
-    return max(short_side, round(height * scale)), max(short_side, round(width * scale))
 
 
 @dataclass(frozen=True)

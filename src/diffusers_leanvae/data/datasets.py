@@ -16,13 +16,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..video_io import VideoError, read_video
-from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits, resize_frames, short_side_size
+from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
+from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits
 from .sources import FileSource, VideoSource
-
-
-def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
-    """`uint8` pixels to float32 in `[-1, 1]`, any shape, on whatever device they are."""
-    return pixels.float().div_(127.5).sub_(1.0)
 
 
 def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tensor:
@@ -37,9 +33,8 @@ def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tens
         raise VideoError(f"{str(path)!r} must have at least {num_frames} frames, got {len(frames)}.")
     height, width = short_side_size(frames.shape[1], frames.shape[2], size)
     frames = resize_frames(frames.float(), height, width)
-    top, left = (height - size) // 2, (width - size) // 2
-    clip = frames[:, top : top + size, left : left + size].permute(3, 0, 1, 2)
-    return clip.div(127.5).sub_(1.0).clamp_(-1.0, 1.0).contiguous()
+    clip = center_crop(frames, size, size).permute(3, 0, 1, 2)
+    return pixels_to_sample(clip).clamp_(-1.0, 1.0).contiguous()
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .datasets import ClipDataset, StepBatches, pixels_to_sample
+from ..video_io.pixels import pixels_to_sample
+from .datasets import ClipDataset, StepBatches
 
 
 class LatentBatch(NamedTuple):

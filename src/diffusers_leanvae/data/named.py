@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from ..checks import check_choice
 from ..video_io import VideoError, iter_video, list_videos, probe_video, read_video
+from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from ..video_io.reader import IMAGE_EXTENSIONS
-from .cutting import resize_frames, short_side_size
 from .sources import FileSource
 
 
@@ -313,7 +313,7 @@ def _sample_reference(
 def _square(frames: torch.Tensor, size: int) -> torch.Tensor:
     """Antialiased: short side to `size`, centre crop."""
     height, width = short_side_size(frames.shape[1], frames.shape[2], size)
-    return _center_crop(resize_frames(frames, height, width), size, size)
+    return center_crop(resize_frames(frames, height, width), size, size, rounding="even")
 
 
 def _square_as_reference(frames: torch.Tensor, size: int, spatial: str, path: Path) -> torch.Tensor:
@@ -323,18 +323,13 @@ def _square_as_reference(frames: torch.Tensor, size: int, spatial: str, path: Pa
     if spatial == "none":
         if (height, width) != (size, size):
             raise ValueError(f"`size` must be that of the frames, {height} x {width} in {str(path)!r}, got {size}.")
-        return frames.float().div(127.5).sub(1.0)
+        return pixels_to_sample(frames)
     if spatial == "crop_then_resize":
-        frames = _center_crop(frames, side, side)
+        frames = center_crop(frames, side, side, rounding="even")
     images = frames.permute(0, 3, 1, 2).float()
     if spatial == "resize_then_crop" and int(side * (size / side)) == size:
         images = F.interpolate(images, scale_factor=(size / side, size / side), mode="bilinear", align_corners=False)
     else:  # also for the few sides which rounding would leave one pixel short
         target = (max(size, int(edge * (size / side))) for edge in images.shape[2:])
         images = F.interpolate(images, size=tuple(target), mode="bilinear", align_corners=False)
-    return _center_crop(images.permute(0, 2, 3, 1), size, size).div(127.5).sub(1.0)
-
-
-def _center_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    top, left = (round((have - want) / 2) for have, want in zip(frames.shape[1:3], (height, width), strict=True))
-    return frames[:, top : top + height, left : left + width]
+    return pixels_to_sample(center_crop(images.permute(0, 2, 3, 1), size, size, rounding="even"))

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..atomic import replace_file
 from ..checks import check_choice
 from ..video_io import write_video
+from ..video_io.pixels import sample_to_pixels
 
 
 # Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.
@@ -157,7 +158,7 @@ def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: flo
         label = clips.label(index)
         rows.append({"file_name": path.name, "label": label, "caption": caption(label)})
         if not path.exists():
-            pixels = clips[index].pixels.add(1.0).mul_(127.5).round_().to(torch.uint8)
+            pixels = sample_to_pixels(clips[index].pixels)
             write_video(path, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
     with replace_file(root / "metadata.jsonl") as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..data.datasets import VideoFolder, pixels_to_sample
+from ..data.datasets import VideoFolder
+from ..video_io.pixels import pixels_to_sample, sample_to_unit
 from .metrics import frame_psnr
 
 
@@ -225,6 +226,6 @@ def _decoded_psnr(vae: Any, latents: torch.Tensor, sample: torch.Tensor) -> floa
     values = []
     for z, clips in zip(latents.split(8), sample.split(8), strict=True):
         decoded = vae.decode(z.to(vae.device, vae.dtype)).sample.float().cpu()
-        unit, reference = (x.transpose(1, 2).flatten(0, 1).add(1).div(2).clamp(0, 1) for x in (decoded, clips))
+        unit, reference = (sample_to_unit(x.transpose(1, 2).flatten(0, 1)) for x in (decoded, clips))
         values.append(frame_psnr(unit, reference))
     return torch.cat(values).mean().item()

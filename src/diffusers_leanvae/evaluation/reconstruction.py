@@ -8,6 +8,7 @@ import torch
 
 from ..data.datasets import read_center_clip
 from ..video_io import list_videos
+from ..video_io.pixels import sample_to_unit
 from .metrics import frame_psnr, frame_ssim
 
 
@@ -39,7 +40,7 @@ def evaluate_reconstruction(
     for path in list_videos(folder):
         sample = read_center_clip(path, num_frames, size)[None].to(vae.device, vae.dtype)
         reconstruction = vae.decode(vae.encode(sample).latent_dist.mode()).sample
-        unit, reference = (x[0].transpose(0, 1).float().add(1).div(2).clamp(0, 1) for x in (reconstruction, sample))
+        unit, reference = (sample_to_unit(x[0].transpose(0, 1)) for x in (reconstruction, sample))
         clips[Path(path).name] = {
             "psnr_frame_mean_rgb": round(frame_psnr(unit, reference).mean().item(), 4),
             "ssim_frame_mean_rgb": round(frame_ssim(unit, reference).mean().item(), 5),

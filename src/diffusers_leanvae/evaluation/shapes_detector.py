@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..data.shapes import class_label as label_of
+from ..video_io.pixels import sample_to_unit
 
 
 _HUES = {"red": 0.0, "yellow": 60.0, "blue": 240.0}
@@ -36,7 +37,7 @@ def detect(video: torch.Tensor) -> Detection:
             "`video` must be floating point, of shape (3, num_frames, height, width), got "
             f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}."
         )
-    pixels = video.detach().cpu().float().clamp(-1, 1).add(1).div(2)
+    pixels = sample_to_unit(video.detach().cpu())
     weight, mean = _segment(pixels)
     if weight is None:
         return Detection(None, None, None, None)

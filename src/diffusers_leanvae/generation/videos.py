@@ -11,27 +11,10 @@ from .. import bundled
 from ..checks import check_choice
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..video_io import VideoWriter, read_video
+from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
 from ..video_io.writer import WRITABLE_VIDEO
 from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
-
-
-def video_grid(videos: torch.Tensor) -> torch.Tensor:
-    r"""Videos side by side in a grid that is as wide as it is high or wider, missing places black.
-
-    Args:
-        videos: `(num_videos, num_frames, height, width, channels)`.
-
-    Returns:
-        `(num_frames, rows * height, columns * width, channels)`.
-    """
-    count, num_frames, height, width, channels = videos.shape
-    columns = int(max(count - 1, 0) ** 0.5) + 1
-    rows = -(-count // columns)
-    grid = videos.new_zeros(rows * columns, num_frames, height, width, channels)
-    grid[:count] = videos
-    grid = grid.view(rows, columns, num_frames, height, width, channels).permute(2, 0, 3, 1, 4, 5)
-    return grid.reshape(num_frames, rows * height, columns * width, channels)
 
 
 def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -129,7 +112,7 @@ def generate_videos(
         options = {"guidance_scale": bundled.PIPELINES[model].guidance_scale} | options
     options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
     if image is not None:
-        options["image"] = read_video(image)[0][:1].permute(0, 3, 1, 2) / 255
+        options["image"] = pixels_to_unit(read_video(image, num_frames=1)[0]).permute(0, 3, 1, 2)
     if max_memory is not None:
         pipeline.vae.enable_tiling(budget=max_memory)
     argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
@@ -184,5 +167,4 @@ def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps
     options: dict[str, Any] = {"crf": crf}
     with VideoWriter(path, fps, **options) as writer:
         for piece in pipeline.decode_stream(latents):
-            frames = (piece.float() * 255).round().to("cpu", torch.uint8)
-            writer.write(video_grid(frames.permute(0, 1, 3, 4, 2)))
+            writer.write(video_grid(unit_to_pixels(piece).permute(0, 1, 3, 4, 2)))

@@ -23,11 +23,18 @@ import torch
 
 from .._version import __version__
 from ..atomic import commit, partial_path, remove_stale_partials
-from ..data.datasets import pixels_to_sample, resize_frames, short_side_size
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..models.leanvae_memory import OtherMemory, StreamPlan
 from ..models.temporal_cache import TemporalCache
 from ..video_io import VideoError, VideoInfo, VideoWriter, iter_video, probe_video
+from ..video_io.pixels import (
+    pixels_to_sample,
+    pixels_to_unit,
+    resize_frames,
+    sample_to_unit,
+    short_side_size,
+    unit_to_pixels,
+)
 from ..video_io.reader import IMAGE_EXTENSIONS
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
@@ -262,15 +269,6 @@ def _to_sample(frames: torch.Tensor, vae: Any) -> torch.Tensor:
     return pad_frames(sample, vae.spatial_compression_ratio)
 
 
-def _to_unit(sample: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    r"""Network output `(1, 3, T, H', W')` to `(T, 3, H, W)` float32 in [0, 1], cut to size."""
-    return sample[0, :, :, :height, :width].transpose(0, 1).float().add(1).div_(2).clamp_(0, 1)
-
-
-def _to_pixels(unit: torch.Tensor) -> torch.Tensor:
-    return unit.mul(255).round_().byte().permute(0, 2, 3, 1).cpu()
-
-
 def reconstruct_frames(
     frames: Iterable[torch.Tensor], encoder: StreamingEncoder, decoder: StreamingDecoder
 ) -> Iterator[torch.Tensor]:
@@ -305,7 +303,7 @@ def _units(sample: torch.Tensor | None, height: int, width: int, limit: int) -> 
     r"""Frame by frame, for a step's frames once more as floats would double the memory. At most `limit`."""
     for index in range(0 if sample is None else min(sample.shape[2], limit)):
         assert sample is not None
-        yield _to_unit(sample[:, :, index : index + 1], height, width)
+        yield sample_to_unit(sample[0, :, index : index + 1, :height, :width].transpose(0, 1))
 
 
 @torch.inference_mode()
@@ -376,11 +374,11 @@ def reconstruct_video(
     audio_from = source if is_whole else None
     with VideoWriter(target, info.fps, audio_from=audio_from, **streams.writer_options) as writer:
         for unit in reconstruct_frames(read(), streams.encoder, streams.decoder):
-            pixels = _to_pixels(unit)
+            pixels = unit_to_pixels(unit).permute(0, 2, 3, 1).cpu()
             if originals:
                 original = originals.popleft()
                 if metrics:
-                    reference = original.to(unit.device).permute(0, 3, 1, 2).float().div_(255)
+                    reference = pixels_to_unit(original.to(unit.device)).permute(0, 3, 1, 2)
                     psnr += frame_psnr(unit, reference).tolist()
                     ssim += frame_ssim(unit, reference).tolist()
                 if side_by_side:
@@ -471,7 +469,7 @@ def decode_video(
 
         def write(sample: torch.Tensor | None) -> None:
             for unit in _units(sample, *size[1:], info.num_frames - writer.num_frames):
-                writer.write(_to_pixels(unit))
+                writer.write(unit_to_pixels(unit).permute(0, 2, 3, 1))
                 if progress is not None:
                     progress(1)
 

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .files import _to_pixels, reconstruct_frames
+from ..video_io.pixels import unit_to_pixels
+from .files import reconstruct_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
 
@@ -66,7 +67,7 @@ def reconstruct_stream(
 
     try:
         for unit in reconstruct_frames(read(), encoder, decoder):
-            pixels = _to_pixels(unit)
+            pixels = unit_to_pixels(unit).permute(0, 2, 3, 1).cpu()
             _write(target, torch.cat((originals.popleft(), pixels), dim=2) if side_by_side else pixels)
             target.flush()
             num_written += 1

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..video_io.pixels import sample_to_unit
+
 
 # The statistics that encoders trained on ImageNet expect, for those that come without a `preprocessor_config.json`.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -157,7 +159,7 @@ class ImageFeatures:
         frames = sample[:, :, :: self.stride].transpose(1, 2).flatten(0, 1)  # (B * F, 3, H, W)
         size = [edge * self.patch_size for edge in grid]
         frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True, align_corners=False)
-        pixels = (frames.clamp(-1, 1).add(1).div(2) - self.mean) / self.std
+        pixels = (sample_to_unit(frames) - self.mean) / self.std
         tokens = self.model(pixel_values=pixels, **self.options).last_hidden_state
         patches = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]  # class and register tokens come first
         return patches.unflatten(1, grid).unflatten(0, (batch_size, -1))

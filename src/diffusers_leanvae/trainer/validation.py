@@ -11,6 +11,7 @@ import torch
 from ..data.datasets import read_center_clip
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..video_io import list_videos, probe_video, write_video
+from ..video_io.pixels import sample_to_unit, unit_to_pixels
 
 
 class ValidationClip(NamedTuple):
@@ -71,12 +72,12 @@ def score_clips(
     for index, clip in enumerate(clips):
         sample = clip.sample.to(vae.device)
         reconstruction = vae(sample[None], return_dict=False)[0][0]
-        original, decoded = (x.transpose(0, 1).float().clamp(-1, 1).add(1).div(2) for x in (sample, reconstruction))
+        original, decoded = (sample_to_unit(x.transpose(0, 1)) for x in (sample, reconstruction))
         psnr, ssim = (metric(decoded, original).mean().item() for metric in (frame_psnr, frame_ssim))
         pictures = None
         if index < num_videos:
             pairs = torch.cat((original, decoded), dim=3)  # (T, 3, H, 2 * W)
-            pictures = pairs.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pictures = unit_to_pixels(pairs).permute(0, 2, 3, 1).cpu().numpy()
             if videos is not None:
                 path = videos / Path(clip.name).with_suffix(".mp4")
                 path.parent.mkdir(parents=True, exist_ok=True)
