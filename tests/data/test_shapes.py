@@ -134,9 +134,12 @@ def test_clips_become_a_folder_of_videos_and_a_killed_call_goes_on(tmp_path: Pat
         assert (pixels - shapes[index].pixels).abs().mean() < 0.03
         assert detect(pixels).class_label == row["label"]
     first, second = tmp_path / "000000.mp4", tmp_path / "000001.mp4"
-    content, times = second.read_bytes(), [path.stat().st_mtime_ns for path in (first, second)]
+    before = first.stat().st_mtime_ns
     second.unlink()
     (tmp_path / "metadata.jsonl").unlink()
     write_shapes(tmp_path, shapes)
-    assert second.read_bytes() == content and first.stat().st_mtime_ns == times[0]
+    assert first.stat().st_mtime_ns == before
+    # Not byte by byte: with AVX-512, x264's look-ahead (`mbtree`) may give another file for the same frames.
+    pixels = read_video(second)[0].permute(3, 0, 1, 2) / 127.5 - 1
+    assert pixels.shape == (3, 9, 64, 64) and (pixels - shapes[1].pixels).abs().mean() < 0.03
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(row["file_name"] for row in rows), "metadata.jsonl"]
