@@ -23,7 +23,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_leanvae import LeanVAELattePipeline
-from diffusers_leanvae.data.latent_cache import LatentFolder
+from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.latents import normalize_latents
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective

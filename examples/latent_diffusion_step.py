@@ -19,7 +19,7 @@ def main(model: str, folder: str, num_steps: str = "20") -> None:
     vae.requires_grad_(False)
     denoiser = torch.nn.Conv3d(vae.latent_channels, vae.latent_channels, kernel_size=3, padding=1).to(device)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
-    videos = VideoFolder(folder, clip_sizes=[(9, 64, 64)], clips_per_size=2)  # random clips, any index is valid
+    videos = VideoFolder(folder, clip_sizes=[(9, 64, 64)], batch_size=2)  # random clips, any index is valid
     loader = DataLoader(videos, batch_size=2, sampler=range(2 * int(num_steps)))
 
     for step, clips in enumerate(loader):

@@ -43,14 +43,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_leanvae.atomic import replace_folder
-from diffusers_leanvae.data import open_training_data
-from diffusers_leanvae.data.latent_cache import LatentFolder
-from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData, as_sample, encode_batch, measure_statistics
+from diffusers_leanvae.checks import CHECKPOINT_SUFFIXES
+from diffusers_leanvae.data import Share, open_training_data
+from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
+from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.shapes import MovingShapes
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.hub import upload_folder
-from diffusers_leanvae.latents import normalize_latents
+from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
 from diffusers_leanvae.losses.representation import (
     AutoencoderFeatures,
@@ -70,12 +71,12 @@ from diffusers_leanvae.trainer.checkpoints import (
     save_checkpoint,
 )
 from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
-from diffusers_leanvae.trainer.finetuning import CHECKPOINT_SUFFIXES, load_vae
+from diffusers_leanvae.trainer.finetuning import load_vae
 from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimizer, check_trackers
 from diffusers_leanvae.trainer.model_card import describe_recipe, write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
 from diffusers_leanvae.video_io import write_video
-from diffusers_leanvae.video_io.pixels import unit_to_pixels, video_grid
+from diffusers_leanvae.video_io.pixels import as_sample, unit_to_pixels, video_grid
 
 
 # Of `optimizer.name: muon`: layers on the condition, of which a batch has too few to know their covariance, and the
@@ -510,7 +511,10 @@ def main(arguments: list[str] | None = None) -> None:
     loader = DataLoader(
         data,
         batch_sampler=data.batches(
-            recipe.batch_size, progress.step, recipe.num_steps, recipe.num_accumulation_steps, rank, world_size
+            recipe.batch_size,
+            progress.step,
+            recipe.num_steps,
+            Share(rank, world_size, recipe.num_accumulation_steps),
         ),
         collate_fn=lambda batch: batch,  # the data gives whole batches
         num_workers=recipe.data.num_workers,

@@ -46,8 +46,8 @@ from tqdm.auto import tqdm
 
 from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.data import ClipDataset, open_training_data, pixels_to_sample
-from diffusers_leanvae.data.latent_samples import measure_statistics
 from diffusers_leanvae.hub import upload_folder
+from diffusers_leanvae.latents import measure_statistics
 from diffusers_leanvae.losses.adversarial import (
     DiscriminatorTrainingModule,
     PatchDiscriminator2d,

@@ -1,8 +1,11 @@
-"""Latents between the autoencoder and a diffusion model: normalised by what the autoencoder's config says."""
+"""Latents between the autoencoder and a diffusion model: encoded, measured, and normalised by the config."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from .video_io.pixels import as_sample
 
 
 def normalize_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
@@ -28,3 +31,22 @@ def _statistics(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch
         return latents.new_zeros(()), latents.new_ones(())
     mean, std = latents.new_tensor(config.latents_mean), latents.new_tensor(config.latents_std)
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+@torch.no_grad()
+def encode_batch(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Posterior means, not normalised, of clips: uint8, or floats in `[-1, 1]`; without autocast, in float32."""
+    sample = as_sample(pixels)
+    with torch.autocast(sample.device.type, enabled=False):
+        return vae.encode(sample, return_dict=False)[0].mode()
+
+
+def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
+    total = squares = torch.zeros(num_channels, dtype=torch.float64)
+    count = 0
+    for batch in latents:
+        values = batch.transpose(0, 1).flatten(1).cpu().double()
+        total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()

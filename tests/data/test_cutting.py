@@ -11,7 +11,7 @@ import torch
 from patterns import drifting_pattern
 from torch.utils.data import DataLoader
 
-from diffusers_leanvae.data import Clip, ClipDataset, StepBatches, StepSchedule, open_training_data
+from diffusers_leanvae.data import Clip, ClipDataset, Share, StepBatches, StepSchedule, open_training_data
 from diffusers_leanvae.data.cutting import ClipOptions, VideoPool, VideoShelf
 from diffusers_leanvae.data.sources import FileSource
 from diffusers_leanvae.video_io import read_video, write_video
@@ -43,7 +43,7 @@ def test_image_steps_come_at_the_ratio_and_their_indices_are_their_own():
     kinds = [schedule.is_image_step(step) for step in range(1000)]
     assert sum(kinds) == 300 and max(sum(kinds[i : i + 10]) for i in range(0, 1000, 10)) == 3
     assert all(schedule.num_image_steps(step) == sum(kinds[:step]) for step in range(0, 1000, 7))
-    lists = [list(StepBatches(4, 0, 20, 2, rank, 2, schedule)) for rank in range(2)]
+    lists = [list(StepBatches(schedule, 0, 20, Share(rank, 2, 2))) for rank in range(2)]
     for step in range(20):
         drawn = sorted(index for rank in lists for batch in rank[2 * step : 2 * step + 2] for index in batch)
         assert drawn == list(range(8 * step, 8 * step + (8 if kinds[step] else 4)))

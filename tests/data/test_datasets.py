@@ -9,11 +9,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_leanvae.data import StepBatches, VideoFolder, cutting, pixels_to_sample, read_center_clip
+from diffusers_leanvae.data import (
+    Share,
+    StepBatches,
+    StepSchedule,
+    VideoFolder,
+    cutting,
+    pixels_to_sample,
+    read_center_clip,
+)
 from diffusers_leanvae.video_io import VideoError, probe_video, read_video
 
 
-RANDOM = {"clip_sizes": [[5, 16, 24], [1, 32, 32]], "clips_per_size": 2, "max_stride": 2, "max_zoom_out": 1.8}
+RANDOM = {"clip_sizes": [[5, 16, 24], [1, 32, 32]], "batch_size": 2, "stride": [1, 2], "max_zoom_out": 1.8}
 
 
 def test_the_i_th_clip_depends_on_seed_and_index_alone(clips: Path):
@@ -30,7 +38,7 @@ def test_the_i_th_clip_depends_on_seed_and_index_alone(clips: Path):
 
 def test_workers_change_nothing(clips: Path):
     dataset = VideoFolder(clips, **RANDOM, cache_gib=0)
-    batches = StepBatches(batch_size=2, start_step=0, num_steps=3)
+    batches = StepBatches(StepSchedule(batch_size=2), start_step=0, num_steps=3)
     alone = [clip.pixels for clip in DataLoader(dataset, batch_sampler=batches)]
     shared = [clip.pixels for clip in DataLoader(dataset, batch_sampler=batches, num_workers=1)]
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -47,7 +55,7 @@ def test_sizes_are_drawn_per_batch_and_every_video_is_visited_each_epoch(clips: 
 def test_a_clip_is_a_window_of_its_video(clips: Path, tmp_path: Path):
     shutil.copy(clips / "a.mp4", tmp_path)
     frames, _ = read_video(tmp_path / "a.mp4")
-    dataset = VideoFolder(tmp_path, clip_sizes=[[5, 48, 64]], max_stride=2)
+    dataset = VideoFolder(tmp_path, clip_sizes=[[5, 48, 64]], stride=[1, 2])
     seen = set()
     for index in range(40):
         pixels = dataset[index].pixels.permute(1, 2, 3, 0)
@@ -112,7 +120,7 @@ def test_videos_that_hold_no_clip(clips: Path, tmp_path: Path):
     [
         ({"clip_sizes": [[5, 16]]}, r"`clip_sizes` must hold \[num_frames, height, width\] triples, got \[5, 16\]"),
         ({"clip_sizes": []}, "`clip_sizes` must hold at least one"),
-        ({"max_stride": 0}, "`max_stride` must be at least 1, got 0"),
+        ({"stride": 0}, "`stride` must be an integer from 1 or .lowest, highest. of them, got 0"),
         ({"max_zoom_out": 0.5}, "`max_zoom_out` must be at least 1.0, got 0.5"),
     ],
 )
@@ -140,19 +148,25 @@ def test_large_videos_are_scaled_down_and_the_cache_is_capped(clips: Path):
 
 @pytest.mark.parametrize(("num_parts", "world_size"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_processes_and_accumulation_share_the_clips_of_a_step(num_parts: int, world_size: int):
-    per_process = [list(StepBatches(8, 3, 5, num_parts, rank, world_size)) for rank in range(world_size)]
+    per_process = [
+        list(StepBatches(StepSchedule(8), 3, 5, Share(rank, world_size, num_parts))) for rank in range(world_size)
+    ]
     for step in (3, 4):
         parts = slice((step - 3) * num_parts, (step - 2) * num_parts)
         drawn = sorted(index for batches in per_process for part in batches[parts] for index in part)
         assert drawn == list(range(8 * step, 8 * step + 8))
-    assert len(StepBatches(8, 3, 5, num_parts, 0, world_size)) == 2 * num_parts == len(per_process[0])
+    assert (
+        len(StepBatches(StepSchedule(8), 3, 5, Share(0, world_size, num_parts)))
+        == 2 * num_parts
+        == len(per_process[0])
+    )
 
 
 def test_the_batch_must_divide():
     with pytest.raises(
         ValueError, match="`batch_size` must be a multiple of 2 accumulation steps times 2 processes, got 6"
     ):
-        StepBatches(6, 0, 1, 2, 0, 2)
+        StepBatches(StepSchedule(6), 0, 1, Share(0, 2, 2))
 
 
 def test_the_evaluation_view(clips: Path):

@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.data.latent_cache import LatentFolder, encode_dataset, open_clips
-from diffusers_leanvae.data.latent_samples import LatentData, encode_batch
+from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
+from diffusers_leanvae.data.latent_cache import encode_dataset
+from diffusers_leanvae.data.latent_samples import LatentData
+from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.shapes import CLASS_NAMES, MovingShapes
+from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.video_io import write_video
 
 
@@ -207,7 +210,7 @@ def test_crops_and_mirrors_of_a_folder(vae, videos: Path, tmp_path: Path):
     assert [both[index].class_label for index in range(0, 12, 4)] == [0, 1, 0]
     assert [both.name(index) for index in range(4)] == ["0.mkv#0", "0.mkv#0#mirrored", "0.mkv#1", "0.mkv#1#mirrored"]
     assert both[6].caption == "no 1"
-    clips = open_clips(str(videos), SIZE["clip_size"], num_crops=2, flip="both", stride=2, seed=7)
+    clips = open_clip_list(ClipSelection(str(videos), SIZE["clip_size"], num_crops=2, flip="both", stride=2, seed=7))
     for number, clip in enumerate(clips.read(range(6))):
         assert clip is not None and clip.pixels.dtype == torch.uint8
         for mirrored, pixels in enumerate((clip.pixels, clip.pixels.flip(-1))):

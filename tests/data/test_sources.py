@@ -13,6 +13,7 @@ from patterns import drifting_pattern
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
+from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.sources import expand_braces, open_source
 from diffusers_leanvae.data.streams import VideoStream
 from diffusers_leanvae.video_io import write_video
@@ -134,6 +135,16 @@ def test_a_stream_visits_everything_once_an_epoch_in_a_new_order(listed: Path, d
     assert not data.root.exists()
 
 
+def test_latent_data_takes_a_stream_block_by_block(listed: Path, datasets):
+    data = open_training_data(f"hub:{listed}", batch_size=2, **STREAM)
+    samples = LatentData(data, has_latents=False)
+    loader = DataLoader(samples, batch_sampler=samples.batches(2, 0, 300), collate_fn=lambda batch: batch)
+    for batch in loader:
+        assert len(batch.videos) == 2
+    assert len(list(data.root.iterdir())) < 50  # of 150 blocks: those that no worker can ask for are removed
+    data.close()
+
+
 @pytest.mark.parametrize(("kind", "world_size"), [("videofolder", 1), ("videofolder", 2), ("webdataset", 2)])
 def test_a_resumed_stream_goes_on_as_an_uninterrupted_one(
     kind: str, world_size: int, listed: Path, shards: Path, datasets
@@ -159,7 +170,7 @@ def test_a_resumed_stream_goes_on_as_an_uninterrupted_one(
         resumed = start()
         resumed.load_state_dict(state)
         assert state["block"] > 0
-        del resumed._reader.states[0]  # so it cannot read that again
+        del resumed.reader.states[0]  # so it cannot read that again
         assert equal(draw(resumed, 5, 7), whole[5:])
         assert torch.equal(straight[5].pixels, start()[5].pixels)
         key = "caption" if kind == "videofolder" else "txt"

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from diffusers_leanvae import LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import write_original_checkpoint
 from diffusers_leanvae.data.latent_cache import encode_dataset
-from diffusers_leanvae.data.latent_samples import LatentData, encode_batch
+from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
+from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
 from diffusers_leanvae.trainer.recipe import load_recipe

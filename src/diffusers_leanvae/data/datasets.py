@@ -5,19 +5,19 @@ depend on the number of workers (nor, for files at hand, of processes) that shar
 in; `docs/data.md` tells what it takes.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..video_io import VideoError, read_video
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits
+from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource
 
 
@@ -37,95 +37,6 @@ def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tens
     return pixels_to_sample(clip).clamp_(-1.0, 1.0).contiguous()
 
 
-# --- Steps -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepSchedule:
-    r"""Which steps are image steps, and which clip indices belong to a step.
-
-    Image steps are spread evenly. Step `s` owns the indices from `s * clips_per_step` on; a step of videos leaves the
-    last of them unused where image steps are larger.
-
-    Args:
-        batch_size: Clips of a step of videos, over all processes and accumulation steps.
-        image_ratio: The share of steps whose clips are single frames.
-        image_batch_factor: Such a step has this many times more clips.
-    """
-
-    batch_size: int
-    image_ratio: float = 0.0
-    image_batch_factor: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.image_ratio <= 1.0:
-            raise ValueError(f"`image_ratio` must be from 0 to 1, got {self.image_ratio}.")
-        if self.image_batch_factor < 1:
-            raise ValueError(f"`image_batch_factor` must be at least 1, got {self.image_batch_factor}.")
-
-    @property
-    def clips_per_step(self) -> int:
-        return self.batch_size * (self.image_batch_factor if self.image_ratio > 0 else 1)
-
-    def num_image_steps(self, step: int) -> int:
-        r"""Image steps before `step`."""
-        ratio = Fraction(self.image_ratio).limit_denominator(10_000)  # exact: both sides of a step must agree
-        return step * ratio.numerator // ratio.denominator
-
-    def is_image_step(self, step: int) -> bool:
-        return self.num_image_steps(step + 1) > self.num_image_steps(step)
-
-    def num_clips(self, step: int) -> int:
-        return self.batch_size * (self.image_batch_factor if self.is_image_step(step) else 1)
-
-
-class StepBatches(Sampler[list[int]]):
-    r"""The index lists of one process: step `s` uses the clips `s * batch_size` up to `(s + 1) * batch_size`.
-
-    Args:
-        batch_size: Clips of one optimizer step, over all processes and accumulation steps.
-        start_step: The first step to draw, later ones when resuming.
-        num_steps: The step to stop before.
-        num_accumulation_steps: Batches per step and process.
-        rank: This process.
-        world_size: Number of processes.
-        schedule: Where image steps are mixed in; the indices of a step are then those of `StepSchedule`.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        start_step: int,
-        num_steps: int,
-        num_accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        schedule: StepSchedule | None = None,
-    ) -> None:
-        if batch_size < 1 or batch_size % (num_accumulation_steps * world_size):
-            raise ValueError(
-                f"`batch_size` must be a multiple of {num_accumulation_steps} accumulation steps times {world_size} "
-                f"processes, got {batch_size}."
-            )
-        self.schedule = schedule or StepSchedule(batch_size)
-        self.start_step, self.num_steps = start_step, num_steps
-        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
-
-    def __len__(self) -> int:
-        return max(0, self.num_steps - self.start_step) * self.num_accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        num_parts = self.num_accumulation_steps * self.world_size
-        for step in range(self.start_step, self.num_steps):
-            count = self.schedule.num_clips(step) // num_parts
-            for part in range(self.rank, num_parts, self.world_size):
-                first = step * self.schedule.clips_per_step + part * count
-                yield list(range(first, first + count))
-
-
-# --- Clips -----------------------------------------------------------------------------------------------------------
-
-
 class Clip(NamedTuple):
     """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of all fields.
 
@@ -139,60 +50,49 @@ class Clip(NamedTuple):
     num_skipped: int
 
 
-class ClipDataset(Dataset[Clip]):
-    r"""Random clips without end: any index from 0 is valid. What videos they come from is up to the subclass.
+class ClipDataset(ABC, Dataset[Clip]):
+    r"""Random clips without end: any index from 0 is valid. The subclass says which videos they come from.
 
     One size is drawn per step, so that a batch has one. A video that cannot be decoded, or is too short or too small
     for the clip, is passed over, with a warning where no clip fits at all, and the next one in the order takes its
     place.
+
+    Args:
+        options: What is cut from the videos.
+        schedule: The steps.
+        share: What this process draws of a step.
+        seed: Everything random depends on this and on the index of the clip alone.
     """
 
-    def __init__(
-        self,
-        options: ClipOptions,
-        schedule: StepSchedule,
-        num_accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.options, self.schedule, self.seed = options, schedule, seed
-        self.num_accumulation_steps, self.rank, self.world_size = num_accumulation_steps, rank, world_size
+    def __init__(self, options: ClipOptions, schedule: StepSchedule, share: Share = ALONE, seed: int = 0) -> None:
+        self.options, self.schedule, self.share, self.seed = options, schedule, share, seed
         self.batches(0, 0)  # refuses a batch that does not divide
 
+    @abstractmethod
     def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
         r"""The videos for the clip at `position` of `step`, and its step and position within them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metadata(self, video: int) -> dict[str, Any]:
-        r"""What is known of a video beside its pixels: `file_name` and, for instance, `caption`."""
-        raise NotImplementedError
+        r"""All that is known of a video: its `file_name` and, for instance, a `caption`."""
 
+    @abstractmethod
     def describe(self) -> str:
         r"""The data in a few words, for a log."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_cached(self) -> int:
         r"""Videos and images held in memory."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_skipped(self) -> int:
         r"""Videos and images found to be unusable so far, in this process; `Clip.num_skipped` tells of all."""
-        raise NotImplementedError
 
     def batches(self, start_step: int, num_steps: int) -> StepBatches:
         r"""The `batch_sampler` of this process, from `start_step` until before `num_steps`."""
-        return StepBatches(
-            self.schedule.batch_size,
-            start_step,
-            num_steps,
-            self.num_accumulation_steps,
-            self.rank,
-            self.world_size,
-            self.schedule,
-        )
+        return StepBatches(self.schedule, start_step, num_steps, self.share)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         r"""What makes starting at `step` fast, to be saved by each process; the clips are the same without it."""
@@ -235,10 +135,11 @@ class TrainingClips(ClipDataset):
         source: The videos.
         options: What is cut from them.
         schedule: The steps.
+        share: What this process draws of a step.
+        seed: Everything random depends on this and on the index of the clip alone.
         images: Where image steps take their images from; `None` for random frames of the videos.
         cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
             others each clip reads what it needs.
-        kwargs: As of `ClipDataset`.
     """
 
     def __init__(
@@ -246,11 +147,12 @@ class TrainingClips(ClipDataset):
         source: VideoSource,
         options: ClipOptions,
         schedule: StepSchedule,
+        share: Share = ALONE,
+        seed: int = 0,
         images: VideoSource | None = None,
         cache_gib: float = 4.0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(options, schedule, **kwargs)
+        super().__init__(options, schedule, share, seed)
         self.shelf = VideoShelf(source, shelf_sizes(options, schedule, images is None), options)
         self.image_shelf = self.shelf if images is None else VideoShelf(images, options.image_sizes, options)
         capacity = int(cache_gib * 2**30)
@@ -294,35 +196,35 @@ class TrainingClips(ClipDataset):
 
 
 class VideoFolder(TrainingClips):
-    r"""Random clips of the videos below a folder, with a stride from 1 to `max_stride`.
+    r"""Random clips of the videos below a folder, for one process; the arguments are those of `open_training_data`.
 
     Args:
         folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
-        clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `clips_per_size` successive clips.
-        clips_per_size: The number of successive clips that share a size: a multiple of the batch size.
-        short_side, max_zoom_out, flip, cache_gib, seed: As of `open_training_data`.
-        max_stride: Frames are taken 1 to `max_stride` apart, as far as the video is long enough.
+        clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `batch_size` successive clips.
+        batch_size: Clips of a step, which share a size.
+        short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
+        stride: Frames are taken so far apart, or `[lowest, highest]` to draw it per clip; less where a video is short.
+        max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
+        flip: Mirror every other clip left to right.
+        cache_gib: Memory for decoded videos.
+        seed: Everything random depends on this and on the index of the clip alone.
     """
 
     def __init__(
         self,
         folder: str | Path,
         clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),),
-        clips_per_size: int = 1,
+        batch_size: int = 1,
         short_side: int | None = None,
-        max_stride: int = 1,
+        stride: int | Sequence[int] = 1,
         max_zoom_out: float = 1.0,
         flip: bool = True,
         cache_gib: float = 4.0,
         seed: int = 0,
     ) -> None:
-        if max_stride < 1:
-            raise ValueError(f"`max_stride` must be at least 1, got {max_stride}.")
-        options = ClipOptions(
-            clip_sizes, short_side=short_side, stride=(1, max_stride), max_zoom_out=max_zoom_out, flip=flip
-        )
+        options = ClipOptions(clip_sizes, False, short_side, stride, max_zoom_out, flip)
         source = FileSource(Path(folder))
-        super().__init__(source, options, StepSchedule(clips_per_size), cache_gib=cache_gib, seed=seed)
+        super().__init__(source, options, StepSchedule(batch_size), seed=seed, cache_gib=cache_gib)
         self.paths = source.paths
 
 

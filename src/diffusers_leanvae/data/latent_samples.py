@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..video_io.pixels import pixels_to_sample
-from .datasets import ClipDataset, StepBatches
+from .datasets import ClipDataset
+from .schedule import ALONE, Share, StepBatches, StepSchedule
 
 
 class LatentBatch(NamedTuple):
@@ -107,11 +107,11 @@ class LatentData(Dataset[LatentBatch]):
             videos, labels = self._get(list(indices))
             yield LatentBatch(videos, None, labels, torch.tensor(indices), 0)
 
-    def batches(
-        self, batch_size: int, start_step: int, num_steps: int, num_accumulation_steps: int, rank: int, world_size: int
-    ) -> StepBatches:
+    def batches(self, batch_size: int, start_step: int, num_steps: int, share: Share = ALONE) -> StepBatches:
         r"""The `batch_sampler` of a process, from `start_step` until before `num_steps`."""
-        return StepBatches(batch_size, start_step, num_steps, num_accumulation_steps, rank, world_size)
+        if self.has_own_order:
+            return self.items.batches(start_step, num_steps)
+        return StepBatches(StepSchedule(batch_size), start_step, num_steps, share)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         r"""As of `ClipDataset`."""
@@ -146,27 +146,3 @@ class LatentData(Dataset[LatentBatch]):
         if None in labels:
             raise ValueError(f"`class_label` must be known of every item, got None for item {labels.index(None)}.")
         return values, torch.tensor(labels)
-
-
-def as_sample(pixels: torch.Tensor) -> torch.Tensor:
-    r"""Clips in `[-1, 1]`, of uint8 or as they are."""
-    return pixels_to_sample(pixels) if pixels.dtype == torch.uint8 else pixels
-
-
-@torch.no_grad()
-def encode_batch(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    r"""Posterior means, not normalised, of clips: uint8, or floats in `[-1, 1]`; without autocast, in float32."""
-    sample = as_sample(pixels)
-    with torch.autocast(sample.device.type, enabled=False):
-        return vae.encode(sample, return_dict=False)[0].mode()
-
-
-def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
-    r"""Mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
-    total = squares = torch.zeros(num_channels, dtype=torch.float64)
-    count = 0
-    for batch in latents:
-        values = batch.transpose(0, 1).flatten(1).cpu().double()
-        total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()

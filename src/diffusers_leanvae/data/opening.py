@@ -1,12 +1,12 @@
 """Open whatever training data a recipe names: `open_training_data`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from .cutting import ClipOptions
-from .datasets import ClipDataset, StepSchedule, TrainingClips
+from .datasets import ClipDataset, TrainingClips
+from .schedule import ALONE, Share, StepSchedule
 from .sources import open_source
-from .streams import VideoStream, open_stream
+from .streams import VideoStream, is_stream, open_stream
 
 
 def open_training_data(
@@ -61,17 +61,32 @@ def open_training_data(
         ValueError: If `train` or `images` names nothing usable, or an option is not legal.
         ImportError: If a stream is asked for and `datasets` is not installed.
     """
-    options = ClipOptions(clip_sizes, aspect_buckets, short_side, stride, max_zoom_out, flip, rescale_factors)
-    schedule = StepSchedule(batch_size, image_ratio, image_batch_factor)
+    return open_clip_dataset(
+        train,
+        ClipOptions(clip_sizes, aspect_buckets, short_side, stride, max_zoom_out, flip, rescale_factors),
+        StepSchedule(batch_size, image_ratio, image_batch_factor),
+        Share(rank, world_size, num_accumulation_steps),
+        seed=seed,
+        images=images,
+        cache_gib=cache_gib,
+        shuffle_buffer=shuffle_buffer,
+    )
+
+
+def open_clip_dataset(
+    train: str,
+    options: ClipOptions,
+    schedule: StepSchedule,
+    share: Share = ALONE,
+    *,
+    seed: int = 0,
+    images: str | None = None,
+    cache_gib: float = 4.0,
+    shuffle_buffer: int = 256,
+) -> ClipDataset:
+    """Open videos for training, as [`open_training_data`] does, by the records that its arguments make up."""
     image_source = None if images is None else open_source(images)
-    share: Any = {
-        "num_accumulation_steps": num_accumulation_steps,
-        "rank": rank,
-        "world_size": world_size,
-        "seed": seed,
-        "images": image_source,
-        "cache_gib": cache_gib,
-    }
-    if train.startswith("hub:") or "://" in train:
-        return VideoStream(open_stream(train), options, schedule, shuffle_buffer=shuffle_buffer, **share)
-    return TrainingClips(open_source(train), options, schedule, **share)
+    if is_stream(train):
+        stream = open_stream(train)
+        return VideoStream(stream, options, schedule, share, seed, image_source, cache_gib, shuffle_buffer)
+    return TrainingClips(open_source(train), options, schedule, share, seed, image_source, cache_gib)

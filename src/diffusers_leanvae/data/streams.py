@@ -20,11 +20,17 @@ from typing import Any
 
 from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .cutting import ClipOptions, VideoPool, VideoShelf
-from .datasets import ClipDataset, StepBatches, StepSchedule, make_image_pool, shelf_sizes
+from .datasets import ClipDataset, make_image_pool, shelf_sizes
+from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource, expand_braces
 
 
 _NUM_BATCHES_AHEAD = 64  # a block stays on disk until its last batch was handed to a worker so many batches ago
+
+
+def is_stream(train: str) -> bool:
+    """Whether `train` names a dataset that is streamed: one of the Hub, or at a URL."""
+    return train.startswith("hub:") or "://" in train
 
 
 def open_stream(train: str) -> Any:
@@ -58,10 +64,11 @@ class VideoStream(ClipDataset):
         stream: A `datasets.IterableDataset` with a column of videos or images. They are never decoded by `datasets`.
         options: What is cut from the videos.
         schedule: The steps.
+        share: What this process draws of a step.
+        seed: Everything random depends on this and on the index of the clip alone.
         images: Where image steps take their images from; `None` for random frames of the videos.
         cache_gib: Memory for decoded `images`.
         shuffle_buffer: Examples of a block, rounded up to whole steps.
-        kwargs: As of `ClipDataset`.
     """
 
     def __init__(
@@ -69,18 +76,19 @@ class VideoStream(ClipDataset):
         stream: Any,
         options: ClipOptions,
         schedule: StepSchedule,
+        share: Share = ALONE,
+        seed: int = 0,
         images: VideoSource | None = None,
         cache_gib: float = 4.0,
         shuffle_buffer: int = 256,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(options, schedule, **kwargs)
+        super().__init__(options, schedule, share, seed)
         if shuffle_buffer < 1:
             raise ValueError(f"`shuffle_buffer` must be at least 1, got {shuffle_buffer}.")
-        local_batch_size = schedule.batch_size // self.world_size
+        local_batch_size = schedule.batch_size // share.world_size
         self.steps_per_block = math.ceil(shuffle_buffer / local_batch_size)
         self.block_size = self.steps_per_block * local_batch_size
-        num_batches = self.steps_per_block * self.num_accumulation_steps
+        num_batches = self.steps_per_block * share.num_accumulation_steps
         self.num_blocks_kept = 1 + math.ceil(_NUM_BATCHES_AHEAD / num_batches)
         self.image_pool = None
         if images is not None and schedule.image_ratio > 0:
@@ -90,7 +98,7 @@ class VideoStream(ClipDataset):
         self.mixes_frames = images is None
         self.root = Path(tempfile.mkdtemp(prefix="leanvae-stream-"))
         self._remove = weakref.finalize(self, _remove_folder, self.root, os.getpid())
-        self._reader = _BlockReader(stream, self.block_size, self.root, self.seed, self.rank, self.world_size)
+        self.reader = BlockReader(stream, self.block_size, self.root, seed, share)
         self._pools: dict[int, tuple[VideoPool, VideoPool | None]] = {}
 
     @property
@@ -110,9 +118,9 @@ class VideoStream(ClipDataset):
         first_step = block * self.steps_per_block
         num_image_steps = self.schedule.num_image_steps(step) - self.schedule.num_image_steps(first_step)
         # Of the parts of a step, every `world_size`-th is this process's: positions count its own clips.
-        count = self.schedule.num_clips(step) // (self.num_accumulation_steps * self.world_size)
+        count = self.schedule.num_clips(step) // self.share.num_parts
         part, within = divmod(position, count)
-        position = part // self.world_size * count + within
+        position = part // self.share.world_size * count + within
         video_pool, image_pool = self._block_pools(block)
         if is_image_step:
             assert image_pool is not None
@@ -132,11 +140,11 @@ class VideoStream(ClipDataset):
         return f"a stream in blocks of {self.block_size} videos per process{images}"
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        return self._reader.state_dict(step // self.steps_per_block)
+        return self.reader.state_dict(step // self.steps_per_block)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:  # an empty one is that of files at hand, or of a process that saved none
-            self._reader.load_state_dict(state)
+            self.reader.load_state_dict(state)
 
     def close(self) -> None:
         self._remove()
@@ -147,14 +155,14 @@ class VideoStream(ClipDataset):
 
     def _block_pools(self, block: int) -> tuple[VideoPool, VideoPool | None]:
         if block not in self._pools:
-            folder = self._reader.fetch(block)
+            folder = self.reader.fetch(block)
             sizes = shelf_sizes(self.options, self.schedule, self.mixes_frames)
             shelf = VideoShelf(FileSource(folder), sizes, self.options)
-            seed = [self.seed, 0, self.rank, block]
-            local_batch_size = self.schedule.batch_size // self.world_size
+            seed = [self.seed, 0, self.share.rank, block]
+            local_batch_size = self.schedule.batch_size // self.share.world_size
             pool = VideoPool(shelf, self.options.sizes, local_batch_size, seed)
             needs_images = self.mixes_frames and self.schedule.image_ratio > 0
-            image_pool = make_image_pool(shelf, self.schedule, seed, self.world_size) if needs_images else None
+            image_pool = make_image_pool(shelf, self.schedule, seed, self.share.world_size) if needs_images else None
             self._pools = dict(sorted(self._pools.items())[-1:])  # the one before may still be asked for
             self._pools[block] = pool, image_pool
         return self._pools[block]
@@ -167,20 +175,11 @@ class _StreamBatches(StepBatches):
     r"""Index lists of a stream: the block of a batch is on disk before a worker sees its indices."""
 
     def __init__(self, stream: VideoStream, start_step: int, num_steps: int) -> None:
-        schedule = stream.schedule
-        super().__init__(
-            schedule.batch_size,
-            start_step,
-            num_steps,
-            stream.num_accumulation_steps,
-            stream.rank,
-            stream.world_size,
-            schedule,
-        )
+        super().__init__(stream.schedule, start_step, num_steps, stream.share)
         self.stream = stream
 
     def __iter__(self) -> Iterator[list[int]]:
-        reader, steps_per_block = self.stream._reader, self.stream.steps_per_block
+        reader, steps_per_block = self.stream.reader, self.stream.steps_per_block
         last_block = (self.num_steps - 1) // steps_per_block
         current = -1
         coming: Future[Path] | None = None
@@ -197,18 +196,26 @@ class _StreamBatches(StepBatches):
                 yield indices
 
 
-class _BlockReader:
-    r"""Writes block after block of a stream to disk: a folder of videos with a `metadata.jsonl`."""
+class BlockReader:
+    r"""Writes block after block of a stream to disk: a folder of videos with a `metadata.jsonl`.
 
-    def __init__(self, stream: Any, block_size: int, root: Path, seed: int, rank: int, world_size: int) -> None:
+    Args:
+        stream: A `datasets.IterableDataset` with a column of videos or images.
+        block_size: Examples of a block.
+        root: An existing folder for the blocks.
+        seed: The order of shards follows from this.
+        share: Which process reads; processes get shards of their own, or examples in turn.
+    """
+
+    def __init__(self, stream: Any, block_size: int, root: Path, seed: int, share: Share = ALONE) -> None:
         from datasets.distributed import split_dataset_by_node  # pyright: ignore[reportMissingImports]
 
         self.column = _visual_column(stream)
         stream = _without_decoding(stream, self.column)
         # A buffer of one shuffles the order of shards only, and holds nothing back that a state would not know of.
-        stream = split_dataset_by_node(stream, rank, world_size).shuffle(seed=seed, buffer_size=1)
+        stream = split_dataset_by_node(stream, share.rank, share.world_size).shuffle(seed=seed, buffer_size=1)
         self.stream, self.block_size, self.root = stream, block_size, root
-        self.setting = {"block_size": block_size, "seed": seed, "rank": rank, "world_size": world_size}
+        self.setting = {"block_size": block_size, "seed": seed, "rank": share.rank, "world_size": share.world_size}
         self.states: dict[int, dict[str, Any]] = {0: {"epoch": 0, "stream": {}}}  # position at the start of a block
         self.next_block, self.epoch = 0, 0
         self.examples: Iterator[dict[str, Any]] | None = None

@@ -16,6 +16,11 @@ def pixels_to_sample(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
+def as_sample(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 pixels to float32 in `[-1, 1]`; floating point is taken for a sample and returned as it is."""
+    return pixels_to_sample(pixels) if pixels.dtype == torch.uint8 else pixels
+
+
 def pixels_to_unit(pixels: torch.Tensor) -> torch.Tensor:
     """Convert pixels to float32 in `[0, 1]`."""
     return pixels.to(torch.float32, copy=True).div_(255)

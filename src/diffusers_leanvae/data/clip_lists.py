@@ -1,0 +1,243 @@
+"""Finite lists of numbered clips, cut from whatever source: what `encode_dataset` encodes."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..checks import check_choice
+from ..video_io import VideoError
+from .cutting import ClipOptions, VideoShelf
+from .named import LABEL_KEYS, NAMED_DATASETS, NamedDataset, Sampling, find_caption, number_labels, open_named_dataset
+from .shapes import MovingShapes
+from .sources import FileSource, open_source
+from .streams import BlockReader, is_stream, open_stream
+
+
+Flip = Literal["auto", "none", "random", "both"]
+_BLOCK_SIZE = 64  # examples of a stream that are on disk at once
+
+
+@dataclass(frozen=True)
+class ClipSelection:
+    """Which clips of a source, and how they are cut.
+
+    Args:
+        source: `"shapes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
+            `open_training_data` takes: a folder, tar shards, or a stream.
+        clip_size: `[num_frames, height, width]`; square for named data sets.
+        num_crops: Clips per video, each at a random place and time (named data sets: time).
+        flip: `"none"`; `"random"`: mirror every other clip; `"both"`: every clip as it is, for the user of the list to
+            mirror; `"auto"`: what is usual for a named data set, else `"none"`. Moving shapes are never mirrored.
+        sampling: Of named data sets, see `open_named_dataset`.
+        stride: Distance of frames; 3 for named data sets and 1 for others by default.
+        short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
+        num_clips: At most so many clips; needed for a stream, 10,000 by default for shapes.
+        seed: All randomness.
+    """
+
+    source: str
+    clip_size: Sequence[int] = (17, 256, 256)
+    num_crops: int = 1
+    flip: Flip = "auto"
+    sampling: Sampling = "exact"
+    stride: int | None = None
+    short_side: int | None = None
+    num_clips: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_crops", self.num_crops), ("num_clips", self.num_clips)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if len(self.clip_size) != 3 or min(self.clip_size) < 1:
+            raise ValueError(f"`clip_size` must be [num_frames, height, width], got {list(self.clip_size)}.")
+        check_choice("flip", self.flip, get_args(Flip))
+
+
+class SourceClip(NamedTuple):
+    r"""A clip to encode: pixels `(3, num_frames, height, width)`, uint8 or in `[-1, 1]`, and what is known of it."""
+
+    pixels: torch.Tensor
+    class_label: int | None
+    caption: str | None
+    name: str
+
+
+class ClipList(Protocol):
+    r"""Clips by number, each a function of its number; `None` in place of one that cannot be used."""
+
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: range) -> Iterator[SourceClip | None]:
+        r"""The clips of ascending numbers, in order."""
+        ...
+
+
+def open_clip_list(selection: ClipSelection, num_workers: int = 0) -> ClipList:
+    """Open the clips of a selection.
+
+    Args:
+        selection: The clips.
+        num_workers: Processes that decode videos ahead.
+
+    Raises:
+        ValueError: If the source holds nothing of the kind, or the selection is not legal for it.
+    """
+    source, flip, num_clips, seed = selection.source, selection.flip, selection.num_clips, selection.seed
+    num_frames, height, width = selection.clip_size
+    if source == "shapes":
+        if flip not in ("auto", "none") or selection.num_crops > 1:
+            raise ValueError(
+                f"`flip` and `num_crops` must be 'none' and 1 for shapes, which are told by their direction, got "
+                f"{flip!r} and {selection.num_crops}."
+            )
+        return _ShapeClips(MovingShapes(num_frames, height, width, seed, num_clips or 10_000), num_workers)
+    name, _, folder = source.partition(":")
+    if name in NAMED_DATASETS:
+        if height != width or selection.short_side is not None:
+            raise ValueError(
+                f"`clip_size` must be square and `short_side` None for {name}, got {list(selection.clip_size)} and "
+                f"{selection.short_side}."
+            )
+        named = open_named_dataset(
+            name,
+            folder,
+            num_frames,
+            height,
+            selection.sampling,
+            seed,
+            sample_stride=selection.stride or 3,
+            flip={"auto": None, "random": True}.get(flip, False),
+            num_draws=selection.num_crops,
+        )
+        return _NamedClips(named, num_clips, num_workers)
+    if is_stream(source):
+        return _StreamClips(selection)
+    return _FileClips(selection, num_workers)
+
+
+def _clip_options(selection: ClipSelection) -> ClipOptions:
+    return ClipOptions(
+        [list(selection.clip_size)],
+        short_side=selection.short_side,
+        stride=selection.stride or 1,
+        flip=selection.flip == "random",
+    )
+
+
+class _MapClips(Dataset[SourceClip | None]):
+    """Clips that can be asked for in any order, so that workers can share them."""
+
+    def __init__(self, num_clips: int, class_names: tuple[str, ...] | None, num_workers: int) -> None:
+        self.num_clips, self.class_names, self.num_workers = num_clips, class_names, num_workers
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def __getitem__(self, number: int) -> SourceClip | None:
+        raise NotImplementedError
+
+    def read(self, numbers: range) -> Iterator[SourceClip | None]:
+        yield from DataLoader(self, sampler=numbers, batch_size=None, num_workers=self.num_workers)
+
+
+class _ShapeClips(_MapClips):
+    def __init__(self, shapes: MovingShapes, num_workers: int) -> None:
+        super().__init__(len(shapes), shapes.class_names, num_workers)
+        self.shapes = shapes
+
+    def __getitem__(self, number: int) -> SourceClip:
+        return SourceClip(*self.shapes[number], f"shapes-{self.shapes.seed}#{number}")
+
+
+class _NamedClips(_MapClips):
+    def __init__(self, clips: NamedDataset, num_clips: int | None, num_workers: int) -> None:
+        super().__init__(min(len(clips), num_clips or len(clips)), clips.class_names, num_workers)
+        self.clips = clips
+
+    def __getitem__(self, number: int) -> SourceClip | None:
+        try:
+            clip = self.clips.clip(number)
+        except VideoError as error:
+            warnings.warn(f"Skipping a video: {error}", stacklevel=2)
+            return None
+        draw = number % self.clips.num_draws
+        return SourceClip(*clip, f"{self.clips.metadata(number)['file_name']}#{draw}")
+
+
+class _FileClips(_MapClips):
+    """Clips of the files of a folder or of shards, as many of each as there are crops."""
+
+    def __init__(self, selection: ClipSelection, num_workers: int) -> None:
+        source = open_source(selection.source)
+        rows = [source.metadata(number) for number in range(len(source))]
+        self.labels, class_names = number_labels(rows)
+        total = len(source) * selection.num_crops
+        super().__init__(min(total, selection.num_clips or total), class_names, num_workers)
+        options = _clip_options(selection)
+        self.shelf = VideoShelf(source, options.sizes, options)
+        self.num_crops, self.seed = selection.num_crops, selection.seed
+
+    def __getitem__(self, number: int) -> SourceClip | None:
+        video, crop = divmod(number, self.num_crops)
+        pixels = _cut(self.shelf, video, [self.seed, number])
+        if pixels is None:
+            return None
+        row = self.shelf.source.metadata(video)
+        return SourceClip(pixels, self.labels[video], find_caption(row), f"{row['file_name']}#{crop}")
+
+
+class _StreamClips:
+    """Clips of a stream. Every process reads all of it, from its start, so that the clips depend on nothing else.
+
+    Beyond the end of the stream it begins anew, with other crops.
+    """
+
+    def __init__(self, selection: ClipSelection) -> None:
+        if selection.num_clips is None:
+            raise ValueError("`num_clips` must be given for a stream, got None.")
+        self.num_clips, self.num_crops, self.seed = selection.num_clips, selection.num_crops, selection.seed
+        self.options = _clip_options(selection)
+        stream = open_stream(selection.source)
+        self.folder = tempfile.TemporaryDirectory(prefix="leanvae-stream-")
+        self.reader = BlockReader(stream, _BLOCK_SIZE, Path(self.folder.name), self.seed)
+        columns = stream.features or {}
+        names = next((columns[key].names for key in LABEL_KEYS if hasattr(columns.get(key), "names")), None)
+        self.class_names = None if names is None else tuple(names)
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def read(self, numbers: range) -> Iterator[SourceClip | None]:
+        opened, shelf = -1, None
+        for number in numbers:
+            example, crop = divmod(number, self.num_crops)
+            block, place = divmod(example, _BLOCK_SIZE)
+            if shelf is None or block != opened:
+                opened = block
+                shelf = VideoShelf(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
+                self.reader.forget_before(block)
+            pixels = _cut(shelf, place, [self.seed, number])
+            if pixels is None:
+                yield None
+                continue
+            row = shelf.source.metadata(place)
+            (label,), names = number_labels([row])
+            if names is not None:
+                raise ValueError(f"Labels of a stream must be numbers, got {names[0]!r}.")
+            yield SourceClip(pixels, label, find_caption(row), f"{example}#{crop}")
+
+
+def _cut(shelf: VideoShelf, number: int, seed: list[int]) -> torch.Tensor | None:
+    if shelf.shape(number) is None:
+        return None
+    return shelf.cut(number, shelf.sizes[0], 1.0, np.random.default_rng(seed))

@@ -1,0 +1,167 @@
+"""Shards of latents on disk, in two formats, and [`LatentFolder`], which reads a folder of them."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.utils.data import Dataset
+
+
+FileFormat = Literal["safetensors", "webdataset"]
+SHARD_SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
+
+
+class LatentItem(NamedTuple):
+    r"""`latents` are float32 posterior means, not normalised, `(C, F, h, w)`."""
+
+    latents: torch.Tensor
+    class_label: int | None
+    caption: str | None
+
+
+class LatentFolder(Dataset[LatentItem]):
+    r"""What `encode_dataset` wrote, read through memory maps: opening costs nothing, and an item its own bytes.
+
+    Attributes:
+        class_names: Names of the classes, or `None`.
+        statistics: `mean` and `std`, a number per channel, and `num_items`.
+        settings: What the cache was asked to be, with the config and checksum of the autoencoder.
+        index: `num_items`, `num_skipped`, `shape` and `shards`.
+
+    Raises:
+        ValueError: If the folder holds no finished cache.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.settings = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
+            self.index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
+            self.statistics = json.loads((self.path / "statistics.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"`path` must be a finished folder of `leanvae encode-dataset`, got {str(path)!r}: {error}."
+            ) from error
+        names = self.index["class_names"]
+        self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
+        self._ends = np.cumsum([shard["num_items"] for shard in self.index["shards"]])
+        self._shards: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return self.index["num_items"]
+
+    def __getitem__(self, index: int) -> LatentItem:
+        shard, row = self._find(index)
+        described = shard.rows[row]
+        return LatentItem(shard.latents(row).float(), described["class_label"], described["caption"])
+
+    def name(self, index: int) -> str:
+        r"""Which clip of which video an item is."""
+        shard, row = self._find(index)
+        return shard.rows[row]["name"]
+
+    def _find(self, index: int) -> "tuple[Shard, int]":
+        if not 0 <= index < len(self):
+            raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        if number not in self._shards:
+            described = self.index["shards"][number]
+            self._shards[number] = open_shard(self.path / described["file_name"])
+        return self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # maps are opened anew by a worker
+
+
+class Shard(Protocol):
+    """Latents of successive clips: `latents` gives one of shape `(C, F, h, w)`."""
+
+    rows: list[dict[str, Any]]  # class_label, caption, name of every item
+
+    def latents(self, row: int) -> torch.Tensor: ...
+
+
+class _SafetensorsShard:
+    def __init__(self, path: Path) -> None:
+        self.file = safe_open(path, "pt")
+        self.rows = json.loads(self.file.metadata()["items"])
+        self.slice = self.file.get_slice("latents")
+
+    def latents(self, row: int) -> torch.Tensor:
+        return self.slice[row : row + 1][0]
+
+
+class _TarShard:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.offsets: list[int] = []
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.name.endswith(".npy"):
+                    self.offsets.append(member.offset_data)
+                elif member.name.endswith(".json"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    self.rows.append(json.load(content))
+
+    def latents(self, row: int) -> torch.Tensor:
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[row])
+            return torch.from_numpy(np.lib.format.read_array(file))
+
+
+def open_shard(path: Path) -> Shard:
+    """Open a shard of whichever format; what is read of it later is read from the file.
+
+    Raises:
+        ValueError: If it is not sound.
+    """
+    try:
+        return _TarShard(path) if path.suffix == ".tar" else _SafetensorsShard(path)
+    except (OSError, SafetensorError, tarfile.TarError) as error:
+        raise ValueError(f"`path` must hold sound shards, got {str(path)!r}: {error}.") from error
+
+
+def _to_safetensors(latents: torch.Tensor, rows: list[dict[str, Any]], key: str) -> bytes:
+    # One entry of metadata only: the order of several is not the same in every run.
+    return save({"latents": latents}, {"items": json.dumps(rows)})
+
+
+def _to_tar(latents: torch.Tensor, rows: list[dict[str, Any]], key: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number, row in enumerate(rows):
+            array = io.BytesIO()
+            np.save(array, latents[number].numpy())
+            parts = {"npy": array.getvalue(), "json": json.dumps(row).encode()}
+            if row["class_label"] is not None:
+                parts["cls"] = str(row["class_label"]).encode()
+            if row["caption"] is not None:
+                parts["txt"] = row["caption"].encode()
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}-{number:05d}.{extension}")  # no date, no owner
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+_SERIALIZERS = {"safetensors": _to_safetensors, "webdataset": _to_tar}
+
+
+def serialize_shard(latents: torch.Tensor, rows: list[dict[str, Any]], key: str, file_format: FileFormat) -> bytes:
+    """Turn a shard into the content of its file, the same bytes for the same arguments.
+
+    Args:
+        latents: `(n, C, F, h, w)`, float32 or float16.
+        rows: `class_label`, `caption` and `name` of every item.
+        key: The number of the shard, which members of a tar file start with.
+        file_format: A key of `SHARD_SUFFIXES`.
+    """
+    return _SERIALIZERS[file_format](latents, rows, key)
