@@ -19,7 +19,7 @@ from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
-from .models.video_autoencoder import VideoAutoencoderMixin
+from .models.video_autoencoder import VideoAutoencoder
 
 
 PUBLIC_CLASSES = (AutoencoderKLLeanVAE, AutoencoderKLWFVAE, AutoencoderKLIVVAE, LeanVAELatteTransformer3DModel)
@@ -133,7 +133,7 @@ def _describe(part: Any) -> str:
     if not hasattr(part, "parameters"):
         return ""
     facts = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters"]
-    if isinstance(part, VideoAutoencoderMixin):
+    if isinstance(part, VideoAutoencoder):
         ratio_t, ratio_s = part.temporal_compression_ratio, part.spatial_compression_ratio
         facts.append(f"{part.latent_channels} latent channels, {ratio_t}x{ratio_s}x{ratio_s} compression")
     return ", ".join(facts)

@@ -41,13 +41,13 @@ def work(rank: int, folder: str) -> None:
     inputs = torch.load(f"{folder}/inputs.pt")
     num_tiles = {"encode": 0, "decode": 0}
     for direction in num_tiles:
-        compute = getattr(vae, f"_{direction}_tile")
+        compute = getattr(vae, f"{direction}_tile")
 
         def counted(*args: Any, compute: Any = compute, direction: str = direction):
             num_tiles[direction] += 1
             return compute(*args)
 
-        setattr(vae, f"_{direction}_tile", counted)
+        setattr(vae, f"{direction}_tile", counted)
 
     def run(x: torch.Tensor, group: Any = None) -> dict[str, Any]:
         num_tiles.update(encode=0, decode=0)

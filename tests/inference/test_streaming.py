@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder, TemporalCache
+from diffusers_leanvae.models.temporal_cache import Chunk
 
 
 @pytest.fixture(scope="module")
@@ -165,18 +166,18 @@ def test_the_last_chunk_leaves_no_state(vae, monkeypatch, layout):
     first = vae.encode(whole[:, :, :5], cache=cache).latent_dist.mode()
     assert cache.nbytes() > 0 and bool(cache.tiles) == (layout is not None)
     cache.is_last = True
-    held, exchange = [], TemporalCache.exchange
+    kept, remember = [], Chunk.remember
 
-    def spy(self, name, *arguments):
-        tail = exchange(self, name, *arguments)
-        held.append(name in self.tails)
-        return tail
+    def spy(self, name, frames, copy=True):
+        remember(self, name, frames, copy)
+        kept.append(name in self._after)
 
-    monkeypatch.setattr(TemporalCache, "exchange", spy)
+    monkeypatch.setattr(Chunk, "remember", spy)
     last = vae.encode(whole[:, :, 5:], cache=cache).latent_dist.mode()
     assert cache.nbytes() == 0
     # Two chunks in a tile: the first must be remembered until the second, and not any longer.
-    assert sum(held) == (len(held) // 2 if layout == (16, 24, 5) else 0)
+    assert len(kept) > 0 if layout == (16, 24, 5) else not kept
+    assert all(kept)
     torch.testing.assert_close(torch.cat((first, last), dim=2), expected, rtol=0, atol=1e-10)
 
 
@@ -196,7 +197,7 @@ def test_state_is_saved_and_restored(vae, tmp_path, tiled):
     save_file(stream.state_dict(), tmp_path / "state.safetensors")
     later = StreamingEncoder(vae, 4)
     later.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    later.cache = later.cache.to("cpu")
+    later.cache = later.cache.copy("cpu")
     assert later.cache.nbytes() == stream.cache.nbytes() > 0
     after = run(later, whole[:, :, 15:], [8])
     torch.testing.assert_close(torch.cat((before, after), dim=2), expected, rtol=0, atol=0)

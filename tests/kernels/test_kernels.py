@@ -15,7 +15,7 @@ from diffusers_leanvae import kernels
 from diffusers_leanvae.kernels import eager
 from diffusers_leanvae.kernels.cuda_graphs import GraphedFunction
 from diffusers_leanvae.models.leanvae_blocks import LeanVAEBlock
-from diffusers_leanvae.models.temporal_cache import TemporalCache
+from diffusers_leanvae.models.temporal_cache import TemporalCache, chunks
 
 
 def arguments(c: int = 8, t: int = 3) -> dict[str, Any]:
@@ -40,9 +40,9 @@ def test_reference_is_the_block_of_the_model(residual: bool):
     cache, tail = TemporalCache(), None
     operations = kernels.get("eager")
     with torch.no_grad():
-        for chunk in (tokens[:, :2], tokens[:, 2:]):
-            expected = block(chunk.clone(), cache)
-            cache.num_latent_frames += chunk.shape[1]
+        for _, _, state in chunks(cache, [(0, 2), (2, 5)], is_first=True, is_last=True):
+            chunk = tokens[:, 2:] if state.is_last else tokens[:, :2]
+            expected = block(chunk.clone(), state)
             output, normed = operations.depthwise_conv_residual_norm(
                 chunk,
                 tail,

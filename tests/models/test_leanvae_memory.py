@@ -55,13 +55,13 @@ def test_auto_and_budget_change_nothing_but_memory(make_model, make_video, monke
     expected = model.decode(z).sample
     assert not model.use_tiling
     shapes = []
-    original = AutoencoderKLLeanVAE._decode_chunk
+    original = AutoencoderKLLeanVAE._decode_local
 
     def spy(self, chunk, *args):
         shapes.append(tuple(chunk.shape[2:]))
         return original(self, chunk, *args)
 
-    monkeypatch.setattr(AutoencoderKLLeanVAE, "_decode_chunk", spy)
+    monkeypatch.setattr(AutoencoderKLLeanVAE, "_decode_local", spy)
     small = model.plan(21, 64, 96, tile=(32, 32, 9)).peak_bytes
     for settings in ({"budget": small}, {"tile_sample_min_height": "auto"}):
         shapes.clear()
@@ -170,7 +170,7 @@ def test_a_parked_stream_is_saved_moved_and_continued(make_model, make_video, tm
     expected = model.encode(video).latent_dist.mode()[:, :, 2:]
     cache = TemporalCache(tmp_path, layout=(16, 8, 5))  # the stream's own tiles: the model has none
     model.encode(video[:, :, :5], cache=cache)
-    in_memory, parked, other = TemporalCache(), TemporalCache(tmp_path), cache.to("cpu")
+    in_memory, parked, other = TemporalCache(), TemporalCache(tmp_path), cache.copy("cpu")
     in_memory.load_state_dict(cache.state_dict())
     parked.load_state_dict(cache.state_dict())
     assert in_memory.nbytes() == other.nbytes() > 0 == parked.nbytes() == cache.nbytes()

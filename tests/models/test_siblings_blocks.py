@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_leanvae import TemporalCache
 from diffusers_leanvae.models import autoencoder_kl_ivvae as iv
 from diffusers_leanvae.models import autoencoder_kl_wfvae as wf
+from diffusers_leanvae.models.temporal_cache import Chunk
 from diffusers_leanvae.models.video_layers import FrameConv2d
 
 
@@ -82,8 +83,8 @@ def replace_conv(module: nn.Module, out_dim: int) -> nn.Module:
     return module
 
 
-def wf_modules() -> dict[str, tuple[nn.Module, dict[str, str], tuple[Any, ...]]]:
-    r"""Per recorded layer: the module, names in its keys, further arguments of a call."""
+def wf_modules() -> dict[str, tuple[nn.Module, dict[str, str]]]:
+    r"""Per recorded layer: the module and names in its keys."""
     resnet = {"nin_shortcut.conv": "conv_shortcut", "nin_shortcut": "conv_shortcut", ".norm": "", "1.conv": "1"}
     resnet |= {"2.conv": "2"}
     attention = {
@@ -95,26 +96,24 @@ def wf_modules() -> dict[str, tuple[nn.Module, dict[str, str], tuple[Any, ...]]]
         ".conv.": ".",
     }
     return {
-        "causalconv.k3s1": (wf.CausalConv3d(4, 5, 3, padding=(0, 1, 1)), {"conv.": ""}, ()),
-        "causalconv.k3s2": (wf.CausalConv3d(4, 5, 3, stride=2), {"conv.": ""}, ()),
-        "causalconv.k1": (wf.CausalConv3d(4, 5, 1), {"conv.": ""}, ()),
+        "causalconv.k3s1": (wf.CausalConv3d(4, 5, 3, padding=(0, 1, 1)), {"conv.": ""}),
+        "causalconv.k3s2": (wf.CausalConv3d(4, 5, 3, stride=2), {"conv.": ""}),
+        "causalconv.k1": (wf.CausalConv3d(4, 5, 1), {"conv.": ""}),
         "up_thw.trilinear": (
             replace_conv(wf.WFVAETemporalUpsample(4, LAYERS["linear"]), 5),
             {"conv.conv": "conv"},
-            (True,),
         ),
         "up_thw.nearest": (
             replace_conv(wf.WFVAETemporalUpsample(4, LAYERS["nearest"]), 5),
             {"conv.conv": "conv"},
-            (True,),
         ),
-        "up_hw": (replace_conv(wf.WFVAEUpsample(4), 5), {}, (True,)),
-        "down_thw": (replace_conv(wf.WFVAEDownsample(4, is_temporal=True), 5), {"conv.conv": "conv"}, ()),
-        "down_hw": (replace_conv(wf.WFVAEDownsample(4, is_temporal=False), 5), {}, ()),
-        "res3D.layernorm": (wf.WFVAEResnetBlock(6, 7, LAYERS["linear"]), resnet, ()),
-        "res2D.layernorm": (wf.WFVAEResnetBlock(6, 7, LAYERS["linear"], of_frames=True), resnet, ()),
-        "res2D.groupnorm": (wf.WFVAEResnetBlock(32, 64, GROUP_NORM, of_frames=True), resnet, ()),
-        "attn": (wf.WFVAEAttention(6, LAYERS["linear"]), attention, ()),
+        "up_hw": (replace_conv(wf.WFVAEUpsample(4), 5), {}),
+        "down_thw": (replace_conv(wf.WFVAEDownsample(4, is_temporal=True), 5), {"conv.conv": "conv"}),
+        "down_hw": (replace_conv(wf.WFVAEDownsample(4, is_temporal=False), 5), {}),
+        "res3D.layernorm": (wf.WFVAEResnetBlock(6, 7, LAYERS["linear"]), resnet),
+        "res2D.layernorm": (wf.WFVAEResnetBlock(6, 7, LAYERS["linear"], of_frames=True), resnet),
+        "res2D.groupnorm": (wf.WFVAEResnetBlock(32, 64, GROUP_NORM, of_frames=True), resnet),
+        "attn": (wf.WFVAEAttention(6, LAYERS["linear"]), attention),
     }
 
 
@@ -122,11 +121,11 @@ def wf_modules() -> dict[str, tuple[nn.Module, dict[str, str], tuple[Any, ...]]]
 @torch.no_grad()
 def test_wf_layer(name: str):
     block = Block(name, "wfvae_blocks")
-    module, names, arguments = wf_modules()[name]
+    module, names = wf_modules()[name]
     block.load_into(module, **names)
-    assert_matches(module(block.input, *arguments), block.output)
+    assert_matches(module(block.input), block.output)
     if "out_t1" in block.tensors:
-        assert_matches(module(block.input[:, :, :1], *arguments), block.tensors["out_t1"])
+        assert_matches(module(block.input[:, :, :1]), block.tensors["out_t1"])
 
 
 # ---- IV-VAE ---------------------------------------------------------------------------------------------------------
@@ -138,9 +137,9 @@ def test_group_causal_convolution(group_size: int):
     block = Block(f"gcconv.tc{group_size}", "ivvae_blocks")
     module = block.load_into(iv.GroupCausalConv3d(4, 5, group_size))
     cache = TemporalCache()
-    cache.remember(module.name, block.tensors["cache"])
-    assert_matches(module(block.input, iv.Chunk(False, cache)), block.output)
-    assert_matches(module(block.input[:, :, :1], iv.Chunk(True, None)), block.tensors["out_t1"])
+    cache.tails[module.name] = block.tensors["cache"]
+    assert_matches(module(block.input, Chunk(is_first=False, cache=cache)), block.output)
+    assert_matches(module(block.input[:, :, :1]), block.tensors["out_t1"])
 
 
 @torch.no_grad()
@@ -148,8 +147,8 @@ def test_first_convolution():
     block = Block("first_conv", "ivvae_blocks")
     module = block.load_into(iv.BranchConv3d(3, 4, 3, group_size=4))
     cache = TemporalCache()
-    cache.remember(module.conv_3d.name, block.tensors["cache"])
-    assert_matches(module(block.input, iv.Chunk(False, cache)), block.output)
+    cache.tails[module.conv_3d.name] = block.tensors["cache"]
+    assert_matches(module(block.input, Chunk(is_first=False, cache=cache)), block.output)
 
 
 def iv_modules() -> dict[str, tuple[nn.Module, dict[str, str]]]:
@@ -171,9 +170,9 @@ def test_iv_layer(name: str):
     block = Block(name, "ivvae_blocks")
     module, names = iv_modules()[name]
     block.load_into(module, **names)
-    assert_matches(module(block.input, iv.Chunk(False, None)), block.output)
+    assert_matches(module(block.input, Chunk(is_first=False)), block.output)
     if "out_first_frame" in block.tensors:
-        actual = module(block.input[:, :, :1], iv.Chunk(True, None))
+        actual = module(block.input[:, :, :1])
         assert_matches(actual, block.tensors["out_first_frame"])
 
 

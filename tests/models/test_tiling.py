@@ -153,7 +153,9 @@ def test_stream_continues_from_its_state_dict(make_model: Callable, make_video: 
     restored.load_state_dict(state)
     assert restored.num_latent_frames == cache.num_latent_frames == 2
     assert restored.nbytes() == cache.nbytes() > 0
-    outputs = [model.encode(video[:, :, 5:], cache=c).latent_dist.mean for c in (restored, cache.to(torch.float64))]
+    outputs = [
+        model.encode(video[:, :, 5:], cache=c).latent_dist.mean for c in (restored, cache.copy(dtype=torch.float64))
+    ]
     for second in outputs:
         assert_exact(torch.cat((first, second), dim=2), whole)
     cache.reset()
@@ -173,9 +175,7 @@ class TestMisuse:
     def test_chunks_of_another_size(self, make_model: Callable, make_video: Callable):
         model, cache = make_model(), TemporalCache()
         model.encode(make_video(1, 3, 5, 16, 16), cache=cache)
-        with pytest.raises(
-            ValueError, match=r"`cache` must be used with chunks of one shape, got tokens \(1, 1, 3, 2"
-        ):
+        with pytest.raises(ValueError, match=r"`cache` must be used with chunks of one shape, got \(1, 1, 3, 2"):
             model.encode(make_video(1, 3, 4, 24, 16), cache=cache)
         with pytest.raises(ValueError, match=r"`cache` must belong to a stream without failed chunks"):
             model.encode(make_video(1, 3, 4, 16, 16), cache=cache)

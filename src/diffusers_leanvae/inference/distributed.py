@@ -8,25 +8,23 @@ its memory are divided; equal to one process up to float rounding (`tests/test_d
     sample = decode_distributed(vae, latents).sample
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.distributed as dist
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from ..models.tiling import grid
+from ..models.video_autoencoder import VideoAutoencoder
 
 
 def encode_distributed(
-    vae: AutoencoderKLLeanVAE, x: torch.Tensor, group: "dist.ProcessGroup | None" = None
+    vae: VideoAutoencoder, x: torch.Tensor, group: "dist.ProcessGroup | None" = None
 ) -> AutoencoderKLOutput:
-    r"""`vae.encode` with its tiles spread over the processes of `group`; without gradients.
+    """`vae.encode` with its tiles spread over the processes of `group`; without gradients.
 
     Args:
-        vae: The autoencoder, with the same weights and tiling in every process; its tiling must be enabled.
+        vae: A LeanVAE, whose layers are all local in space, with the same weights and tiling in every process; its
+            tiling must be enabled.
         x: As of `vae.encode`, the same in every process.
         group: The processes that share the work, all of which must call; by default all there are.
 
@@ -37,20 +35,21 @@ def encode_distributed(
         ValueError: If `x` is not legal, tiling is not enabled, or this process does not belong to a group.
     """
     x = x.unsqueeze(2) if x.ndim == 4 else x
-    vae._check_sample(x, "x", is_first=True)
+    vae.check_sample(x, "x")
     height, width = (size // vae.spatial_compression_ratio for size in x.shape[3:])
-    shape = (x.shape[0], 2 * vae.latent_channels, vae.num_latent_frames(x.shape[2]), height, width)
-    moments = _share_tiles(vae, x, shape, 1, vae.encoder_halo, vae._encode_tile, group)
+    size = (vae.num_latent_frames(x.shape[2]), height, width)
+    moments = _share_tiles(vae, x, (2 * vae.latent_channels, *size), size, False, group)
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
 
 def decode_distributed(
-    vae: AutoencoderKLLeanVAE, z: torch.Tensor, group: "dist.ProcessGroup | None" = None
+    vae: VideoAutoencoder, z: torch.Tensor, group: "dist.ProcessGroup | None" = None
 ) -> DecoderOutput:
-    r"""`vae.decode` with its tiles spread over the processes of `group`; without gradients.
+    """`vae.decode` with its tiles spread over the processes of `group`; without gradients.
 
     Args:
-        vae: The autoencoder, with the same weights and tiling in every process; its tiling must be enabled.
+        vae: A LeanVAE, whose layers are all local in space, with the same weights and tiling in every process; its
+            tiling must be enabled.
         z: As of `vae.decode`, the same in every process.
         group: The processes that share the work, all of which must call; by default all there are.
 
@@ -62,25 +61,25 @@ def decode_distributed(
     """
     is_image = z.ndim == 4
     z = z.unsqueeze(2) if is_image else z
-    vae._check_latents(z, "z")
+    vae.check_latents(z, "z")
     ratio = vae.spatial_compression_ratio
-    shape = (z.shape[0], vae.in_channels, vae.num_sample_frames(z.shape[2]), z.shape[3] * ratio, z.shape[4] * ratio)
-    sample = _share_tiles(vae, z, shape, ratio, vae.decoder_halo, vae._decode_tile, group)
+    shape = (vae.in_channels, vae.num_sample_frames(z.shape[2]), z.shape[3] * ratio, z.shape[4] * ratio)
+    sample = _share_tiles(vae, z, shape, tuple(z.shape[2:]), True, group)
     return DecoderOutput(sample=sample.squeeze(2) if is_image else sample)
 
 
 @apply_forward_hook  # an offloaded model comes to its device, as for `vae.encode`
 @torch.no_grad()  # no gradient would find its way back to the process that computed a tile
 def _share_tiles(
-    vae: AutoencoderKLLeanVAE,
+    vae: VideoAutoencoder,
     source: torch.Tensor,
     shape: tuple[int, ...],
-    scale: int,
-    halo: int,
-    compute: Callable[..., Iterator[tuple[slice, torch.Tensor]]],
+    latent_size: tuple[int, ...],
+    decode: bool,
     group: "dist.ProcessGroup | None",
 ) -> torch.Tensor:
-    r"""The result of `shape`, `scale` units per token, of which this process computes every n-th tile."""
+    """The result, `(batch_size, *shape)`, of which this process computes every n-th tile."""
+    vae.check_is_local("decode_distributed" if decode else "encode_distributed")
     if not vae.use_tiling:
         raise ValueError("`vae` must have tiling enabled, or there is nothing to share: call `vae.enable_tiling()`.")
     if not dist.is_available() or not dist.is_initialized():
@@ -93,22 +92,21 @@ def _share_tiles(
         raise ValueError(f"`group` must contain the process that calls, got one without: rank {dist.get_rank()}.")
     kind = source.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
-    whole = source.new_empty(shape, dtype=dtype)
-    items = [slice(i, i + 1) for i in range(shape[0])] if vae.use_slicing else [slice(None)]
-    height, width = shape[3] // scale, shape[4] // scale
-    num_latent_frames = shape[2] if scale == 1 else source.shape[2]
-    layout: list = [vae._layout(1 if vae.use_slicing else shape[0], num_latent_frames, height, width, None)]
+    whole = source.new_empty((len(source), *shape), dtype=dtype)
+    items = [slice(i, i + 1) for i in range(len(source))] if vae.use_slicing else [slice(None)]
+    num_latent_frames, height, width = latent_size
+    sizes = [vae.tile_sizes(1 if vae.use_slicing else len(source), num_latent_frames, height, width)]
     dist.broadcast_object_list(
-        layout, group=group, group_src=0, device=source.device
+        sizes, group=group, group_src=0, device=source.device
     )  # what is left of memory may differ among processes
-    *size, per_chunk = layout[0]
+    compute, scale = (vae.decode_tile, vae.spatial_compression_ratio) if decode else (vae.encode_tile, 1)
     tiles = [
-        (whole[item, :, :, rows.target(scale), columns.target(scale)], source[item], rows, columns)
+        (tile.place(whole[item], scale), source[item], tile)
         for item in items
-        for rows, columns in grid(height, width, size, halo)
+        for tile in vae.tiles_of(height, width, sizes[0], decode)
     ]
-    for target, part, rows, columns in tiles[rank::num_processes]:
-        for frames, chunk in compute(part, rows, columns, per_chunk, True, None):
+    for target, part, tile in tiles[rank::num_processes]:
+        for frames, chunk in compute(part, tile, sizes[0]):
             target[:, :, frames] = chunk
             del chunk  # or it would still be there while the next is computed
     # Each tile is sent by its owner: every process receives each byte it lacks once, and a buffer of one tile is all

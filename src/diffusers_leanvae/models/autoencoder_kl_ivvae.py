@@ -8,26 +8,15 @@ the motion (3D) branch. In time there is the first frame, then groups of four fr
 the smaller sizes. Convolutions look both ways within a group, and back to the last frame of the group before.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..conversion.ivvae import read_original_checkpoint
-from .temporal_cache import TemporalCache
-from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_statistics
+from .temporal_cache import WHOLE, Chunk
+from .video_autoencoder import Part, VideoAutoencoder, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames
-
-
-class Chunk(NamedTuple):
-    r"""What all layers must know of the frames that they get."""
-
-    is_first: bool  # whether they start with the first frame of the video
-    cache: TemporalCache | None
 
 
 def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +33,7 @@ class GroupCausalConv3d(nn.Conv3d):
     Beyond the last frame of a group there are zeros; the first frame of the video is a group that follows itself.
 
     Attributes:
-        name: Of its state in a cache; the model sets it.
+        name: Of what it remembers; the model sets it.
     """
 
     name = ""
@@ -53,11 +42,10 @@ class GroupCausalConv3d(nn.Conv3d):
         super().__init__(in_dim, out_dim, 3, padding=(0, 1, 1))
         self.group_size = group_size
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        before = x[:, :, :1] if chunk.cache is None else chunk.cache.recall(self.name, x)
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        before = chunk.recall(self.name, x)
         before = x[:, :, :1] if before is None else before
-        if chunk.cache is not None:
-            chunk.cache.remember(self.name, x[:, :, -1:])
+        chunk.remember(self.name, x[:, :, -1:])
         first, groups = split_first(x, chunk)
         parts = [self._convolve(first, before, 1)] if first.shape[2] else []
         before = first if first.shape[2] else before
@@ -75,7 +63,7 @@ class GroupCausalConv3d(nn.Conv3d):
 class PointwiseConv3d(nn.Conv3d):
     r"""A 1x1x1 convolution, for which time is nothing special."""
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         return super().forward(x)
 
 
@@ -91,7 +79,7 @@ class BranchConv3d(nn.Module):
             else GroupCausalConv3d(in_channels, out_dim, group_size)
         )
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         return torch.cat((self.conv_2d(x), self.conv_3d(x, chunk)), dim=1)
 
 
@@ -127,7 +115,7 @@ class IVVAEResnetBlock(nn.Module):
         self.conv2 = conv(out_dim, 3)
         self.conv_shortcut = conv(in_dim, 1) if in_dim != out_dim else None
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)), chunk)
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), chunk)
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x, chunk))
@@ -156,7 +144,7 @@ class IVVAEAttention(nn.Module):
         self.attention_2d = BranchAttention(dim)
         self.attention_3d = BranchAttention(dim)
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         keyframes, motion = x.chunk(2, dim=1)
         return torch.cat((self.attention_2d(keyframes), self.attention_3d(motion)), dim=1)
 
@@ -170,7 +158,7 @@ class IVVAEDownsample(nn.Module):
         self.conv_3d = FrameConv2d(dim, dim, 3, stride=2)
         self.time_conv = nn.Conv3d(dim, dim, (2, 1, 1), stride=(2, 1, 1)) if is_temporal else None
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         keyframes, motion = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)  # zeros on the right and below only
         keyframes, motion = self.conv_2d(keyframes), self.conv_3d(motion)
         if self.time_conv is not None:
@@ -189,7 +177,7 @@ class IVVAEUpsample(nn.Module):
         self.conv_3d = FrameConv2d(dim, dim // 2, 3, padding=1)
         self.time_conv = nn.Conv3d(dim, 2 * dim, 1) if is_temporal else None
 
-    def forward(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         keyframes, motion = x.chunk(2, dim=1)
         if self.time_conv is not None:
             (first, groups), (first_motion, motion) = split_first(keyframes, chunk), split_first(motion, chunk)
@@ -256,17 +244,15 @@ class IVVAEEncoder(nn.Module):
         self.conv_out = PyramidConv2d(dims[3], latent_dim)
         self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1)
 
-    def forward(
-        self, x: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of pixels; `(B, 2w, t, h, w)` lies between the parts."""
-        hidden = x if part == "whole" else self._local(x, Chunk(is_first, cache))
-        return hidden if part == "local" else self._whole(hidden, Chunk(is_first, cache))
+        hidden = x if part == "whole" else self._local(x, chunk)
+        return hidden if part == "local" else self._whole(hidden, chunk)
 
-    def _local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _local(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         return self.blocks.run(self.conv_in(x, chunk), chunk, stop=self.num_local_blocks)
 
-    def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _whole(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         hidden = self.mid(self.blocks.run(hidden, chunk, start=self.num_local_blocks), chunk)
         moments = self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden))), chunk)
         mean_2d, logvar_2d, mean_3d, logvar_3d = moments.chunk(4, dim=1)
@@ -296,18 +282,16 @@ class IVVAEDecoder(nn.Module):
         self.norm_out = BranchRMSNorm(dims[0])
         self.conv_out = BranchConv3d(2 * dims[0], 3, 3, group_size=4)
 
-    def forward(
-        self, z: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
-    ) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         r"""Pixels `(B, 3, T, H, W)` of latents; `(B, 2w, t, h, w)` lies between the parts."""
-        hidden = z if part == "local" else self._whole(z, Chunk(is_first, cache))
-        return hidden if part == "whole" else self._local(hidden, Chunk(is_first, cache))
+        hidden = z if part == "local" else self._whole(z, chunk)
+        return hidden if part == "whole" else self._local(hidden, chunk)
 
-    def _whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _whole(self, z: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         hidden = self.mid(self.conv_in(self.post_quant_conv(z, chunk)), chunk)
         return self.blocks.run(hidden, chunk, stop=self.num_whole_blocks)
 
-    def _local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _local(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         hidden = self.blocks.run(hidden, chunk, start=self.num_whole_blocks)
         keyframes, motion = self.conv_out(F.silu(self.norm_out(hidden)), chunk).chunk(2, dim=1)
         # The first frame of every group is the keyframe branch's, the others are the motion branch's.
@@ -319,7 +303,7 @@ class IVVAEDecoder(nn.Module):
 # ---- the autoencoder ------------------------------------------------------------------------------------------------
 
 
-class AutoencoderKLIVVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLIVVAE(VideoAutoencoder):
     r"""IV-VAE, a video autoencoder with KL posterior, a keyframe and a motion branch (arXiv 2411.06449).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, 3, num_frames, height, width)` with `num_frames` = 4 * n + 1 and
@@ -391,3 +375,16 @@ class AutoencoderKLIVVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixi
         self.encoder_halo = -(-((level + 1) + 2 * level + 4 * level) // 8)
         level = 1 + 2 * (num_layers + 1)
         self.decoder_halo = -(-(4 * level + 2 * level + level + 1) // 8)
+        self.num_frames_per_chunk = 4 * self.temporal_compression_ratio + 1
+
+    def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.encoder(x, chunk, part="local")
+
+    def _encode_whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.encoder(hidden, chunk, part="whole")
+
+    def _decode_whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.decoder(z, chunk, part="whole")
+
+    def _decode_local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.decoder(hidden, chunk, part="local")

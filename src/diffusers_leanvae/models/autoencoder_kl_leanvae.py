@@ -12,14 +12,12 @@ last projection.
 
 import importlib.util
 import math
-from collections.abc import Iterator
+import warnings
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..checks import check_choice
@@ -29,9 +27,8 @@ from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements
 from .leanvae_fused import FusedLeanVAE, signature
 from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
-from .temporal_cache import TemporalCache, mark_last, tile_cache
-from .tiling import Span, grid, time_chunks
-from .video_autoencoder import VideoAutoencoderMixin, check_statistics
+from .temporal_cache import WHOLE, Chunk
+from .video_autoencoder import VideoAutoencoder, check_statistics
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -81,9 +78,7 @@ class LeanVAEEncoder(nn.Module):
             return frames
         return haar_analysis_2d(frames) if image else haar_analysis_3d(frames)
 
-    def forward(
-        self, image: torch.Tensor | None, video: torch.Tensor | None, cache: TemporalCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, image: torch.Tensor | None, video: torch.Tensor | None, chunk: Chunk = WHOLE) -> torch.Tensor:
         frames = [part for part in (image, video) if part is not None]
         strip = 2 * self.geometry.patch_size[1]  # pixels per row of tokens
         rows = [slice(None)]
@@ -96,10 +91,10 @@ class LeanVAEEncoder(nn.Module):
         del embedded
         if self.separate:
             layers = (self.low_layers, self.high_layers)
-            branches = [layer(tokens, cache) for layer, tokens in zip(layers, branches, strict=True)]
+            branches = [layer(tokens, chunk) for layer, tokens in zip(layers, branches, strict=True)]
         tokens = torch.cat(branches, dim=-1) if self.separate else branches[0]
         del branches
-        return self.fusion_layers(tokens, cache)  # (B, t, h, w, c)
+        return self.fusion_layers(tokens, chunk)  # (B, t, h, w, c)
 
     def _embed(self, image: torch.Tensor | None, video: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         r"""Tokens of each branch, `(B, t, h, w, low_dim)` and `(..., high_dim)`; one tensor without branches."""
@@ -132,23 +127,23 @@ class ISTAIteration(nn.Module):
         self.backward_transform = LeanVAEBlocks(dim, num_layers, residual=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, latents: torch.Tensor, phi: torch.Tensor, cache: TemporalCache | None = None
+        self, hidden_states: torch.Tensor, latents: torch.Tensor, phi: torch.Tensor, chunk: Chunk = WHOLE
     ) -> torch.Tensor:
         step_size, threshold = self.step_size.to(phi.dtype), self.threshold.to(phi.dtype)
         error = step_size * (F.linear(hidden_states, phi) - latents)  # (B, t, h, w, z)
         if not works_in_place():
             hidden_states = hidden_states - F.linear(error, phi.t())
-            sparse = self.forward_transform(hidden_states, cache)
-            return hidden_states + self.backward_transform(_soft_threshold(sparse, threshold), cache)
+            sparse = self.forward_transform(hidden_states, chunk)
+            return hidden_states + self.backward_transform(_soft_threshold(sparse, threshold), chunk)
         tokens, errors = hidden_states.view(-1, phi.shape[1]), error.view(-1, phi.shape[0])
         parts = list(slices(tokens.shape[0], 4 * phi.shape[1], tokens.device))
         for part in parts:
             tokens[part].sub_(F.linear(errors[part], phi.t()))
-        sparse = self.forward_transform(hidden_states.clone(), cache)
+        sparse = self.forward_transform(hidden_states.clone(), chunk)
         coefficients = sparse.view(-1, phi.shape[1])
         for part in parts:
             coefficients[part].copy_(_soft_threshold(coefficients[part], threshold))
-        return hidden_states.add_(self.backward_transform(sparse, cache))
+        return hidden_states.add_(self.backward_transform(sparse, chunk))
 
 
 def _soft_threshold(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -167,16 +162,14 @@ class CompressedSensingBottleneck(nn.Module):
         self.initial = nn.Parameter(self.phi.detach().t().clone(memory_format=torch.contiguous_format))
         self.iterations = nn.ModuleList([ISTAIteration(dim, num_layers) for _ in range(num_iterations)])
 
-    def forward(
-        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, *, reconstruct: bool = False
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE, *, reconstruct: bool = False) -> torch.Tensor:
         phi = self.phi.to(hidden_states.dtype)
         if not reconstruct:
             return F.linear(hidden_states, phi)  # (B, t, h, w, c) -> (B, t, h, w, z)
         latents = hidden_states
         hidden_states = F.linear(latents, self.initial.to(latents.dtype))  # (B, t, h, w, z) -> (B, t, h, w, c)
         for iteration in self.iterations:
-            hidden_states = iteration(hidden_states, latents, phi, cache)
+            hidden_states = iteration(hidden_states, latents, phi, chunk)
         return hidden_states
 
 
@@ -188,9 +181,7 @@ class LinearBottleneck(nn.Module):
         self.compress = nn.Linear(dim, latent_channels)
         self.expand = nn.Linear(latent_channels, dim)
 
-    def forward(
-        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, *, reconstruct: bool = False
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE, *, reconstruct: bool = False) -> torch.Tensor:
         return self.expand(hidden_states) if reconstruct else self.compress(hidden_states)
 
 
@@ -232,23 +223,23 @@ class LeanVAEDecoder(nn.Module):
             self.video_proj = nn.Linear(dim, video_dim)
 
     def forward(
-        self, hidden_states: torch.Tensor, has_image: bool, cache: TemporalCache | None = None, subbands: bool = False
+        self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE, subbands: bool = False
     ) -> "torch.Tensor | Subbands":
-        r"""Features `(B, t, h, w, c)` to pixels or sub-bands; `has_image` if the first latent frame is an image's."""
-        hidden_states = self.fusion_layers(hidden_states, cache)
+        """Features `(B, t, h, w, c)` to pixels or sub-bands; the first latent frame of a video is an image's."""
+        hidden_states = self.fusion_layers(hidden_states, chunk)
         tokens: tuple[torch.Tensor, ...] = (hidden_states,)
         if self.separate:
             low, high = hidden_states.tensor_split((self.low_dim,), dim=-1)
-            tokens = (self.low_layers(low, cache), self.high_layers(high, cache))
+            tokens = (self.low_layers(low, chunk), self.high_layers(high, chunk))
         if subbands:
-            return self._project(tokens, has_image)
+            return self._project(tokens, chunk.is_first)
         if not works_in_place():
-            return synthesize(self._project(tokens, has_image), self.pixel_factor)
+            return synthesize(self._project(tokens, chunk.is_first), self.pixel_factor)
         sample: torch.Tensor | None = None
         height, ratio = hidden_states.shape[2], 2 * self.geometry.patch_size[1]
         elements_per_row = hidden_states[:, :, 0, :, 0].numel() * self.geometry.video_dim
         for rows in slices(height, 6 * elements_per_row, hidden_states.device):  # strips, as in the encoder
-            strip = self._project(tuple(part[:, :, rows] for part in tokens), has_image)
+            strip = self._project(tuple(part[:, :, rows] for part in tokens), chunk.is_first)
             pixels = synthesize(strip, self.pixel_factor)
             if sample is None:
                 sample = pixels.new_empty(*pixels.shape[:3], height * ratio, pixels.shape[4])
@@ -294,23 +285,7 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-class LeanVAEConfig(FrozenDict):
-    r"""The config, answering also to the derived names that diffusers' Wan pipelines read; those are not stored."""
-
-    @property
-    def z_dim(self) -> int:
-        return self["latent_channels"]
-
-    @property
-    def scale_factor_temporal(self) -> int:
-        return 2 * self["patch_size"][0]
-
-    @property
-    def scale_factor_spatial(self) -> int:
-        return 2 * self["patch_size"][1]
-
-
-class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLLeanVAE(VideoAutoencoder):
     r"""LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n +
@@ -406,18 +381,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
         if bottleneck_type == "compressed_sensing":
             self.decoder_halo += 2 * num_ista_iterations * num_ista_layers
 
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_height = 256
-        self.tile_sample_min_width = 256
-        self.num_frames_per_chunk = 17
-        self.tiling_budget: int | str | None = None  # bytes, or "auto": sizes are chosen for every video
+        self.num_frames_per_chunk = 4 * self.temporal_compression_ratio + 1
         self._fused: FusedLeanVAE | None = None
-        self._fuse_options: tuple[Literal["same", "int8"], Literal["auto", "torch", "triton"]] = ("same", "auto")
-
-    @property
-    def config(self) -> LeanVAEConfig:
-        return LeanVAEConfig(self._internal_dict)
 
     # ---- sub-bands, for training ------------------------------------------------------------------------------------
 
@@ -429,7 +394,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
 
     def decode_subbands(self, z: torch.Tensor) -> Subbands:
         r"""Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
-        return self._decode_chunk(z, True, None, subbands=True)
+        return self._decode_local(z, WHOLE, subbands=True)
 
     def synthesize(self, subbands: Subbands) -> torch.Tensor:
         r"""Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
@@ -437,23 +402,23 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
 
     # ---- one chunk of one tile --------------------------------------------------------------------------------------
 
-    def _encode_chunk(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        r"""Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the image frame."""
+    is_local = True
+
+    def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Moments `(B, 2z, t, h, w)` of frames."""
         if (fused := self._current_fused(x)) is not None:
-            return fused.encode(x, is_first, cache)
-        image, video = (x[:, :, :1], x[:, :, 1:]) if is_first else (None, x)
-        features = self.encoder(image, video if video.shape[2] else None, cache)  # (B, t, h, w, c)
+            return fused.encode(x, chunk)
+        image, video = (x[:, :, :1], x[:, :, 1:]) if chunk.is_first else (None, x)
+        features = self.encoder(image, video if video.shape[2] else None, chunk)  # (B, t, h, w, c)
         moments = torch.cat((self.bottleneck(features), self.logvar_proj(features)), dim=-1)  # (B, t, h, w, 2z)
         return moments.permute(0, 4, 1, 2, 3).contiguous()
 
-    def _decode_chunk(
-        self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None, subbands: bool = False
-    ) -> Any:
-        r"""Pixels `(B, C, T, H, W)`, or sub-bands, of latent frames; `is_first` if they start with the image's."""
-        if not subbands and (fused := self._current_fused(z)) is not None:
-            return fused.decode(z, is_first, cache)
-        features = self.bottleneck(z.permute(0, 2, 3, 4, 1), cache, reconstruct=True)  # (B, t, h, w, c)
-        return self.decoder(features, is_first, cache, subbands)
+    def _decode_local(self, hidden: torch.Tensor, chunk: Chunk, subbands: bool = False) -> Any:
+        """Pixels `(B, C, T, H, W)`, or sub-bands, of latents `(B, z, t, h, w)`."""
+        if not subbands and (fused := self._current_fused(hidden)) is not None:
+            return fused.decode(hidden, chunk)
+        features = self.bottleneck(hidden.permute(0, 2, 3, 4, 1), chunk, reconstruct=True)  # (B, t, h, w, c)
+        return self.decoder(features, chunk, subbands)
 
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
@@ -462,9 +427,10 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
     ) -> None:
         r"""Prepare the weights for fast inference: the same function with fewer passes over memory.
 
-        The model and its state dict stay as they are; the prepared copies take as much memory as the weights, and are
-        made anew when these change. They serve `encode` and `decode` without gradients, whole, tiled or streamed.
-        Sums are taken in another order, so float32 results differ by rounding.
+        The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
+        serve `encode` and `decode` without gradients, whole, tiled or streamed. When weights were changed, cast or
+        moved, the layers are used again, with a warning, until the next call of `fuse`. Sums are taken in another
+        order, so float32 results differ by rounding.
 
         Args:
             weights: `"same"`: the model's dtype; where the processor has no products of it (16 bits on older ones),
@@ -492,14 +458,13 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
         self._fused = None
         with torch.no_grad():
             self._fused = FusedLeanVAE(self, weights, get_kernels("triton") if use_triton else None)
-        self._fuse_options = (weights, kernels)
 
     def unfuse(self) -> None:
         r"""Undo [`fuse`]: free the prepared weights."""
         self._fused = None
 
     def _current_fused(self, x: torch.Tensor) -> FusedLeanVAE | None:
-        r"""Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers.
+        """Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers.
 
         Nor where hooks bring the layers' weights to device or dtype of the input only when a layer is called.
         """
@@ -509,41 +474,13 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
         if weight.device != x.device or weight.dtype != x.dtype:
             return None
         if self._fused.signature != signature(self):
-            self.fuse(*self._fuse_options)
+            warnings.warn(
+                "Weights changed after `fuse`, so that the layers are used; call `fuse` again.", stacklevel=2
+            )
+            return None
         return self._fused
 
-    # ---- tiles and slices -------------------------------------------------------------------------------------------
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | Literal["auto"] | None = None,
-        tile_sample_min_width: int | None = None,
-        num_frames_per_chunk: int | None = None,
-        *,
-        budget: int | None = None,
-    ) -> None:
-        r"""Encode and decode in tiles and in chunks of time, *exactly*: tiles carry a halo as wide as the receptive
-        field and are cropped, never blended; chunks hand the last steps of every causal convolution on.
-
-        Args:
-            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio. `"auto"`
-                chooses all three sizes for every video by what memory its device has left.
-            tile_sample_min_width: Width of a tile in pixels, without halo; a multiple of the spatial ratio.
-            num_frames_per_chunk: Frames of the first chunk, `temporal_compression_ratio * n + 1` with n >= 1; later
-                chunks have one frame less.
-            budget: Bytes to choose the sizes by, instead of what is left (see [`plan`]).
-        """
-        is_auto = tile_sample_min_height == "auto" or budget is not None
-        if is_auto and not (tile_sample_min_height in ("auto", None) and tile_sample_min_width is None):
-            raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
-        height = self.tile_sample_min_height if tile_sample_min_height in ("auto", None) else tile_sample_min_height
-        width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
-        num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
-        self._check_tile(height, width, num_frames)
-        self.tile_sample_min_height, self.tile_sample_min_width = int(height), width
-        self.num_frames_per_chunk = num_frames
-        self.tiling_budget = ("auto" if budget is None else budget) if is_auto else None
-        self.use_tiling = True
+    # ---- memory -----------------------------------------------------------------------------------------------------
 
     def plan(
         self,
@@ -588,104 +525,3 @@ class AutoencoderKLLeanVAE(VideoAutoencoderMixin, ModelMixin, AutoencoderMixin, 
             decoder_halo=self.decoder_halo,
             slice_elements=slice_elements(self.device),
         )
-
-    def _frame(self, latent_frame: int, is_first: bool) -> int:
-        r"""The first frame of a latent frame, both counted from the start of a chunk."""
-        frame = latent_frame * self.temporal_compression_ratio
-        return max(frame - (self.temporal_compression_ratio - 1), 0) if is_first else frame
-
-    def _layout(
-        self, batch_size: int, num_latent_frames: int, height: int, width: int, cache: TemporalCache | None
-    ) -> tuple[int, int, int] | None:
-        r"""Height and width of tiles in tokens, and latent frames per chunk, for latents of these sizes.
-
-        `None` without tiles.
-        """
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
-        if cache is not None and (cache.layout is not None or cache.num_latent_frames > 0):
-            layout = cache.layout  # a stream keeps its tiles
-        elif not self.use_tiling:
-            layout = None
-        elif self.tiling_budget is not None:
-            budget = None if self.tiling_budget == "auto" else int(self.tiling_budget)
-            num_frames = self.num_sample_frames(num_latent_frames)
-            plan = self.plan(num_frames, height * ratio_s, width * ratio_s, budget=budget, batch_size=batch_size)
-            layout = plan[:3]
-        if layout is None:
-            return None
-        if cache is not None:
-            cache.layout = layout
-        return layout[0] // ratio_s, layout[1] // ratio_s, layout[2] // ratio_t
-
-    def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        num_latent_frames, height, width = (
-            -(-x.shape[2] // self.temporal_compression_ratio),
-            x.shape[3] // self.spatial_compression_ratio,
-            x.shape[4] // self.spatial_compression_ratio,
-        )
-        layout = self._layout(x.shape[0], num_latent_frames, height, width, cache)
-        if layout is None:
-            return self._encode_chunk(x, is_first, cache)
-        *tile, per_chunk = layout
-        moments: torch.Tensor | None = None
-        for rows, columns in grid(height, width, tile, self.encoder_halo):
-            for frames, chunk in self._encode_tile(x, rows, columns, per_chunk, is_first, cache):
-                if moments is None:  # its dtype is the chunks', which autocast may choose
-                    moments = chunk.new_empty(*chunk.shape[:2], num_latent_frames, height, width)
-                moments[:, :, frames, rows.target(), columns.target()] = chunk
-                del chunk  # as in `_encode_tile`
-        assert moments is not None
-        return moments
-
-    def _encode_tile(
-        self, x: torch.Tensor, rows: Span, columns: Span, per_chunk: int, is_first: bool, cache: TemporalCache | None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        r"""Moments of one tile of `x`, without halo, chunk after chunk, each with the latent frames it covers."""
-        ratio = self.spatial_compression_ratio
-        chunks = time_chunks(-(-x.shape[2] // self.temporal_compression_ratio), per_chunk, is_first)
-        with tile_cache(cache, rows, columns, needed=len(chunks) > 1) as state:
-            for start, stop in chunks:
-                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                part = x[:, :, frames, rows.source(ratio), columns.source(ratio)]
-                mark_last(state, cache, stop == chunks[-1][1])
-                # Kept by no name here: the last chunk would still be there while the next is computed.
-                yield (
-                    slice(start, stop),
-                    self._encode_chunk(part, is_first and start == 0, state)[..., rows.crop(), columns.crop()],
-                )
-
-    def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        num_latent_frames, height, width = z.shape[2:]
-        ratio, num_frames = self.spatial_compression_ratio, self._frame(num_latent_frames, is_first)
-        layout = self._layout(z.shape[0], num_latent_frames, height, width, cache)
-        if layout is None:
-            return self._decode_chunk(z, is_first, cache)
-        *tile, per_chunk = layout
-        sample: torch.Tensor | None = None
-        for rows, columns in grid(height, width, tile, self.decoder_halo):
-            for frames, chunk in self._decode_tile(z, rows, columns, per_chunk, is_first, cache):
-                if sample is None:
-                    sample = chunk.new_empty(*chunk.shape[:2], num_frames, height * ratio, width * ratio)
-                sample[:, :, frames, rows.target(ratio), columns.target(ratio)] = chunk
-                del chunk
-        assert sample is not None
-        return sample
-
-    def _decode_tile(
-        self, z: torch.Tensor, rows: Span, columns: Span, per_chunk: int, is_first: bool, cache: TemporalCache | None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        r"""Pixels of one tile of `z`, without halo, chunk after chunk, each with the frames it covers."""
-        ratio = self.spatial_compression_ratio
-        chunks = time_chunks(z.shape[2], per_chunk, is_first)
-        with tile_cache(cache, rows, columns, needed=len(chunks) > 1) as state:
-            for start, stop in chunks:
-                part = z[:, :, start:stop, rows.source(), columns.source()]
-                frames = slice(self._frame(start, is_first), self._frame(stop, is_first))
-                mark_last(state, cache, stop == chunks[-1][1])
-                yield (
-                    frames,
-                    self._decode_chunk(part, is_first and start == 0, state)[
-                        ..., rows.crop(ratio), columns.crop(ratio)
-                    ],
-                )

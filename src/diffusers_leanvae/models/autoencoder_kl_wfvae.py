@@ -16,15 +16,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..checks import check_choice
 from ..conversion.wfvae import HAAR_3D, read_original_checkpoint
-from .temporal_cache import TemporalCache
-from .video_autoencoder import Part, TiledVideoAutoencoderMixin, check_statistics
+from .temporal_cache import WHOLE, Chunk
+from .video_autoencoder import Part, VideoAutoencoder, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
 
@@ -67,20 +65,19 @@ class CausalConv3d(nn.Conv3d):
     r"""A convolution that sees the current and earlier frames; the first frame repeats before the start.
 
     Attributes:
-        name: Of its state in a cache; the model sets it.
+        name: Of what it remembers; the model sets it.
     """
 
     name = ""
 
-    def forward(self, x: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if kernel > 1 and x.shape[2] > 0:
-            past = None if cache is None else cache.recall(self.name, x)
+            past = chunk.recall(self.name, x)
             if past is None:
                 past = x[:, :, :1].expand(-1, -1, kernel - 1, -1, -1)
             x = torch.cat((past, x), dim=2)
-            if cache is not None:
-                cache.remember(self.name, x[:, :, x.shape[2] - (kernel - stride) :])
+            chunk.remember(self.name, x[:, :, x.shape[2] - (kernel - stride) :])
         return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
 
 
@@ -130,9 +127,9 @@ class WFVAEResnetBlock(nn.Module):
         self.conv2 = make(out_dim, out_dim, 3)
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
-    def forward(self, x: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)), cache)
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), cache)
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)), chunk)
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))), chunk)
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -144,7 +141,7 @@ class WFVAEAttention(nn.Module):
         self.norm = layers.norm(dim)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         if x.shape[2] == 0:
             return x
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, t, h * w, c)
@@ -159,8 +156,8 @@ class WFVAEDownsample(nn.Module):
         super().__init__()
         self.conv = (CausalConv3d if is_temporal else FrameConv2d)(dim, dim, 3, stride=2)
 
-    def forward(self, x: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)), cache)  # zeros on the right and below only
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)), chunk)  # zeros on the right and below only
 
 
 class WFVAEUpsample(nn.Module):
@@ -170,7 +167,7 @@ class WFVAEUpsample(nn.Module):
         super().__init__()
         self.conv = FrameConv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         return self.conv(x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4))
 
 
@@ -180,39 +177,37 @@ class WFVAETemporalUpsample(nn.Module):
     Frames are interpolated linearly among those after the first, so that the last frame of a chunk waits for the next.
     """
 
-    name = ""  # of its state in a cache; the model sets it
+    name = ""  # of what it remembers; the model sets it
 
     def __init__(self, dim: int, layers: Layers):
         super().__init__()
         self.is_linear = layers.interpolation == "linear"
         self.conv = CausalConv3d(dim, dim, 3, padding=(0, 1, 1))
 
-    def forward(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None = None) -> torch.Tensor:
-        first, later = (x[:, :, :1], x[:, :, 1:]) if is_first else (x[:, :, :0], x)
-        later = self._more_frames(later, cache) if self.is_linear else later.repeat_interleave(2, dim=2)
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        first, later = (x[:, :, :1], x[:, :, 1:]) if chunk.is_first else (x[:, :, :0], x)
+        later = self._more_frames(later, chunk) if self.is_linear else later.repeat_interleave(2, dim=2)
         frames = torch.cat((first, later), dim=2)
         if frames.shape[2] == 0:
             frames = x.new_empty(*x.shape[:2], 0, 2 * x.shape[3], 2 * x.shape[4])
         else:
             size = (frames.shape[2], 2 * x.shape[3], 2 * x.shape[4])
             frames = F.interpolate(frames, size=size, mode="trilinear", align_corners=False)
-        return self.conv(frames, cache)
+        return self.conv(frames, chunk)
 
-    def _more_frames(self, x: torch.Tensor, cache: TemporalCache | None) -> torch.Tensor:
+    def _more_frames(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         r"""Two frames for each, a fourth of the way to its neighbours; the ends have themselves as neighbours."""
-        last = None if cache is None else cache.recall(self.name, x, is_optional=True)
+        last = chunk.recall(self.name, x, is_optional=True)
         x = x if last is None else torch.cat((last, x), dim=2)
         if x.shape[2] == 0:
             return x
-        if cache is not None:
-            cache.remember(self.name, x[:, :, -1:])
+        chunk.remember(self.name, x[:, :, -1:])
         before = torch.cat((x[:, :, :1], x[:, :, :-1]), dim=2)
         after = torch.cat((x[:, :, 1:], x[:, :, -1:]), dim=2)
         frames = torch.stack((0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after), dim=3).flatten(2, 3)
         # What stands before the second half of the remembered frame was put out with it; what stands after the first
         # half of the last frame is known when the next frame comes, or that none comes.
-        is_end = cache is None or cache.is_last
-        return frames[:, :, int(last is not None) : frames.shape[2] - int(not is_end)]
+        return frames[:, :, int(last is not None) : frames.shape[2] - int(not chunk.is_last)]
 
 
 def _mid_layers(in_dim: int, dim: int, out_dim: int, use_attention: bool, layers: Layers) -> LayerChain:
@@ -237,12 +232,10 @@ class WFVAEEncoderLevel(nn.Module):
         self.downsample = WFVAEDownsample(dim, wavelet.is_temporal)
         self.flow = FrameConv2d(wavelet.channels, flow_dim, 3, padding=1)
 
-    def forward(
-        self, x: torch.Tensor, low: torch.Tensor, is_first: bool, cache: TemporalCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, low: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Hidden states with the flow behind them, and the sub-bands of `low`, the low band of the level above."""
-        subbands = self.wavelet.analyze(low, is_first)
-        hidden = self.downsample(self.resnets(self.conv_in(x), cache), cache)
+        subbands = self.wavelet.analyze(low, chunk.is_first)
+        hidden = self.downsample(self.resnets(self.conv_in(x), chunk), chunk)
         return torch.cat((hidden, self.flow(subbands)), dim=1), subbands
 
 
@@ -271,26 +264,22 @@ class WFVAEEncoder(nn.Module):
         self.norm_out = layers.norm(4 * dim)
         self.conv_out = CausalConv3d(4 * dim, 2 * latent_dim, 3, padding=(0, 1, 1))
 
-    def forward(
-        self, x: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of pixels; `(B, 2b + e, t, h, w)` lies between the parts."""
-        hidden = x if part == "whole" else self.levels_and_subbands(x, is_first, cache)[0]
-        return hidden if part == "local" else self._whole(hidden, cache)
+        hidden = x if part == "whole" else self.levels_and_subbands(x, chunk)[0]
+        return hidden if part == "local" else self._whole(hidden, chunk)
 
-    def levels_and_subbands(
-        self, x: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def levels_and_subbands(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
         r"""The local part, and the sub-bands of both levels, which the wavelet loss compares with the decoder's."""
-        hidden = level_above = self.wavelet.analyze(x, is_first)  # (B, 24, (T + 1) / 2, H / 2, W / 2)
+        hidden = level_above = self.wavelet.analyze(x, chunk.is_first)  # (B, 24, (T + 1) / 2, H / 2, W / 2)
         subbands = []
         for level in self.levels:
-            hidden, level_above = level(hidden, level_above[:, :3], is_first, cache)
+            hidden, level_above = level(hidden, level_above[:, :3], chunk)
             subbands.append(level_above)
         return hidden, *subbands
 
-    def _whole(self, hidden: torch.Tensor, cache: TemporalCache | None) -> torch.Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden, cache))), cache)
+    def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden, chunk))), chunk)
 
 
 # ---- decoder --------------------------------------------------------------------------------------------------------
@@ -299,7 +288,7 @@ class WFVAEEncoder(nn.Module):
 class WFVAEDecoderFlow(nn.Module):
     r"""The energy flow of the decoder: sub-bands from some channels of a level, and the RGB band above them."""
 
-    name = ""  # of its state in a cache; the model sets it
+    name = ""  # of what it remembers; the model sets it
 
     def __init__(self, dim: int, num_layers: int, wavelet: Wavelet, layers: Layers):
         super().__init__()
@@ -307,25 +296,20 @@ class WFVAEDecoderFlow(nn.Module):
         self.resnets = LayerChain([layers.resnet(dim) for _ in range(num_layers)])
         self.conv_out = FrameConv2d(dim, wavelet.channels, 3, padding=1)
 
-    def forward(
-        self, x: torch.Tensor, low: torch.Tensor | None, is_first: bool, cache: TemporalCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, low: torch.Tensor | None, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Sub-bands, their low band corrected by `low`, and what they synthesise to."""
-        subbands = _add_to_low_band(self.conv_out(self.resnets(x, cache)), low, self.name, cache)
-        return subbands, self.wavelet.synthesize(subbands, is_first)
+        subbands = _add_to_low_band(self.conv_out(self.resnets(x, chunk)), low, self.name, chunk)
+        return subbands, self.wavelet.synthesize(subbands, chunk.is_first)
 
 
-def _add_to_low_band(
-    subbands: torch.Tensor, low: torch.Tensor | None, name: str, cache: TemporalCache | None
-) -> torch.Tensor:
-    r"""Sub-bands whose first three channels are added to; frames of `low` that are early wait in the cache."""
+def _add_to_low_band(subbands: torch.Tensor, low: torch.Tensor | None, name: str, chunk: Chunk) -> torch.Tensor:
+    r"""Sub-bands whose first three channels are added to; frames of `low` that are early wait for the next chunk."""
     if low is None:
         return subbands
-    if cache is not None:
-        waiting = cache.recall(name, low)
-        low = low if waiting is None else torch.cat((waiting, low), dim=2)
-        cache.remember(name, low[:, :, subbands.shape[2] :])
-        low = low[:, :, : subbands.shape[2]]
+    waiting = chunk.recall(name, low)
+    low = low if waiting is None else torch.cat((waiting, low), dim=2)
+    chunk.remember(name, low[:, :, subbands.shape[2] :])
+    low = low[:, :, : subbands.shape[2]]
     return torch.cat((subbands[:, :3] + low, subbands[:, 3:]), dim=1)
 
 
@@ -338,14 +322,14 @@ class WFVAEDecoderLevel(nn.Module):
         self.upsample = WFVAETemporalUpsample(dim, layers) if is_temporal else WFVAEUpsample(dim)
         self.resnet_out = layers.resnet(dim, out_dim)
 
-    def forward(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        return self.resnet_out(self.upsample(self.resnets(x, cache), is_first, cache), cache)
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        return self.resnet_out(self.upsample(self.resnets(x, chunk), chunk), chunk)
 
 
 class WFVAEDecoder(nn.Module):
     r"""The way back: what a level splits off becomes sub-bands, which pass the backbone and are added at its end."""
 
-    name = ""  # of its state in a cache; the model sets it
+    name = ""  # of what it remembers; the model sets it
 
     def __init__(
         self,
@@ -378,25 +362,21 @@ class WFVAEDecoder(nn.Module):
         self.norm_out = layers.norm(dim)
         self.conv_out = FrameConv2d(dim, wavelets[0].channels, 3, padding=1)
 
-    def forward(
-        self, z: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None, part: Part = "all"
-    ) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         r"""Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts."""
-        hidden = z if part == "local" else self.mid(self.conv_in(z, cache), cache)
-        return hidden if part == "whole" else self.frames_and_subbands(hidden, is_first, cache)[0]
+        hidden = z if part == "local" else self.mid(self.conv_in(z, chunk), chunk)
+        return hidden if part == "whole" else self.frames_and_subbands(hidden, chunk)[0]
 
-    def frames_and_subbands(
-        self, hidden: torch.Tensor, is_first: bool = True, cache: TemporalCache | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def frames_and_subbands(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
         r"""The local part, and the sub-bands of both levels, the larger ones first as in the encoder."""
         low, subbands = None, []
         for level, flow in zip(self.levels, self.flows, strict=True):
             hidden, branch = hidden.split((hidden.shape[1] - self.flow_dim, self.flow_dim), dim=1)
-            bands, low = flow(branch, low, is_first, cache)
+            bands, low = flow(branch, low, chunk)
             subbands.insert(0, bands)
-            hidden = level(hidden, is_first, cache)
-        hidden = self.conv_out(F.silu(self.norm_out(self.resnets_out(hidden, cache))))
-        return self.wavelet.synthesize(_add_to_low_band(hidden, low, self.name, cache), is_first), *subbands
+            hidden = level(hidden, chunk)
+        hidden = self.conv_out(F.silu(self.norm_out(self.resnets_out(hidden, chunk))))
+        return self.wavelet.synthesize(_add_to_low_band(hidden, low, self.name, chunk), chunk.is_first), *subbands
 
 
 # How far convolutions reach from latent 0 to both sides, walked from what is computed to what is read. Indices are
@@ -429,7 +409,7 @@ def _decoder_reach(num_layers: int, num_flow_layers: int, is_8x: bool) -> int:
 # ---- the autoencoder ------------------------------------------------------------------------------------------------
 
 
-class AutoencoderKLWFVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLWFVAE(VideoAutoencoder):
     r"""WF-VAE, a video autoencoder with KL posterior and a wavelet energy flow (arXiv 2411.17459).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, 3, num_frames, height, width)` with `num_frames` = 4 * n + 1 (8 * n +
@@ -520,3 +500,15 @@ class AutoencoderKLWFVAE(TiledVideoAutoencoderMixin, ModelMixin, AutoencoderMixi
         self.decoder_halo = _decoder_reach(num_decoder_layers, num_flow_layers, temporal_compression_ratio == 8)
         self.can_stream = norm_type == "layer_norm"
         self.num_frames_per_chunk = 4 * temporal_compression_ratio + 1
+
+    def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.encoder(x, chunk, part="local")
+
+    def _encode_whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.encoder(hidden, chunk, part="whole")
+
+    def _decode_whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.decoder(z, chunk, part="whole")
+
+    def _decode_local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return self.decoder(hidden, chunk, part="local")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
-from .temporal_cache import TemporalCache
+from .temporal_cache import WHOLE, Chunk
 
 
 def works_in_place() -> bool:
@@ -34,22 +34,40 @@ def slices(size: int, elements_per_item: int, device: torch.device) -> Iterator[
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
+NUM_TAIL_STEPS = 2  # that the 3x3x3 convolutions see before a chunk
+
+
+def no_tail(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Zeros that precede the first chunk of tokens `(B, t, h, w, c)`; they have no memory of their own."""
+    batch_size, _, *frame_shape = hidden_states.shape
+    return hidden_states.new_zeros(()).expand(batch_size, NUM_TAIL_STEPS, *frame_shape)
+
+
+def exchange_tail(name: str, hidden_states: torch.Tensor, chunk: Chunk) -> torch.Tensor | None:
+    """The steps that a convolution remembers, `None` at the start; it remembers the last tokens instead."""
+    tail = chunk.recall(name, hidden_states, time_dim=1)
+    if chunk.is_open:
+        last = hidden_states[:, -NUM_TAIL_STEPS:]
+        short = NUM_TAIL_STEPS - last.shape[1]
+        if short:
+            before = no_tail(hidden_states) if tail is None else tail
+            chunk.remember(name, torch.cat((before[:, -short:], last), dim=1), copy=False)
+        else:
+            chunk.remember(name, last)
+    return tail
+
+
 class CausalDepthwiseConv3d(nn.Conv3d):
     r"""Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, kernel_size=3, padding=(0, 1, 1), groups=dim)
-        self.name = ""  # qualified name in the model, the key of this layer in a `TemporalCache`
+        self.name = ""  # qualified name in the model, of what it remembers
 
-    def forward(
-        self, hidden_states: torch.Tensor, cache: TemporalCache | None = None, residual: bool = False
-    ) -> torch.Tensor:
-        num_steps = self.kernel_size[0] - 1
-        if cache is None:
-            batch_size, _, *frame_shape = hidden_states.shape
-            tail = hidden_states.new_zeros(()).expand(batch_size, num_steps, *frame_shape)  # no memory of its own
-        else:
-            tail = cache.exchange(self.name, hidden_states, num_steps)
+    def forward(self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE, residual: bool = False) -> torch.Tensor:
+        tail = exchange_tail(self.name, hidden_states, chunk)
+        if tail is None:
+            tail = no_tail(hidden_states)
         if not works_in_place():
             output = self._convolve(tail, hidden_states, slice(None))
             return hidden_states + output if residual else output
@@ -158,8 +176,8 @@ class LeanVAEBlock(nn.Module):
         self.conv = CausalDepthwiseConv3d(dim)
         self.ff = LeanVAEFeedForward(dim)
 
-    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
-        hidden_states = self.conv(hidden_states, cache, self.residual)
+    def forward(self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        hidden_states = self.conv(hidden_states, chunk, self.residual)
         return self.ff(hidden_states, self.residual)
 
 
@@ -174,10 +192,10 @@ class LeanVAEBlocks(nn.ModuleList):
         # A slice (group offloading takes them) would be built by this class's constructor, which takes no modules.
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
-    def forward(self, hidden_states: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         for block in self:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cache)  # type: ignore[operator]
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, chunk)  # type: ignore[operator]
             else:
-                hidden_states = block(hidden_states, cache)
+                hidden_states = block(hidden_states, chunk)
         return hidden_states

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import Kernels
-from .leanvae_blocks import LeanVAEBlock, LeanVAEBlocks, slice_elements, slices
-from .temporal_cache import TemporalCache
+from .leanvae_blocks import LeanVAEBlock, LeanVAEBlocks, exchange_tail, slice_elements, slices
+from .temporal_cache import Chunk
 
 
 WIDTH_MULTIPLE = 32  # of inner widths: aligned rows in every dtype, whole tiles of matrix kernels
@@ -170,13 +170,13 @@ class FusedBlock:
     def __call__(
         self,
         hidden_states: torch.Tensor,
-        cache: TemporalCache | None,
+        chunk: Chunk,
         workspace: Workspace,
         keeps_input: bool = False,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""Overwrites `hidden_states`, unless told to keep it, and `base`, which a block without residual adds."""
-        tail = None if cache is None else cache.exchange(self.name, hidden_states, 2)
+        tail = exchange_tail(self.name, hidden_states, chunk)
         return self._compute(hidden_states, tail, keeps_input, base, workspace)
 
     def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
@@ -341,7 +341,7 @@ class FusedStack:
     def __call__(
         self,
         hidden_states: torch.Tensor,
-        cache: TemporalCache | None,
+        chunk: Chunk,
         workspace: Workspace,
         keeps_input: bool = False,
         base: torch.Tensor | None = None,
@@ -354,7 +354,7 @@ class FusedStack:
             return hidden_states if base is None else hidden_states.add_(base)
         for block in self.blocks:
             is_last = block is self.blocks[-1]
-            hidden_states = block(hidden_states, cache, workspace, keeps_input, base if is_last else None)
+            hidden_states = block(hidden_states, chunk, workspace, keeps_input, base if is_last else None)
             keeps_input = False
         return hidden_states
 
@@ -476,16 +476,16 @@ class FusedLeanVAE:
         stacks += [stack for iteration in self.iterations for stack in iteration[1:]]
         self.max_inner_dim = max((block.inner_dim for stack in stacks for block in stack.blocks), default=1)
 
-    def encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         r"""Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
         workspace = Workspace(x, self.dtype, self.max_inner_dim)
-        branches = self._embed(x, is_first, workspace)  # (B, t, h, w, dim) each
+        branches = self._embed(x, chunk.is_first, workspace)  # (B, t, h, w, dim) each
         if self.separate:
             stacks = zip(self.encoder_branches, branches, strict=True)
-            branches = [stack(part, cache, workspace) for stack, part in stacks]
+            branches = [stack(part, chunk, workspace) for stack, part in stacks]
         tokens = torch.cat(branches, dim=-1) if len(branches) > 1 else branches[0]
         del branches
-        tokens = self.encoder_fusion(tokens, cache, workspace)
+        tokens = self.encoder_fusion(tokens, chunk, workspace)
         return F.linear(tokens, self.heads, self.heads_bias).permute(0, 4, 1, 2, 3).contiguous()
 
     def _embed(self, x: torch.Tensor, is_first: bool, workspace: Workspace) -> list[torch.Tensor]:
@@ -513,7 +513,7 @@ class FusedLeanVAE:
                             out.copy_(torch.addmm(bias, patches.to(weight.dtype), weight.t()))
         return branches
 
-    def decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         r"""Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
         workspace = Workspace(z, self.dtype, self.max_inner_dim)
         latents = z.permute(0, 2, 3, 4, 1).contiguous()
@@ -521,16 +521,16 @@ class FusedLeanVAE:
         for index, (step_size, forward, backward) in enumerate(self.iterations):
             if index > 0:
                 self._gradient_step(tokens, latents, step_size)
-            sparse = forward(tokens, cache, workspace, keeps_input=True)
-            tokens = backward(sparse, cache, workspace, base=tokens)
+            sparse = forward(tokens, chunk, workspace, keeps_input=True)
+            tokens = backward(sparse, chunk, workspace, base=tokens)
             del sparse
-        tokens = self.decoder_fusion(tokens, cache, workspace)
+        tokens = self.decoder_fusion(tokens, chunk, workspace)
         branches = [part.contiguous() for part in tokens.split(self.dims, dim=-1)]
         del tokens
         if self.separate:
             stacks = zip(self.decoder_branches, branches, strict=True)
-            branches = [stack(part, cache, workspace) for stack, part in stacks]
-        return self._project(branches, is_first, workspace)
+            branches = [stack(part, chunk, workspace) for stack, part in stacks]
+        return self._project(branches, chunk.is_first, workspace)
 
     def _gradient_step(self, tokens: torch.Tensor, latents: torch.Tensor, step_size: float) -> None:
         flat = tokens.view(-1, tokens.shape[-1])

@@ -1,17 +1,124 @@
-"""Caller-owned state of a causal video stream: what each temporal convolution must remember between chunks."""
+"""Caller-owned state of a causal video stream: what its layers must remember between chunks."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .tiling import Span
+from .tiling import Tile
+
+
+class Chunk:
+    """What all layers of a model are told about the frames they get, and how they remember some for the next chunk.
+
+    Layers read what was remembered *before* this chunk, and what they remember goes into a second place, which becomes
+    the state of the stream when the whole chunk is done; from then on this object takes nothing more. So a layer that
+    is computed again, as gradient checkpointing does during the backward pass, reads the very tensors that it read the
+    first time, and changes nothing. Hooks that move the arguments of layers to a device copy whatever has a method
+    `to`, and rebuild tuples and dictionaries; this object is none of these, and its copies are itself.
+
+    Without gradients nothing is computed again, and what was remembered is given away for good when it is read: the
+    old state and the new one are never in memory together.
+
+    Args:
+        is_first: Whether the frames start with the first frame of the video.
+        is_last: Whether nothing follows; then nothing is remembered.
+        cache: The stream, if there is one.
+    """
+
+    def __init__(self, is_first: bool = True, is_last: bool = True, cache: "TemporalCache | None" = None) -> None:
+        self.is_first = is_first
+        self.is_last = is_last
+        self.is_open = cache is not None and not is_last  # whether it still takes what layers remember
+        self._cache = cache
+        self._before = {} if cache is None else cache.tails
+        self._after: dict[str, torch.Tensor] = {}
+        self._has_gradients = torch.is_grad_enabled()
+
+    def __copy__(self) -> "Chunk":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Chunk":
+        return self
+
+    def recall(
+        self, name: str, like: torch.Tensor, time_dim: int = 2, is_optional: bool = False
+    ) -> torch.Tensor | None:
+        """The frames remembered under a name; `None` in a first chunk, or always if optional.
+
+        Args:
+            name: Given to [`remember`].
+            like: What the frames precede: of the same shape but for time.
+            time_dim: The dimension of time.
+            is_optional: Whether a later chunk may find nothing.
+
+        Raises:
+            ValueError: If a later chunk finds nothing, or frames of another shape.
+        """
+        if self._cache is None:
+            return None
+        self._check_gradients()
+        tail = self._before.get(name) if self._has_gradients else self._before.pop(name, None)
+        if tail is None:
+            if not self.is_first and not is_optional:
+                raise ValueError(_OTHER_MODEL if name not in self._after else _TWICE)
+            return None
+        if tail.shape[:time_dim] + tail.shape[time_dim + 1 :] != like.shape[:time_dim] + like.shape[time_dim + 1 :]:
+            raise ValueError(
+                f"`cache` must be used with chunks of one shape, got {tuple(like.shape)} after {tuple(tail.shape)} "
+                f"(time is dimension {time_dim})."
+            )
+        return tail
+
+    def remember(self, name: str, frames: torch.Tensor, copy: bool = True) -> None:
+        """Keep frames for the next chunk, if there is one.
+
+        Args:
+            name: What [`recall`] finds them under.
+            frames: The frames.
+            copy: Whether to copy them: a view would keep all that it is a view of in memory, and see it overwritten.
+        """
+        if self.is_open:
+            self._check_gradients()
+            self._after[name] = frames.clone() if copy else frames
+
+    @contextmanager
+    def tile(self, tile: Tile) -> Iterator["Chunk"]:
+        """This chunk for the layers of one spatial tile, which have a state of their own."""
+        if self._cache is None:
+            yield Chunk(self.is_first, self.is_last)
+            return
+        with self._cache.tile(tile) as state:
+            chunk = Chunk(self.is_first, self.is_last, state)
+            yield chunk
+            chunk.close()
+
+    def close(self) -> None:
+        """Make what was remembered the state of the stream; what no layer asked for stays."""
+        if self._cache is not None:
+            self._cache.tails = {} if self.is_last else self._before | self._after
+        self.is_open = False
+
+    def _check_gradients(self) -> None:
+        if self._has_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                "`use_reentrant` must be False for gradient checkpointing of streams and chunks of time, got a layer "
+                "called without gradients inside a call with them."
+            )
+
+
+_OTHER_MODEL = "`cache` must be used with one model for a whole stream, got a stream of another one."
+_TWICE = (
+    "`cache` must be used with layers that are called once per chunk where gradients are off, got one called twice."
+)
+WHOLE = Chunk()  # a whole video: nothing precedes it, nothing follows
 
 
 class TemporalCache:
-    r"""The last two input time steps of every causal convolution, for one stream and one direction.
+    """What every causal layer must remember between the chunks of one stream in one direction.
 
     Pass a fresh `TemporalCache()` with the first chunk and the same object with every later chunk; the model writes
     nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling
@@ -29,7 +136,7 @@ class TemporalCache:
     Args:
         directory: An existing folder: keep the caches of tiles on disk there while other tiles are computed, and only
             one in memory. For streams of large videos: the state of a 2160p stream takes several GB. The file has no
-            name, so that nothing can be left behind.
+            name, so that nothing can be left behind. Not for gradients.
         layout: Tiles of this stream, instead of what the model's settings say.
     """
 
@@ -46,112 +153,68 @@ class TemporalCache:
         self._is_broken = False
 
     @contextmanager
-    def step(self, num_latent_frames: int) -> Iterator[bool]:
-        r"""Around the computation of one chunk; yields whether it is the first.
+    def step(self, num_latent_frames: int) -> Iterator[None]:
+        """Around one call of the model: as many latent frames of the stream.
 
-        A chunk that failed half-way has advanced some convolutions and not others: the stream refuses to go on.
+        A call that failed half-way has advanced some layers and not others: the stream refuses to go on.
         """
         if self._is_broken:
             raise ValueError("`cache` must belong to a stream without failed chunks, got one; call `cache.reset()`.")
         self._is_broken = True
-        yield self.num_latent_frames == 0
+        yield
         self.num_latent_frames += num_latent_frames
         self._is_broken = False
 
-    def exchange(self, name: str, hidden_states: torch.Tensor, num_steps: int) -> torch.Tensor:
-        r"""The remembered steps that precede `hidden_states` (zeros at the start); remembers its last ones instead."""
-        tail = self.tails.get(name)
-        if tail is None:
-            self._check_unstarted()
-            shape = hidden_states.shape
-            tail = hidden_states.new_zeros(()).expand(shape[0], num_steps, *shape[2:])  # no memory of its own
-        if tail.shape[0] != hidden_states.shape[0] or tail.shape[2:] != hidden_states.shape[2:]:
-            raise ValueError(
-                f"`cache` must be used with chunks of one shape, got tokens {tuple(hidden_states.shape)} after "
-                f"{tuple(tail.shape)} (batch, time, height, width, channels)."
-            )
-        if self.is_last:
-            self.tails.pop(name, None)
-            return tail
-        # A copy, not a view: a view would keep the whole chunk's activation alive, and see it overwritten.
-        last = hidden_states[:, -num_steps:]
-        short = num_steps - last.shape[1]
-        self.tails[name] = torch.cat((tail[:, -short:], last), dim=1) if short else last.clone()
-        return tail
-
-    def recall(self, name: str, like: torch.Tensor, is_optional: bool = False) -> torch.Tensor | None:
-        r"""The frames remembered under a name, channels-first; `None` at the start, or always if optional.
-
-        Args:
-            name: Given to [`remember`].
-            like: What the frames precede, `(batch_size, channels, time, height, width)`.
-            is_optional: Whether a stream may have none.
-        """
-        tail = self.tails.get(name)
-        if tail is None:
-            if not is_optional:
-                self._check_unstarted()
-        elif tail.shape[:2] != like.shape[:2] or tail.shape[3:] != like.shape[3:]:
-            raise ValueError(
-                f"`cache` must be used with chunks of one shape, got {tuple(like.shape)} after {tuple(tail.shape)} "
-                "(batch, channels, time, height, width)."
-            )
-        return tail
-
-    def remember(self, name: str, frames: torch.Tensor) -> None:
-        r"""Keep a copy of frames for the next chunk, if there is one."""
-        if self.is_last:
-            self.tails.pop(name, None)
-        else:
-            self.tails[name] = frames.clone()
-
-    def tile(self, name: str) -> "TemporalCache":
-        r"""The cache of one spatial tile, made at its first use."""
+    @contextmanager
+    def tile(self, tile: Tile) -> Iterator["TemporalCache"]:
+        """The cache of one tile, made at its first use; with a `directory` it is in memory inside the context only."""
+        name = tile.name
         if name not in self.tiles:
-            self._check_unstarted()
+            # What is missing in mid-stream was remembered elsewhere: zeros in its place would be silently wrong.
+            if self.num_latent_frames > 0:
+                raise ValueError(_OTHER_MODEL)
             self.tiles[name] = TemporalCache()
         elif self._parking is not None and not self.tiles[name].tails:
             self.tiles[name].tails = self._parking.load(name)
-        return self.tiles[name]
+        yield self.tiles[name]
+        self._park(name)
 
-    def _check_unstarted(self) -> None:
-        # What is missing in mid-stream was remembered elsewhere: zeros in its place would be silently wrong.
-        if self.num_latent_frames > 0:
-            raise ValueError("`cache` must be used with one model for a whole stream, got a stream of another one.")
-
-    def park(self, name: str) -> None:
-        r"""Move the cache of a tile to `directory`, if there is one, until [`tile`] asks for it."""
+    def _park(self, name: str) -> None:
         if self.directory is not None:
             self._parking = self._parking or _ParkingFile(self.directory)
             self._parking.save(name, self.tiles[name].tails)
             self.tiles[name].tails = {}
 
     def reset(self) -> None:
-        r"""Forget the stream; the next chunk is the first of a new one."""
+        """Forget the stream; the next chunk is the first of a new one."""
         self.__init__(self.directory, self._given_layout)
 
-    def to(self, *args, **kwargs) -> "TemporalCache":
-        r"""A copy, in memory, with its tensors moved or cast as by `torch.Tensor.to`."""
-        moved = TemporalCache(layout=self.layout)
-        moved.tails = {name: tail.to(*args, **kwargs) for name, tail in self.tails.items()}
+    def copy(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TemporalCache":
+        """A second stream that continues from here, in memory, its tensors moved and cast if asked for.
+
+        Args:
+            device: Where to move the tensors; by default they stay where they are.
+            dtype: What to cast them to; by default they keep their dtype.
+        """
+        other = TemporalCache(layout=self.layout)
+        other.tails = {key: _copied(tail, device, dtype) for key, tail in self.tails.items()}
         for name in self.tiles:
-            moved.tiles[name] = TemporalCache()
-            moved.tiles[name].tails = {key: tail.to(*args, **kwargs) for key, tail in self._tails_of(name).items()}
-            moved.tiles[name].num_latent_frames = self.num_latent_frames
-        moved.num_latent_frames, moved._is_broken = self.num_latent_frames, self._is_broken
-        return moved
+            other.tiles[name] = TemporalCache()
+            other.tiles[name].tails = {key: _copied(t, device, dtype) for key, t in self._tails_of(name).items()}
+        other.num_latent_frames, other._is_broken = self.num_latent_frames, self._is_broken
+        return other
 
     def _tails_of(self, name: str) -> dict[str, torch.Tensor]:
         tails = self.tiles[name].tails
         return tails if tails or self._parking is None else self._parking.load(name)
 
     def nbytes(self) -> int:
-        r"""Memory held, in bytes; what is on disk does not count."""
+        """Memory held, in bytes; what is on disk does not count."""
         caches = (self, *self.tiles.values())
         return sum(tail.nbytes for cache in caches for tail in cache.tails.values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
+        """Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         if self._is_broken:
             raise ValueError("`state_dict` must be taken between chunks, got a stream whose last chunk failed.")
         state = dict(self.tails)
@@ -162,44 +225,80 @@ class TemporalCache:
         return state | {"num_latent_frames": torch.tensor(self.num_latent_frames)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        r"""Restore what [`TemporalCache.state_dict`] gave."""
+        """Restore what [`TemporalCache.state_dict`] gave."""
         self.reset()
         tensors = dict(state_dict)
-        count = int(tensors.pop("num_latent_frames", 0))
+        self.num_latent_frames = int(tensors.pop("num_latent_frames", 0))
         layout = tensors.pop("layout", None)
         self.layout = None if layout is None else tuple(layout.tolist())
         for key, tensor in tensors.items():
             tile, slash, name = key.rpartition("/")
-            cache = self.tile(tile) if slash else self
+            cache = self.tiles.setdefault(tile, TemporalCache()) if slash else self
             cache.tails[name] = tensor
-            cache.num_latent_frames = count
-        self.num_latent_frames = count
         for name in self.tiles:
-            self.park(name)
+            self._park(name)
+
+
+def chunks(
+    cache: TemporalCache | None, bounds: Sequence[tuple[int, int]], is_first: bool, is_last: bool
+) -> Iterator[tuple[int, int, Chunk]]:
+    """The chunks of a video, or of one call of a stream, with their bounds; each is done when the next is asked for.
+
+    Args:
+        cache: The stream. Without one a passing one serves if there are several chunks.
+        bounds: Where the chunks start and stop.
+        is_first: Whether the first one starts with the first frame of the video.
+        is_last: Whether nothing follows the last one. What is not remembered takes no memory: of a large tile it would
+            be more than its activations.
+    """
+    if cache is None and len(bounds) > 1:
+        cache = TemporalCache()
+    for start, stop in bounds:
+        chunk = Chunk(is_first and start == 0, is_last and stop == bounds[-1][1], cache)
+        yield start, stop, chunk
+        chunk.close()
+
+
+def _copied(tail: torch.Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> torch.Tensor:
+    return tail.to(device=device, dtype=dtype, copy=True)
+
+
+class _Place(NamedTuple):
+    """Where the tensors of a tile lie in a parking file; `tails` are like them, without data."""
+
+    offset: int
+    capacity: int
+    tails: dict[str, torch.Tensor]
 
 
 class _ParkingFile:
-    r"""Tensors of tiles in an unnamed temporary file: it vanishes with its owner, be that by SIGKILL."""
+    """Tensors of tiles in an unnamed temporary file: it vanishes with its owner, be that by SIGKILL."""
 
     def __init__(self, directory: Path):
         self.file = tempfile.TemporaryFile(dir=directory)
         self.size = 0
-        self.places: dict[str, tuple[int, dict[str, torch.Tensor]]] = {}  # offset, and tensors without data per name
+        self.places: dict[str, _Place] = {}
 
     def save(self, tile: str, tails: dict[str, torch.Tensor]) -> None:
-        # The tensors of a tile keep their sizes, so it is written over its last state.
-        offset = self.places[tile][0] if tile in self.places else self.size
+        if any(tail.requires_grad for tail in tails.values()):
+            raise ValueError("`directory` must be `None` where gradients are computed: a file keeps numbers only.")
+        # A tile is written over its last state, or at the end once it has outgrown that.
+        num_bytes = sum(tail.nbytes for tail in tails.values())
+        place = self.places.get(tile)
+        if place is None or place.capacity < num_bytes:
+            place = _Place(self.size, num_bytes, {})
+            self.size += num_bytes
         # `expand` makes one number look like the tensor: its shape, dtype and device are kept, and nothing else.
-        self.places[tile] = (offset, {name: tail.new_empty(()).expand(tail.shape) for name, tail in tails.items()})
-        self.file.seek(offset)
+        likes = {name: tail.new_empty(()).expand(tail.shape) for name, tail in tails.items()}
+        self.places[tile] = place._replace(tails=likes)
+        self.file.seek(place.offset)
         for tail in tails.values():
             self.file.write(tail.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.size = max(self.size, self.file.tell())
 
     def load(self, tile: str) -> dict[str, torch.Tensor]:
-        offset, tails = self.places[tile]
-        self.file.seek(offset)
-        return {name: self._read(like) for name, like in tails.items()}
+        place = self.places[tile]
+        self.file.seek(place.offset)
+        return {name: self._read(like) for name, like in place.tails.items()}
 
     def _read(self, like: torch.Tensor) -> torch.Tensor:
         # Read, not mapped: pages of a mapped file would stay beside the tensors that replace them.
@@ -207,39 +306,3 @@ class _ParkingFile:
         if self.file.readinto(data.numpy().data) != data.numel():  # type: ignore[attr-defined]
             raise OSError("The file of a parked stream ends early; was its disk full?")
         return data.view(like.dtype).view(like.shape).to(like.device)
-
-
-@contextmanager
-def tile_cache(cache: TemporalCache | None, rows: Span, columns: Span, needed: bool) -> Iterator[TemporalCache | None]:
-    r"""The state of one tile of a stream; without a stream a passing one, or none if the tile is one chunk."""
-    if cache is None:
-        yield TemporalCache() if needed else None
-        return
-    name = f"{rows.start}.{columns.start}"
-    yield cache.tile(name)
-    if cache.is_last:
-        cache.tiles[name].tails = {}
-    else:
-        cache.park(name)
-
-
-@contextmanager
-def tile_chunk(cache: TemporalCache | None, rows: Span, columns: Span) -> Iterator[TemporalCache | None]:
-    r"""The state of one tile during one chunk, where all tiles of a chunk are computed before the next."""
-    if cache is None:
-        yield None
-        return
-    name = f"{rows.start}.{columns.start}"
-    state = cache.tile(name)
-    state.is_last = cache.is_last
-    yield state
-    cache.park(name)
-
-
-def mark_last(state: TemporalCache | None, cache: TemporalCache | None, is_end: bool) -> None:
-    r"""Tell the state of a tile that nothing follows: at the end of the last chunk of a stream, or of a whole video.
-
-    What is not remembered takes no memory: of a large tile it would be more than its activations.
-    """
-    if state is not None:
-        state.is_last = is_end and (cache is None or cache.is_last)

@@ -1,11 +1,12 @@
 """Geometry of exact tiling: which tokens a tile computes, which of them it keeps, and how a video is cut in time."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 
 class Span(NamedTuple):
-    r"""One tile along one axis, in tokens: what it writes, and what it must read to compute that exactly."""
+    """One tile along one axis, in tokens: what it writes, and what it must read to compute that exactly."""
 
     start: int
     stop: int
@@ -13,20 +14,82 @@ class Span(NamedTuple):
     outer_stop: int
 
     def target(self, scale: int = 1) -> slice:
-        r"""Where the result lies in the whole, `scale` units per token."""
+        """Where the result lies in the whole, `scale` units per token."""
         return slice(self.start * scale, self.stop * scale)
 
     def source(self, scale: int = 1) -> slice:
-        r"""What the tile reads from the whole: itself and its halo, cut at the true borders."""
+        """What the tile reads from the whole: itself and its halo, cut at the true borders."""
         return slice(self.outer_start * scale, self.outer_stop * scale)
 
     def crop(self, scale: int = 1) -> slice:
-        r"""Where the result lies in what the tile computed."""
+        """Where the result lies in what the tile computed."""
         return slice((self.start - self.outer_start) * scale, (self.stop - self.outer_start) * scale)
 
 
+class Tile(NamedTuple):
+    """Rows and columns of one tile."""
+
+    rows: Span
+    columns: Span
+
+    @property
+    def name(self) -> str:
+        """Key of the tile in the state of a stream."""
+        return f"{self.rows.start}.{self.columns.start}"
+
+    def read(self, whole: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """What the tile needs of a video `(..., height, width)`, as a view, with `scale` elements per token."""
+        return whole[..., self.rows.source(scale), self.columns.source(scale)]
+
+    def crop(self, part: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """What the tile keeps of what it computed, as a view."""
+        return part[..., self.rows.crop(scale), self.columns.crop(scale)]
+
+    def place(self, whole: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """Where that belongs, as a view."""
+        return whole[..., self.rows.target(scale), self.columns.target(scale)]
+
+
+class TileSizes(NamedTuple):
+    """How a video is cut: height and width of a tile in tokens, and latent frames of a chunk; `None` is uncut."""
+
+    height: int | None = None
+    width: int | None = None
+    num_latent_frames: int | None = None
+
+
+class Canvas:
+    """The result of tiles and chunks, made when the first one comes: its dtype is theirs, which autocast chooses.
+
+    Args:
+        num_frames: Frames of the result; `None` for as many as a part has.
+        height: Height of the result.
+        width: Width of the result.
+    """
+
+    def __init__(self, num_frames: int | None, height: int, width: int) -> None:
+        self.size = (num_frames, height, width)
+        self._whole: torch.Tensor | None = None
+
+    def put(self, part: torch.Tensor, frames: slice, tile: Tile, scale: int) -> None:
+        """Write the result of a tile, `scale` elements per token."""
+        num_frames, height, width = self.size
+        size = (part.shape[2] if num_frames is None else num_frames, height, width)
+        if part.shape[2:] == size:
+            self._whole = part  # all at once: nothing to copy
+            return
+        if self._whole is None:
+            self._whole = part.new_empty(*part.shape[:2], *size)
+        tile.place(self._whole[:, :, frames], scale)[:] = part
+
+    def take(self) -> torch.Tensor:
+        """Return the result."""
+        assert self._whole is not None  # there is at least one tile
+        return self._whole
+
+
 def spans(size: int, tile: int, halo: int) -> list[Span]:
-    r"""Cut `size` tokens into tiles of at most `tile`, as even as possible, each with a halo of `halo` tokens."""
+    """Cut `size` tokens into tiles of at most `tile`, as even as possible, each with a halo of `halo` tokens."""
     count = -(-size // tile)
     edges = [round(i * size / count) for i in range(count + 1)]
     return [
@@ -35,13 +98,19 @@ def spans(size: int, tile: int, halo: int) -> list[Span]:
     ]
 
 
-def grid(height: int, width: int, tile: Sequence[int], halo: int) -> list[tuple[Span, Span]]:
-    r"""Rows and columns of every tile of `height` x `width` tokens, `tile` high and wide at most."""
-    return [(rows, columns) for rows in spans(height, tile[0], halo) for columns in spans(width, tile[1], halo)]
+def grid(height: int, width: int, sizes: TileSizes, halo: int) -> list[Tile]:
+    """Cut `height` x `width` tokens into tiles."""
+    return [
+        Tile(rows, columns)
+        for rows in spans(height, sizes.height or height, halo)
+        for columns in spans(width, sizes.width or width, halo)
+    ]
 
 
-def time_chunks(num_latent_frames: int, per_chunk: int, is_first: bool) -> list[tuple[int, int]]:
-    r"""Bounds of the chunks, in latent frames: `per_chunk` each, one more (the image) for the first of a stream."""
+def time_chunks(num_latent_frames: int, per_chunk: int | None, is_first: bool) -> list[tuple[int, int]]:
+    """Bounds of the chunks, in latent frames: `per_chunk` each, one more (the image) for the first of a stream."""
+    if per_chunk is None or num_latent_frames == 0:
+        return [(0, num_latent_frames)]
     chunks, start = [], 0
     while start < num_latent_frames:
         stop = min(start + per_chunk + (is_first and start == 0), num_latent_frames)

@@ -1,28 +1,35 @@
-"""What the video autoencoders of this package have in common: their public methods, and what these demand.
+"""What the video autoencoders of this package have in common: public methods, tiles, chunks, streams.
 
-A model brings `_encode` and `_decode` of a checked chunk, and says how it compresses. [`TiledVideoAutoencoderMixin`]
-makes them, with chunks of time and tiles, for models that attend within frames.
+A model brings its network in up to two parts, `_encode_local` and `_encode_whole` (and back `_decode_whole` and
+`_decode_local`), says how it compresses and how far its local layers reach. Tiles and chunks are exact: every part of
+a result is computed from all that it depends on.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..conversion.leanvae import HUB_ARGUMENTS, resolve_checkpoint
-from .temporal_cache import TemporalCache, tile_chunk
-from .tiling import grid, time_chunks
+from .temporal_cache import Chunk, TemporalCache, chunks
+from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
 
 
-UNTILED = 2**62  # size of a tile that holds every frame
+if TYPE_CHECKING:
+    from .planner import MemoryModel, MemoryPlan
+
 # Of a network: all of it, the layers that are local in space, or those that see whole frames.
 Part = Literal["all", "local", "whole"]
+# Blocks of several widths and kinds are compiled once each, and where a stream is, once for each place in the network.
+RECOMPILE_LIMIT = 256
 
 
 def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
@@ -31,8 +38,45 @@ def check_statistics(latent_channels: int, latents_mean: list[float] | None, lat
             raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
 
 
-class VideoAutoencoderMixin:
-    r"""Encode, decode and reconstruct videos and images, whole or as streams.
+class VideoAutoencoderConfig(FrozenDict):
+    """The config, which also answers to the derived names that diffusers' pipelines for videos read.
+
+    Those are attributes only: they are neither items of the config nor stored. `latents_mean` and `latents_std`, where
+    one of them is not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor`
+    says; `config["latents_mean"]` is what is set.
+    """
+
+    z_dim: int
+    scale_factor_temporal: int
+    scale_factor_spatial: int
+    temporal_compression_ratio: int
+    spatial_compression_ratio: int
+    block_out_channels: tuple[int, ...]  # pipelines count them: one more than the halvings of the size
+    invert_scale_latents: bool
+
+    @classmethod
+    def of(cls, vae: "VideoAutoencoder") -> Self:
+        """The config of a model, with the names derived from it."""
+        config = cls(vae._internal_dict)
+        ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+        derived: dict[str, Any] = {
+            "z_dim": vae.latent_channels,
+            "scale_factor_temporal": ratio_t,
+            "scale_factor_spatial": ratio_s,
+            "temporal_compression_ratio": ratio_t,
+            "spatial_compression_ratio": ratio_s,
+            "block_out_channels": (vae.latent_channels,) * (1 + round(math.log2(ratio_s))),
+            "invert_scale_latents": False,
+        }
+        if config["latents_mean"] is None or config["latents_std"] is None:
+            derived["latents_mean"] = [0.0] * vae.latent_channels
+            derived["latents_std"] = [1 / config["scaling_factor"]] * vae.latent_channels
+        config.__dict__.update(derived)
+        return config
+
+
+class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Encode, decode and reconstruct videos and images, whole or as streams.
 
     Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)`; the first frame is an image
     of its own, every later group of `temporal_compression_ratio` frames shares one latent frame.
@@ -42,34 +86,94 @@ class VideoAutoencoderMixin:
         latent_channels: Channels of the latents.
         temporal_compression_ratio: Frames of a latent frame after the first.
         spatial_compression_ratio: Pixels of a latent along height and along width.
+        encoder_halo: How far the local layers of the encoder reach in space, in latents.
+        decoder_halo: How far those of the decoder reach.
+        is_local: Whether all layers are local in space. Then a tile goes through all its chunks before the next one,
+            and only its state is in use. Else a chunk goes through all its tiles before the next one, since layers at
+            the latent size see whole frames.
+        can_stream: Whether the model computes chunks exactly.
+        num_frames_per_step: Frames of a first chunk in which clips are computed without gradients, tiling or not;
+            `None` for whole clips.
         num_delayed_frames: How many frames a stream of `decode` is late, because the decoder looks ahead.
         use_slicing: Whether the videos of a batch are computed one after the other.
+        use_tiling: Whether videos are computed in tiles and chunks; the sizes are those of [`enable_tiling`].
+        tiling_budget: Bytes, or `"auto"`, by which tile sizes are chosen for every video; `None` for fixed sizes.
     """
 
     in_channels: int
     latent_channels: int
     temporal_compression_ratio: int
     spatial_compression_ratio: int
+    encoder_halo: int
+    decoder_halo: int
+    is_local: bool = False
+    can_stream: bool = True
+    num_frames_per_step: int | None = None
     num_delayed_frames: int = 0
     use_slicing: bool = False
-    dtype: torch.dtype
+    use_tiling: bool = False
+    tile_sample_min_height: int = 256
+    tile_sample_min_width: int = 256
+    num_frames_per_chunk: int
+    tiling_budget: int | Literal["auto"] | None = None
 
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
     _original_name: ClassVar[str]  # of the model that `_read_original_checkpoint` reads, for messages
     _read_original_checkpoint: ClassVar[Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]]]
 
-    def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        r"""Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the image frame."""
+    # ---- what a model brings ----------------------------------------------------------------------------------------
+
+    def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Layers of the encoder that are local in space: from pixels `(B, C, T, H, W)` to `(B, c, t, h, w)`.
+
+        Of a model that is all local these are all layers, and the result are the moments `(B, 2z, t, h, w)`.
+        """
         raise NotImplementedError
 
-    def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        r"""Pixels `(B, C, T, H, W)` of latent frames; `is_first` if they start with the image's."""
+    def _encode_whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """The layers after these, which see whole frames, to moments `(B, 2z, t, h, w)`."""
         raise NotImplementedError
+
+    def _decode_whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """Layers of the decoder that see whole frames: from latents `(B, z, t, h, w)` to `(B, c, t, h, w)`."""
+        raise NotImplementedError
+
+    def _decode_local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """The layers after these, local in space, to pixels `(B, C, T, H, W)`; of an all local model all layers."""
+        raise NotImplementedError
+
+    # ---- config, loading, compiling ---------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> VideoAutoencoderConfig:
+        return VideoAutoencoderConfig.of(self)
+
+    @property
+    def temperal_downsample(self) -> tuple[bool, ...]:
+        """The ratios as diffusers' Wan pipelines read them: for each halving of the size, whether it halves time too.
+
+        The name is theirs.
+        """
+        num_temporal = round(math.log2(self.temporal_compression_ratio))
+        num_spatial = round(math.log2(self.spatial_compression_ratio))
+        return (False,) * (num_spatial - num_temporal) + (True,) * num_temporal
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks that the model repeats, by `torch.compile` with these arguments.
+
+        Blocks of one class differ in width, so that they need more than the 8 versions that PyTorch allows for one
+        piece of code by default: `recompile_limit` is 256 here, where `torch.compile` takes it.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("recompile_limit", RECOMPILE_LIMIT)
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @classmethod
     def from_single_file(
         cls, pretrained_model_link_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Self:
-        r"""Load an original checkpoint: release, training file or safetensors layout.
+        """Load an original checkpoint: release, training file or safetensors layout.
 
         Args:
             pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL.
@@ -99,14 +203,15 @@ class VideoAutoencoderMixin:
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
     def num_latent_frames(self, num_frames: int) -> int:
-        r"""Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
+        """Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
         return (num_frames - 1) // self.temporal_compression_ratio + 1
 
     def num_sample_frames(self, num_latent_frames: int) -> int:
-        r"""Frames that `num_latent_frames` latent frames decode to."""
+        """Frames that `num_latent_frames` latent frames decode to."""
         return (num_latent_frames - 1) * self.temporal_compression_ratio + 1
 
-    def _check_sample(self, x: torch.Tensor, name: str, is_first: bool) -> None:
+    def check_sample(self, x: torch.Tensor, name: str, is_first: bool = True) -> None:
+        """Raise a `ValueError` unless `x` are frames that [`encode`] takes, the first of a video or later ones."""
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -128,7 +233,8 @@ class VideoAutoencoderMixin:
             )
         self._check_dtype(x, name)
 
-    def _check_latents(self, z: torch.Tensor, name: str, can_be_empty: bool = False) -> None:
+    def check_latents(self, z: torch.Tensor, name: str, can_be_empty: bool = False) -> None:
+        """Raise a `ValueError` unless `z` are latents that [`decode`] takes."""
         smallest = min(z.shape[3:] if can_be_empty else z.shape[2:], default=0)
         if z.ndim != 5 or z.shape[1] != self.latent_channels or smallest < 1:
             raise ValueError(
@@ -155,13 +261,25 @@ class VideoAutoencoderMixin:
                 f"...), got {num_frames}."
             )
 
+    def check_is_local(self, name: str) -> None:
+        """Raise a `ValueError` unless every tile can be computed by itself."""
+        if not self.is_local:
+            raise ValueError(
+                f"`{name}` needs a model whose layers are all local in space (AutoencoderKLLeanVAE), got "
+                f"{type(self).__name__}; `encode` and `decode` after `enable_tiling` take tiles of every model."
+            )
+
+    def _check_can_stream(self, name: str) -> None:
+        if not self.can_stream:
+            raise ValueError(f"`{name}` needs `norm_type` 'layer_norm', got a model whose norms see the whole video.")
+
     # ---- public -----------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True, cache: TemporalCache | None = None
     ) -> AutoencoderKLOutput | tuple:
-        r"""Encode videos or images into the posterior over latents.
+        """Encode videos or images into the posterior over latents.
 
         Args:
             x: Videos in `[-1, 1]`, `(batch_size, in_channels, num_frames, height, width)`, or images
@@ -180,7 +298,7 @@ class VideoAutoencoderMixin:
         """
         x = x.unsqueeze(2) if x.ndim == 4 else x
         is_first = cache is None or cache.num_latent_frames == 0
-        self._check_sample(x, "x", is_first)
+        self.check_sample(x, "x", is_first)
         if cache is not None:
             with cache.step(-(-x.shape[2] // self.temporal_compression_ratio)):
                 moments = self._encode(x, is_first, cache)
@@ -195,7 +313,7 @@ class VideoAutoencoderMixin:
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, cache: TemporalCache | None = None
     ) -> DecoderOutput | tuple:
-        r"""Decode latents, not normalised, to videos.
+        """Decode latents, not normalised, to videos.
 
         Args:
             z: Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, or of images
@@ -217,10 +335,10 @@ class VideoAutoencoderMixin:
         is_image = z.ndim == 4
         z = z.unsqueeze(2) if is_image else z
         is_end = cache is not None and cache.is_last and cache.num_latent_frames > 0
-        self._check_latents(z, "z", can_be_empty=is_end and self.num_delayed_frames > 0)
+        self.check_latents(z, "z", can_be_empty=is_end and self.num_delayed_frames > 0)
         if cache is not None:
-            with cache.step(z.shape[2]) as is_first:
-                sample = self._decode(z, is_first, cache)
+            with cache.step(z.shape[2]):
+                sample = self._decode(z, cache.num_latent_frames == 0, cache)
         elif self.use_slicing and z.shape[0] > 1:
             sample = torch.cat([self._decode(z_slice, True, None) for z_slice in z.split(1)])
         else:
@@ -235,7 +353,7 @@ class VideoAutoencoderMixin:
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple:
-        r"""Reconstruct videos or images.
+        """Reconstruct videos or images.
 
         Args:
             sample: As `x` of [`encode`].
@@ -249,132 +367,257 @@ class VideoAutoencoderMixin:
         reconstruction = reconstruction.squeeze(2) if sample.ndim == 4 else reconstruction
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction,)
 
-
-class TiledVideoAutoencoderMixin(VideoAutoencoderMixin):
-    r"""For models whose layers at the latent size see whole frames (attention), while all others are local in space.
-
-    `encoder` and `decoder` are called with `is_first`, `cache` and the [`Part`] that is wanted of them.
-
-    Attributes:
-        encoder_halo: How far the local layers of the encoder reach, in latents.
-        decoder_halo: How far those of the decoder reach.
-        can_stream: Whether the model computes chunks exactly.
-        num_frames_per_step: Frames of a first chunk in which clips are computed without gradients, tiling or not;
-            `None` for whole clips.
-    """
-
-    encoder: Any
-    decoder: Any
-    encoder_halo: int
-    decoder_halo: int
-    can_stream: bool = True
-    num_frames_per_step: int | None = None
-    use_tiling: bool = False
-    tile_sample_min_height: int = 512
-    tile_sample_min_width: int = 512
-    num_frames_per_chunk: int = 17
+    # ---- tiles and chunks -------------------------------------------------------------------------------------------
 
     def enable_tiling(
         self,
-        tile_sample_min_height: int | None = None,
+        tile_sample_min_height: int | Literal["auto"] | None = None,
         tile_sample_min_width: int | None = None,
         num_frames_per_chunk: int | None = None,
+        *,
+        budget: int | None = None,
+        tile_sample_min_num_frames: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+        tile_sample_stride_num_frames: int | None = None,
     ) -> None:
-        r"""Encode and decode in chunks of time and, where the network is local in space, in tiles, *exactly*: tiles
-        carry a halo as wide as the receptive field and are cropped, never blended. The layers at the latent size,
-        whose attention sees the whole frame, run whole.
+        """Encode and decode in tiles and in chunks of time, *exactly*: tiles carry a halo as wide as the receptive
+        field and are cropped, never blended; chunks hand on what the layers must remember.
+
+        Layers that see whole frames (the attention of WF-VAE and IV-VAE at the latent size) run on whole frames. Sizes
+        that are not given stay as they are: at first 256 pixels and four latent frames after the image.
 
         Args:
-            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio.
+            tile_sample_min_height: Height of a tile in pixels, without halo; a multiple of the spatial ratio. `"auto"`
+                chooses all three sizes for every video by what memory its device has left.
             tile_sample_min_width: Width of a tile in pixels, without halo; a multiple of the spatial ratio.
             num_frames_per_chunk: Frames of the first chunk, `temporal_compression_ratio * n + 1` with n >= 1; later
                 chunks have one frame less.
+            budget: Bytes to choose the sizes by, instead of what is left (see `plan`).
+            tile_sample_min_num_frames: Another name of `num_frames_per_chunk`, as in diffusers.
+            tile_sample_stride_height: Taken for the sake of code written for diffusers' autoencoders, whose tiles
+                overlap by their size less the stride and are blended there. It must be a positive number and has no
+                effect: what a tile must see beyond its borders follows from the network.
+            tile_sample_stride_width: Likewise.
+            tile_sample_stride_num_frames: Likewise.
+
+        Raises:
+            ValueError: If a size is not legal, or the model cannot choose sizes or be computed in chunks.
         """
         self._check_can_stream("enable_tiling")
-        height = self.tile_sample_min_height if tile_sample_min_height is None else tile_sample_min_height
+        is_auto = tile_sample_min_height == "auto" or budget is not None
+        if is_auto and not (tile_sample_min_height in ("auto", None) and tile_sample_min_width is None):
+            raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
+        if is_auto:
+            self.memory_model()  # or the error that there is none
+        if num_frames_per_chunk is not None and tile_sample_min_num_frames is not None:
+            raise ValueError("`tile_sample_min_num_frames` must come without `num_frames_per_chunk`, got both.")
+        strides = {
+            "tile_sample_stride_height": tile_sample_stride_height,
+            "tile_sample_stride_width": tile_sample_stride_width,
+            "tile_sample_stride_num_frames": tile_sample_stride_num_frames,
+        }
+        for name, stride in strides.items():
+            if stride is not None and not (isinstance(stride, (int, float)) and stride > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {stride!r}.")
+        height = self.tile_sample_min_height if tile_sample_min_height in ("auto", None) else tile_sample_min_height
         width = self.tile_sample_min_width if tile_sample_min_width is None else tile_sample_min_width
-        num_frames = self.num_frames_per_chunk if num_frames_per_chunk is None else num_frames_per_chunk
+        num_frames = tile_sample_min_num_frames if num_frames_per_chunk is None else num_frames_per_chunk
+        num_frames = self.num_frames_per_chunk if num_frames is None else num_frames
         self._check_tile(height, width, num_frames)
-        self.tile_sample_min_height, self.tile_sample_min_width = height, width
+        self.tile_sample_min_height, self.tile_sample_min_width = int(height), width
         self.num_frames_per_chunk = num_frames
+        self.tiling_budget = ("auto" if budget is None else budget) if is_auto else None
         self.use_tiling = True
 
-    def _check_can_stream(self, name: str) -> None:
-        if not self.can_stream:
-            raise ValueError(f"`{name}` needs `norm_type` 'layer_norm', got a model whose norms see the whole video.")
-
-    def _layout(self, cache: TemporalCache | None) -> tuple[int, int, int] | None:
-        r"""Height and width of tiles, and frames per chunk; a stream keeps what it started with."""
+    def tile_sizes(
+        self,
+        batch_size: int,
+        num_latent_frames: int,
+        latent_height: int,
+        latent_width: int,
+        cache: TemporalCache | None = None,
+    ) -> TileSizes:
+        """Tiles and chunks of latents of these sizes, as the settings say; a stream keeps what it started with."""
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         layout = None
         if cache is not None:
             self._check_can_stream("cache")
             layout = cache.layout
         if layout is None and self.use_tiling and (cache is None or cache.num_latent_frames == 0):
             layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
+            if self.tiling_budget is not None:
+                plan = self.plan(
+                    self.num_sample_frames(num_latent_frames),
+                    latent_height * ratio_s,
+                    latent_width * ratio_s,
+                    budget=None if self.tiling_budget == "auto" else self.tiling_budget,
+                    batch_size=batch_size,
+                )
+                layout = plan[:3]
             if cache is not None:
                 cache.layout = layout
-        if layout is None and self.num_frames_per_step is not None and not torch.is_grad_enabled():
-            return UNTILED, UNTILED, self.num_frames_per_step
-        return layout
+        if layout is not None:
+            return TileSizes(layout[0] // ratio_s, layout[1] // ratio_s, layout[2] // ratio_t)
+        if self.num_frames_per_step is not None and not torch.is_grad_enabled():
+            return TileSizes(num_latent_frames=self.num_frames_per_step // ratio_t)
+        return TileSizes()
+
+    def tiles_of(self, latent_height: int, latent_width: int, sizes: TileSizes, decode: bool = False) -> list[Tile]:
+        """The tiles of latents of this size, each of which [`encode_tile`] or [`decode_tile`] computes by itself.
+
+        Raises:
+            ValueError: If the model has layers that see whole frames.
+        """
+        self.check_is_local("tiles_of")
+        return grid(latent_height, latent_width, sizes, self.decoder_halo if decode else self.encoder_halo)
+
+    def encode_tile(
+        self,
+        x: torch.Tensor,
+        tile: Tile,
+        sizes: TileSizes,
+        is_first: bool = True,
+        is_last: bool = True,
+        state: TemporalCache | None = None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Moments of one tile of videos, without halo, chunk after chunk, each with the latent frames it covers.
+
+        Args:
+            x: The whole videos, `(batch_size, in_channels, num_frames, height, width)`.
+            tile: One of [`tiles_of`].
+            sizes: Those of [`tile_sizes`].
+            is_first: Whether `x` starts with the first frame of the video.
+            is_last: Whether nothing follows.
+            state: What the tile remembers, if something precedes or follows.
+        """
+        bounds = time_chunks(self._num_latent(x), sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(state, bounds, is_first, is_last):
+            part = tile.read(x[:, :, self._frames(start, stop, is_first)], self.spatial_compression_ratio)
+            # Kept by no name here: the last chunk would still be there while the next is computed.
+            yield slice(start, stop), tile.crop(self._encode_local(part, chunk))
+
+    def decode_tile(
+        self,
+        z: torch.Tensor,
+        tile: Tile,
+        sizes: TileSizes,
+        is_first: bool = True,
+        is_last: bool = True,
+        state: TemporalCache | None = None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Pixels of one tile of latents, without halo, chunk after chunk, each with the frames it covers.
+
+        The arguments are those of [`encode_tile`].
+        """
+        bounds = time_chunks(z.shape[2], sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(state, bounds, is_first, is_last):
+            pixels = self._decode_local(tile.read(z[:, :, start:stop]), chunk)
+            frames = self._frames(start, stop, is_first)
+            yield frames, tile.crop(pixels, self.spatial_compression_ratio)
+            del pixels
 
     def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        layout, ratio_t, ratio_s = self._layout(cache), self.temporal_compression_ratio, self.spatial_compression_ratio
-        outputs, missing = [], (ratio_t - 1) * is_first  # frames of the first latent frame, which has one
-        for start, stop, state in self._chunks(-(-x.shape[2] // ratio_t), is_first, cache, layout):
-            local = partial(self.encoder, is_first=is_first and start == 0, part="local")
-            part = x[:, :, max(start * ratio_t - missing, 0) : stop * ratio_t - missing]
-            hidden = self._in_tiles(local, part, (ratio_s, 1), self.encoder_halo, layout, state)
-            outputs.append(self.encoder(hidden, cache=state, part="whole"))
+        """Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the first of the video."""
+        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
+        size = (self._num_latent(x), x.shape[3] // ratio, x.shape[4] // ratio)
+        sizes = self.tile_sizes(x.shape[0], *size, cache)
+        if self.is_local:
+            canvas = Canvas(*size)
+            for tile, state in _in_tiles(*size[1:], sizes, self.encoder_halo, cache):
+                for frames, moments in self.encode_tile(x, tile, sizes, is_first, is_last, state):
+                    canvas.put(moments, frames, tile, 1)
+                    del moments  # as in `encode_tile`
+            return canvas.take()
+        outputs = []
+        bounds = time_chunks(size[0], sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
+            frames, canvas = x[:, :, self._frames(start, stop, is_first)], Canvas(None, *size[1:])
+            for tile, state in _in_tiles(*size[1:], sizes, self.encoder_halo, chunk):
+                part = tile.crop(self._encode_local(tile.read(frames, ratio), state))
+                canvas.put(part, slice(None), tile, 1)
+                del part
+            outputs.append(self._encode_whole(canvas.take(), chunk))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
     def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        layout, outputs = self._layout(cache), []
-        for start, stop, state in self._chunks(z.shape[2], is_first, cache, layout):
-            local = partial(self.decoder, is_first=is_first and start == 0, part="local")
-            hidden = self.decoder(z[:, :, start:stop], cache=state, part="whole")
-            scales = (1, self.spatial_compression_ratio)
-            outputs.append(self._in_tiles(local, hidden, scales, self.decoder_halo, layout, state))
+        """Pixels `(B, C, T, H, W)` of latent frames; `is_first` if they start with the first of the video."""
+        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
+        num_latent_frames, height, width = z.shape[2:]
+        sizes = self.tile_sizes(z.shape[0], num_latent_frames, height, width, cache)
+        if self.is_local:
+            frames = self._frames(0, num_latent_frames, is_first)
+            canvas = Canvas(frames.stop, height * ratio, width * ratio)
+            for tile, state in _in_tiles(height, width, sizes, self.decoder_halo, cache):
+                for frames, pixels in self.decode_tile(z, tile, sizes, is_first, is_last, state):
+                    canvas.put(pixels, frames, tile, ratio)
+                    del pixels
+            return canvas.take()
+        outputs = []
+        bounds = time_chunks(num_latent_frames, sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
+            hidden, canvas = (
+                self._decode_whole(z[:, :, start:stop], chunk),
+                Canvas(None, height * ratio, width * ratio),
+            )
+            for tile, state in _in_tiles(height, width, sizes, self.decoder_halo, chunk):
+                part = tile.crop(self._decode_local(tile.read(hidden), state), ratio)
+                canvas.put(part, slice(None), tile, ratio)
+                del part
+            outputs.append(canvas.take())
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
-    def _chunks(
-        self, num_latent_frames: int, is_first: bool, cache: TemporalCache | None, layout: tuple[int, int, int] | None
-    ) -> Iterator[tuple[int, int, TemporalCache | None]]:
-        r"""Bounds of the chunks in latent frames, each with its cache, which knows whether anything follows."""
-        if layout is None or num_latent_frames == 0:
-            yield 0, num_latent_frames, cache
-            return
-        chunks = time_chunks(num_latent_frames, layout[2] // self.temporal_compression_ratio, is_first)
-        if cache is None and len(chunks) > 1:
-            cache = TemporalCache()
-            cache.is_last = True
-        is_last = cache is not None and cache.is_last
-        for start, stop in chunks:
-            if cache is not None:
-                cache.is_last = is_last and stop == num_latent_frames
-            yield start, stop, cache
+    def _num_latent(self, x: torch.Tensor) -> int:
+        return -(-x.shape[2] // self.temporal_compression_ratio)
 
-    def _in_tiles(
+    def _frames(self, start: int, stop: int, is_first: bool) -> slice:
+        """The frames of some latent frames; the first latent frame of a video has one only."""
+        ratio = self.temporal_compression_ratio
+        missing = (ratio - 1) * is_first
+        return slice(max(start * ratio - missing, 0), max(stop * ratio - missing, 0))
+
+    # ---- what only some models have ---------------------------------------------------------------------------------
+
+    def memory_model(self) -> "MemoryModel":
+        """What the memory of the model depends on, if that is known; `plan` and `enable_tiling("auto")` ask it."""
+        raise ValueError(
+            f"`memory_model`, `plan`, 'auto' and budgets must be asked of AutoencoderKLLeanVAE, whose memory is "
+            f"predicted, got {type(self).__name__}; give sizes to `enable_tiling` instead."
+        )
+
+    def plan(
         self,
-        function: Callable[..., torch.Tensor],
-        x: torch.Tensor,
-        scales: tuple[int, int],
-        halo: int,
-        layout: tuple[int, int, int] | None,
-        cache: TemporalCache | None,
-    ) -> torch.Tensor:
-        r"""`function` of `x` and a cache, tile by tile; `scales`: elements of a latent in its input and its output."""
-        if layout is None or layout[0] == UNTILED:
-            return function(x, cache=cache)
-        source, target = scales
-        height, width = x.shape[3] // source, x.shape[4] // source
-        tile = [size // self.spatial_compression_ratio for size in layout[:2]]
-        output: torch.Tensor | None = None
-        for rows, columns in grid(height, width, tile, halo):
-            with tile_chunk(cache, rows, columns) as state:
-                part = function(x[..., rows.source(source), columns.source(source)], cache=state)
-            part = part[..., rows.crop(target), columns.crop(target)]
-            if output is None:
-                output = part.new_empty(*part.shape[:3], height * target, width * target)
-            output[..., rows.target(target), columns.target(target)] = part
-        assert output is not None
-        return output
+        num_frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype | None = None,
+        budget: int | None = None,
+        batch_size: int = 1,
+        tile: tuple[int, int, int] | None = None,
+    ) -> "MemoryPlan":
+        """Choose tiles by what memory they take, where [`memory_model`] is known."""
+        self.memory_model()
+        raise NotImplementedError
+
+    def fuse(
+        self, weights: Literal["same", "int8"] = "same", kernels: Literal["auto", "torch", "triton"] = "auto"
+    ) -> None:
+        """Prepare the weights for fast inference, where a model can."""
+        raise ValueError(
+            f"`fuse` must be called on AutoencoderKLLeanVAE, got {type(self).__name__}; `torch.compile` and "
+            "`compile_repeated_blocks` take every model."
+        )
+
+    def unfuse(self) -> None:
+        """Undo [`fuse`]: free the prepared weights, if there are any."""
+
+
+def _in_tiles(height: int, width: int, sizes: TileSizes, halo: int, state: Any) -> Iterator[tuple[Tile, Any]]:
+    """The tiles of `height` x `width` latents, each with its part of `state`: of a stream, of a chunk, or `None`."""
+    tiles = grid(height, width, sizes, halo)
+    for tile in tiles:
+        if sizes.height is None or state is None:  # the whole frame has the state itself
+            yield tile, state
+            continue
+        with state.tile(tile) as part:
+            yield tile, part

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .temporal_cache import WHOLE, Chunk
+
 
 class FrameConv2d(nn.Conv2d):
     r"""A 2D convolution of every frame."""
 
-    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         padding: Any = self.padding
         stride, padding, dilation = (1, *self.stride), (0, *padding), (1, *self.dilation)
         return convolve(x, self.weight.unsqueeze(2), self.bias, stride, padding, dilation)
@@ -32,22 +34,22 @@ def convolve(
 
 
 class LayerChain(nn.ModuleList):
-    r"""Layers one after the other, with gradient checkpointing; other arguments go to every layer."""
+    """Layers one after the other, with gradient checkpointing."""
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__(layers)
         self.gradient_checkpointing = False
 
-    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        return self.run(x, *args)
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        return self.run(x, chunk)
 
-    def run(self, x: torch.Tensor, *args: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        r"""Some of the layers."""
+    def run(self, x: torch.Tensor, chunk: Chunk, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Compute some of the layers."""
         for layer in list(self)[start:stop]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(layer, x, *args)  # type: ignore[operator]
+                x = self._gradient_checkpointing_func(layer, x, chunk)  # type: ignore[operator]
             else:
-                x = layer(x, *args)
+                x = layer(x, chunk)
         return x
 
 
