@@ -27,9 +27,10 @@ def denormalize_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def _statistics(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if config.latents_mean is None or config.latents_std is None:
+    # Items, not attributes: our configs answer to the latter for diffusers' pipelines even where nothing is set.
+    if config["latents_mean"] is None or config["latents_std"] is None:
         return latents.new_zeros(()), latents.new_ones(())
-    mean, std = latents.new_tensor(config.latents_mean), latents.new_tensor(config.latents_std)
+    mean, std = latents.new_tensor(config["latents_mean"]), latents.new_tensor(config["latents_std"])
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 

@@ -288,7 +288,7 @@ def alignment_terms(
             high = high + F.l1_loss(predicted_high, target_high)
     difference = student_latents.float() - teacher_latents.float()
     if normalise:
-        std = student.config.latents_std
+        std = student.config["latents_std"]
         if std is None:
             raise ValueError("`normalise` must be false for a student without `latents_std` in its config, got true.")
         difference = difference / torch.tensor(std, device=difference.device).view(1, -1, 1, 1, 1)

@@ -24,7 +24,7 @@ from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
 
 
 if TYPE_CHECKING:
-    from .planner import MemoryModel, MemoryPlan
+    from .leanvae_memory import MemoryModel, MemoryPlan
 
 # Of a network: all of it, the layers that are local in space, or those that see whole frames.
 Part = Literal["all", "local", "whole"]

@@ -148,7 +148,7 @@ class VAETrainingModule(nn.Module):
             weight_of["low_pass"] = regularization.low_pass
 
         if teacher_latents is not None:
-            is_normalised = vae.config.latents_std is not None
+            is_normalised = vae.config["latents_std"] is not None
             aligned: Any = alignment_terms(vae, teacher_latents, posterior.mean, sample, is_normalised)
             pairs.append((sample, aligned.pop("reconstruction")))
             perceptual = self._perceptual_terms(*pairs[1], seed)
