@@ -152,8 +152,7 @@ def plan_streams(
     Raises:
         ValueError: If nothing fits; it says what would.
     """
-    if not hasattr(vae, "memory_model"):
-        raise ValueError(f"`max_memory` needs an `AutoencoderKLLeanVAE`, got an `{type(vae).__name__}`.")
+    vae.check_predicts_memory("max_memory")
     ratio = vae.spatial_compression_ratio
 
     def fit(looks_ahead: bool) -> tuple[StreamPlan, bool]:

@@ -313,12 +313,13 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         latents_std: Standard deviation of each latent channel, or `None`.
     """
 
-    _supports_gradient_checkpointing = True
+    is_local = True
+    predicts_memory = True
+
     _no_split_modules = ["LeanVAEBlock", "ISTAIteration"]
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
-    _skip_layerwise_casting_patterns = ["norm"]
     _original_name = "LeanVAE"
     _read_original_checkpoint = staticmethod(read_original_checkpoint)
 
@@ -401,8 +402,6 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         return synthesize(subbands, self.pixel_factor)
 
     # ---- one chunk of one tile --------------------------------------------------------------------------------------
-
-    is_local = True
 
     def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of frames."""

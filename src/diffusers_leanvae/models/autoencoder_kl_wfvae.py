@@ -437,12 +437,10 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         latents_std: Standard deviation of each latent channel, or `None`.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["WFVAEResnetBlock", "WFVAEAttention"]
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "decoder"]
     _repeated_blocks = ["WFVAEResnetBlock"]
-    _skip_layerwise_casting_patterns = ["norm"]
     _original_name = "WF-VAE"
     _read_original_checkpoint = staticmethod(read_original_checkpoint)
 

@@ -42,8 +42,8 @@ class VideoAutoencoderConfig(FrozenDict):
     """The config, which also answers to the derived names that diffusers' pipelines for videos read.
 
     Those are attributes only: they are neither items of the config nor stored. `latents_mean` and `latents_std`, where
-    one of them is not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor`
-    says; `config["latents_mean"]` is what is set.
+    they are not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor` says;
+    the items `config["latents_mean"]` and `config["latents_std"]` are what is set.
     """
 
     z_dim: int
@@ -68,8 +68,9 @@ class VideoAutoencoderConfig(FrozenDict):
             "block_out_channels": (vae.latent_channels,) * (1 + round(math.log2(ratio_s))),
             "invert_scale_latents": False,
         }
-        if config["latents_mean"] is None or config["latents_std"] is None:
+        if config["latents_mean"] is None:
             derived["latents_mean"] = [0.0] * vae.latent_channels
+        if config["latents_std"] is None:
             derived["latents_std"] = [1 / config["scaling_factor"]] * vae.latent_channels
         config.__dict__.update(derived)
         return config
@@ -91,6 +92,7 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         is_local: Whether all layers are local in space. Then a tile goes through all its chunks before the next one,
             and only its state is in use. Else a chunk goes through all its tiles before the next one, since layers at
             the latent size see whole frames.
+        predicts_memory: Whether there is a [`memory_model`].
         can_stream: Whether the model computes chunks exactly.
         num_frames_per_step: Frames of a first chunk in which clips are computed without gradients, tiling or not;
             `None` for whole clips.
@@ -107,20 +109,24 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     encoder_halo: int
     decoder_halo: int
     is_local: bool = False
+    predicts_memory: bool = False
     can_stream: bool = True
     num_frames_per_step: int | None = None
     num_delayed_frames: int = 0
-    use_slicing: bool = False
-    use_tiling: bool = False
-    tile_sample_min_height: int = 256
-    tile_sample_min_width: int = 256
     num_frames_per_chunk: int
-    tiling_budget: int | Literal["auto"] | None = None
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
     _original_name: ClassVar[str]  # of the model that `_read_original_checkpoint` reads, for messages
     _read_original_checkpoint: ClassVar[Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = 256
+        self.tile_sample_min_width = 256
+        self.tiling_budget: int | Literal["auto"] | None = None
 
     # ---- what a model brings ----------------------------------------------------------------------------------------
 
@@ -265,8 +271,16 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Raise a `ValueError` unless every tile can be computed by itself."""
         if not self.is_local:
             raise ValueError(
-                f"`{name}` needs a model whose layers are all local in space (AutoencoderKLLeanVAE), got "
-                f"{type(self).__name__}; `encode` and `decode` after `enable_tiling` take tiles of every model."
+                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose layers are all local in space, got an "
+                f"`{type(self).__name__}`; `encode` and `decode` after `enable_tiling` take tiles of every model."
+            )
+
+    def check_predicts_memory(self, name: str) -> None:
+        """Raise a `ValueError` unless there is a [`memory_model`]."""
+        if not self.predicts_memory:
+            raise ValueError(
+                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose memory is predicted, got an `{type(self).__name__}`; "
+                "give sizes to `enable_tiling` instead."
             )
 
     def _check_can_stream(self, name: str) -> None:
@@ -409,7 +423,7 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         if is_auto and not (tile_sample_min_height in ("auto", None) and tile_sample_min_width is None):
             raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
         if is_auto:
-            self.memory_model()  # or the error that there is none
+            self.check_predicts_memory("budget")
         if num_frames_per_chunk is not None and tile_sample_min_num_frames is not None:
             raise ValueError("`tile_sample_min_num_frames` must come without `num_frames_per_chunk`, got both.")
         strides = {
@@ -579,11 +593,9 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ---- what only some models have ---------------------------------------------------------------------------------
 
     def memory_model(self) -> "MemoryModel":
-        """What the memory of the model depends on, if that is known; `plan` and `enable_tiling("auto")` ask it."""
-        raise ValueError(
-            f"`memory_model`, `plan`, 'auto' and budgets must be asked of AutoencoderKLLeanVAE, whose memory is "
-            f"predicted, got {type(self).__name__}; give sizes to `enable_tiling` instead."
-        )
+        """What the memory of the model depends on; `plan` and the functions for files ask it."""
+        self.check_predicts_memory("memory_model")
+        raise NotImplementedError
 
     def plan(
         self,
@@ -595,8 +607,8 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         batch_size: int = 1,
         tile: tuple[int, int, int] | None = None,
     ) -> "MemoryPlan":
-        """Choose tiles by what memory they take, where [`memory_model`] is known."""
-        self.memory_model()
+        """Choose tiles by what memory they take."""
+        self.check_predicts_memory("plan")
         raise NotImplementedError
 
     def fuse(
@@ -604,8 +616,8 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         """Prepare the weights for fast inference, where a model can."""
         raise ValueError(
-            f"`fuse` must be called on AutoencoderKLLeanVAE, got {type(self).__name__}; `torch.compile` and "
-            "`compile_repeated_blocks` take every model."
+            f"`fuse` needs an `AutoencoderKLLeanVAE`, got an `{type(self).__name__}`; `compile_repeated_blocks` takes "
+            "every model."
         )
 
     def unfuse(self) -> None:
