@@ -279,8 +279,8 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Raise a `ValueError` unless there is a [`memory_model`]."""
         if not self.predicts_memory:
             raise ValueError(
-                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose memory is predicted, got an `{type(self).__name__}`; "
-                "give sizes to `enable_tiling` instead."
+                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose memory is predicted, got an "
+                f"`{type(self).__name__}`; give sizes to `enable_tiling` instead."
             )
 
     def _check_can_stream(self, name: str) -> None:
