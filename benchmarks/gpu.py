@@ -18,9 +18,18 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae.benchmark import rounds as benchmark
-from diffusers_leanvae.benchmark.rounds import DIRECTIONS, KEYS, Record, Subject
-from diffusers_leanvae.checks import parse_dtype
+from diffusers_leanvae.benchmark.clock import seconds
+from diffusers_leanvae.benchmark.rounds import (
+    KEYS,
+    MeasurementError,
+    Record,
+    describe,
+    run_rounds,
+    summarize,
+)
+from diffusers_leanvae.benchmark.subjects import Subject, build_model
+from diffusers_leanvae.benchmark.work import DIRECTIONS
+from diffusers_leanvae.checks import parse_dtype, parse_video_size
 from diffusers_leanvae.evaluation.results import write_result
 
 
@@ -47,9 +56,7 @@ def peak_tflops(dtype: str, sizes: list[int], device: torch.device) -> float:
     for size in sizes:
         first, second = (torch.randn(size, size, device=device).to(to_torch(dtype)) for _ in range(2))
         out = torch.empty_like(first)
-        times = [
-            benchmark.seconds(lambda a=first, b=second, out=out: torch.mm(a, b, out=out), device) for _ in range(13)
-        ]
+        times = [seconds(lambda a=first, b=second, out=out: torch.mm(a, b, out=out), device) for _ in range(13)]
         best = max(best, 2 * size**3 / statistics.median(times[3:]) / 1e12)
     return best
 
@@ -64,7 +71,7 @@ def to_torch(dtype: str) -> torch.dtype:
 
 def finish(records: list[Record], peaks: dict[str, float]) -> list[dict[str, Any]]:
     """Rows with the figures that only a GPU's peak and the other rows give."""
-    rows = [benchmark.summarize(record) for record in records if "first" in record or "note" in record]
+    rows = [summarize(record) for record in records if "first" in record or "note" in record]
     times = {tuple(map(str, (row["variant"], row["dtype"], row["video"], row["direction"]))): row for row in rows}
     for row in rows:
         if "seconds" not in row:
@@ -99,7 +106,7 @@ def main() -> None:
     print({dtype: f"{peak:.4g} TFLOP/s at most" for dtype, peak in peaks.items()}, flush=True)
     records: list[Record] = [
         dict(zip(KEYS, (model, variant, dtype, torch.get_num_threads(), size, direction), strict=True))
-        for size in map(benchmark.parse_size, sizes)
+        for size in (parse_video_size("--sizes", text) for text in sizes)
         for variant, dtype in SUBJECTS
         if variant in options.variants
         for direction in DIRECTIONS
@@ -114,22 +121,22 @@ def main() -> None:
         set_precision(dtype)
         try:
             if key not in subjects:
-                subjects[key] = Subject(benchmark.build_model(model, device, to_torch(dtype)), variant)
-            return subjects[key].measure(record["direction"], tuple(record["video"]), is_first, with_floor=True)
+                subjects[key] = Subject(build_model(model, device, to_torch(dtype)), variant)
+            return subjects[key].measure(record["direction"], tuple(record["video"]), is_first)
         except (RuntimeError, ValueError) as error:
             torch.cuda.empty_cache()
-            raise benchmark.MeasurementError(f"{type(error).__name__}: {error}".split("\n")[0][:200]) from error
+            raise MeasurementError(f"{type(error).__name__}: {error}".split("\n")[0][:200]) from error
 
     result: dict[str, Any] = {}
 
     def save(record: Record) -> None:
-        print(benchmark.describe(record), flush=True)
+        print(describe(record), flush=True)
         rows = finish(records, peaks)
         result.update(rows=rows, peak_tflops={dtype: float(f"{peak:.4g}") for dtype, peak in peaks.items()})
         write_result(options.output, result)
 
     for group in groups.values():
-        benchmark.run_rounds(group, measure, options.repeats, options.budget, save)
+        run_rounds(group, measure, options.repeats, options.budget, save)
     print(json.dumps(result))
 
 

@@ -5,8 +5,8 @@
     python benchmarks/plots.py                                    docs/images/bench_*.png from the result
 
 Every subject (model, variant, dtype, threads) lives in a process of its own with random weights; subjects take turns,
-one call each (`diffusers_leanvae/benchmark.py` says what is measured and how). All measurements go to `--state` at
-once: a run that was killed, or that is started again with more models or sizes, measures only what is missing. A
+one call each (`diffusers_leanvae/benchmark/rounds.py` says what is measured and how). All measurements go to `--state`
+at once: a run that was killed, or that is started again with more models or sizes, measures only what is missing. A
 subject that needs more memory than the machine has left is tried again with all others unloaded; if that is not
 enough either, or a call takes longer than `--max-call-seconds`, its row says so and the run goes on.
 
@@ -27,19 +27,21 @@ from typing import Any
 import torch
 
 from diffusers_leanvae.atomic import replace_file
-from diffusers_leanvae.benchmark import rounds as benchmark
+from diffusers_leanvae.benchmark.clock import MIB, keep_freed_memory
+from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import (
-    DIRECTIONS,
     KEYS,
-    LEANVAE,
-    MIB,
-    PEERS,
     SUBJECT_KEYS,
-    VARIANTS,
     MeasurementError,
     Record,
+    describe,
+    groups_of,
+    run_rounds,
+    summarize,
 )
-from diffusers_leanvae.checks import DTYPES, parse_dtype
+from diffusers_leanvae.benchmark.subjects import LEANVAE, PEERS, VARIANTS, Subject, build_model
+from diffusers_leanvae.benchmark.work import DIRECTIONS
+from diffusers_leanvae.checks import DTYPES, parse_dtype, parse_video_size
 from diffusers_leanvae.evaluation.results import provenance, write_result
 
 
@@ -55,23 +57,21 @@ PEER_SCALING = ["17x128x128", "9x256x256"]
 
 
 def serve(connection: Connection, for_memory: bool, model: str, variant: str, dtype: str, num_threads: int) -> None:
-    """Builds the subject, then answers each `(direction, size, is_first, with_floor, limit)` with a dictionary."""
+    """Builds the subject, then answers each `(direction, size, is_first, limit)` with a dictionary."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_memory(connection.recv())
-    benchmark.keep_freed_memory(not for_memory)
+    keep_freed_memory(not for_memory)
     torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = None
     while True:
         try:
             if subject is None:
-                subject = benchmark.Subject(
-                    benchmark.build_model(model, device, parse_dtype("--dtypes", dtype)), variant
-                )
+                subject = Subject(build_model(model, device, parse_dtype("dtype", dtype)), variant)
                 connection.send({})
-            direction, size, is_first, with_floor, limit = connection.recv()
+            direction, size, is_first, limit = connection.recv()
             limit_memory(limit)
-            connection.send(subject.measure(direction, size, is_first, with_floor))
+            connection.send(subject.measure(direction, size, is_first))
         except (EOFError, BrokenPipeError):  # nobody asks any more
             return
         except Exception as error:  # whatever a peer throws at a size is a finding, and ends this process only
@@ -113,8 +113,8 @@ class Worker:
         self.reserve, self.max_seconds = reserve, max_seconds
         self._ask(self._limit())
 
-    def measure(self, direction: str, size: tuple[int, ...], is_first: bool, with_floor: bool) -> dict[str, Any]:
-        return self._ask((direction, size, is_first, with_floor, self._limit()))
+    def measure(self, direction: str, size: tuple[int, ...], is_first: bool) -> dict[str, Any]:
+        return self._ask((direction, size, is_first, self._limit()))
 
     def _limit(self) -> int | None:
         # On a GPU its own memory is the limit, and CUDA reserves more address space than any limit would grant.
@@ -166,7 +166,6 @@ class Pool:
 
     def measure(self, record: Record, is_first: bool) -> dict[str, Any]:
         settings = (is_first, *(record[key] for key in SUBJECT_KEYS))
-        with_floor = record["model"] in LEANVAE
         for attempt in range(2):
             for other in [key for key in self.workers if key[0] and key != settings]:
                 self.workers.pop(other).stop()
@@ -174,7 +173,7 @@ class Pool:
                 worker = self.workers.get(settings)
                 if worker is None or not worker.is_alive:
                     worker = self.workers[settings] = Worker(settings, self.reserve, self.max_seconds)
-                return worker.measure(record["direction"], tuple(record["video"]), is_first, with_floor)
+                return worker.measure(record["direction"], tuple(record["video"]), is_first)
             except OutOfMemory:
                 was_alone = not self.workers.keys() - {settings}
                 self.stop()
@@ -200,7 +199,7 @@ def make_plan(options: argparse.Namespace) -> list[Record]:
             if (group == 1 and model != "LeanVAE-16ch") or (group == 2 and not is_peer):
                 continue
             variants = options.scaling_variants if group == 1 else options.variants
-            for size in map(benchmark.parse_size, sizes):
+            for size in (parse_video_size("--sizes", text) for text in sizes):
                 for dtype in options.peer_dtypes if is_peer else options.dtypes:
                     for num_threads in options.threads:
                         for variant in ["eager"] if is_peer else variants:
@@ -274,14 +273,14 @@ def main() -> None:
 
     def save(record: Record) -> None:
         state.save(record)
-        print(f"{time.monotonic() - started:7.0f} s  {benchmark.describe(record)}", flush=True)
+        print(f"{time.monotonic() - started:7.0f} s  {describe(record)}", flush=True)
 
     try:
-        for group in benchmark.groups_of(plan):
+        for group in groups_of(plan):
             if not options.report:
-                benchmark.run_rounds(group, pool.measure, options.repeats, options.budget, save)
-            rows = [benchmark.summarize(record) for record in plan if "first" in record or "note" in record]
-            result = {"weights": "random", "rows": rows, "linearity": benchmark.linearity(rows)}
+                run_rounds(group, pool.measure, options.repeats, options.budget, save)
+            rows = [summarize(record) for record in plan if "first" in record or "note" in record]
+            result = {"weights": "random", "rows": rows, "linearity": linearity(rows)}
             write_result(options.output, result)
     finally:
         pool.stop()

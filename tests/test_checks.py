@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_leanvae.checks import DTYPES, check_choice, parse_dtype
+from diffusers_leanvae.checks import DTYPES, check_choice, parse_dtype, parse_video_size
 
 
 def test_choices():
@@ -29,3 +29,12 @@ def test_illegal_dtypes():
     with pytest.raises(ValueError, match=rf"^`dtype` must be one of {legal}, got 'bf16'\.$"):
         parse_dtype("dtype", "bf16", ("float32", "float16"))
     assert parse_dtype("dtype", "fp16", ("float32", "float16")) is torch.float16
+
+
+def test_sizes_of_videos():
+    assert parse_video_size("size", "17x256x128") == (17, 256, 128)
+    for text in ("256x256", "17x256x", "17x256x0", "17x-1x256", "1.5x2x3", ""):
+        with pytest.raises(
+            ValueError, match=rf"^`size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got '{text}'\.$"
+        ):
+            parse_video_size("size", text)

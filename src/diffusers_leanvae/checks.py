@@ -52,3 +52,20 @@ def parse_dtype(name: str, value: str, legal: Iterable[str] = DTYPES) -> "torch.
         names = ", ".join(f"{long!r} ({DTYPES[long]})" for long in legal)
         raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")
     return getattr(torch, long_name)
+
+
+def parse_video_size(name: str, text: str) -> tuple[int, int, int]:
+    """Split a size such as `"17x256x256"` into frames, height and width.
+
+    Args:
+        name: The argument, for the message.
+        text: What came.
+
+    Raises:
+        ValueError: If it is no such size.
+    """
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"`{name}` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got {text!r}.")
+    num_frames, height, width = map(int, parts)
+    return num_frames, height, width

@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from diffusers_leanvae.benchmark import rounds as benchmark
+from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE
+from diffusers_leanvae.benchmark.clock import MIB, end_of_peak, start_of_peak
+from diffusers_leanvae.benchmark.linearity import linearity
+from diffusers_leanvae.benchmark.rounds import KEYS, MeasurementError, Record, run_rounds, summarize
+from diffusers_leanvae.benchmark.subjects import Subject, build_model
+from diffusers_leanvae.benchmark.work import DIRECTIONS, Layout, MatrixFloor, count_work, encode
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.generation.schedulers import make_scheduler
 
@@ -25,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def test_work_of_the_full_size_model_is_as_published():
-    work = benchmark.count_work(benchmark.build_model("LeanVAE-16ch"), (17, 256, 256))
+    work = count_work(build_model("LeanVAE-16ch"), (17, 256, 256))
     assert work["encode"].output_shape == work["decode"].input_shape == (1, 16, 5, 32, 32)
     assert work["decode"].output_shape == (1, 3, 17, 256, 256)
     assert work["encode"].multiply_adds / 1e9 == pytest.approx(58, abs=0.5)
@@ -39,11 +44,11 @@ def test_work_of_the_full_size_model_is_as_published():
 @pytest.mark.parametrize("variant", ["eager", "fused"])
 def test_what_is_counted_is_what_runs(make_model, make_video, variant):
     model = make_model()
-    work = benchmark.count_work(model, (9, 32, 48))
-    subject = benchmark.Subject(model, variant)
+    work = count_work(model, (9, 32, 48))
+    subject = Subject(model, variant)
     x = make_video(1, 3, 9, 32, 48)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        benchmark.encode(subject.vae, x)
+        encode(subject.vae, x)
     ran = counter.get_total_flops() / 2
     if variant == "eager":
         assert ran == work["encode"].multiply_adds
@@ -54,19 +59,19 @@ def test_what_is_counted_is_what_runs(make_model, make_video, variant):
 def test_floor_computes_each_product_in_its_layout():
     products = [(10, 21, 30), (10, 21, 30), (4, 30, 5)]
     for multiple_of, expected in ((1, 2 * 10 * 21 * 30 + 4 * 30 * 5), (32, 2 * 10 * 32 * 32 + 4 * 32 * 32)):
-        layouts = {shape: benchmark.Layout(multiple_of, False, 3) for shape in set(products)}
-        floor = benchmark.MatrixFloor(products, torch.float32, CPU, layouts)
+        layouts = {shape: Layout(multiple_of, False, 3) for shape in set(products)}
+        floor = MatrixFloor(products, torch.float32, CPU, layouts)
         with FlopCounterMode(display=False) as counter:
             floor()
         assert counter.get_total_flops() / 2 == expected
 
 
 def test_floor_finds_a_layout_for_every_shape_once():
-    layouts: dict[tuple[int, ...], benchmark.Layout] = {}
-    benchmark.MatrixFloor([(300, 21, 30), (5000, 21, 30)], torch.float32, CPU, layouts)()
+    layouts: dict[tuple[int, ...], Layout] = {}
+    MatrixFloor([(300, 21, 30), (5000, 21, 30)], torch.float32, CPU, layouts)()
     assert set(layouts) == {(300, 21, 30), (4096, 21, 30)}
     chosen = dict(layouts)
-    benchmark.MatrixFloor([(9000, 21, 30)], torch.float32, CPU, layouts)()  # more rows than are ever tried
+    MatrixFloor([(9000, 21, 30)], torch.float32, CPU, layouts)()  # more rows than are ever tried
     assert layouts == chosen
 
 
@@ -83,35 +88,32 @@ class RecordFactors(TorchDispatchMode):
 
 @pytest.mark.parametrize("is_wide, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_floor_of_16_bits_may_be_computed_in_float32(is_wide: bool, dtype: torch.dtype):
-    layouts = {(4, 30, 5): benchmark.Layout(1, False, 0, is_wide)}
-    floor = benchmark.MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
+    layouts = {(4, 30, 5): Layout(1, False, 0, is_wide)}
+    floor = MatrixFloor([(4, 30, 5)], torch.bfloat16, CPU, layouts)
     with RecordFactors() as record:
         floor()
     assert record.dtypes == [dtype, dtype]
 
 
 def test_floor_of_float32_has_no_wider_layout():
-    found: dict[tuple[int, ...], benchmark.Layout] = {}
-    benchmark.MatrixFloor([(300, 64, 64)], torch.float32, CPU, found)
+    found: dict[tuple[int, ...], Layout] = {}
+    MatrixFloor([(300, 64, 64)], torch.float32, CPU, found)
     assert len(found) == 1 and not any(layout.is_wide for layout in found.values())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_counts_what_is_freed_again():
-    before = benchmark.start_of_peak(CPU)
-    torch.ones(64 * benchmark.MIB // 4).sum()
-    peak = benchmark.end_of_peak(before, CPU)
-    assert peak is not None and 63 <= peak / benchmark.MIB <= 70
-    before = benchmark.start_of_peak(CPU)
-    peak = benchmark.end_of_peak(before, CPU)
-    assert peak is not None and peak / benchmark.MIB <= 2
+    before = start_of_peak(CPU)
+    torch.ones(64 * MIB // 4).sum()
+    peak = end_of_peak(before, CPU)
+    assert peak is not None and 63 <= peak / MIB <= 70
+    before = start_of_peak(CPU)
+    peak = end_of_peak(before, CPU)
+    assert peak is not None and peak / MIB <= 2
 
 
-def make_records(*models: str) -> list[benchmark.Record]:
-    return [
-        dict(zip(benchmark.KEYS, (model, "eager", "float32", 1, [5, 32, 32], "encode"), strict=True))
-        for model in models
-    ]
+def make_records(*models: str) -> list[Record]:
+    return [dict(zip(KEYS, (model, "eager", "float32", 1, [5, 32, 32], "encode"), strict=True)) for model in models]
 
 
 FIRST = {"peak_mib": 10.0, "output_mib": 1.0, "giga_multiply_adds": 4.0, "num_parameters": 7, "latent": [2, 4, 4]}
@@ -121,35 +123,35 @@ def test_models_take_turns_within_their_budget_and_one_that_fails_stops_nobody()
     calls = []
     duration = {"fast": 1.0, "slow": 8.0, "broken": 1.0}
 
-    def measure(record: benchmark.Record, is_first: bool) -> dict[str, Any]:
+    def measure(record: Record, is_first: bool) -> dict[str, Any]:
         calls.append(record["model"])
         if record["model"] == "broken":
-            raise benchmark.MeasurementError("does not fit")
+            raise MeasurementError("does not fit")
         times = {"seconds": duration[record["model"]]}
         return times | FIRST if is_first else times | {"floor_seconds": 0.8 * times["seconds"]}
 
     records, saved = make_records("fast", "slow", "broken"), []
-    benchmark.run_rounds(records, measure, 4, 30.0, lambda record: saved.append(record["model"]))
+    run_rounds(records, measure, 4, 30.0, lambda record: saved.append(record["model"]))
     assert saved == calls
     assert calls == ["fast", "slow", "broken", "slow", "fast", "fast", "fast", "fast"]
-    fast, slow, broken = map(benchmark.summarize, records)
+    fast, slow, broken = map(summarize, records)
     assert fast["repeats"] == 4 and slow["repeats"] == 1
     assert fast["seconds"] == 1 and fast["time_over_floor"] == 1.25 and fast["giga_multiply_adds_per_second"] == 4
-    assert broken == {key: records[2][key] for key in benchmark.KEYS} | {"note": "does not fit"}
+    assert broken == {key: records[2][key] for key in KEYS} | {"note": "does not fit"}
 
     calls.clear()  # the same again, one call later than where it was stopped
-    benchmark.run_rounds(records, measure, 5, 30.0, lambda record: None)
+    run_rounds(records, measure, 5, 30.0, lambda record: None)
     assert calls == ["fast"]
 
 
 def test_rows_are_medians_and_ratios_of_neighbours():
     (record,) = make_records("x")
     record |= {"first": FIRST | {"seconds": 9.0}, "seconds": [1.0, 2.0, 6.0], "floor_seconds": [1.0, 1.0, 5.0]}
-    row = benchmark.summarize(record)
+    row = summarize(record)
     assert (row["seconds_lower"], row["seconds"], row["seconds_upper"]) == (1.5, 2.0, 4.0)
     assert row["time_over_floor"] == 1.2 and row["floor_seconds"] == 1.0
     record["seconds"] = []
-    assert benchmark.summarize(record | {"floor_seconds": []})["seconds"] == 9.0  # the first alone, if nothing else
+    assert summarize(record | {"floor_seconds": []})["seconds"] == 9.0  # the first alone, if nothing else
 
 
 def test_linear_and_quadratic_cost_are_told_apart():
@@ -157,9 +159,9 @@ def test_linear_and_quadratic_cost_are_told_apart():
     for frames, size in ((5, 64), (9, 64), (17, 64), (9, 32), (9, 128)):
         latent = [(frames - 1) // 4 + 1, size // 8, size // 8]
         tokens = latent[0] * latent[1] * latent[2]
-        key = dict(zip(benchmark.KEYS, ("x", "eager", "float32", 1, [frames, size, size], "encode"), strict=True))
+        key = dict(zip(KEYS, ("x", "eager", "float32", 1, [frames, size, size], "encode"), strict=True))
         rows.append(key | {"seconds": 3.0 * tokens, "peak_mib": 2.0 * tokens**2, "latent": latent})
-    found = {(item["axis"], item["quantity"]): item for item in benchmark.linearity(rows)}
+    found = {(item["axis"], item["quantity"]): item for item in linearity(rows)}
     assert len(found) == 4
     for axis in ("length", "area"):
         time, memory = found[axis, "seconds"], found[axis, "peak_mib"]
@@ -172,9 +174,8 @@ def test_linear_and_quadratic_cost_are_told_apart():
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda vae: benchmark.Subject(vae, "faster"), "`variant` must be one of 'eager', 'fused"),
-        (lambda vae: benchmark.parse_size("256x256"), "`size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256"),
-        (lambda vae: benchmark.build_model("AutoencoderKL"), "`name` must be one of 'LeanVAE-16ch"),
+        (lambda vae: Subject(vae, "faster"), "`variant` must be one of 'eager', 'fused"),
+        (lambda vae: build_model("AutoencoderKL"), "`name` must be one of 'LeanVAE-16ch"),
     ],
 )
 def test_bad_arguments(make_model, make, match):
@@ -197,6 +198,65 @@ def test_command_prints_rows_and_ends_with_json(make_model, tmp_path):
         assert row["seconds"] > 0 and row["time_over_floor"] > 0 and row["repeats"] == 1
     result = CliRunner().invoke(app, [*arguments, "--size", "6x32x32"])
     assert result.exit_code == 1 and "`num_frames` must be 4 * n + 1" in result.output
+
+
+SIBLINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "wf": (AutoencoderKLWFVAE, {"base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}),
+    "iv": (AutoencoderKLIVVAE, {"base_channels": 4, "num_layers": 1, "channel_multipliers": [1, 1, 1, 2]}),
+}
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_command_measures_siblings_and_says_what_it_leaves_out(sibling, tmp_path):
+    model_class, config = SIBLINGS[sibling]
+    model_class(latent_channels=4, **config).save_pretrained(tmp_path / "vae")
+    arguments = ["bench", "--model", str(tmp_path / "vae"), "--size", "5x32x32", "--repeats", "1", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "bench.json")])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "left out, because only LeanVAE has it: fused\n"
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert rows == json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["variant"], row["direction"]) for row in rows] == [("eager", "encode"), ("eager", "decode")]
+    for row in rows:
+        assert row["seconds"] > 0 and row["giga_multiply_adds"] > 0 and row["repeats"] == 1 and "note" not in row
+        assert "time_over_floor" not in row  # convolutions, not matrix products, are what they spend time on
+    result = CliRunner().invoke(app, [*arguments, "--variant", "int8"])
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: `--variant` must be one of 'eager', 'compiled' for an AutoencoderKL")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--size", "5x32x32", "--size", "6x32x32"), "`num_frames` must be 4 * n + 1"),
+        (("--size", "32x32"), "`--size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got '32x32'"),
+        (("--variant", "faster"), "`--variant` must be one of 'eager', 'fused'"),
+        (("--peer", "AutoencoderKL"), "`--peer` must be one of 'AutoencoderKLWan'"),
+        (("--dtype", "int8"), "`--dtype` must be one of 'float32' (fp32)"),
+    ],
+)
+def test_command_refuses_before_it_measures(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "--model", "LeanVAE-tiny", *arguments])
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_command_loses_nothing_that_was_measured():
+    arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, ["bench", *arguments, "--variant", "eager", "--variant", "graphs"])
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU graphs can be measured")
+    assert result.exit_code == 1
+    assert "error: 2 of 4 rows could not be measured: `examples` must be tensors on a CUDA device" in result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert {row["variant"]: "seconds" in row for row in rows} == {"eager": True, "graphs": False}
+    assert all(row["dtype"] == "float32" for row in rows)
+
+
+def test_figures_stay_in_a_row_whose_later_calls_fail():
+    (record,) = make_records("x")
+    row = summarize(record | {"first": FIRST | {"seconds": 9.0}, "seconds": [], "note": "out of memory"})
+    assert row["seconds"] == 9.0 and row["peak_mib"] == 10.0 and row["note"] == "out of memory"
 
 
 def run_inference(folder: Path, *arguments: str) -> tuple[dict[str, Any], list[str]]:
@@ -286,9 +346,9 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
     rows = []
     for model in ("LeanVAE-16ch", "AutoencoderKLWan"):
         for frames, size in ((17, 128), (17, 256), (9, 256)):
-            for direction in benchmark.DIRECTIONS:
+            for direction in DIRECTIONS:
                 values = (model, "eager", "float32", 2, [frames, size, size], direction)
-                row = dict(zip(benchmark.KEYS, values, strict=True))
+                row = dict(zip(KEYS, values, strict=True))
                 rows.append(row | {"seconds": frames * size**2 / 1e6, "peak_mib": frames * size / 10})
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
     arguments = ["plots.py", "--result", str(tmp_path / "bench.json"), "--folder", str(tmp_path)]

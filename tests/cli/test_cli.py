@@ -4,16 +4,20 @@ import json
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from diffusers_leanvae import bundled
+from diffusers_leanvae import AutoencoderKLWFVAE, bundled
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.cli.common import in_one_sentence
+from diffusers_leanvae.cli.videos import Jobs, live, process
 from diffusers_leanvae.inference import files
 from diffusers_leanvae.models.leanvae_memory import MemoryModel
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
@@ -81,7 +85,7 @@ def test_reconstruction_is_the_models(make_model, tmp_path):
 def test_side_by_side_start_and_size(model, tmp_path):
     source = clip(tmp_path / "in.mp4", 12, 96, 128)
     target = tmp_path / "out.mp4"
-    options = ("--side-by-side", "--start", 4, "--num-frames", 5, "--size", "64x48", "--dtype", "bfloat16")
+    options = ("--side-by-side", "--start", 4, "--num-frames", 5, "--size", "64x48", "--dtype", "bf16")
     code, _, err = leanvae("reconstruct", source, target, "--model", model, *options)
     assert code == 0, err
     frames, _ = read_video(target)
@@ -195,6 +199,96 @@ def test_a_folder_goes_on_past_a_bad_file_and_continues_where_it_stopped(model, 
     assert entries(tmp_path / "y") == ["a.mp4", "b.mp4", "deeper"]
 
 
+def test_a_folder_with_one_file_is_a_folder(model, tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    clip(source / "a.mp4", 1)
+    assert leanvae("reconstruct", source, target, "--model", model)[0] == 0
+    before = (target / "a.mp4").stat().st_mtime_ns
+    code, _, err = leanvae("reconstruct", source, target, "--model", model)
+    assert code == 0 and "done already, skipped" in err
+    assert (target / "a.mp4").stat().st_mtime_ns == before
+
+
+def test_no_file_is_written_over_its_source_or_another_output(model, tmp_path):
+    video = clip(tmp_path / "a.mp4", 1)
+    content = video.read_bytes()
+    for output in (video, tmp_path):  # the folder stands for the file of this name in it
+        code, _, err = leanvae("reconstruct", video, output, "--model", model)
+        assert code == 1 and err.startswith("error: OUT must not be the file that is read")
+    code, _, err = leanvae("reconstruct", tmp_path, tmp_path, "--model", model, "--overwrite")
+    assert code == 1 and err.startswith("error: OUT must not be the file that is read")
+    assert video.read_bytes() == content
+    clip(tmp_path / "a.mkv", 1)
+    code, _, err = leanvae("encode", tmp_path, tmp_path / "latents", "--model", model)
+    assert code == 1 and "IN must not hold two files with one name, got 'a.mkv' and 'a.mp4'" in err
+    assert entries(tmp_path) == ["a.mkv", "a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("`x` must be\n  small, got 9."), "error: `x` must be small, got 9."),
+        (FileNotFoundError(2, "No such file", "x.mp4"), "error: [Errno 2] No such file: 'x.mp4'"),
+        (ImportError("install the extra `text`"), "error: install the extra `text`"),
+        (MemoryError(), "error: out of memory; try smaller or fewer frames"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "error: out of memory; try smaller or fewer frames"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory; try smaller"),
+        (KeyError("weight"), "error: KeyError: 'weight' (`LEANVAE_TRACEBACK=1 leanvae ...` shows where"),
+    ],
+)
+def test_every_error_is_one_sentence(monkeypatch, capsys, error, sentence):
+    def command() -> None:
+        raise error
+
+    monkeypatch.delenv("LEANVAE_TRACEBACK", raising=False)
+    with pytest.raises(typer.Exit) as raised:
+        in_one_sentence(command)()
+    output = capsys.readouterr()
+    assert raised.value.exit_code == 1 and output.out == ""
+    assert output.err.startswith(sentence) and output.err.count("\n") == 1
+    monkeypatch.setenv("LEANVAE_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        in_one_sentence(command)()
+
+
+def test_an_interrupted_command_says_so(capsys):
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as raised:
+        in_one_sentence(command)()
+    assert raised.value.exit_code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_bad_file_of_a_folder_stops_no_other_whatever_its_error(tmp_path, capsys):
+    jobs = Jobs([(tmp_path / name, tmp_path / "out" / name) for name in "abc"], is_folder=True)
+
+    def work(source: Path, target: Path, progress: Any) -> str:
+        if source.name == "b":
+            raise RuntimeError("can't allocate memory")
+        return f"{target.name} written"
+
+    with pytest.raises(ValueError, match="1 of 3 files failed: .*b"):
+        process(jobs, False, work)
+    output = capsys.readouterr()
+    assert output.out.split() == ["a", "written", "c", "written"] and output.err.startswith("error: out of memory")
+
+
+def test_live_chooses_the_step_of_its_model(tmp_path, monkeypatch, capsys):
+    config = {"base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2, "num_encoder_layers": 1}
+    AutoencoderKLWFVAE(latent_channels=4, temporal_compression_ratio=8, **config).save_pretrained(tmp_path / "wf8")
+    (tmp_path / "in").write_bytes(np.random.default_rng(0).bytes(10 * 16 * 24 * 3))
+    with open(tmp_path / "in") as source, open(tmp_path / "out", "w") as target:  # files have what pipes have
+        monkeypatch.setattr("sys.stdin", source)
+        monkeypatch.setattr("sys.stdout", target)
+        live(24, 16, str(tmp_path / "wf8"))
+        with pytest.raises(ValueError, match="`num_frames_per_step` must be a positive multiple of 8, got 4"):
+            live(24, 16, str(tmp_path / "wf8"), num_frames_per_step=4)
+    assert (tmp_path / "out").stat().st_size == (tmp_path / "in").stat().st_size
+    assert capsys.readouterr().err == "10 frames\n"
+
+
 def damaged(tmp_path: Path, kind: str) -> Path:
     path = tmp_path / "bad.mp4"
     if kind == "missing":
@@ -248,7 +342,7 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "1MiB"), "must be at least"),
         (("encode", source, tmp_path / "o.mp4", "--model", model), "must end in .safetensors"),
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
-        (("convert", model, tmp_path / "o.bin", "--to-original"), "must end in"),
+        (("convert", model, tmp_path / "o.onnx", "--to-original"), "must end in"),
         (("convert", source, tmp_path / "o"), "must be"),
         (("info", tmp_path / "nothing.mp4"), "nothing.mp4"),
     ]:

@@ -1,6 +1,50 @@
 """The command `leanvae`."""
 
-from .commands import app
+import signal
+import sys
+import threading
+import warnings
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from . import demo, generation, measure, models, videos
+from .common import in_one_sentence, one_line
 
 
 __all__ = ["app"]
+
+app = typer.Typer(
+    name="leanvae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Video autoencoders: encode videos of any length and size to latents, decode them, measure what is lost, "
+    "and generate videos.",
+)
+COMMANDS = {
+    "reconstruct": videos.reconstruct,
+    "encode": videos.encode,
+    "decode": videos.decode,
+    "live": videos.live,
+    "generate": generation.generate,
+    "encode-dataset": generation.encode_dataset,
+    "convert": models.convert,
+    "info": models.info,
+    "eval": measure.evaluate,
+    "bench": measure.bench,
+    "demo": demo.demo,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(in_one_sentence(command))
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {one_line(message)}", err=True)  # type: ignore[arg-type, assignment]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished outputs are removed
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

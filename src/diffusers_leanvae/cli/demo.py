@@ -1,34 +1,36 @@
-"""The demonstration behind `leanvae demo`: one clip through the bundled model, and videos of the bundled generator."""
+"""`demo`: the bundled clip through the bundled autoencoder, and videos of the bundled generator."""
 
+import math
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
 import typer
 
 from .. import bundled
-from ..generation.videos import generate_videos
-from ..inference import files
-from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from ..video_io import probe_video, read_video, write_video
-
-
-def write_contact_sheet(video: str | Path, target: str | Path, num_frames: int = 3) -> None:
-    r"""A picture of frames of a video, evenly spaced, one below the other."""
-    frames, _ = read_video(video)
-    chosen = torch.linspace(0, len(frames) - 1, num_frames).round().long()
-    write_video(target, torch.cat(tuple(frames[chosen]))[None], fps=1)
+from .common import Device, load_model
 
 
 GENERATOR = next(iter(bundled.PIPELINES))
 GENERATED = ("red circle left", "yellow triangle down", "blue cross right")
 
 
-def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
-    r"""Write everything into `output`, and print what was measured.
-
-    That is `side_by_side.mp4`, `frames.png`, `latents.safetensors`; and `generated.mp4`, `generated.png`.
-    """
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/demo"),
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of the bundled clip to reconstruct.")] = 49,
+    device: Device = "auto",
+) -> None:
+    """Reconstruct the bundled clip, generate three videos, and print where the results are; works offline."""
+    vae = load_model(bundled.DEFAULT, device)
     output.mkdir(parents=True, exist_ok=True)
+    reconstruct_clip(output, vae, num_frames)
+    generate_shapes(output, vae.device)
+
+
+def reconstruct_clip(output: Path, vae: Any, num_frames: int) -> None:
+    """Write `side_by_side.mp4`, `frames.png` and `latents.safetensors`, and print what was measured."""
+    from ..inference import files
+    from ..video_io import probe_video
+
     clip = bundled.clip_path()
     video, picture, latents = output / "side_by_side.mp4", output / "frames.png", output / "latents.safetensors"
     info = probe_video(clip)
@@ -36,19 +38,35 @@ def run_demo(output: Path, vae: AutoencoderKLLeanVAE, num_frames: int) -> None:
     summary = files.reconstruct_video(vae, clip, video, num_frames=num_frames, side_by_side=True, metrics=True)
     write_contact_sheet(video, picture)
     encoded = files.encode_video(vae, clip, latents, model=bundled.DEFAULT, num_frames=num_frames)
-    pixels = encoded.num_frames * encoded.height * encoded.width * 3
+    num_pixels = encoded.num_frames * encoded.height * encoded.width * 3
     with files.open_latents(latents) as (values, _):
-        numbers = torch.Size(values.get_shape()).numel()
+        num_latents = math.prod(values.get_shape())
     typer.echo(
         f"{summary['num_frames']} frames, PSNR {summary['psnr_frame_mean_rgb']:.2f} dB, "
-        f"SSIM {summary['ssim_frame_mean_rgb']:.4f}, {pixels / numbers:.1f} times fewer numbers than pixels.\n"
+        f"SSIM {summary['ssim_frame_mean_rgb']:.4f}, {num_pixels / num_latents:.1f} times fewer numbers than pixels.\n"
         f"Original (left) and reconstruction (right): {video.resolve()}\n"
         f"Three frames of it:                         {picture.resolve()}\n"
         f"The latents:                                {latents.resolve()}"
     )
+
+
+def generate_shapes(output: Path, device: Any) -> None:
+    """Write `generated.mp4` and `generated.png`."""
+    from ..generation import generate_videos
+
     video, picture = output / "generated.mp4", output / "generated.png"
     typer.echo(f"Videos of {GENERATOR} (a demonstration generator) ...")
-    labels: list[str] = list(GENERATED)
-    generate_videos(GENERATOR, video, labels=labels, num_inference_steps=25, device=vae.device)
+    generate_videos(GENERATOR, video, labels=list(GENERATED), num_inference_steps=25, device=device)
     write_contact_sheet(video, picture)
     typer.echo(f"Generated, {'; '.join(GENERATED)}: {video.resolve()}\nThree frames of it: {picture.resolve()}")
+
+
+def write_contact_sheet(video: Path, target: Path, num_frames: int = 3) -> None:
+    """Write evenly spaced frames of a video as one picture, one below the other."""
+    import torch
+
+    from ..video_io import read_video, write_video
+
+    frames, _ = read_video(video)
+    chosen = torch.linspace(0, len(frames) - 1, num_frames).round().long()
+    write_video(target, torch.cat(tuple(frames[chosen]))[None], fps=1)

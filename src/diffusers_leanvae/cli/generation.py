@@ -1,0 +1,205 @@
+"""Latent diffusion: `generate`, `encode-dataset`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .. import bundled
+from ..checks import parse_video_size
+from .common import Crf, Device, Dtype, Model, load_model, memory_limit, place, progress_bar
+
+
+def generate(
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Video to write, several in a grid (.mp4, .mkv, .mov, .webm); any other name is a folder with one "
+            "file for each."
+        ),
+    ] = Path("outputs/generated.mp4"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"Pipeline: a bundled one ({', '.join(bundled.PIPELINES)}), a folder, or a Hub id (user/repo)."
+        ),
+    ] = next(iter(bundled.PIPELINES)),
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="Class of the video, by name or number; repeat it for several. Without it random classes."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Description of the video, for text-to-video pipelines; repeat it for several."),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file for the first frame of every video.")] = None,
+    num_videos: Annotated[
+        int | None, typer.Option(min=1, help="Number of videos; without it one for each label or prompt, else 1.")
+    ] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Frames of each video; without it the number the pipeline was trained on."),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Height in pixels; without it the height the pipeline was trained on.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Width in pixels; without it the width the pipeline was trained on.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps: more are slower, and usually better.")] = 50,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of classifier-free guidance; 1 turns it off. Without it the pipeline's default; bundled "
+            "pipelines bring their own."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Sampler: ddpm, ddim or dpm++ for models that predict noise, flow for flow matching. Without it the "
+            "pipeline's own."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first video; every further video takes the next number.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frame rate of the files in frames per second.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Videos to generate at once; the result does not depend on it.")
+    ] = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Upper limit of memory for decoding, in addition to the weights, such as 2GiB: smaller tiles, the "
+            "same pixels. Without it no limit."
+        ),
+    ] = None,
+    crf: Crf = 16,
+) -> None:
+    """Generate videos of a class or from a text with a latent diffusion pipeline."""
+    from diffusers.utils import logging
+
+    from ..generation import generate_videos
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    limit = memory_limit(max_memory)
+    torch_device, torch_dtype = place(device, dtype)
+    written = generate_videos(
+        model,
+        output,
+        labels=label or None,
+        prompts=prompt or None,
+        image=image,
+        num_videos=num_videos,
+        scheduler=scheduler,
+        num_inference_steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        device=torch_device,
+        dtype=torch_dtype,
+        max_memory=limit,
+        fps=fps,
+        crf=crf,
+        show_progress=sys.stderr.isatty(),
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        guidance_scale=guidance_scale,
+    )
+    for path in written:
+        typer.echo(path)
+
+
+def encode_dataset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of videos, tar shards (quoted pattern), stream (hub:user/name), named data set "
+            "(ucf101:FOLDER), or shapes.",
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the latents; an unfinished one is resumed.")
+    ],
+    model: Model = bundled.DEFAULT,
+    clip_size: Annotated[
+        str, typer.Option(help="Size of a clip, FRAMESxHEIGHTxWIDTH in frames and pixels.")
+    ] = "17x256x256",
+    num_crops: Annotated[int, typer.Option(min=1, help="Clips to cut from each video.")] = 1,
+    flip: Annotated[
+        Literal["auto", "none", "random", "both"],
+        typer.Option(
+            help="Mirror clips left to right: none, a random half of them, or both (each clip twice); auto does what "
+            "is usual for a named data set."
+        ),
+    ] = "auto",
+    sampling: Annotated[
+        Literal["exact", "reference"],
+        typer.Option(help="Choice of frames in named data sets: exact, or reference for the published way."),
+    ] = "exact",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Take every n-th frame; without it 3 for named data sets, else 1.")
+    ] = None,
+    short_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Shorter side in pixels to scale larger videos down to, before clips are cut."),
+    ] = None,
+    num_clips: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of clips (required for streams); without it all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for choosing the crops.")] = 0,
+    save_dtype: Annotated[
+        str, typer.Option(help="Number type of the stored latents: float32 (fp32) or float16 (fp16).")
+    ] = "float32",
+    file_format: Annotated[
+        Literal["safetensors", "webdataset"], typer.Option(help="Format of the files that hold the latents.")
+    ] = "safetensors",
+    shard_size: Annotated[int, typer.Option(min=1, help="Clips in each file.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips to encode at once.")] = 8,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read videos ahead; 0 reads them in the main process.")
+    ] = 0,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Encode a data set to latents once, for training a diffusion model on them.
+
+    Started again with the same options it resumes where it stopped.
+
+    `torchrun --nproc_per_node N --no-python leanvae encode-dataset ...` runs it in N processes.
+    """
+    import torch.distributed as dist
+
+    from ..data.latent_cache import encode_dataset as encode_clips
+
+    size = parse_video_size("--clip-size", clip_size)
+    vae = load_model(model, device, dtype)
+    with progress_bar("clips") as bar:
+        latents = encode_clips(
+            vae,
+            source,
+            target,
+            clip_size=size,
+            num_crops=num_crops,
+            flip=flip,
+            sampling=sampling,
+            stride=stride,
+            short_side=short_side,
+            num_clips=num_clips,
+            seed=seed,
+            dtype=save_dtype,
+            file_format=file_format,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=bar.update,
+        )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shape = " x ".join(str(edge) for edge in latents.index["shape"])
+        typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")
+    if dist.is_initialized():
+        dist.destroy_process_group()
