@@ -1,12 +1,12 @@
 """Training clips: a pure function of seed and index, whatever was drawn before and by whom."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from encoded_clips import count_opens
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import (
@@ -14,11 +14,10 @@ from diffusers_leanvae.data import (
     StepBatches,
     StepSchedule,
     VideoFolder,
-    cutting,
     pixels_to_sample,
     read_center_clip,
 )
-from diffusers_leanvae.video_io import VideoError, probe_video, read_video
+from diffusers_leanvae.video_io import VideoError, VideoReader, read_video
 
 
 RANDOM = {"clip_sizes": [[5, 16, 24], [1, 32, 32]], "batch_size": 2, "stride": [1, 2], "max_zoom_out": 1.8}
@@ -87,11 +86,21 @@ def test_bad_videos_are_skipped_with_a_warning_and_their_place_is_taken(clips: P
         assert torch.equal(clip.pixels, cached[index].pixels) and clip.num_skipped == cached[index].num_skipped
 
 
-def test_a_header_that_promises_too_much_costs_only_the_clips_beyond(clips: Path, monkeypatch: pytest.MonkeyPatch):
-    def promising(path: Path):
-        return dataclasses.replace(probe_video(path), num_frames=40)
+def test_a_clip_opens_its_file_once(clips: Path, monkeypatch: pytest.MonkeyPatch):
+    opens = count_opens(monkeypatch)
+    dataset = VideoFolder(clips, clip_sizes=[[5, 16, 16]], stride=[1, 2], cache_gib=0)
+    for index in range(9):  # the first three also look how long the video is
+        video = dataset[index].video
+        assert opens == [dataset.paths[video].name]
+        opens.clear()
+    cached = VideoFolder(clips, clip_sizes=[[5, 16, 16]], stride=[1, 2])
+    assert sorted(opens) == [path.name for path in cached.paths]
+    cached[0], read_center_clip(clips / "a.mp4", num_frames=5, size=32)
+    assert len(opens) == 4
 
-    monkeypatch.setattr(cutting, "probe_video", promising)
+
+def test_a_header_that_promises_too_much_costs_only_the_clips_beyond(clips: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(VideoReader, "count_frames", lambda video: 40)
     decoding = VideoFolder(clips, clip_sizes=[[5, 16, 16]], cache_gib=0)
     with pytest.warns(UserWarning, match="Skipping a part of a video"):
         drawn = [decoding[index] for index in range(3)]

@@ -238,6 +238,5 @@ class _StreamClips:
 
 
 def _cut(shelf: VideoShelf, number: int, seed: list[int]) -> torch.Tensor | None:
-    if shelf.shape(number) is None:
-        return None
-    return shelf.cut(number, shelf.sizes[0], 1.0, np.random.default_rng(seed))
+    with shelf.open(number) as video:
+        return None if video.shape is None else video.cut(shelf.sizes[0], 1.0, np.random.default_rng(seed))

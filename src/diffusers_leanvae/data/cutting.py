@@ -4,13 +4,15 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from ..video_io import VideoError, iter_video, probe_video
+from ..video_io import VideoError, VideoReader
 from ..video_io.pixels import resize_frames, short_side_size
 from .sources import VideoSource
 
@@ -83,102 +85,122 @@ class VideoShelf:
     def num_skipped(self) -> int:
         return sum(shape is None for shape in self.shapes.values())
 
+    @contextmanager
+    def open(self, number: int) -> Iterator["ShelfVideo"]:
+        """Yield a video, whose file is opened once and only if something must be read of it."""
+        with ExitStack() as resources:
+            yield ShelfVideo(self, number, resources)
+
     def shape(self, number: int) -> Size | None:
-        r"""Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
-        if number not in self.shapes:
+        """Return the shape of a video, see `ShelfVideo.shape`."""
+        with self.open(number) as video:
+            return video.shape
+
+    def fill_cache(self, capacity: int) -> int:
+        """Decode videos into memory, the first ones first, until `capacity` bytes are spent; return what is left."""
+        for number in range(len(self)) if capacity > 0 else ():
+            with self.open(number) as video:
+                shape = video.shape
+                if shape is None:
+                    continue
+                if 3 * math.prod(shape) > capacity:
+                    break
+                try:
+                    frames = video.read()
+                    capacity -= frames.numel()
+                    self.cache[number] = frames
+                    self.shapes[number] = (len(frames), *shape[1:])  # headers can be wrong
+                except Exception as error:
+                    self.skip(number, error)
+        return capacity
+
+    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        short_side = self.options.short_side
+        if short_side is None or min(height, width) <= short_side:
+            return height, width
+        return short_side_size(height, width, short_side)
+
+    def skip(self, number: int, error: Exception) -> None:
+        self.shapes[number] = None
+        warnings.warn(f"Skipping a video: {error}", stacklevel=4)
+
+
+class ShelfVideo:
+    """A video of a shelf, to cut clips from; see `VideoShelf.open`."""
+
+    def __init__(self, shelf: VideoShelf, number: int, resources: ExitStack) -> None:
+        self.shelf, self.number = shelf, number
+        self._resources = resources
+
+    @property
+    def shape(self) -> Size | None:
+        """Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
+        shelf, number = self.shelf, self.number
+        if number not in shelf.shapes:
             try:
-                self.shapes[number] = shape = self._probe(number)
-                if not any(fits(shape, size) for size in self.sizes):
+                height, width = shelf.scaled_size(self._reader.info.height, self._reader.info.width)
+                shelf.shapes[number] = shape = (self._reader.count_frames(), height, width)
+                if not any(fits(shape, size) for size in shelf.sizes):
                     raise VideoError(
-                        f"{self.source.name(number)!r} has {shape} frames, height, width and holds no clip."
+                        f"{shelf.source.name(number)!r} has {shape} frames, height, width and holds no clip."
                     )
             except Exception as error:
                 # Whatever a foreign file does to the reader must not end a run of days.
-                self._skip(number, error)
-        return self.shapes[number]
+                shelf.skip(number, error)
+        return shelf.shapes[number]
 
-    def fill_cache(self, capacity: int) -> int:
-        r"""Decode videos into memory, the first ones first, until `capacity` bytes are spent; returns what is left."""
-        for number in range(len(self)) if capacity > 0 else ():
-            shape = self.shape(number)
-            if shape is None:
-                continue
-            if 3 * math.prod(shape) > capacity:
-                break
-            try:
-                frames = self._read(number)
-                capacity -= frames.numel()
-                self.cache[number] = frames
-                self.shapes[number] = (len(frames), *shape[1:])  # headers can be wrong
-            except Exception as error:
-                self._skip(number, error)
-        return capacity
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return scaled frames, uint8 `(num_frames, height, width, 3)`."""
+        if self.number in self.shelf.cache:
+            return self.shelf.cache[self.number][start:stop]
+        chunks = self._reader.frames(start, stop)
+        return torch.cat([resize_frames(frames, *self.shelf.scaled_size(*frames.shape[1:3])) for frames in chunks])
 
-    def cut(self, number: int, size: Size, factor: float, rng: np.random.Generator) -> torch.Tensor | None:
-        r"""A random clip, uint8 `(3, num_frames, height, width)`, or `None` where the video cannot be read.
+    def cut(self, size: Size, factor: float, rng: np.random.Generator) -> torch.Tensor | None:
+        """Return a random clip, uint8 `(3, num_frames, height, width)`, or `None` where the video cannot be read.
 
         Args:
-            number: A video whose `shape` holds `size`.
-            size: Frames, height and width of the window at zoom 1.
+            size: Frames, height and width of the window at zoom 1, which must fit into `shape`.
             factor: Height and width of the clip are those of `size` by this, rounded to 16 (unless the factor is 1).
             rng: All randomness.
         """
-        shape = self.shapes[number]
+        shape, options = self.shape, self.shelf.options
         assert shape is not None
         num_frames, height, width = size
         longest = (shape[0] - 1) // (num_frames - 1) if num_frames > 1 else 1
-        lowest, highest = (min(stride, longest) for stride in self.options.strides)
+        lowest, highest = (min(stride, longest) for stride in options.strides)
         stride = int(rng.integers(lowest, highest + 1))
         span = (num_frames - 1) * stride + 1
         start = int(rng.integers(shape[0] - span + 1))
 
-        largest_zoom = min(self.options.max_zoom_out, shape[1] / height, shape[2] / width)
+        largest_zoom = min(options.max_zoom_out, shape[1] / height, shape[2] / width)
         zoom = float(np.exp(rng.uniform(0.0, np.log(largest_zoom))))
         window_height, window_width = int(height * zoom), int(width * zoom)
         top = int(rng.integers(shape[1] - window_height + 1))
         left = int(rng.integers(shape[2] - window_width + 1))
-        mirrored = self.options.flip and rng.random() < 0.5
+        mirrored = options.flip and rng.random() < 0.5
 
-        if number in self.cache:
-            frames = self.cache[number][start : start + span]
-        else:
-            try:
-                frames = self._read(number, start, span)
-                if frames.shape[:3] != (span, *shape[1:]):
-                    raise VideoError(
-                        f"{self.source.name(number)!r} ends before frame {start + span} or changes its size, against "
-                        "what its header promises."
-                    )
-            except Exception as error:
-                # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
-                warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)
-                return None
+        try:
+            frames = self.read(start, start + span)
+            if frames.shape[:3] != (span, *shape[1:]):
+                raise VideoError(
+                    f"{self.shelf.source.name(self.number)!r} ends before frame {start + span} or changes its size, "
+                    "against what its header promises."
+                )
+        except Exception as error:
+            # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
+            warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)
+            return None
         window = frames[::stride, top : top + window_height, left : left + window_width]
         if factor != 1.0:
             height, width = (max(16, 16 * round(edge / factor / 16)) for edge in (height, width))
         clip = resize_frames(window, height, width)
         return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
 
-    def _probe(self, number: int) -> Size:
-        with self.source.open(number) as path:
-            info = probe_video(path)
-            num_frames = info.num_frames or sum(len(frames) for frames in iter_video(path))
-        return num_frames, *self._scaled_size(info.height, info.width)
-
-    def _read(self, number: int, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
-        with self.source.open(number) as path:
-            chunks = iter_video(path, start, num_frames)
-            return torch.cat([resize_frames(frames, *self._scaled_size(*frames.shape[1:3])) for frames in chunks])
-
-    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        short_side = self.options.short_side
-        if short_side is None or min(height, width) <= short_side:
-            return height, width
-        return short_side_size(height, width, short_side)
-
-    def _skip(self, number: int, error: Exception) -> None:
-        self.shapes[number] = None
-        warnings.warn(f"Skipping a video: {error}", stacklevel=3)
+    @cached_property
+    def _reader(self) -> VideoReader:
+        path = self._resources.enter_context(self.shelf.source.open(self.number))
+        return self._resources.enter_context(VideoReader(path))
 
 
 class VideoPool:

@@ -7,6 +7,7 @@ in; `docs/data.md` tells what it takes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,23 +15,29 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..video_io import VideoError, read_video
+from ..video_io import VideoError, VideoReader
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource
 
 
-def read_center_clip(path: str | Path, num_frames: int, size: int) -> torch.Tensor:
-    r"""The evaluation view of a video: its first frames, short side resized to `size`, centre crop.
+def read_center_clip(video: str | Path | VideoReader, num_frames: int, size: int) -> torch.Tensor:
+    """Read the evaluation view of a video: its first frames, short side resized to `size`, centre crop.
+
+    Args:
+        video: A file, or a reader that has it open.
+        num_frames: Frames of the clip.
+        size: Height and width of the clip.
 
     Returns:
         Float32 clip in `[-1, 1]`, shape `(3, num_frames, size, size)`. The resampled values are clipped but not
         rounded to 256 levels, which alone would hide differences beyond 59 dB.
     """
-    frames, _ = read_video(path, num_frames=num_frames)
+    with nullcontext(video) if isinstance(video, VideoReader) else VideoReader(video) as reader:
+        frames = reader.read(0, num_frames)
     if len(frames) < num_frames:
-        raise VideoError(f"{str(path)!r} must have at least {num_frames} frames, got {len(frames)}.")
+        raise VideoError(f"{reader.info.path!r} must have at least {num_frames} frames, got {len(frames)}.")
     height, width = short_side_size(frames.shape[1], frames.shape[2], size)
     frames = resize_frames(frames.float(), height, width)
     clip = center_crop(frames, size, size).permute(3, 0, 1, 2)
@@ -113,14 +120,13 @@ class ClipDataset(ABC, Dataset[Clip]):
         factor = self.options.rescale_factors[int(rng.integers(len(self.options.rescale_factors)))]
         num_skipped = 0
         for attempt, number in enumerate(numbers):
-            shape = pool.shelf.shape(number)
-            if shape is not None:
-                if not fits(shape, size):
-                    continue
-                rng = np.random.default_rng([self.seed, 2, index, attempt])
-                pixels = pool.shelf.cut(number, size, factor, rng)
-                if pixels is not None:
-                    return Clip(pixels, index, self._video(step, number), num_skipped)
+            with pool.shelf.open(number) as video:
+                if video.shape is not None:
+                    if not fits(video.shape, size):
+                        continue
+                    pixels = video.cut(size, factor, np.random.default_rng([self.seed, 2, index, attempt]))
+                    if pixels is not None:
+                        return Clip(pixels, index, self._video(step, number), num_skipped)
             num_skipped += 1
         raise ValueError(f"`clip_sizes` must fit a sound part of the {len(pool.shelf)} videos, got {list(size)}.")
 

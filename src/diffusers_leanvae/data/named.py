@@ -7,6 +7,7 @@ trained on, faults included; `"exact"` does what was meant. `docs/data.md` has b
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from ..checks import check_choice
-from ..video_io import VideoError, iter_video, list_videos, probe_video, read_video
+from ..video_io import VideoError, VideoReader, list_videos, read_video
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from ..video_io.reader import IMAGE_EXTENSIONS
 from .sources import FileSource
@@ -111,16 +112,13 @@ class NamedDataset(Dataset[NamedClip]):
         """
         video = self.videos[index // self.num_draws]
         rng = np.random.default_rng([self.seed, index])
-        if video.frames is None:
-            info = probe_video(video.path)
-            num_frames = info.num_frames or sum(len(frames) for frames in iter_video(video.path))
-        else:
-            num_frames = len(video.frames)
         sample = _sample_reference if self.sampling == "reference" else _sample_exact
-        places = sample(num_frames, self.num_frames, self.sample_stride, video.frames is not None, rng)
-        if places is None:
-            raise VideoError(f"{str(video.path)!r} must have more frames for a clip, got {num_frames}.")
-        frames = video.read(places)
+        with nullcontext() if video.frames is not None else VideoReader(video.path) as reader:
+            num_frames = len(video.frames or ()) if reader is None else reader.count_frames()
+            places = sample(num_frames, self.num_frames, self.sample_stride, reader is None, rng)
+            if places is None:
+                raise VideoError(f"{str(video.path)!r} must have more frames for a clip, got {num_frames}.")
+            frames = video.read(places, reader)
         if self.flip and rng.random() < 0.5:
             frames = frames.flip(2)
         if self.sampling == "exact":
@@ -226,15 +224,16 @@ class _Video:
     caption: str | None = None
     frames: tuple[Path, ...] | None = None
 
-    def read(self, places: np.ndarray) -> torch.Tensor:
-        """The frames at ascending `places`, uint8 `(len(places), height, width, 3)`."""
-        if self.frames is not None:
+    def read(self, places: np.ndarray, reader: VideoReader | None) -> torch.Tensor:
+        """Read frames at ascending `places`, uint8 `(len(places), height, width, 3)`; `reader` has the file open."""
+        if reader is None:
+            assert self.frames is not None
             frames = [read_video(self.frames[place], num_frames=1)[0] for place in places]
             if len({frame.shape for frame in frames}) > 1:
                 raise VideoError(f"The frames in {str(self.path)!r} must have one size, got several.")
             return torch.cat(frames)
         first, span = int(places[0]), int(places[-1] - places[0]) + 1
-        frames = torch.cat(list(iter_video(self.path, first, span)))
+        frames = reader.read(first, first + span)
         if len(frames) < span:
             raise VideoError(f"{str(self.path)!r} ends before frame {first + span}, against what its header promises.")
         return frames[torch.from_numpy(places - first)]

@@ -10,7 +10,7 @@ import torch
 
 from ..data.datasets import read_center_clip
 from ..evaluation.metrics import frame_psnr, frame_ssim
-from ..video_io import list_videos, probe_video, write_video
+from ..video_io import VideoReader, list_videos, write_video
 from ..video_io.pixels import sample_to_unit, unit_to_pixels
 
 
@@ -48,12 +48,12 @@ def load_validation_clips(
     paths = list_videos(folder)
     if not paths:
         raise ValueError(f"`validation.folder` must hold at least one video, got none in {str(folder)!r}.")
-    return [
-        ValidationClip(
-            path.relative_to(folder).as_posix(), read_center_clip(path, num_frames, size), probe_video(path).fps
-        )
-        for path in map(Path, paths[rank::world_size])
-    ]
+    clips = []
+    for path in paths[rank::world_size]:
+        with VideoReader(path) as video:
+            sample = read_center_clip(video, num_frames, size)
+            clips.append(ValidationClip(path.relative_to(folder).as_posix(), sample, video.info.fps))
+    return clips
 
 
 @torch.no_grad()

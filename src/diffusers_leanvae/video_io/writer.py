@@ -21,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import commit, partial_path, remove_stale_partials
-from .reader import PathLike, VideoError, open_input
+from .containers import PathLike, VideoError, open_input
 
 
 # Writable extensions, each with the codecs that its container really holds and players accept.

@@ -1,18 +1,21 @@
-"""Reading and writing videos. All clips are made here with PyAV; the shared clips are used where they exist."""
+"""Reading videos. The clips are made here with PyAV; the shared clips are used where they exist."""
 
 import os
-import warnings
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+from encoded_clips import count_opens, encode, moving_picture, psnr, reference
 
 from diffusers_leanvae.video_io import (
     VideoError,
-    VideoWriter,
+    VideoReader,
+    decoding,
     iter_video,
     list_videos,
     probe_video,
@@ -25,114 +28,115 @@ SHARED_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
 UNITY_MATRIX = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
 
 
-def moving_picture(num_frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
-    """Smooth colours that drift, with a bright square at a place that tells the frames apart."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
-    for t in range(num_frames):
-        for channel in range(3):
-            phase = 0.3 * t + 2 * channel
-            frames[t, :, :, channel] = 120 + 60 * np.sin(x / 9 + phase) + 40 * np.cos(y / 7 - phase)
-        row, column = 4 * (t % (height // 4 - 1)), 4 * (t // (height // 4 - 1))
-        frames[t, row : row + 4, column : column + 4] = 250
-    return torch.from_numpy(frames)
-
-
-def encode(
-    path: Path,
-    frames: torch.Tensor,
-    codec: str = "libx264",
-    pix_fmt: str = "yuv420p",
-    rate: Fraction = Fraction(25),
-    options: dict[str, str] | None = None,
-    pts: list[int] | None = None,
-    tags: tuple[int, int] | None = None,
-    audio_codec: str | None = None,
-) -> Path:
-    """Encode with PyAV alone, so that the reader is not tested against the writer. `tags`: colour space, range."""
-    if options is None:
-        options = {"crf": "4", "preset": "ultrafast"} if codec == "libx264" else {}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
-        if tags is not None:
-            stream.codec_context.colorspace, stream.codec_context.color_range = tags
-        sound = container.add_stream(audio_codec, rate=44100) if audio_codec else None
-        for index, image in enumerate(frames.numpy()):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24" if image.shape[2] == 3 else "rgba")
-            if tags is not None:
-                matrix = {1: "ITU709", 5: "ITU601"}[tags[0]]
-                frame = frame.reformat(format=pix_fmt, dst_colorspace=matrix, dst_color_range=tags[1])
-                frame.colorspace, frame.color_range = tags
-            else:
-                frame = frame.reformat(format=pix_fmt)
-            frame.pts, frame.time_base = pts[index] if pts else index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-        if sound is not None:
-            seconds = len(frames) / rate
-            wave = np.sin(np.arange(int(seconds * 44100)) / 20).astype(np.float32)[None]
-            audio = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            audio.sample_rate, audio.pts = 44100, 0
-            container.mux(sound.encode(audio))
-            container.mux(sound.encode(None))
-    return path
-
-
-def reference(path: Path) -> torch.Tensor:
-    """All frames in order, as PyAV's plain loop gives them."""
-    with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
-
-
 def read(path: Path, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
     return read_video(path, start, num_frames)[0]
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean().clamp_min(1e-10)))
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    r"""The number of frames that decoders gave to readers, from now on."""
+    count, decode = [0], decoding._decode
+
+    def counting(*arguments: Any) -> Iterator[av.VideoFrame]:
+        for frame in decode(*arguments):
+            count[0] += 1
+            yield frame
+
+    monkeypatch.setattr(decoding, "_decode", counting)
+    return count
 
 
-def audio_packets(path: Path) -> list[tuple[float, bytes]]:
-    with av.open(str(path)) as container:
-        stream = container.streams.audio[0]
-        return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.size]
+RANGES = [(0, 1), (1, 4), (7, 9), (8, 9), (9, 21), (17, 22), (31, 35), (38, 47), (39, None)]
 
 
 class TestRanges:
-    # Closed and open groups of pictures, B-frames, and a stream of intra refresh, where no seek is exact.
+    # Closed and open groups of pictures, B-frames, and a stream of intra refresh, where no seek is exact. The last
+    # column: how often one reader opens the file for `RANGES` forwards and backwards, that is, once, and again for
+    # every step back where a format cannot be rewound.
     @pytest.mark.parametrize(
-        ("suffix", "codec", "parameters"),
+        ("suffix", "codec", "parameters", "num_opens"),
         [
-            (".mp4", "libx264", "keyint=8:min-keyint=8:bframes=3:scenecut=0"),
-            (".mkv", "libx264", "keyint=8:min-keyint=8:bframes=3:scenecut=0:open-gop=1"),
-            (".mp4", "libx264", "keyint=8:bframes=0:intra-refresh=1"),
-            (".ts", "libx264", "keyint=8:bframes=2"),
-            (".mp4", "libx265", "keyint=8:min-keyint=8:bframes=3:open-gop=1:log-level=none"),
-            (".webm", "libvpx-vp9", "8"),
-            (".avi", "mpeg4", "8"),
+            (".mp4", "libx264", "keyint=8:min-keyint=8:bframes=3:scenecut=0", 1),
+            (".mkv", "libx264", "keyint=8:min-keyint=8:bframes=3:scenecut=0:open-gop=1", 1),
+            (".mp4", "libx264", "keyint=8:bframes=0:intra-refresh=1", 1),
+            (".ts", "libx264", "keyint=8:bframes=2", 10),
+            (".mp4", "libx265", "keyint=8:min-keyint=8:bframes=3:open-gop=1:log-level=none", 1),
+            (".webm", "libvpx-vp9", "8", 1),
+            (".avi", "mpeg4", "8", 10),
         ],
     )
-    def test_range_equals_sequential(self, tmp_path: Path, suffix: str, codec: str, parameters: str):
+    def test_range_equals_sequential(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        suffix: str,
+        codec: str,
+        parameters: str,
+        num_opens: int,
+    ):
         params = {"libx264": "x264-params", "libx265": "x265-params"}.get(codec, "g")
         frames = moving_picture(40)
         path = encode(tmp_path / f"clip{suffix}", frames, codec, options={params: parameters, "threads": "1"})
         whole = reference(path)
         assert len(whole) == 40
         torch.testing.assert_close(read(path), whole, rtol=0, atol=0)
-        for start, count in [(0, 1), (1, 3), (7, 2), (8, 1), (9, 12), (17, 5), (31, 4), (38, 9), (39, None)]:
-            stop = 40 if count is None else min(40, start + count)
+        opens = count_opens(monkeypatch)
+        for start, stop in RANGES:
+            count = None if stop is None else stop - start
             torch.testing.assert_close(read(path, start, count), whole[start:stop], rtol=0, atol=0)
+        assert len(opens) == len(RANGES)
+        opens.clear()
+        with VideoReader(path) as video:  # ascending, overlapping, descending
+            for start, stop in [*RANGES, *RANGES[::-1]]:
+                torch.testing.assert_close(video.read(start, stop), whole[start:stop], rtol=0, atol=0)
+        assert len(opens) == num_opens
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".ts"])
+    def test_successive_ranges_decode_every_frame_once(self, tmp_path: Path, monkeypatch, suffix: str):
+        path = encode(tmp_path / f"clip{suffix}", moving_picture(40), options={"x264-params": "keyint=8:bframes=3"})
+        whole, opens, decoded = reference(path), count_opens(monkeypatch), count_decoded(monkeypatch)
+        with VideoReader(path) as video:
+            for start in range(0, 40, 5):
+                assert torch.equal(video.read(start, start + 5), whole[start : start + 5])
+        assert (len(opens), decoded[0]) == (1, 40)
 
     def test_seeking_saves_decoding(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        from diffusers_leanvae.video_io import reader as video_io
-
         path = encode(tmp_path / "clip.mp4", moving_picture(40), options={"x264-params": "keyint=8:bframes=3"})
-        assert video_io._find_keyframe(path, 7) is not None
-        with video_io._decode_from(path, 30, may_seek=True) as (index, frames):
-            assert index == 24
-            assert len(list(frames)) == 16
+        whole, opens, decoded = reference(path), count_opens(monkeypatch), count_decoded(monkeypatch)
+        with VideoReader(path) as video:
+            assert torch.equal(video.read(30, 32), whole[30:32])
+            assert decoded[0] == 1 + 8  # the first frame; 24, where a group of pictures begins, to 31
+            assert torch.equal(video.read(10, 12), whole[10:12])
+            assert decoded[0] == 1 + 8 + 4  # 8 to 11
+            assert torch.equal(video.read(39), whole[39:])
+        assert (len(opens), decoded[0]) == (1, 1 + 8 + 4 + 8)
+
+    def test_interlaced_ranges_of_one_reader(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        options = {"crf": "4", "x264-params": "tff=1:keyint=4", "flags": "+ildct+ilme"}
+        path = encode(tmp_path / "a.mp4", moving_picture(12), options=options)
+        whole = read(path)
+        assert not torch.equal(whole, reference(path))  # deinterlaced
+        opens = count_opens(monkeypatch)
+        with VideoReader(path) as video:
+            for start in range(0, 12, 3):
+                assert torch.equal(video.read(start, start + 3), whole[start : start + 3])
+            assert len(opens) == 1
+            assert torch.equal(video.read(2, 7), whole[2:7])
+        assert len(opens) == 2
+
+    def test_one_range_at_a_time(self, tmp_path: Path):
+        path = encode(tmp_path / "clip.mp4", moving_picture(10))
+        with VideoReader(path) as video:
+            first = video.frames(0, 8, chunk_size=2)
+            assert torch.equal(next(first), reference(path)[:2])
+            assert len(video.read(5, 6)) == 1
+            with pytest.raises(VideoError, match="the reader was closed, or another range begun"):
+                next(first)
+            last = video.frames(chunk_size=2)
+            next(last)
+        with pytest.raises(VideoError, match="the reader was closed"):
+            next(last)
+        with pytest.raises(VideoError, match="the reader is closed"):
+            video.read()
 
     def test_chunks(self, tmp_path: Path):
         path = encode(tmp_path / "clip.mp4", moving_picture(10))
@@ -145,12 +149,39 @@ class TestRanges:
         path = encode(tmp_path / "clip.mp4", moving_picture(5))
         with pytest.raises(VideoError, match=r"`start` must be less than the number of frames .* 5, got 5"):
             read(path, start=5)
+        with (
+            VideoReader(path) as video,
+            pytest.raises(VideoError, match="`stop` must be more than `start`, 3, or None"),
+        ):
+            video.frames(3, 3)
         for arguments in [{"start": -1}, {"num_frames": 0}, {"chunk_size": 0}, {"backend": "x"}, {"on_error": "x"}]:
             with pytest.raises(VideoError, match=f"`{next(iter(arguments))}` must be"):
                 iter_video(path, **arguments)  # before the first frame is asked for
 
 
 class TestProbe:
+    def test_everything_opens_a_file_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        path = encode(tmp_path / "a.mp4", moving_picture(30), options={"x264-params": "keyint=8"})
+        opens = count_opens(monkeypatch)
+        for use in (
+            lambda: probe_video(path),
+            lambda: read_video(path, num_frames=9),
+            lambda: read_video(path, start=20),
+            lambda: list(iter_video(path, start=11, chunk_size=2)),
+        ):
+            use()
+            assert opens == ["a.mp4"]
+            opens.clear()
+
+    def test_counting_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with_count = encode(tmp_path / "a.mp4", moving_picture(12))
+        without = encode(tmp_path / "a.ts", moving_picture(12))
+        for path, is_known in ((with_count, True), (without, False)):
+            with VideoReader(path) as video:
+                assert (video.info.num_frames is not None) == is_known
+                assert video.count_frames() == video.count_frames() == 12
+                assert torch.equal(video.read(3, 5), reference(path)[3:5])
+
     def test_fields(self, tmp_path: Path):
         path = encode(tmp_path / "a.mp4", moving_picture(30), rate=Fraction(30000, 1001), audio_codec="aac")
         info = probe_video(path)
@@ -358,6 +389,11 @@ class TestBadFiles:
         good = torch.cat(list(iter_video(path, on_error="stop")))
         assert 5 < len(good) < 40
         assert torch.equal(good, whole[: len(good)])
+        with VideoReader(path) as video:  # the damage stays where it is, and what is before it stays good
+            for _ in range(2):
+                with pytest.raises(VideoError, match=f"past frame {len(good)}: .*truncated"):
+                    video.read(len(good) - 2)
+                assert torch.equal(video.read(2, 5), whole[2:5])
 
     @pytest.mark.parametrize("codec", ["libx264", "ffv1", "mjpeg"])
     def test_corrupt_in_the_middle(self, tmp_path: Path, codec: str):
@@ -382,133 +418,6 @@ class TestBadFiles:
         path = encode(tmp_path / "a.mp4", moving_picture(3))
         path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
         self.check(path, "Cannot read")
-
-
-class TestWriter:
-    @pytest.mark.parametrize(
-        ("name", "codec", "size", "bound"),
-        [
-            ("a.mp4", "libx264", (131, 247), 38),
-            ("a.mp4", "libx264", (48, 64), 32),
-            ("a.mov", "libx265", (48, 64), 32),
-            ("a.webm", "libvpx-vp9", (33, 64), 34),
-            ("a.mkv", "ffv1", (33, 47), 99),
-            ("a.mkv", "libx264", (1, 2), 20),
-        ],
-    )
-    def test_round_trip(self, tmp_path: Path, name: str, codec: str, size: tuple[int, int], bound: float):
-        frames = moving_picture(6, 131, 247)[:, : size[0], : size[1]]
-        with VideoWriter(tmp_path / name, Fraction(30000, 1001), codec=codec, preset="fast") as writer:
-            writer.write(frames[:2])
-            writer.write(frames[2:].numpy())
-        out, info = read_video(tmp_path / name)
-        assert out.shape == (6, *size, 3)
-        assert psnr(out, frames) > bound
-        assert info.fps == Fraction(30000, 1001)
-        even = size[0] % 2 == size[1] % 2 == 0
-        assert info.pixel_format == ("bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p")
-        assert [p.name for p in tmp_path.iterdir()] == [name]
-
-    @pytest.mark.parametrize("size", [(32, 48), (31, 47), (720, 960)])
-    def test_colours(self, tmp_path: Path, size: tuple[int, int]):
-        colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)]
-        frames = torch.tensor(colours, dtype=torch.uint8)[:, None, None].expand(-1, *size, 3)
-        write_video(tmp_path / "a.mp4", frames, 25, crf=4, preset="ultrafast")
-        assert (read(tmp_path / "a.mp4").int() - frames.int()).abs().max() <= 5
-        with av.open(str(tmp_path / "a.mp4")) as container:
-            frame = next(container.decode(video=0))
-            assert (frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries) == (1, 1, 1, 1)
-
-    def test_float_rate(self, tmp_path: Path):
-        write_video(tmp_path / "a.mp4", moving_picture(12), 30000 / 1001)
-        assert probe_video(tmp_path / "a.mp4").fps == Fraction(30000, 1001)
-
-    def test_failure_keeps_the_old_file(self, tmp_path: Path):
-        path = tmp_path / "a.mp4"
-        path.write_bytes(b"older")
-        frames = moving_picture(3)
-        with pytest.raises(KeyboardInterrupt), VideoWriter(path, 25, preset="ultrafast") as writer:
-            writer.write(moving_picture(80))  # past the encoder's look-ahead
-            assert len(list(tmp_path.iterdir())) == 2
-            raise KeyboardInterrupt
-        with pytest.raises(VideoError, match="no frame"), VideoWriter(path, 25) as writer:
-            writer.write(frames[:0])
-        with pytest.raises(VideoError, match=r"must be \(48, 64\)"), VideoWriter(path, 25) as writer:
-            writer.write(frames)
-            writer.write(frames[:, 1:])
-        with pytest.raises(VideoError, match="uint8"), VideoWriter(path, 25) as writer:
-            writer.write(frames.float())
-        with pytest.raises(VideoError, match="shape"), VideoWriter(path, 25) as writer:
-            writer.write(frames.permute(0, 3, 1, 2))
-        with pytest.raises(VideoError, match="overwrite"):
-            VideoWriter(path, 25, overwrite=False)
-        assert path.read_bytes() == b"older"
-        assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
-        write_video(path, frames, 25)
-        assert len(read(path)) == 3
-
-    def test_illegal_arguments(self, tmp_path: Path):
-        for name, options, message in [
-            ("a.xyz", {}, r"one of \.mp4, .*got '\.xyz'"),
-            ("a.webm", {}, "`codec` must be one of libvpx-vp9"),
-            ("a.mp4", {"crf": 52}, "`crf` must be 0 to 51"),
-            ("a.mp4", {"preset": "warp"}, "`preset` must be"),
-            ("no/a.mp4", {}, "does not exist"),
-            ("a.mp4", {"audio_from": tmp_path / "none.mp4"}, "none.mp4.* does not exist"),
-        ]:
-            with pytest.raises(VideoError, match=message):
-                VideoWriter(tmp_path / name, 25, **options)
-        with pytest.raises(VideoError, match="`fps`"):
-            VideoWriter(tmp_path / "a.mp4", 0)
-        with pytest.raises(VideoError, match="one frame"):
-            write_video(tmp_path / "a.png", moving_picture(2), 1)
-        assert list(tmp_path.iterdir()) == []
-
-
-class TestAudio:
-    @pytest.mark.parametrize(("source", "audio_codec"), [("s.mp4", "aac"), ("s.mkv", "flac"), ("s.ts", "mp2")])
-    def test_copied_bit_for_bit(self, tmp_path: Path, source: str, audio_codec: str):
-        frames = moving_picture(40)
-        path = encode(tmp_path / source, frames, audio_codec=audio_codec)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            write_video(tmp_path / "out.mp4", read(path), 25, audio_from=path)
-        before, after = audio_packets(path), audio_packets(tmp_path / "out.mp4")
-        assert [data for _, data in before] == [data for _, data in after]
-        with av.open(str(path)) as container:
-            origin = float(container.streams.video[0].start_time * container.streams.video[0].time_base)
-        times = torch.tensor([[t - origin for t, _ in before], [t for t, _ in after]])
-        torch.testing.assert_close(times[0], times[1], rtol=0, atol=2e-3)
-        info = probe_video(tmp_path / "out.mp4")
-        assert info.has_audio and info.num_frames == 40
-        assert psnr(read(tmp_path / "out.mp4"), frames) > 28
-
-    def test_cut_with_a_shorter_video(self, tmp_path: Path):
-        path = encode(tmp_path / "s.mp4", moving_picture(40), audio_codec="aac")
-        write_video(tmp_path / "out.mp4", moving_picture(10), 25, audio_from=path)
-        before, after = audio_packets(path), audio_packets(tmp_path / "out.mp4")
-        assert [data for _, data in before[: len(after)]] == [data for _, data in after]
-        assert 0.35 < after[-1][0] < 0.4
-
-    @pytest.mark.parametrize(("source", "target", "codec"), [("mp4", "webm", "libvpx-vp9"), ("avi", "mp4", "libx264")])
-    def test_reencoded_where_it_must_be(self, tmp_path: Path, source: str, target: str, codec: str):
-        audio_codec = {"mp4": "aac", "avi": "adpcm_ms"}[source]
-        path = encode(tmp_path / f"s.{source}", moving_picture(30), audio_codec=audio_codec)
-        out = tmp_path / f"out.{target}"
-        with pytest.warns(UserWarning, match="re-encoded") as caught:
-            write_video(out, moving_picture(30), 25, codec=codec, audio_from=path)
-        assert len(caught) == 1
-        with av.open(str(out)) as container:
-            rate = container.streams.audio[0].rate
-            audio = np.concatenate([f.to_ndarray() for f in container.decode(audio=0)], 1)
-        assert abs(audio.shape[1] / rate - 1.2) < 0.1
-        assert np.abs(audio).max() > 0.5
-
-    def test_silent_source(self, tmp_path: Path):
-        path = encode(tmp_path / "s.mp4", moving_picture(3))
-        with pytest.warns(UserWarning, match="no audio stream"):
-            write_video(tmp_path / "out.mp4", moving_picture(3), 25, audio_from=path)
-        assert not probe_video(tmp_path / "out.mp4").has_audio
 
 
 @pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason="the shared clips are not here")

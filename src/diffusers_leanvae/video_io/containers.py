@@ -1,0 +1,71 @@
+"""Opening of media files, and the error that names them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+
+PathLike = str | os.PathLike[str]
+
+
+class VideoError(ValueError):
+    """A file cannot be read or written, or a range, size or option is not legal for it; the message says which."""
+
+
+@contextmanager
+def open_input(path: PathLike) -> Iterator[InputContainer]:
+    """Open a file for reading; everything that goes wrong, now or in the body, is a `VideoError` naming the file."""
+    file = Path(path)
+    with named_errors(path):
+        if not file.exists():
+            raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.")
+        if file.is_dir():
+            raise VideoError(f"Cannot read {str(path)!r}: it is a folder, expected a video or image file.")
+        if file.stat().st_size == 0:
+            raise VideoError(f"Cannot read {str(path)!r}: the file is empty.")
+        # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
+        # expanded, and the whitelist keeps a playlist that calls itself a video off the network. Tags in a foreign
+        # encoding are no reason to refuse a video.
+        options = {"protocol_whitelist": "file"} | ({"pattern_type": "none"} if "%" in file.name else {})
+        with av.open(str(file.absolute()), "r", options=options, metadata_errors="replace") as container:
+            yield container
+
+
+@contextmanager
+def named_errors(path: PathLike) -> Iterator[None]:
+    """Turn errors of FFmpeg and of the file system into a `VideoError` that names the file."""
+    try:
+        yield
+    except (FFmpegError, OSError) as error:
+        reason = f"{getattr(error, 'strerror', None) or error}".rstrip(".")
+        raise VideoError(
+            f"Cannot read {str(path)!r} as a video or image: {reason} (damaged, truncated, not permitted or of an "
+            "unknown format)."
+        ) from error
+
+
+def find_video_stream(container: InputContainer, path: PathLike) -> VideoStream:
+    """Return the video stream to read, set up to report damage and to use all threads.
+
+    Raises:
+        VideoError: If there is none, or no decoder for it.
+    """
+    # Cover art of a music file is a video stream to FFmpeg, "tty" renders text as a video, playlists name other files.
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or container.format.name in ("tty", "hls", "concat", "dash"):
+        kind = "only audio" if container.streams.audio else "no video or image"
+        raise VideoError(f"Cannot read {str(path)!r}: it holds {kind}, expected a video stream.")
+    stream = streams[0]
+    if cast(Any, stream).codec_context is None:
+        raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.")
+    stream.codec_context.options = {"err_detect": "crccheck+explode"}  # report damage instead of concealing it
+    stream.thread_type = "AUTO"
+    return stream
