@@ -219,6 +219,9 @@ class VideoWriter:
                 options = {"crf": str(self._crf), "b": "0", "row-mt": "1"}
             else:
                 options = {"crf": str(self._crf), "preset": self._preset}
+            if codec == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+                # There, x264's macroblock trees use memory that was never written: a file would differ in every call.
+                options["x264-params"] = "asm=avx2"
             if codec == "libx265":
                 options["x265-params"] = "log-level=error"
             container = av.open(str(self._partial.absolute()), "w")
