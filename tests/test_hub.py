@@ -1,4 +1,4 @@
-"""diffusers finds our classes by name, in fresh processes, on disk and through the real Hub client.
+"""Pipelines and models of the package on disk, in fresh processes, and through the real Hub client.
 
 The Hub here is a few routes on 127.0.0.1, so nothing of this needs the network.
 """
@@ -18,8 +18,6 @@ from urllib.parse import unquote, urlsplit
 import diffusers
 import pytest
 import torch
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_leanvae
 from diffusers_leanvae import AutoencoderKLLeanVAE, hub
@@ -45,69 +43,6 @@ def run_python(code: str, *arguments: object, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-# --- Registration --------------------------------------------------------------------------------------------------
-
-
-def test_the_table_of_diffusers_is_what_we_take_it_for():
-    # Not public: if this fails after an update, see hub.py before lifting the cap on the version of diffusers.
-    table = pipeline_loading_utils.LOADABLE_CLASSES
-    assert table["diffusers"]["ModelMixin"] == ["save_pretrained", "from_pretrained"]
-    assert table["diffusers_leanvae"] == {"ModelMixin": ["save_pretrained", "from_pretrained"]}
-    assert diffusers_leanvae.ModelMixin is ModelMixin  # diffusers looks base classes up in the package itself
-
-
-def test_public_classes_are_names_of_diffusers():
-    assert AutoencoderKLLeanVAE in hub.PUBLIC_CLASSES
-    for public_class in hub.PUBLIC_CLASSES:
-        assert getattr(diffusers, public_class.__name__) is public_class
-        assert getattr(diffusers_leanvae, public_class.__name__) is public_class
-
-
-def test_pipelines_are_found_but_not_imported():
-    # Importing the package must stay cheap; diffusers looks pipelines up in itself and in `diffusers.pipelines`.
-    code = """
-import diffusers
-modules = [name for name in sys.modules if name.startswith("diffusers_leanvae.pipelines.")]
-assert modules == [], modules
-for name, module in diffusers_leanvae.hub.PIPELINES.items():
-    found = getattr(diffusers, name)
-    assert found is getattr(diffusers.pipelines, name) is getattr(diffusers_leanvae, name)
-    assert found.__name__ == name and found.__module__ == module
-assert not hasattr(diffusers, "NoSuchPipeline") and not hasattr(diffusers_leanvae, "NoSuchPipeline")
-assert diffusers.DDIMPipeline.__name__ == "DDIMPipeline"
-"""
-    run_python(code)
-
-
-def test_pipelines_need_no_transformers():
-    code = """
-import diffusers
-assert not diffusers.utils.is_transformers_available()
-print(diffusers.LeanVAELattePipeline.__name__, diffusers.LeanVAELatteTextToVideoPipeline.__name__)
-"""
-    # As if neither it nor peft, which needs it, were installed: known before anything is imported.
-    hide = """
-import importlib.util
-import sys
-
-find_spec = importlib.util.find_spec
-hidden = {"transformers", "peft"}
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in hidden else find_spec(name, *rest)
-sys.modules.update(dict.fromkeys(hidden))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", hide + PREAMBLE + code], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == list(hub.PIPELINES)
-
-
-def test_registering_again_changes_nothing():
-    before = dict(pipeline_loading_utils.LOADABLE_CLASSES)
-    hub.register()
-    assert pipeline_loading_utils.LOADABLE_CLASSES == before
 
 
 # --- Cards -----------------------------------------------------------------------------------------------------------

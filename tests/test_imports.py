@@ -17,7 +17,7 @@ FOLDERS = {"src/diffusers_leanvae": PACKAGE, "pipelines": f"{PACKAGE}.pipelines"
 # The one import rule: a file imports from its own folder and from what stands above it here, never from what stands
 # below, and never from its own line.
 ORDER = (
-    ("_version", "checks", "atomic"),
+    ("_version", "checks", "atomic", "registration"),
     ("video_io", "kernels", "conversion"),
     ("models",),
     ("latents", "losses"),
@@ -53,9 +53,10 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, bool, bool]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lazy = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
     }
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(tree):

@@ -1,29 +1,39 @@
-"""LeanVAE, the lightest good video autoencoder, and its siblings as first-class diffusers models."""
+"""LeanVAE, WF-VAE and IV-VAE, video autoencoders, as first-class diffusers models.
 
-# `ModelMixin` must be a name of this package: diffusers looks base classes of components up here (see `hub.py`).
-from diffusers.models.modeling_utils import ModelMixin
+The names of this package are imported when they are asked for (PEP 562): to import the package, for its registration
+with diffusers or for the command line, costs nothing.
+"""
 
-from . import hub
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import registration
 from ._version import __version__
-from .inference.padding import Padding, crop_sample, pad_sample
-from .inference.streaming import StreamingDecoder, StreamingEncoder
-from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
-from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
-from .models.temporal_cache import TemporalCache
-from .models.transformer_latte import LeanVAELatteTransformer3DModel
 
 
-hub.register()
-# The pipelines are names of this package, too, but imported only when they are asked for (PEP 562).
-__getattr__ = hub.load_pipeline_class
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    from .inference.padding import Padding, crop_sample, pad_sample
+    from .inference.streaming import StreamingDecoder, StreamingEncoder
+    from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
+    from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+    from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
+    from .models.temporal_cache import TemporalCache
+    from .models.transformer_latte import LeanVAELatteTransformer3DModel
+    from .pipelines.pipeline_leanvae_latte import (  # pyright: ignore[reportMissingImports] - mapped from the root
+        LeanVAELattePipeline,
+    )
+    from .pipelines.pipeline_leanvae_latte_text_to_video import (  # pyright: ignore[reportMissingImports]
+        LeanVAELatteTextToVideoPipeline,
+    )
 
 __all__ = [
     "AutoencoderKLIVVAE",
     "AutoencoderKLLeanVAE",
     "AutoencoderKLWFVAE",
-    "LeanVAELattePipeline",  # pyright: ignore[reportUnsupportedDunderAll]
-    "LeanVAELatteTextToVideoPipeline",  # pyright: ignore[reportUnsupportedDunderAll]
+    "LeanVAELattePipeline",
+    "LeanVAELatteTextToVideoPipeline",
     "LeanVAELatteTransformer3DModel",
     "ModelMixin",
     "Padding",
@@ -34,3 +44,29 @@ __all__ = [
     "crop_sample",
     "pad_sample",
 ]
+
+# Public name -> module. `ModelMixin` must be one of them: diffusers looks base classes of components up here.
+_MODULES = {
+    **registration.MODELS,
+    **registration.PIPELINES,
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "Padding": "diffusers_leanvae.inference.padding",
+    "StreamingDecoder": "diffusers_leanvae.inference.streaming",
+    "StreamingEncoder": "diffusers_leanvae.inference.streaming",
+    "TemporalCache": "diffusers_leanvae.models.temporal_cache",
+    "crop_sample": "diffusers_leanvae.inference.padding",
+    "pad_sample": "diffusers_leanvae.inference.padding",
+}
+
+registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

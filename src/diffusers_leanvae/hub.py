@@ -1,33 +1,14 @@
-"""Make diffusers find our classes by name (in `model_index.json`, in `AutoModel`, in pipelines from the Hub), and
-push them to the Hub with a card.
+"""Cards for the Hub, and pushing models and pipelines there."""
 
-diffusers 0.42 loads a component of a pipeline only from libraries in `LOADABLE_CLASSES`; this table is not public, so
-the dependency on diffusers is capped and `tests/test_hub.py` guards what we use of it.
-"""
-
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
-import diffusers.pipelines
-from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import HfApi
 
-from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
-from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
-from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .models.video_autoencoder import VideoAutoencoder
 
-
-PUBLIC_CLASSES = (AutoencoderKLLeanVAE, AutoencoderKLWFVAE, AutoencoderKLIVVAE, LeanVAELatteTransformer3DModel)
-# Imported when they are asked for: the import of a pipeline costs time, that of the package should not.
-PIPELINES = {
-    "LeanVAELattePipeline": "diffusers_leanvae.pipelines.pipeline_leanvae_latte",
-    "LeanVAELatteTextToVideoPipeline": "diffusers_leanvae.pipelines.pipeline_leanvae_latte_text_to_video",
-}
 
 CARD = """\
 ---
@@ -72,32 +53,6 @@ DESCRIPTIONS = {
     "LeanVAELatteTextToVideoPipeline": "Text to video by a [Latte](https://arxiv.org/abs/2401.03048) transformer on "
     "the latents of a [LeanVAE](https://arxiv.org/abs/2503.14325).",
 }
-
-
-def register() -> None:
-    r"""Register the package with diffusers; runs when `diffusers_leanvae` is imported."""
-    pipeline_loading_utils.LOADABLE_CLASSES["diffusers_leanvae"] = {
-        "ModelMixin": ["save_pretrained", "from_pretrained"]
-    }
-    for public_class in PUBLIC_CLASSES:
-        setattr(diffusers, public_class.__name__, public_class)
-    # diffusers takes the class of a saved pipeline from `diffusers`, and its source from `diffusers.pipelines`.
-    # Both look names up by themselves first; what they do not know comes here (PEP 562).
-    for module in (diffusers, diffusers.pipelines):
-        if module.__dict__.setdefault("__getattr__", load_pipeline_class) is not load_pipeline_class:
-            for name in PIPELINES:  # someone else sits there already
-                setattr(module, name, load_pipeline_class(name))
-
-
-def load_pipeline_class(name: str) -> Any:
-    r"""A pipeline class by its name, imported now; `__getattr__` of the package.
-
-    Raises:
-        AttributeError: If there is none of that name.
-    """
-    if name not in PIPELINES:
-        raise AttributeError(f"module 'diffusers_leanvae' has no attribute {name!r}")
-    return getattr(import_module(PIPELINES[name]), name)
 
 
 def render_hub_card(model: Any, repo_id: str) -> str:
