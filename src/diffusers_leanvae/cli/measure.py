@@ -34,7 +34,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure PSNR (dB) and SSIM of reconstructions over a folder of videos, clip by clip."""
-    from ..evaluation.reconstruction import evaluate_reconstruction
+    from ..evaluation.reconstruction import evaluate_reconstruction, round_scores
     from ..evaluation.results import sha256, write_result
 
     if not folder.is_dir():
@@ -53,7 +53,7 @@ def evaluate(
             "latent_channels": vae.latent_channels,
             "dataset": folder.name,
         }
-        write_result(output, described | result)
+        write_result(output, described | round_scores(result))
         typer.echo(str(output))
 
 

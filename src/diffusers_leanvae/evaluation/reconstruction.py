@@ -1,29 +1,56 @@
-"""Reconstruction quality of an autoencoder on a folder of videos, clip by clip."""
+"""Reconstruction quality of an autoencoder, clip by clip: the protocol of every published PSNR and SSIM."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..data.datasets import read_center_clip
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import list_videos
 from ..video_io.pixels import sample_to_unit
 from .metrics import frame_psnr, frame_ssim
 
 
-@torch.inference_mode()
+class ClipScore(NamedTuple):
+    """Means over the frames of a clip, and what was compared: `(num_frames, 3, height, width)` in `[0, 1]`."""
+
+    psnr: float  # in dB
+    ssim: float
+    original: torch.Tensor
+    reconstruction: torch.Tensor
+
+
+@torch.no_grad()
+def score_clip(vae: VideoAutoencoder, clip: torch.Tensor) -> ClipScore:
+    """Reconstruct a clip from the posterior mean, and compare.
+
+    The output is clamped; PSNR and SSIM are those of each frame over its three channels with pixels in `[0, 1]`, and
+    their mean over the frames. The original is what the model gets: in the model's dtype.
+
+    Args:
+        vae: The autoencoder, on its device, in its dtype.
+        clip: `(3, num_frames, height, width)` in `[-1, 1]`, of sizes that the model takes.
+    """
+    sample = clip[None].to(vae.device, vae.dtype)
+    reconstruction = vae(sample, return_dict=False)[0]
+    decoded, original = (sample_to_unit(x[0].transpose(0, 1)) for x in (reconstruction, sample))
+    psnr, ssim = (metric(decoded, original).mean().item() for metric in (frame_psnr, frame_ssim))
+    return ClipScore(psnr, ssim, original, decoded)
+
+
 def evaluate_reconstruction(
-    vae: Any,
+    vae: VideoAutoencoder,
     folder: str | Path,
     num_frames: int = 17,
     size: int = 256,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    r"""PSNR and SSIM of reconstructions from posterior means.
+    """PSNR and SSIM of the reconstructions of the videos of a folder.
 
-    Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop;
-    output clamped; per frame over the three channels with pixels in [0, 1], mean over frames, then over clips.
+    Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop,
+    scored by [`score_clip`]; then the mean over clips.
 
     Args:
         vae: The autoencoder, on its device, in its dtype.
@@ -34,20 +61,15 @@ def evaluate_reconstruction(
 
     Returns:
         `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos`, `num_frames`, `resolution`, `dtype`, and
-        `clips` with the same two metrics for each.
+        `clips` with the same two metrics for each. Nothing is rounded; [`round_scores`] does, for a file.
     """
     clips = {}
     for path in list_videos(folder):
-        sample = read_center_clip(path, num_frames, size)[None].to(vae.device, vae.dtype)
-        reconstruction = vae.decode(vae.encode(sample).latent_dist.mode()).sample
-        unit, reference = (sample_to_unit(x[0].transpose(0, 1)) for x in (reconstruction, sample))
-        clips[Path(path).name] = {
-            "psnr_frame_mean_rgb": round(frame_psnr(unit, reference).mean().item(), 4),
-            "ssim_frame_mean_rgb": round(frame_ssim(unit, reference).mean().item(), 5),
-        }
+        score = score_clip(vae, read_center_clip(path, num_frames, size))
+        name = path.relative_to(folder).as_posix()
+        clips[name] = {"psnr_frame_mean_rgb": score.psnr, "ssim_frame_mean_rgb": score.ssim}
         if progress is not None:
-            psnr, ssim = clips[Path(path).name].values()
-            progress(f"{Path(path).name:<28} PSNR {psnr:6.2f} dB  SSIM {ssim:.4f}")
+            progress(f"{name:<28} PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}")
     if not clips:
         raise ValueError(f"`folder` must hold at least one video, got none in {str(folder)!r}.")
     return {
@@ -58,3 +80,13 @@ def evaluate_reconstruction(
         "dtype": str(vae.dtype).removeprefix("torch."),
         "clips": clips,
     }
+
+
+def round_scores(result: dict[str, Any]) -> dict[str, Any]:
+    """Round what [`evaluate_reconstruction`] returns for a file: PSNR to 4 decimals, SSIM to 5."""
+
+    def rounded(scores: dict[str, Any]) -> dict[str, Any]:
+        digits = {"psnr_frame_mean_rgb": 4, "ssim_frame_mean_rgb": 5}
+        return {name: round(value, digits[name]) if name in digits else value for name, value in scores.items()}
+
+    return rounded(result) | {"clips": {name: rounded(scores) for name, scores in result["clips"].items()}}

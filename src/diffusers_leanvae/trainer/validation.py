@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..data.datasets import read_center_clip
-from ..evaluation.metrics import frame_psnr, frame_ssim
+from ..evaluation.reconstruction import score_clip
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoReader, list_videos, write_video
-from ..video_io.pixels import sample_to_unit, unit_to_pixels
+from ..video_io.pixels import unit_to_pixels
 
 
 class ValidationClip(NamedTuple):
@@ -22,7 +23,7 @@ class ValidationClip(NamedTuple):
     fps: Fraction
 
 
-class ClipScore(NamedTuple):
+class ValidationScore(NamedTuple):
     """Figures of one clip, and its middle frame beside the original's: uint8, `(height, 2 * width, 3)`, or `None`."""
 
     name: str
@@ -56,11 +57,10 @@ def load_validation_clips(
     return clips
 
 
-@torch.no_grad()
 def score_clips(
-    vae: Any, clips: Iterable[ValidationClip], videos: Path | None = None, num_videos: int = 8
-) -> list[ClipScore]:
-    """Reconstruct clips from posterior means, clip after clip, by the protocol of `evaluation.run`.
+    vae: VideoAutoencoder, clips: Iterable[ValidationClip], videos: Path | None = None, num_videos: int = 8
+) -> list[ValidationScore]:
+    """Score clips one after the other with [`evaluation.reconstruction.score_clip`].
 
     Args:
         vae: The autoencoder, on its device.
@@ -70,24 +70,21 @@ def score_clips(
     """
     scores = []
     for index, clip in enumerate(clips):
-        sample = clip.sample.to(vae.device)
-        reconstruction = vae(sample[None], return_dict=False)[0][0]
-        original, decoded = (sample_to_unit(x.transpose(0, 1)) for x in (sample, reconstruction))
-        psnr, ssim = (metric(decoded, original).mean().item() for metric in (frame_psnr, frame_ssim))
-        pictures = None
+        score, pictures = score_clip(vae, clip.sample), None
         if index < num_videos:
-            pairs = torch.cat((original, decoded), dim=3)  # (T, 3, H, 2 * W)
+            pairs = torch.cat((score.original, score.reconstruction), dim=3)  # (T, 3, H, 2 * W)
             pictures = unit_to_pixels(pairs).permute(0, 2, 3, 1).cpu().numpy()
             if videos is not None:
                 path = videos / Path(clip.name).with_suffix(".mp4")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_video(path, pictures, clip.fps)
-        scores.append(ClipScore(clip.name, psnr, ssim, None if pictures is None else pictures[len(pictures) // 2]))
+        picture = None if pictures is None else pictures[len(pictures) // 2]
+        scores.append(ValidationScore(clip.name, score.psnr, score.ssim, picture))
     return scores
 
 
-def write_picture(path: Path, scores: Iterable[ClipScore]) -> None:
-    """The middle frames of all clips that have one, below each other, as one PNG."""
+def write_picture(path: Path, scores: Iterable[ValidationScore]) -> None:
+    """Write the middle frames of all clips that have a picture, below each other, as one PNG."""
     from PIL import Image
 
     pictures = [score.picture for score in scores if score.picture is not None]
@@ -96,7 +93,7 @@ def write_picture(path: Path, scores: Iterable[ClipScore]) -> None:
         Image.fromarray(np.concatenate(pictures)).save(path)
 
 
-def summarize(scores: Iterable[ClipScore]) -> dict[str, Any]:
+def summarize(scores: Iterable[ValidationScore]) -> dict[str, Any]:
     """Means over the clips and the figures of each, sorted by name."""
     scores = sorted(scores, key=lambda score: score.name)
     return {
