@@ -347,3 +347,54 @@ check(AutoencoderKLLeanVAE.from_pretrained("someone/tiny-wan", subfolder="vae"))
     index = json.loads(local_hub.repositories["someone/tiny-wan"]["model_index.json"])
     assert index["vae"] == ["diffusers_leanvae", "AutoencoderKLLeanVAE"]
     assert local_hub.unknown == []
+
+
+def test_original_folders_on_the_hub(local_hub: LocalHub, hub_environment: dict[str, str], tmp_path: Path):
+    # A config.json of the original next to its weights, in a repository of its own and in a folder of another.
+    code = """
+import json
+from pathlib import Path
+from diffusers_leanvae import AutoencoderKLWFVAE
+from diffusers_leanvae.conversion import wfvae
+from diffusers_leanvae.loading import load_autoencoder
+from huggingface_hub import HfApi, create_repo
+
+folder, = map(Path, sys.argv[1:])
+sizes = dict(latent_channels=4, base_channels=4, encoder_flow_channels=3, decoder_flow_channels=2)
+vae = AutoencoderKLWFVAE(**sizes, temporal_interpolation="nearest").eval()
+torch.save(wfvae.to_original(vae.state_dict(), dict(vae.config)), folder / "merged.ckpt")
+config = {"_class_name": "WFVAEModel", "encoder_energy_flow_hidden_size": 3, "t_interpolation": "nearest"}
+(folder / "config.json").write_text(json.dumps(config))
+for repo, place in (("someone/wf", "."), ("someone/videos", "vae")):
+    create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=folder, path_in_repo=place)
+vae.push_to_hub("someone/saved")
+
+def check(loaded):
+    assert type(loaded) is AutoencoderKLWFVAE and loaded.config["temporal_interpolation"] == "nearest"
+    for key, tensor in vae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+check(AutoencoderKLWFVAE.from_single_file("someone/wf/merged.ckpt"))
+for offline in (False, True):
+    check(AutoencoderKLWFVAE.from_single_file("someone/wf", local_files_only=offline))
+    check(AutoencoderKLWFVAE.from_single_file("someone/videos/vae", local_files_only=offline))
+    check(load_autoencoder("someone/wf", local_files_only=offline))
+    check(load_autoencoder("someone/videos", local_files_only=offline))
+    check(load_autoencoder("someone/videos/vae", local_files_only=offline))
+    check(load_autoencoder("someone/saved", local_files_only=offline))
+try:
+    AutoencoderKLWFVAE.from_pretrained("someone/wf")
+except ValueError as error:
+    assert "call `AutoencoderKLWFVAE.from_single_file('someone/wf')`" in str(error), error
+else:
+    raise AssertionError("an original folder was loaded as a saved one")
+try:
+    load_autoencoder("someone/nothing")
+except ValueError as error:
+    assert "must be there and readable, got 'someone/nothing'" in str(error) and "\\n" not in str(error), error
+else:
+    raise AssertionError("a repository was found that does not exist")
+"""
+    run_python(code, tmp_path, **hub_environment)
+    assert {path for path in local_hub.unknown if "someone/nothing" not in path} == set()

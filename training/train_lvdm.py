@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_leanvae.atomic import replace_folder
-from diffusers_leanvae.checks import CHECKPOINT_SUFFIXES
+from diffusers_leanvae.conversion.checkpoints import is_checkpoint_reference
 from diffusers_leanvae.data import Share, open_training_data
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
@@ -52,6 +52,7 @@ from diffusers_leanvae.data.shapes import MovingShapes
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.hub import upload_folder
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
+from diffusers_leanvae.loading import load_autoencoder, load_transformer
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
 from diffusers_leanvae.losses.representation import (
     AutoencoderFeatures,
@@ -59,8 +60,8 @@ from diffusers_leanvae.losses.representation import (
     ImageFeatures,
     RepresentationHead,
 )
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.trainer.checkpoints import (
     Progress,
     append_json,
@@ -71,7 +72,6 @@ from diffusers_leanvae.trainer.checkpoints import (
     save_checkpoint,
 )
 from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
-from diffusers_leanvae.trainer.finetuning import load_vae
 from diffusers_leanvae.trainer.loop import RunningMeans, average, build_optimizer, check_trackers
 from diffusers_leanvae.trainer.model_card import describe_recipe, write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
@@ -140,7 +140,7 @@ class ValidationRecipe:
 @dataclass
 class Recipe:
     output: str
-    vae: str  # a bundled, saved or original model, here or on the Hub: see `load_vae`
+    vae: str  # a bundled, saved or original model, here or on the Hub: see `load_autoencoder`
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
     num_statistics_items: int = 256  # for "data", where the latents are not cached
@@ -246,7 +246,7 @@ def open_data(data: DataRecipe, recipe: Recipe, num_images: int = 0, rank: int =
 
 
 def measure_channels(
-    data: LatentData, num_items: int, vae: AutoencoderKLLeanVAE, device: torch.device
+    data: LatentData, num_items: int, vae: VideoAutoencoder, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the channels: those of the cache, or of the first items."""
     if data.has_latents:
@@ -281,15 +281,9 @@ def build_transformer(recipe: Recipe, latent_shape: tuple[int, ...]) -> LeanVAEL
     config |= recipe.model
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
-    path = Path(recipe.init)
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        heads = recipe.model.get("num_attention_heads")
-        model = LeanVAELatteTransformer3DModel.from_single_file(recipe.init, torch.float32, heads)
-    else:
-        subfolder = "transformer" if not path.exists() or (path / "model_index.json").exists() else None
-        model = LeanVAELatteTransformer3DModel.from_pretrained(
-            recipe.init, subfolder=subfolder, torch_dtype=torch.float32
-        )
+    # An original file does not tell its heads; a saved model does.
+    heads = {"num_attention_heads": recipe.model.get("num_attention_heads")}
+    model = load_transformer(recipe.init, torch.float32, **heads if is_checkpoint_reference(recipe.init) else {})
     found = {"in_channels": model.in_channels, "out_channels": model.out_channels}
     for name, value in (found | {"num_classes": model.config["num_classes"]}).items():
         if value != config[name]:
@@ -304,7 +298,7 @@ def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingO
 
 
 def build_feature_encoder(
-    recipe: RepresentationRecipe, vae: AutoencoderKLLeanVAE, device: torch.device
+    recipe: RepresentationRecipe, vae: VideoAutoencoder, device: torch.device
 ) -> FeatureEncoder | None:
     if not recipe.weight:
         return None
@@ -313,9 +307,7 @@ def build_feature_encoder(
     return ImageFeatures.from_pretrained(recipe.encoder, vae.temporal_compression_ratio, device)
 
 
-def build_pipeline(
-    recipe: Recipe, vae: AutoencoderKLLeanVAE, transformer: Any, id2label: dict[int, str] | None
-) -> Any:
+def build_pipeline(recipe: Recipe, vae: VideoAutoencoder, transformer: Any, id2label: dict[int, str] | None) -> Any:
     from diffusers_leanvae import LeanVAELattePipeline
 
     scheduler = make_scheduler("flow" if recipe.objective.name == "flow" else "ddpm")
@@ -325,9 +317,7 @@ def build_pipeline(
 # --- What a step needs -----------------------------------------------------------------------------------------------
 
 
-def to_latents(
-    values: torch.Tensor, has_latents: bool, vae: AutoencoderKLLeanVAE, device: torch.device
-) -> torch.Tensor:
+def to_latents(values: torch.Tensor, has_latents: bool, vae: VideoAutoencoder, device: torch.device) -> torch.Tensor:
     """Latents, not normalised, of what the data gives: latents, or pixels to encode."""
     values = values.to(device, non_blocking=True)
     return values.float() if has_latents else encode_batch(vae, values)
@@ -359,7 +349,7 @@ def measure_losses(
     transformer: Any,
     objective: EpsilonObjective | FlowMatchingObjective,
     data: LatentData,
-    vae: AutoencoderKLLeanVAE,
+    vae: VideoAutoencoder,
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -450,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(checkpoints, recipe.resume)
 
     # --- Data --------------------------------------------------------------------------------------------------------
-    vae = load_vae(recipe.vae, {}).to(device).requires_grad_(False).eval()
+    vae = load_autoencoder(recipe.vae, torch.float32).to(device).requires_grad_(False).eval()
     data = open_data(recipe.data, recipe, recipe.num_images, rank, world_size)
     say(f"data: {data.describe()}")
     id2label = class_names(data, recipe.num_classes)

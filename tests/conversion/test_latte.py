@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.conversion import latte as conversion
 from diffusers_leanvae.conversion import leanvae
+from diffusers_leanvae.loading import family_of_checkpoint
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 
 
@@ -214,7 +215,7 @@ class TestStrictness:
     def test_wrong_shape(self, tmp_path: Path, original: dict[str, torch.Tensor]):
         original["blocks.1.mlp.fc2.bias"] = torch.zeros(7)
         torch.save({"ema": original}, tmp_path / "model.pt")
-        with pytest.raises(ValueError, match=r"must be a whole Latte checkpoint: .*ff\.net\.2\.bias: .*[^.]\.$"):
+        with pytest.raises(ValueError, match=r"must be a complete Latte checkpoint: .*ff\.net\.2\.bias: .*[^.]\.$"):
             LeanVAELatteTransformer3DModel.from_single_file(tmp_path / "model.pt", num_attention_heads=2)
 
     def test_incomplete_file(self, tmp_path: Path, original: dict[str, torch.Tensor]):
@@ -247,19 +248,15 @@ def test_recognition(tmp_path: Path, make_model: Any, original: dict[str, torch.
     torch.save({"ema": {f"module.{key}": tensor for key, tensor in original.items()}}, files["wrapped.pt"])
     save_file(original, files["latte.safetensors"])
     torch.save({"state_dict": make_model().state_dict()}, files["vae.ckpt"])
-    assert {name: conversion.is_original_checkpoint(path) for name, path in files.items()} == {
-        "latte.pt": True,
-        "bare.pt": True,
-        "wrapped.pt": True,
-        "latte.safetensors": True,
-        "vae.ckpt": False,
-    }
+    for name in ("latte.pt", "bare.pt", "wrapped.pt", "latte.safetensors"):
+        assert family_of_checkpoint(files[name]).model_class is LeanVAELatteTransformer3DModel
+    with pytest.raises(ValueError, match="must be an original checkpoint of LeanVAE, WF-VAE, IV-VAE, Latte, got"):
+        family_of_checkpoint(files["vae.ckpt"])
     (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "list.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert not any(
-        conversion.is_original_checkpoint(tmp_path / name) for name in ("text.pt", "list.pt", "none.pt", "")
-    )
+    for name in ("text.pt", "list.pt", "none.pt", ""):
+        with pytest.raises(ValueError, match="`path` must"):
+            family_of_checkpoint(tmp_path / name)
 
 
 class TestCommand:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diffusers_leanvae.conversion import checkpoints
 from diffusers_leanvae.conversion import leanvae as conversion
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
@@ -296,6 +298,8 @@ class TestHostileFiles:
 
     def test_missing_file_and_folder(self, tmp_path: Path):
         with pytest.raises(ValueError, match="`path` must be an original LeanVAE checkpoint, got .* which is no file"):
+            conversion.read_original_checkpoint(tmp_path)
+        with pytest.raises(ValueError, match="`reference` must name one checkpoint, got .* with none"):
             AutoencoderKLLeanVAE.from_single_file(tmp_path)
         with pytest.raises(ValueError, match="`reference` must be a file, a Hub file 'user/repo/file' or its URL"):
             AutoencoderKLLeanVAE.from_single_file(tmp_path / "absent.ckpt")
@@ -318,26 +322,29 @@ class TestReferences:
         reference: str,
         expected: dict[str, str],
     ):
-        model, path, calls = make_model(), tmp_path / "cached.ckpt", []
+        model, path, calls = make_model(), tmp_path / "LeanVAE-dim4.ckpt", []
         conversion.write_original_checkpoint(path, model.config, model.state_dict())
 
         def download(repo_id: str, filename: str, **kwargs: Any) -> str:
             calls.append((repo_id, filename, kwargs))
+            if filename.endswith("config.json"):
+                raise EntryNotFoundError(filename)  # as in most repositories
             return str(path)
 
-        monkeypatch.setattr(conversion, "hf_hub_download", download)
+        monkeypatch.setattr(checkpoints, "hf_hub_download", download)
         loaded = AutoencoderKLLeanVAE.from_single_file(reference, token="secret", local_files_only=True)
         hub = {"token": "secret", "local_files_only": True}
-        assert calls == [("Yumic/LeanVAE", "LeanVAE-dim4.ckpt", hub | expected)]
+        assert calls == [("Yumic/LeanVAE", name, hub | expected) for name in ("LeanVAE-dim4.ckpt", "config.json")]
         assert_equal_weights(loaded.state_dict(), model.state_dict())
-        conversion.resolve_checkpoint("user/repo/folder/file.ckpt", revision="abc")
-        assert calls[-1] == ("user/repo", "folder/file.ckpt", {"revision": "abc"})
+        checkpoints.resolve_checkpoint("user/repo/folder/file.ckpt", revision="abc")
+        for call, name in zip(calls[-2:], ("file.ckpt", "config.json"), strict=True):
+            assert call == ("user/repo", f"folder/{name}", {"revision": "abc"})
 
     @pytest.mark.parametrize(
         "reference",
         [
             "absent.ckpt",
-            "user/repo",
+            "user/absent.ckpt",
             "/absent/folder/file.ckpt",
             "./a/b/c.ckpt",
             "~/a/b/c.ckpt",
@@ -346,6 +353,6 @@ class TestReferences:
         ],
     )
     def test_bad_references(self, monkeypatch: pytest.MonkeyPatch, reference: str):
-        monkeypatch.setattr(conversion, "hf_hub_download", lambda *a, **k: pytest.fail("must not download"))
+        monkeypatch.setattr(checkpoints, "hf_hub_download", lambda *a, **k: pytest.fail("must not download"))
         with pytest.raises(ValueError, match="`reference` must be a file, a Hub file .* got '"):
-            conversion.resolve_checkpoint(reference)
+            checkpoints.resolve_checkpoint(reference)

@@ -132,7 +132,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool 
 
     torch_device, torch_dtype = place(device, dtype)
     try:
-        vae = load_autoencoder(bundled.model_path(name) if name in bundled.MODELS else name, torch_dtype)
+        vae = load_autoencoder(name, torch_dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--model` {name!r} cannot be loaded: {one_line(error)}") from None
     vae = vae.to(torch_device).eval()

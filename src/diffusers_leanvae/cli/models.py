@@ -44,38 +44,32 @@ def convert(
     ] = None,
 ) -> None:
     """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to model folders of diffusers, and back."""
-    from ..conversion import latte, leanvae
-    from ..loading import family_of_checkpoint, family_of_class
-    from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-    from ..models.transformer_latte import LeanVAELatteTransformer3DModel
+    from diffusers import AutoModel
+
+    from ..conversion.checkpoints import resolve_checkpoint
+    from ..loading import family_of_checkpoint, family_of_config
 
     torch_dtype = None if dtype is None else parse_dtype("--dtype", dtype)
     if to_original:
         if target.suffix not in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must end in {', '.join(CHECKPOINT_SUFFIXES)}, got {str(target)!r}.")
         path = bundled.model_path(source) if source in bundled.MODELS else source
-        config: Any = AutoencoderKLLeanVAE.load_config(path)
-        is_latte = config.get("_class_name") == LeanVAELatteTransformer3DModel.__name__
-        model_class, layout = (
-            (LeanVAELatteTransformer3DModel, latte) if is_latte else family_of_class(config.get("_class_name"))
-        )
-        model = model_class.from_pretrained(path, torch_dtype=torch_dtype)
+        config: Any = AutoModel.load_config(path)
+        family = family_of_config(config, path)
+        model = family.model_class.from_pretrained(path, torch_dtype=torch_dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
-        layout.write_original_checkpoint(target, dict(model.config), model.state_dict())
+        family.conversion.write_original_checkpoint(target, dict(model.config), model.state_dict())
     else:
         if target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
-        file = leanvae.resolve_checkpoint(source)
-        is_latte = latte.is_original_checkpoint(file)
+        file = resolve_checkpoint(source)
+        family = family_of_checkpoint(file)
         options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
         options = {name: value for name, value in options.items() if value is not None}
-        model_class = LeanVAELatteTransformer3DModel if is_latte else family_of_checkpoint(file).model_class
-        takes = {LeanVAELatteTransformer3DModel: {"num_attention_heads"}, AutoencoderKLLeanVAE: {"pixel_factor"}}
-        foreign = options.keys() - takes.get(model_class, set())
-        if foreign:
-            name, kind = foreign.pop().replace("_", "-"), getattr(model_class, "_original_name", "Latte")
-            raise ValueError(f"`--{name}` must not be given for a checkpoint of {kind}.")
-        model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
+        for name in options.keys() - set(family.conversion.OPTIONS):
+            option = name.replace("_", "-")
+            raise ValueError(f"`--{option}` must not be given for a checkpoint of {family.conversion.NAME}.")
+        model = family.model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
         model.save_pretrained(target)
     typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from .leanvae import convert_keys, count_matches, read_tensors, select_weights, write_tensors
+from .checkpoints import convert_keys, count_matches, read_tensors, select_weights, write_tensors
 
 
+NAME = "IV-VAE"
+# Config values that a file cannot tell and its user may have to.
+OPTIONS = ()
 _PLACEHOLDERS = {
     "i": r"\d+",
     "parameter": "weight|bias",
@@ -63,18 +66,19 @@ _STATISTICS = {
     (16, 96): (0.7619, -0.0483),
 }
 ANCHOR = "encoder.head.2.PAC_conv.conv.weight"  # one key that every original IV-VAE has and nothing else does
+CONFIG_ANCHOR = None  # the original has no config
 
 
 def from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Rename original keys to ours; every key must be known. The weights of norms lose axes of size 1."""
     flat = {key: value.flatten() if key.endswith(".gamma") else value for key, value in state_dict.items()}
-    return convert_keys(flat, list(KEY_MAP.items()), _PLACEHOLDERS, "IV-VAE")
+    return convert_keys(flat, list(KEY_MAP.items()), _PLACEHOLDERS, NAME)
 
 
 def to_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Rename our keys to the original ones; inverse of [`from_original`]."""
     pairs = [(ours, original) for original, ours in KEY_MAP.items()]
-    original = convert_keys(state_dict, pairs, _PLACEHOLDERS, "IV-VAE")
+    original = convert_keys(state_dict, pairs, _PLACEHOLDERS, NAME)
     for key, value in original.items():
         if key.endswith(".gamma"):
             of_frames = ".Attention_" in key  # whose norm is applied to single frames
@@ -119,8 +123,8 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
         ValueError: If the file is no such checkpoint, or a pickle with anything but tensors and plain values inside.
     """
     path = Path(path)
-    args, tensors = read_tensors(path, "IV-VAE")
-    tensors = select_weights(path, tensors, ANCHOR, "IV-VAE")
+    args, tensors = read_tensors(path, NAME)
+    tensors = select_weights(path, tensors, ANCHOR, NAME)
     try:
         return config_from_original(args, tensors), from_original(tensors)
     except KeyError as error:
@@ -140,4 +144,4 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     if config["latents_mean"] is not None:
         args |= {"scale_factor": config["scaling_factor"], "shift_factor": config["latents_mean"][0]}
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
-    write_tensors(Path(path), args, tensors, {"args": args, "state_dict": tensors})
+    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from .leanvae import count_matches, read_keys, read_tensors, write_tensors
+from .checkpoints import count_matches, read_tensors, select_weights, write_tensors
 
 
+NAME = "Latte"
+# Config values that a file cannot tell and its user may have to.
+OPTIONS = ("num_attention_heads",)
 # The sizes of the paper (table 1): name -> blocks, width, heads. No tensor of a checkpoint shows the heads.
 VARIANTS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 # Original module -> ours. One original tensor that holds several of ours lists them in the order of its rows.
@@ -34,7 +37,8 @@ _BLOCK_MODULES = {
     "adaLN_modulation.1": ("norm1.linear",),
 }
 _LABELS = ("y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight")
-_ANCHOR = "temp_embed"  # one key that every original Latte has and nothing else does
+ANCHOR = "temp_embed"  # one key that every original Latte has and nothing else does
+CONFIG_ANCHOR = None  # the original has no config
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 
 
@@ -169,22 +173,12 @@ def read_original_checkpoint(
         ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
     """
     path = Path(path)
-    args, tensors = read_tensors(path, "Latte")
-    tensors = _unwrap(tensors)
-    prefixes = [key.removesuffix(_ANCHOR) for key in tensors if re.fullmatch(rf"(?:.*\.)?{_ANCHOR}", key)]
-    if not prefixes:
-        raise ValueError(f"`path` must be an original Latte checkpoint, got {str(path)!r} without {_ANCHOR!r}.")
-    prefix = next((p for p in prefixes if "ema" in p.lower().split(".")), prefixes[0])
-    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    args, tensors = read_tensors(path, NAME)
+    tensors = select_weights(path, _unwrap(tensors), ANCHOR, NAME)
     try:
         return config_from_original(tensors, num_attention_heads or args.get("num_heads")), from_original(tensors)
     except KeyError as error:
         raise ValueError(f"`path` must be a complete Latte checkpoint, got {str(path)!r} without {error}.") from None
-
-
-def is_original_checkpoint(path: str | Path) -> bool:
-    r"""Whether a file is an original Latte checkpoint, told from its keys without reading its tensors."""
-    return any(key.split(".")[-1] == _ANCHOR for key in read_keys(path))
 
 
 def write_original_checkpoint(
@@ -197,7 +191,6 @@ def write_original_checkpoint(
         config: Config of the model; its heads are stored beside the weights, where the original code ignores them.
         state_dict: Its weights.
     """
-    path = Path(path)
     args = {"num_heads": config["num_attention_heads"]}
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
     # The same tensors twice are written once.

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
-from .leanvae import count_matches, read_tensors, select_weights, write_tensors
+from .checkpoints import count_matches, read_config, read_tensors, select_weights, write_tensors
 
 
+NAME = "WF-VAE"
+# Config values that a file cannot tell and its user may have to.
+OPTIONS = ("temporal_interpolation",)
 # Original argument -> ours.
 CONFIG_MAP = {
     "latent_dim": "latent_channels",
@@ -60,6 +63,7 @@ _STATISTICS = {
 # Of the 3D transforms, as the reference writes it: 1 / (2 * sqrt(2)) rounded, and trained weights depend on it.
 HAAR_3D = 0.3536
 ANCHOR = "encoder.down1.0.weight"  # one key that every original WF-VAE has and nothing else does
+CONFIG_ANCHOR = "encoder_energy_flow_hidden_size"  # and one argument
 _LEGACY_ANCHOR = "encoder.connect_l3.weight"
 _BANDS_2D = ("aa", "ad", "da", "dd")
 _BANDS_3D = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
@@ -236,7 +240,8 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     r"""Read a training file, a bare state dict or a safetensors file of the original WF-VAE.
 
-    EMA weights are preferred where a file has both. Pickles are opened with `weights_only=True`.
+    EMA weights are preferred where a file has both. Arguments, such as the interpolation, which no tensor shows, come
+    from the file, or from the `config.json` next to it. Pickles are opened with `weights_only=True`.
 
     Returns:
         Config and state dict of an `AutoencoderKLWFVAE`.
@@ -245,8 +250,8 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
         ValueError: If the file is no such checkpoint, or a pickle with anything but tensors and plain values inside.
     """
     path = Path(path)
-    args, tensors = read_tensors(path, "WF-VAE")
-    tensors = select_weights(path, tensors, ANCHOR, "WF-VAE")
+    args, tensors = read_tensors(path, NAME)
+    args, tensors = read_config(path, CONFIG_ANCHOR) | args, select_weights(path, tensors, ANCHOR, NAME)
     try:
         config = config_from_original(args, tensors)
         return config, from_original(tensors, config)
@@ -268,4 +273,4 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     if config["latents_mean"] is not None and config["latents_std"] is not None:
         args |= {"shift": list(config["latents_mean"]), "scale": [1 / std for std in config["latents_std"]]}
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict, config).items()}
-    write_tensors(Path(path), args, tensors, {"args": args, "state_dict": tensors})
+    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})

@@ -165,6 +165,10 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     # ---- what a pipeline of this kind says --------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate videos, a [`LatentVideoPipelineOutput`] or a tuple."""
+        raise NotImplementedError
+
     def _num_trained_latent_frames(self) -> int:
         r"""Latent frames that the transformer was made for."""
         raise NotImplementedError

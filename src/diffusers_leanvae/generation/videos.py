@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .. import bundled
 from ..checks import check_choice
+from ..loading import load_diffusion_pipeline
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..video_io import VideoWriter, read_video
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
@@ -17,19 +18,15 @@ from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 
 
-def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    r"""A latent video pipeline by the name of a bundled one, by its folder, or by its Hub id.
+def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> LatentVideoPipeline:
+    """Load a latent video pipeline by the name of a bundled one, by its folder, or by its Hub id.
 
     Raises:
         ValueError: If there is none, or it is of another kind.
     """
-    path, components = Path(name), {}
-    if name in bundled.PIPELINES:
-        path, model = bundled.pipeline_path(name), bundled.model_path(bundled.PIPELINES[name].model)
-        components["vae"] = AutoencoderKLLeanVAE.from_pretrained(model, torch_dtype=dtype)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path if path.is_dir() else name, dtype=dtype, **components)
-    except (OSError, ValueError, AttributeError) as error:
+        pipeline = load_diffusion_pipeline(name, dtype)
+    except ValueError as error:
         raise ValueError(f"`model` {name!r} cannot be loaded: {error}") from None
     if not isinstance(pipeline, LatentVideoPipeline):
         raise ValueError(f"`model` must be a pipeline on LeanVAE latents, got a {type(pipeline).__name__}.")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..video_io.pixels import sample_to_unit
 
 
@@ -93,6 +94,11 @@ class AutoencoderFeatures:
     needs_sample = False
 
     def __init__(self, vae: Any) -> None:
+        if not isinstance(vae, AutoencoderKLLeanVAE):
+            raise ValueError(
+                f"`representation.encoder` 'vae' needs an AutoencoderKLLeanVAE, which recovers features from its "
+                f"latents, got an {type(vae).__name__}."
+            )
         self.vae = vae
         self.dim = vae.logvar_proj.in_features
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..conversion.ivvae import read_original_checkpoint
+from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames
@@ -327,8 +327,7 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "decoder"]
     _repeated_blocks = ["IVVAEResnetBlock"]
-    _original_name = "IV-VAE"
-    _read_original_checkpoint = staticmethod(read_original_checkpoint)
+    _conversion = ivvae
 
     @register_to_config
     def __init__(

@@ -21,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..checks import check_choice
-from ..conversion.leanvae import read_original_checkpoint
+from ..conversion import leanvae
 from ..kernels import get as get_kernels
 from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
 from .leanvae_fused import FusedLeanVAE, signature
@@ -320,8 +320,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
-    _original_name = "LeanVAE"
-    _read_original_checkpoint = staticmethod(read_original_checkpoint)
+    _conversion = leanvae
 
     @register_to_config
     def __init__(

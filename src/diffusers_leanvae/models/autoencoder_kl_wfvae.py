@@ -20,7 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..checks import check_choice
-from ..conversion.wfvae import HAAR_3D, read_original_checkpoint
+from ..conversion import wfvae
+from ..conversion.wfvae import HAAR_3D
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder, check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
@@ -441,8 +442,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "decoder"]
     _repeated_blocks = ["WFVAEResnetBlock"]
-    _original_name = "WF-VAE"
-    _read_original_checkpoint = staticmethod(read_original_checkpoint)
+    _conversion = wfvae
 
     @register_to_config
     def __init__(

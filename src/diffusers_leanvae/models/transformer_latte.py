@@ -7,12 +7,13 @@ size, N tokens of a frame, D width. Tokens are `(B, F * N, D)`, frame by frame, 
 projection; a block regroups them for its attention only.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
@@ -27,13 +28,14 @@ from diffusers.models.embeddings import (
     get_2d_sincos_pos_embed,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
 from ..checks import check_choice
-from ..conversion.latte import VARIANTS, read_original_checkpoint
-from ..conversion.leanvae import resolve_checkpoint
+from ..conversion import latte
+from ..conversion.checkpoints import HUB_ARGUMENTS
+from ..conversion.latte import VARIANTS
+from .pretrained import PretrainedModel, load_original
 
 
 POSITION_MODES = ("stored", "interpolate", "extrapolate")
@@ -131,7 +133,7 @@ class LeanVAELatteBlock(nn.Module):
         return hidden_states + gate_ff[:, None] * self.ff(norm_hidden_states)
 
 
-class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""Latte, a latent diffusion transformer for video (arXiv 2401.03048), unconditional or conditional on a class.
 
     Blocks come in pairs: attention inside each frame, then attention over the frames at each place. The positions are
@@ -154,6 +156,7 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         mlp_ratio: Width of the feed-forward layers over the width of the tokens.
     """
 
+    _conversion = latte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LeanVAELatteBlock"]
     _repeated_blocks = ["LeanVAELatteBlock"]
@@ -258,26 +261,17 @@ class LeanVAELatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         r"""Load an original Latte checkpoint; averaged (EMA) weights are preferred.
 
         Args:
-            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/ucf-dim4.pt`, or its URL.
+            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/ucf-dim4.pt`, or its URL; a folder
+                or Hub repository with one checkpoint in it.
             torch_dtype: Dtype to cast the weights to; as stored if `None`.
             num_attention_heads: Heads of a model of none of the sizes S, B, L, XL, which its file does not tell.
             hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for `huggingface_hub`.
         """
-        unknown = set(hub_kwargs) - {"revision", "token", "cache_dir", "force_download", "local_files_only"}
+        unknown = set(hub_kwargs) - set(HUB_ARGUMENTS)
         if unknown:
             raise ValueError(f"`hub_kwargs` must be Hub arguments, got {', '.join(sorted(unknown))}.")
-        path = resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs)
-        config, state_dict = read_original_checkpoint(path, num_attention_heads)
-        with torch.device("meta"):  # every value comes from the file
-            model = cls(**config)
-        if torch_dtype is not None:
-            state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
-        try:
-            model.load_state_dict(state_dict, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"`pretrained_model_link_or_path` must be a whole Latte checkpoint: {reason}.") from None
-        return model.eval()
+        read = partial(latte.read_original_checkpoint, num_attention_heads=num_attention_heads)
+        return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, hub_kwargs=hub_kwargs)
 
     def enable_cache(self, config: Any) -> None:
         r"""Reuse outputs of blocks between steps, as diffusers' `CacheMixin` offers it."""

@@ -7,18 +7,18 @@ a result is computed from all that it depends on.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..conversion.leanvae import HUB_ARGUMENTS, resolve_checkpoint
+from ..conversion.checkpoints import HUB_ARGUMENTS
+from .pretrained import PretrainedModel, load_original
 from .temporal_cache import Chunk, TemporalCache, chunks
 from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
 
@@ -76,7 +76,7 @@ class VideoAutoencoderConfig(FrozenDict):
         return config
 
 
-class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     """Encode, decode and reconstruct videos and images, whole or as streams.
 
     Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)`; the first frame is an image
@@ -117,8 +117,6 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
-    _original_name: ClassVar[str]  # of the model that `_read_original_checkpoint` reads, for messages
-    _read_original_checkpoint: ClassVar[Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +180,9 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Load an original checkpoint: release, training file or safetensors layout.
 
         Args:
-            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL.
+            pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL; a
+                folder or Hub repository with one checkpoint in it. Arguments in a `config.json` of the original next
+                to the file are obeyed.
             torch_dtype: Dtype to cast the weights to; as stored if `None`.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` go to `huggingface_hub`; any
                 other is a config value that the file cannot tell (`pixel_factor=1.0` for Wan-aligned LeanVAE weights,
@@ -192,19 +192,8 @@ class VideoAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         unknown = set(kwargs) - set(inspect.signature(cls.__init__).parameters)
         if unknown:
             raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
-        path = resolve_checkpoint(pretrained_model_link_or_path, **hub_kwargs)
-        config, state_dict = cls._read_original_checkpoint(path)
-        model: Any = cls(**(config | kwargs))
-        if torch_dtype is not None:
-            state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
-        try:
-            model.load_state_dict(state_dict, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split()).rstrip(". ")
-            raise ValueError(
-                f"`pretrained_model_link_or_path` must be a complete {cls._original_name} checkpoint: {reason}."
-            ) from None
-        return model.eval()
+        read = cls._conversion.read_original_checkpoint
+        return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, kwargs, hub_kwargs)
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,13 @@
 import inspect
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..bundled import MODELS, model_path
-from ..checks import CHECKPOINT_SUFFIXES
+from .. import bundled
+from ..conversion.checkpoints import is_checkpoint_reference
+from ..loading import check_source, load_autoencoder
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
@@ -32,19 +32,16 @@ def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:
             raise ValueError(f"Unknown recipe key `model.{key}`: legal keys here are {', '.join(legal)}.")
     if init in ("spec", "pca"):
         return AutoencoderKLLeanVAE(**config)
-    source = str(model_path(init)) if init in MODELS else init
-    is_file = Path(source).suffix in CHECKPOINT_SUFFIXES
-    if not Path(source).exists() and len(Path(init).parts) < (3 if is_file else 2):
+    check_source("init", init, ("spec", "pca", *bundled.MODELS))
+    # Only the user can know whether an original file is of a Wan-aligned model: its pixel range is not stored.
+    is_told = is_checkpoint_reference(init) and "pixel_factor" in config
+    options = {"pixel_factor": config["pixel_factor"]} if is_told else {}
+    vae = load_autoencoder(init, torch.float32, **options)
+    if not isinstance(vae, AutoencoderKLLeanVAE):
         raise ValueError(
-            f"`init` must be 'spec', 'pca', {', '.join(map(repr, MODELS))}, a folder of `save_pretrained`, an "
-            f"original checkpoint file, or one of the two on the Hub, got {init!r}, which does not exist."
+            f"`init` must be an AutoencoderKLLeanVAE, the only one that is trained here, got {init!r}, an "
+            f"{type(vae).__name__}."
         )
-    if is_file:
-        # Only the user can know whether a file is of a Wan-aligned model: its pixel range is not stored.
-        known = {"pixel_factor": config["pixel_factor"]} if "pixel_factor" in config else {}
-        vae = AutoencoderKLLeanVAE.from_single_file(source, torch_dtype=torch.float32, **known)
-    else:
-        vae = AutoencoderKLLeanVAE.from_pretrained(source, torch_dtype=torch.float32)
     for key, value in config.items():
         if json.dumps(vae.config[key]) != json.dumps(value):
             raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")

@@ -1,0 +1,301 @@
+"""Models are found by what a source holds, and nothing of another class becomes a model of random weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusers_leanvae import (
+    AutoencoderKLIVVAE,
+    AutoencoderKLLeanVAE,
+    AutoencoderKLWFVAE,
+    LeanVAELattePipeline,
+    LeanVAELatteTransformer3DModel,
+    bundled,
+)
+from diffusers_leanvae.conversion import latte, leanvae, wfvae
+from diffusers_leanvae.generation.schedulers import make_scheduler
+from diffusers_leanvae.loading import FAMILIES, load_autoencoder, load_diffusion_pipeline, load_transformer
+from diffusers_leanvae.trainer.finetuning import load_vae
+
+
+WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}
+IV = {"latent_channels": 4, "base_channels": 4}
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "sample_size": 4,
+    "num_latent_frames": 2,
+    "num_classes": 2,
+}
+CLASSES = [family.model_class for family in FAMILIES]
+AUTOENCODERS = CLASSES[:3]
+
+
+@pytest.fixture(scope="module")
+def models(make_model: Callable) -> dict[Any, Any]:
+    """A tiny model of each class."""
+    torch.manual_seed(0)
+    made = {AutoencoderKLLeanVAE: make_model(), AutoencoderKLWFVAE: AutoencoderKLWFVAE(**WF)}
+    made |= {AutoencoderKLIVVAE: AutoencoderKLIVVAE(**IV)}
+    made |= {LeanVAELatteTransformer3DModel: LeanVAELatteTransformer3DModel(**LATTE)}
+    return {model_class: model.eval() for model_class, model in made.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(models: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Each of them saved."""
+    root = tmp_path_factory.mktemp("models")
+    for model_class, model in models.items():
+        model.save_pretrained(root / model_class.__name__)
+    return {model_class: root / model_class.__name__ for model_class in models}
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(models: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    transformer = models[LeanVAELatteTransformer3DModel]
+    LeanVAELattePipeline(models[AutoencoderKLWFVAE], transformer, make_scheduler("ddpm")).save_pretrained(folder)
+    return folder
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    assert type(actual) is type(expected) and not actual.training
+    weights = actual.state_dict()
+    assert weights.keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(weights[key], tensor), key
+
+
+def is_one_sentence(error: pytest.ExceptionInfo) -> bool:
+    text = str(error.value)
+    return text.endswith(".") and "\n" not in text
+
+
+class TestForeignFolders:
+    @pytest.mark.parametrize("asked", CLASSES)
+    @pytest.mark.parametrize("held", CLASSES)
+    def test_only_the_own_class_is_loaded(self, folders: dict, models: dict, asked: Any, held: Any):
+        if asked is held:
+            assert_same(asked.from_pretrained(folders[held]), models[held])
+            return
+        with pytest.raises(ValueError) as error:
+            asked.from_pretrained(folders[held], torch_dtype=torch.bfloat16)
+        assert is_one_sentence(error)
+        assert f"must be given an `{asked.__name__}`" in str(error.value)
+        assert f"an `{held.__name__}`: call `{held.__name__}.from_pretrained`" in str(error.value)
+        assert torch.get_default_dtype() is torch.float32  # diffusers changes it while it builds a model
+
+    def test_a_model_of_diffusers(self, tmp_path: Path):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "z_dim": 16}))
+        with pytest.raises(ValueError, match="an `AutoencoderKLWan`: call `AutoencoderKLWan.from_pretrained`"):
+            AutoencoderKLLeanVAE.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="must hold a model of the class .*AutoencoderKLWan"):
+            load_autoencoder(tmp_path)
+
+    def test_a_subclass_loads_what_its_parent_saved(self, folders: dict, models: dict):
+        class Special(AutoencoderKLLeanVAE):
+            pass
+
+        special = Special.from_pretrained(folders[AutoencoderKLLeanVAE])
+        assert special.state_dict().keys() == models[AutoencoderKLLeanVAE].state_dict().keys()
+
+    @pytest.mark.parametrize("model_class", [AutoencoderKLWFVAE, AutoencoderKLIVVAE])
+    def test_training_starts_from_no_sibling(self, folders: dict, model_class: Any):
+        with pytest.raises(ValueError, match=f"`init` must be an AutoencoderKLLeanVAE.* an {model_class.__name__}"):
+            load_vae(str(folders[model_class]), {})
+
+
+class TestAbsurdConfigs:
+    @pytest.mark.parametrize("model_class", CLASSES)
+    @pytest.mark.parametrize("width", [10**6, 10**12])
+    def test_nothing_is_allocated(self, folders: dict, tmp_path: Path, model_class: Any, width: int):
+        # The first has more parameters than memory could hold, the second more than 64 bits can count.
+        name = {AutoencoderKLLeanVAE: "low_freq_dim", LeanVAELatteTransformer3DModel: "attention_head_dim"}
+        config = json.loads((folders[model_class] / "config.json").read_text())
+        config[name.get(model_class, "base_channels")] = width
+        for with_weights in (False, True):
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            if with_weights:
+                weights = "diffusion_pytorch_model.safetensors"
+                (tmp_path / weights).write_bytes((folders[model_class] / weights).read_bytes())
+            with pytest.raises(ValueError, match=r"`config\.json` of '.*' must describe") as error:
+                model_class.from_pretrained(tmp_path)
+            assert is_one_sentence(error)
+
+    def test_a_wrong_kind_of_value(self, folders: dict, tmp_path: Path):
+        config = json.loads((folders[AutoencoderKLLeanVAE] / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"low_freq_dim": "wide"}))
+        with pytest.raises(ValueError, match="`config.json` of .* must describe an `AutoencoderKLLeanVAE`: "):
+            AutoencoderKLLeanVAE.from_pretrained(tmp_path)
+
+    def test_halves_and_variants_are_no_mistake(self, models: dict, tmp_path: Path):
+        vae = models[AutoencoderKLWFVAE]
+        half = AutoencoderKLWFVAE(**WF)
+        half.load_state_dict(vae.state_dict())
+        half.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+        loaded = load_autoencoder(tmp_path, variant="fp16")
+        assert loaded.dtype is torch.float32  # as diffusers does without a dtype
+        assert load_autoencoder(tmp_path, torch.float16, variant="fp16").dtype is torch.float16
+
+
+class TestAutoencoders:
+    @pytest.mark.parametrize("model_class", AUTOENCODERS)
+    def test_folders(self, folders: dict, models: dict, model_class: Any):
+        assert_same(load_autoencoder(folders[model_class]), models[model_class])
+        assert load_autoencoder(str(folders[model_class]), torch.bfloat16).dtype is torch.bfloat16
+        root, name = folders[model_class].parent, folders[model_class].name
+        assert_same(load_autoencoder(root, subfolder=name), models[model_class])
+
+    def test_pipelines(self, pipeline_folder: Path, models: dict):
+        assert_same(load_autoencoder(pipeline_folder), models[AutoencoderKLWFVAE])
+        assert_same(load_autoencoder(pipeline_folder / "vae"), models[AutoencoderKLWFVAE])
+
+    @pytest.mark.parametrize("name", bundled.MODELS)
+    def test_bundled(self, name: str):
+        assert_same(load_autoencoder(name), AutoencoderKLLeanVAE.from_pretrained(bundled.model_path(name)).eval())
+
+    def test_of_a_bundled_pipeline(self):
+        assert_same(load_autoencoder("mini-shapes"), load_autoencoder(bundled.PIPELINES["mini-shapes"].model))
+
+    @pytest.mark.parametrize("model_class", AUTOENCODERS)
+    @pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+    @torch.no_grad()
+    def test_originals(self, models: dict, tmp_path: Path, make_video: Callable, model_class: Any, is_folder: bool):
+        vae = models[model_class]
+        path = tmp_path / "original.pth"
+        model_class._conversion.write_original_checkpoint(path, dict(vae.config), vae.state_dict())
+        loaded = load_autoencoder(tmp_path if is_folder else path)
+        assert_same(loaded, vae)
+        # Nothing beside the weights was left behind on the meta device, where the model is built.
+        video = make_video(1, 3, 5, 32, 32)
+        latents = vae.encode(video).latent_dist.mode()
+        assert torch.equal(loaded.encode(video).latent_dist.mode(), latents)
+        assert torch.equal(loaded.decode(latents).sample, vae.decode(latents).sample)
+
+    def test_config_values_that_a_file_does_not_tell(self, models: dict, tmp_path: Path):
+        vae = models[AutoencoderKLLeanVAE]
+        state_dict = leanvae.to_original(vae.state_dict())
+        torch.save(state_dict, tmp_path / "bare.pt")
+        assert load_autoencoder(tmp_path / "bare.pt").config["pixel_factor"] == 0.5
+        assert load_autoencoder(tmp_path / "bare.pt", pixel_factor=1.0).config["pixel_factor"] == 1.0
+        with pytest.raises(ValueError, match="`kwargs` must be Hub or config arguments, got colour"):
+            load_autoencoder(tmp_path / "bare.pt", colour=1)
+
+    @pytest.mark.parametrize("source", ["nowhere", "nowhere.ckpt", "./no/such/folder", "/no/such/folder", "a/b.ckpt"])
+    def test_nothing_there(self, source: str):
+        with pytest.raises(ValueError) as error:
+            load_autoencoder(source)
+        assert is_one_sentence(error)
+        for legal in ("'compact-16ch'", "'compact-4ch'", "a folder of `save_pretrained`", "on the Hub", repr(source)):
+            assert legal in str(error.value)
+
+    def test_other_models_and_files(self, folders: dict, models: dict, tmp_path: Path):
+        with pytest.raises(ValueError, match="must hold a model of the class .*LeanVAELatteTransformer3DModel"):
+            load_autoencoder(folders[LeanVAELatteTransformer3DModel])
+        transformer = models[LeanVAELatteTransformer3DModel]
+        latte.write_original_checkpoint(tmp_path / "latte.pt", dict(transformer.config), transformer.state_dict())
+        with pytest.raises(ValueError, match="must be an original checkpoint of LeanVAE, WF-VAE, IV-VAE, got "):
+            load_autoencoder(tmp_path / "latte.pt")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="`reference` must name one checkpoint, got .*empty' with none"):
+            load_autoencoder(tmp_path / "empty")
+        torch.save({}, tmp_path / "another.pt")
+        with pytest.raises(ValueError, match="must name one checkpoint, got .* with another.pt, latte.pt"):
+            load_autoencoder(tmp_path)
+
+
+class TestOriginalConfigs:
+    r"""What stands in the `config.json` next to original weights, as the Hub has them of WF-VAE."""
+
+    @pytest.fixture(params=["merged.ckpt", "diffusion_pytorch_model.safetensors"])
+    def original(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+        torch.manual_seed(0)
+        vae = AutoencoderKLWFVAE(**WF, temporal_interpolation="nearest").eval()
+        path = tmp_path / request.param
+        weights = wfvae.to_original(vae.state_dict(), dict(vae.config))
+        if path.suffix == ".ckpt":
+            torch.save({"state_dict": {"gen_model": weights}}, path)
+        else:
+            from safetensors.torch import save_file
+
+            save_file({key: value.contiguous() for key, value in weights.items()}, path)
+        (tmp_path / "config.json").write_text(json.dumps(self.config(t_interpolation="nearest")))
+        return vae, path
+
+    def config(self, **values: Any) -> dict[str, Any]:
+        return {
+            "_class_name": "WFVAEModel",
+            "_diffusers_version": "0.30.0",
+            "latent_dim": 4,
+            "base_channels": 4,
+            "encoder_energy_flow_hidden_size": 3,
+            "decoder_energy_flow_hidden_size": 2,
+            "norm_type": "layernorm",
+            "attention_type": "AttnBlock3DFix",
+            "l1_dowmsample_block": "Downsample",
+            "scale": [0.18215] * 3,
+            "shift": [0.0] * 3,
+        } | values
+
+    def test_they_are_read(self, original: tuple[Any, Path]):
+        vae, path = original
+        for loaded in (
+            AutoencoderKLWFVAE.from_single_file(path),
+            AutoencoderKLWFVAE.from_single_file(path.parent),
+            load_autoencoder(path),
+            load_autoencoder(path.parent),
+            load_autoencoder(path.parent.parent, subfolder=path.parent.name),
+        ):
+            assert_same(loaded, vae)
+            assert loaded.config["temporal_interpolation"] == "nearest" and loaded.config["latents_mean"] is None
+
+    def test_and_win_nothing_over_the_tensors(self, original: tuple[Any, Path]):
+        _, path = original
+        path.with_name("config.json").write_text(json.dumps(self.config(latent_dim=8)))
+        with pytest.raises(ValueError, match="`args` of the checkpoint says latent_dim = 8, its tensors 4"):
+            AutoencoderKLWFVAE.from_single_file(path)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"_class_name": "AutoencoderKLWFVAE"}', '{"a": 1}'])
+    def test_other_configs_are_left_alone(self, original: tuple[Any, Path], text: str):
+        _, path = original
+        path.with_name("config.json").write_text(text)
+        assert AutoencoderKLWFVAE.from_single_file(path).config["temporal_interpolation"] == "linear"
+
+    def test_from_pretrained_says_what_to_call(self, original: tuple[Any, Path]):
+        folder = original[1].parent
+        with pytest.raises(ValueError) as error:
+            AutoencoderKLWFVAE.from_pretrained(folder)
+        assert is_one_sentence(error)
+        assert f"call `AutoencoderKLWFVAE.from_single_file('{folder}')`" in str(error.value)
+        with pytest.raises(ValueError, match="an `WFVAEModel`: .*`diffusers_leanvae.loading.load_autoencoder`"):
+            AutoencoderKLLeanVAE.from_pretrained(folder)
+
+
+class TestTransformersAndPipelines:
+    def test_transformers(self, folders: dict, models: dict, pipeline_folder: Path, tmp_path: Path):
+        transformer = models[LeanVAELatteTransformer3DModel]
+        assert_same(load_transformer(folders[LeanVAELatteTransformer3DModel]), transformer)
+        assert_same(load_transformer(pipeline_folder), transformer)
+        assert load_transformer("mini-shapes", torch.float64).dtype is torch.float64
+        torch.save(latte.to_original(transformer.state_dict()), tmp_path / "latte.pt")
+        assert_same(load_transformer(tmp_path / "latte.pt", num_attention_heads=2), transformer)
+        with pytest.raises(ValueError, match="`source` must be 'mini-shapes', a folder of .* got 'nowhere'"):
+            load_transformer("nowhere")
+        with pytest.raises(ValueError, match="must hold a model of the class LeanVAELatteTransformer3DModel, got"):
+            load_transformer(folders[AutoencoderKLLeanVAE])
+
+    def test_pipelines(self, pipeline_folder: Path, models: dict):
+        pipeline: Any = load_diffusion_pipeline(pipeline_folder)
+        assert type(pipeline) is LeanVAELattePipeline
+        assert_same(pipeline.vae, models[AutoencoderKLWFVAE])
+        pipeline = load_diffusion_pipeline("mini-shapes", torch.float32)
+        assert_same(pipeline.vae, load_autoencoder("compact-4ch"))
+        with pytest.raises(ValueError, match="`source` must be a bundled pipeline .* got 'nowhere'"):
+            load_diffusion_pipeline("nowhere")
+        with pytest.raises(ValueError, match="`source` must be a pipeline, got "):
+            load_diffusion_pipeline(pipeline_folder / "vae")
