@@ -30,8 +30,8 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
 from diffusers_leanvae.evaluation.results import write_result
-from diffusers_leanvae.inference import files
-from diffusers_leanvae.video_io import VideoWriter, iter_video
+from diffusers_leanvae.inference import files, memory
+from diffusers_leanvae.video_io import VideoReader, VideoWriter, iter_video
 
 
 MIB = 2**20
@@ -131,7 +131,7 @@ def reconstruct(num_frames: int, height: int, width: int, max_mib: int) -> list[
         vae = make_vae()
         for _ in iter_video(source, num_frames=1):  # FFmpeg's code is loaded, as are kernels
             pass
-        plan, looks_ahead = files.plan_streams(vae, num_frames, height, width, max_mib * MIB)
+        plan, looks_ahead = memory.plan_streams(vae, memory.VideoJob(num_frames, height, width), max_mib * MIB)
         measured = measure(lambda: files.reconstruct_video(vae, source, target, max_memory=max_mib * MIB))
     row = {"direction": "reconstruct", "video": [num_frames, height, width], "max_mib": max_mib, "tile": plan.layout}
     row |= {"step": plan.num_frames_per_step, "parked": plan.is_parked}
@@ -157,8 +157,9 @@ def codec(num_frames: int, height: int, width: int, preset: str) -> list[Row]:
                     writer.write(pixels.roll(4 * index, dims=1)[None])
 
         def read() -> None:
-            for _ in files._read_frames(path, 0, None, None):
-                pass
+            with VideoReader(path) as video:
+                for _ in files.WHOLE.read(video):
+                    pass
 
         return [{"direction": name, **row, **measure(work)} for name, work in (("write", write), ("read", read))]
 
@@ -195,9 +196,8 @@ def predict(rows: list[Row]) -> None:
             predicted = vae.memory_model().stream(*settings, encode=is_encode, decode=not is_encode).num_bytes
         elif row["direction"] == "reconstruct":
             layout = tuple(row["tile"] or (height, width, row["step"] + 1))
-            others = files.memory_beside_network(
-                num_frames, height, width, looks_ahead=row["preset"] == "medium", num_threads=1
-            )
+            job = memory.VideoJob(num_frames, height, width)
+            others = memory.memory_beside_network(job, looks_ahead=row["preset"] == "medium", num_threads=1)
             size = (-(-height // 8) * 8, -(-width // 8) * 8)
             model = vae.memory_model()
             plan = model.stream(size, num_frames, row["step"], layout, 4, is_parked=row["parked"], others=others)

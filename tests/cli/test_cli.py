@@ -19,6 +19,7 @@ from diffusers_leanvae.cli import app
 from diffusers_leanvae.cli.common import in_one_sentence
 from diffusers_leanvae.cli.videos import Jobs, live, process
 from diffusers_leanvae.inference import files
+from diffusers_leanvae.inference.memory import parse_memory
 from diffusers_leanvae.models.leanvae_memory import MemoryModel
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
@@ -157,12 +158,12 @@ def test_fused_latents_are_those_of_the_layers_up_to_rounding(model, tmp_path):
 
 
 def test_sizes_of_memory():
-    assert files.parse_memory("2GiB") == files.parse_memory(" 2 gib ") == files.parse_memory("2G") == 2**31
-    assert files.parse_memory("800MiB") == 800 * 2**20 and files.parse_memory("1.5GB") == 15 * 10**8
-    assert files.parse_memory("123456") == files.parse_memory("123456B") == 123456
+    assert parse_memory("2GiB") == parse_memory(" 2 gib ") == parse_memory("2G") == 2**31
+    assert parse_memory("800MiB") == 800 * 2**20 and parse_memory("1.5GB") == 15 * 10**8
+    assert parse_memory("123456") == parse_memory("123456B") == 123456
     for text in ("", "2 apples", "-1GiB", "GiB", "0", "1e9"):
         with pytest.raises(ValueError, match="`max_memory` must be a size such as 2GiB or 800MiB, got"):
-            files.parse_memory(text)
+            parse_memory(text)
 
 
 def test_images(model, tmp_path):

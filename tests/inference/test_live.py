@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from diffusers_leanvae import AutoencoderKLWFVAE
 from diffusers_leanvae.inference.live import reconstruct_stream
 from diffusers_leanvae.inference.padding import crop_sample, pad_sample
 
@@ -47,6 +48,18 @@ def test_equals_the_whole_clip(vae, num_frames, height, width, step):
     assert count == num_frames == len(actual)
     assert expected.std() > 10
     torch.testing.assert_close(actual.float(), expected, rtol=0, atol=0.51)  # rounding to 256 levels
+
+
+def test_the_step_is_as_short_as_the_model_allows(vae):
+    torch.manual_seed(0)
+    config = {"base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2, "num_encoder_layers": 1}
+    sibling = AutoencoderKLWFVAE(latent_channels=4, temporal_compression_ratio=8, **config).eval()
+    for model, num_frames in ((vae, 6), (sibling, 12)):
+        frames, chosen, given = clip(num_frames, 16, 24), io.BytesIO(), io.BytesIO()
+        step = model.temporal_compression_ratio
+        assert reconstruct_stream(model, io.BytesIO(raw(frames)), chosen, 24, 16) == num_frames
+        reconstruct_stream(model, io.BytesIO(raw(frames)), given, 24, 16, num_frames_per_step=step)
+        assert chosen.getvalue() == given.getvalue()
 
 
 def test_side_by_side(vae):

@@ -58,6 +58,14 @@ class TestWriter:
             frame = next(container.decode(video=0))
             assert (frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries) == (1, 1, 1, 1)
 
+    @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mp4", "libx265"), ("a.webm", "libvpx-vp9")])
+    def test_quality_may_be_a_float(self, tmp_path: Path, name: str, codec: str):
+        sizes, options = [], {"codec": codec, "preset": "ultrafast"}
+        for crf in (12, 12.0, 40.5):
+            write_video(tmp_path / name, moving_picture(6), 25, crf=crf, **options)
+            sizes.append((tmp_path / name).stat().st_size)
+        assert sizes[0] == sizes[1] > sizes[2]
+
     def test_float_rate(self, tmp_path: Path):
         write_video(tmp_path / "a.mp4", moving_picture(12), 30000 / 1001)
         assert probe_video(tmp_path / "a.mp4").fps == Fraction(30000, 1001)

@@ -145,7 +145,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool 
 
 def memory_limit(max_memory: str | None) -> int | None:
     """Turn the option `--max-memory` into bytes; `None` is no limit."""
-    from ..inference.files import parse_memory
+    from ..inference.memory import parse_memory
 
     return None if max_memory is None else parse_memory(max_memory)
 

@@ -28,18 +28,20 @@ def demo(
 
 def reconstruct_clip(output: Path, vae: Any, num_frames: int) -> None:
     """Write `side_by_side.mp4`, `frames.png` and `latents.safetensors`, and print what was measured."""
-    from ..inference import files
+    from ..inference.files import Excerpt, encode_video, reconstruct_video
+    from ..inference.latents_file import open_latents
     from ..video_io import probe_video
 
     clip = bundled.clip_path()
     video, picture, latents = output / "side_by_side.mp4", output / "frames.png", output / "latents.safetensors"
     info = probe_video(clip)
     typer.echo(f"A clip of {info.width}x{info.height} through {bundled.DEFAULT} (a demonstration model) ...")
-    summary = files.reconstruct_video(vae, clip, video, num_frames=num_frames, side_by_side=True, metrics=True)
+    excerpt = Excerpt(num_frames=num_frames)
+    summary = reconstruct_video(vae, clip, video, excerpt=excerpt, side_by_side=True, metrics=True)
     write_contact_sheet(video, picture)
-    encoded = files.encode_video(vae, clip, latents, model=bundled.DEFAULT, num_frames=num_frames)
+    encoded = encode_video(vae, clip, latents, model=bundled.DEFAULT, excerpt=excerpt)
     num_pixels = encoded.num_frames * encoded.height * encoded.width * 3
-    with files.open_latents(latents) as (values, _):
+    with open_latents(latents) as (values, _):
         num_latents = math.prod(values.get_shape())
     typer.echo(
         f"{summary['num_frames']} frames, PSNR {summary['psnr_frame_mean_rgb']:.2f} dB, "

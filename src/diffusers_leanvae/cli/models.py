@@ -80,7 +80,7 @@ def info(
     ],
 ) -> None:
     """Print what a file or model is, as JSON."""
-    from ..inference import files
+    from ..inference.latents_file import open_latents
     from ..video_io import probe_video
     from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
@@ -88,7 +88,7 @@ def info(
     if Path(path).is_file() and suffix in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
         described: dict[str, Any] = {"kind": "video", **vars(probe_video(path))}
     elif Path(path).is_file() and suffix == ".safetensors" and _is_latents(path):
-        with files.open_latents(path) as (latents, latents_info):
+        with open_latents(path) as (latents, latents_info):
             shape, kind = list(latents.get_shape()), str(latents.get_dtype())
         described = {"kind": "latents", "shape": shape, "dtype": kind, **vars(latents_info)}
     else:
@@ -105,10 +105,10 @@ def info(
 
 
 def _is_latents(path: str) -> bool:
-    from ..inference import files
+    from ..inference.latents_file import open_latents
 
     try:
-        with files.open_latents(path):
+        with open_latents(path):
             return True
     except ValueError:
         return False

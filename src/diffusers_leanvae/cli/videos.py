@@ -129,7 +129,7 @@ def reconstruct(
     from ..video_io import list_videos
 
     jobs = find_jobs(source, target, list_videos, files.default_suffix)
-    limit = memory_limit(max_memory)
+    excerpt, limit = files.Excerpt(start, num_frames, size), memory_limit(max_memory)
     vae = load_model(model, device, dtype, fuse)
 
     def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
@@ -137,9 +137,7 @@ def reconstruct(
             vae,
             path,
             output,
-            start=start,
-            num_frames=num_frames,
-            size=size,
+            excerpt=excerpt,
             side_by_side=side_by_side,
             metrics=metrics,
             max_memory=limit,
@@ -174,7 +172,7 @@ def encode(
     from ..video_io import list_videos
 
     jobs = find_jobs(source, target, list_videos, lambda _: ".safetensors")
-    limit = memory_limit(max_memory)
+    excerpt, limit = files.Excerpt(start, num_frames, size), memory_limit(max_memory)
     vae = load_model(model, device, dtype, fuse)
 
     def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
@@ -183,9 +181,7 @@ def encode(
             path,
             output,
             model=model,
-            start=start,
-            num_frames=num_frames,
-            size=size,
+            excerpt=excerpt,
             max_memory=limit,
             progress=progress,
         )
@@ -210,11 +206,12 @@ def decode(
     overwrite: Overwrite = False,
 ) -> None:
     """Decode latents to videos or images of the original size, length and frame rate."""
-    from ..inference import files
+    from ..inference.files import decode_video
+    from ..inference.latents_file import open_latents
 
     def suffix(path: Path) -> str:
         try:
-            with files.open_latents(path) as (_, info):
+            with open_latents(path) as (_, info):
                 return ".png" if info.is_image else ".mp4"
         except ValueError:
             return ".mp4"  # the job itself will say what is wrong with the file
@@ -224,12 +221,12 @@ def decode(
     loaded: dict[str, Any] = {}
 
     def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
-        with files.open_latents(path) as (_, info):
+        with open_latents(path) as (_, info):
             name = model or info.model
         if name not in loaded:
             loaded.clear()  # one model in memory at a time
             loaded[name] = load_model(name, device, dtype, fuse)
-        files.decode_video(loaded[name], path, output, max_memory=limit, progress=progress, crf=crf)
+        decode_video(loaded[name], path, output, max_memory=limit, progress=progress, crf=crf)
         return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
 
     process(jobs, overwrite, work)
@@ -264,7 +261,7 @@ def live(
             target,
             width,
             height,
-            num_frames_per_step=num_frames_per_step or vae.temporal_compression_ratio,
+            num_frames_per_step=num_frames_per_step,
             side_by_side=side_by_side,
         )
     typer.echo(f"{count} frames", err=True)

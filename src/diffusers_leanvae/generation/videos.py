@@ -161,7 +161,6 @@ def _conditions(
 
 def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps: float, crf: float) -> None:
     r"""Decode and write piece by piece; the file appears when it is complete."""
-    options: dict[str, Any] = {"crf": crf}
-    with VideoWriter(path, fps, **options) as writer:
+    with VideoWriter(path, fps, crf=crf) as writer:
         for piece in pipeline.decode_stream(latents):
             writer.write(video_grid(unit_to_pixels(piece).permute(0, 1, 3, 4, 2)))

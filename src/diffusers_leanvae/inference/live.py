@@ -4,33 +4,32 @@
         -pixel_format rgb24 -video_size 640x360 -
 """
 
-from collections import deque
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
-from ..video_io.pixels import unit_to_pixels
-from .files import reconstruct_frames
+from ..models.video_autoencoder import VideoAutoencoder
+from .files import picture, reconstruct_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
 
 @torch.inference_mode()
 def reconstruct_stream(
-    vae: Any,
+    vae: VideoAutoencoder,
     source: BinaryIO,
     target: BinaryIO,
     width: int,
     height: int,
     *,
-    num_frames_per_step: int = 4,
+    num_frames_per_step: int | None = None,
     side_by_side: bool = False,
 ) -> int:
-    r"""Reconstruct raw RGB24 frames (`height * width * 3` bytes each, rows from the top) until `source` ends.
+    """Reconstruct raw RGB24 frames (`height * width * 3` bytes each, rows from the top) until `source` ends.
 
     Any size, any number of frames, constant memory; the frames equal those of the whole clip at once. A frame is
-    written, and `target` flushed, when at most `num_frames_per_step` more have been read. That `target` is closed by
-    its reader is a normal end.
+    written, and `target` flushed, when at most `num_frames_per_step` more have been read. It is a normal end if the
+    reader of `target` closes it.
 
     Args:
         vae: The autoencoder, on its device, in its dtype.
@@ -39,7 +38,7 @@ def reconstruct_stream(
         width: Width of a frame in pixels.
         height: Height of a frame in pixels.
         num_frames_per_step: Frames that pass the network at once, a multiple of the temporal ratio: fewer come out
-            earlier, more are faster.
+            earlier, more are faster. `None` is as few as can be.
         side_by_side: Write frames of twice the width, the original to the left.
 
     Returns:
@@ -50,39 +49,45 @@ def reconstruct_stream(
     """
     if width < 1 or height < 1:
         raise ValueError(f"`width` and `height` must be positive, got {width} and {height}.")
-    encoder = StreamingEncoder(vae, num_frames_per_step)
-    decoder = StreamingDecoder(vae, num_frames_per_step // vae.temporal_compression_ratio)
-    originals: deque[torch.Tensor] = deque()  # read, not yet reconstructed
-    num_bytes, rest = height * width * 3, b""
-    num_written = 0
-
-    def read() -> Iterator[torch.Tensor]:
-        nonlocal rest
-        while len(data := _read(source, num_bytes)) == num_bytes:
-            frame = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
-            if side_by_side:
-                originals.append(frame)
-            yield frame
-        rest = bytes(data)
-
+    step = vae.temporal_compression_ratio if num_frames_per_step is None else num_frames_per_step
+    encoder = StreamingEncoder(vae, step)
+    decoder = StreamingDecoder(vae, step // vae.temporal_compression_ratio)
+    frames, num_written = _RawFrames(source, height, width), 0
     try:
-        for unit in reconstruct_frames(read(), encoder, decoder):
-            pixels = unit_to_pixels(unit).permute(0, 2, 3, 1).cpu()
-            _write(target, torch.cat((originals.popleft(), pixels), dim=2) if side_by_side else pixels)
+        for unit, original in reconstruct_frames(frames, encoder, decoder, keeps_originals=side_by_side):
+            _write(target, picture(unit, original))
             target.flush()
             num_written += 1
     except BrokenPipeError:
         return num_written
-    if rest:
+    if frames.num_bytes_left:
         raise ValueError(
-            f"`source` must hold whole frames of {width}x{height} RGB24, {num_bytes} bytes each, got {len(rest)} "
-            f"bytes after {num_written} whole frames."
+            f"`source` must hold whole frames of {width}x{height} RGB24, {frames.num_bytes} bytes each, got "
+            f"{frames.num_bytes_left} bytes after {num_written} whole frames."
         )
     return num_written
 
 
+class _RawFrames:
+    """The frames of a raw stream, uint8 `(1, height, width, 3)`.
+
+    Attributes:
+        num_bytes: Bytes of a frame.
+        num_bytes_left: Bytes of an incomplete frame at the end, known when all frames have been taken.
+    """
+
+    def __init__(self, source: BinaryIO, height: int, width: int) -> None:
+        self.source, self.height, self.width = source, height, width
+        self.num_bytes, self.num_bytes_left = height * width * 3, 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while len(data := _read(self.source, self.num_bytes)) == self.num_bytes:
+            yield torch.frombuffer(data, dtype=torch.uint8).view(1, self.height, self.width, 3)
+        self.num_bytes_left = len(data)
+
+
 def _read(source: BinaryIO, num_bytes: int) -> bytearray:
-    r"""The next `num_bytes`, fewer at the end; a pipe gives what it has, not what was asked for."""
+    """Read the next `num_bytes`, fewer at the end; a pipe gives what it has, not what was asked for."""
     data = bytearray()
     while len(data) < num_bytes and (piece := source.read(num_bytes - len(data))):
         data += piece

@@ -6,7 +6,7 @@ import torch
 
 
 class Padding(NamedTuple):
-    r"""The true size of a padded video; what `crop_sample` needs."""
+    """The true size of a padded video; what `crop_sample` needs."""
 
     num_frames: int
     height: int
@@ -14,7 +14,7 @@ class Padding(NamedTuple):
 
 
 def pad_frames(frames: torch.Tensor, spatial_ratio: int) -> torch.Tensor:
-    r"""Mirror the bottom and right edges until height and width are multiples of `spatial_ratio`.
+    """Mirror the bottom and right edges until height and width are multiples of `spatial_ratio`.
 
     Args:
         frames: Any tensor `(..., height, width)`; a side too short for mirroring is continued by its last pixels.
@@ -30,7 +30,7 @@ def pad_frames(frames: torch.Tensor, spatial_ratio: int) -> torch.Tensor:
 
 
 def pad_sample(sample: torch.Tensor, temporal_ratio: int = 4, spatial_ratio: int = 8) -> tuple[torch.Tensor, Padding]:
-    r"""Pad videos to legal sizes: edges mirrored at the bottom and right, the last frame repeated.
+    """Pad videos to legal sizes: edges mirrored at the bottom and right, the last frame repeated.
 
     Args:
         sample: `(batch_size, channels, num_frames, height, width)`, any sizes from 1.
@@ -53,5 +53,5 @@ def pad_sample(sample: torch.Tensor, temporal_ratio: int = 4, spatial_ratio: int
 
 
 def crop_sample(sample: torch.Tensor, padding: Padding) -> torch.Tensor:
-    r"""Cut reconstructed videos back to what they were before [`pad_sample`]."""
+    """Cut reconstructed videos back to what they were before [`pad_sample`]."""
     return sample[:, :, : padding.num_frames, : padding.height, : padding.width]

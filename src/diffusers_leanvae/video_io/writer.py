@@ -79,7 +79,7 @@ class VideoWriter:
         fps: Fraction | float,
         *,
         codec: str = "libx264",
-        crf: int = 16,
+        crf: float = 16,
         preset: str = "medium",
         audio_from: PathLike | None = None,
         overwrite: bool = True,
@@ -216,9 +216,9 @@ class VideoWriter:
             if codec == "ffv1":
                 pixel_format = "bgr0"
             elif codec == "libvpx-vp9":
-                options = {"crf": str(self._crf), "b": "0", "row-mt": "1"}
+                options = {"crf": f"{self._crf:g}", "b": "0", "row-mt": "1"}
             else:
-                options = {"crf": str(self._crf), "preset": self._preset}
+                options = {"crf": f"{self._crf:g}", "preset": self._preset}
             if codec == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
                 # There, x264's macroblock trees use memory that was never written: a file would differ in every call.
                 options["x264-params"] = "asm=avx2"

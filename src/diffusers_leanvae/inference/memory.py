@@ -1,0 +1,124 @@
+"""Memory of a job from file to file: what FFmpeg and the frames take, and steps and tiles that fit into a bound."""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..models.leanvae_memory import OtherMemory, StreamPlan
+from ..models.video_autoencoder import VideoAutoencoder
+
+
+# Bytes per pixel that FFmpeg holds (`results/bench_memory.json`, cases `codec-*`, with a margin): a decoder, an
+# encoder, each frame of x264's look-ahead, and what a thread of either adds.
+_READER_BYTES, _WRITER_BYTES, _LOOKAHEAD_BYTES, _THREAD_BYTES = 20, 30, 4, 4
+_LOOKAHEAD = 42  # frames, with those that wait to become B-frames
+_LIBRARY_BYTES = 24 * 2**20  # buffers of PyTorch and FFmpeg at any size
+_METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
+GARBAGE_BYTES = 64 * 2**20  # decoded frames that may wait for Python's collector
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """A video and what is done to it, as far as memory depends on it.
+
+    Attributes:
+        num_frames: Frames of the video, `None` if not known.
+        height: Height of the video in pixels, after resizing.
+        width: Width of the video in pixels, after resizing.
+        encode: Whether frames are read and encoded.
+        decode: Whether latents are decoded and written.
+        keeps_originals: Whether frames read are kept until their reconstruction comes.
+        metrics: Whether PSNR and SSIM are computed.
+    """
+
+    num_frames: int | None
+    height: int
+    width: int
+    encode: bool = True
+    decode: bool = True
+    keeps_originals: bool = False
+    metrics: bool = False
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of `"2GiB"`, `"800MiB"`, `"1.5 GB"`, or a plain number of bytes.
+
+    Raises:
+        ValueError: If `text` is nothing like that.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"`max_memory` must be a size such as 2GiB or 800MiB, got {text!r}.")
+    unit = match[2] or "b"
+    power = "bkmgt".index(unit[0])
+    return int(float(match[1]) * (1024 if "i" in unit or len(unit) == 1 else 1000) ** power)
+
+
+def plan_streams(
+    vae: VideoAutoencoder,
+    job: VideoJob,
+    max_memory: int,
+    *,
+    num_frames_per_step: int = 16,
+    looks_ahead: bool | None = None,
+) -> tuple[StreamPlan, bool]:
+    """Choose how a job keeps within `max_memory`, and predict what it will take.
+
+    Args:
+        vae: The autoencoder; its memory must be predictable.
+        job: What is to be done.
+        max_memory: Bytes above the weights for the network, the state of the streams, and all frames that wait or are
+            worked on, those inside FFmpeg included.
+        num_frames_per_step: Longest step to take.
+        looks_ahead: Whether x264 looks ahead; `None` chooses: not if that took more than an eighth.
+
+    Returns:
+        The plan, and whether x264 looks ahead.
+
+    Raises:
+        ValueError: If nothing fits, with the least bound that would do; or if the model's memory is not predicted.
+    """
+    vae.check_predicts_memory("max_memory")
+    if looks_ahead is None:
+        num_ahead = min(job.num_frames or _LOOKAHEAD, _LOOKAHEAD)
+        if 8 * _LOOKAHEAD_BYTES * num_ahead * job.height * job.width <= max_memory:
+            with suppress(ValueError):  # what does not fit with it may fit without
+                return plan_streams(vae, job, max_memory, num_frames_per_step=num_frames_per_step, looks_ahead=True)
+        looks_ahead = False
+    ratio = vae.spatial_compression_ratio
+    plan = vae.memory_model().fit_stream(
+        (-(-job.height // ratio) * ratio, -(-job.width // ratio) * ratio),
+        job.num_frames,
+        vae.dtype.itemsize,
+        max_memory,
+        max_frames_per_step=num_frames_per_step,
+        encode=job.encode,
+        decode=job.decode,
+        others=memory_beside_network(job, looks_ahead),
+    )
+    return plan, looks_ahead
+
+
+def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: int | None = None) -> OtherMemory:
+    """Predict the memory of FFmpeg and of uint8 frames.
+
+    Args:
+        job: What is to be done.
+        looks_ahead: Whether x264 looks ahead.
+        num_threads: Threads of FFmpeg, one per core by default.
+    """
+    if num_threads is None:
+        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_pixels, threads = job.height * job.width, _THREAD_BYTES * num_threads
+    fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
+    if job.encode:
+        fixed += (_READER_BYTES + threads) * num_pixels
+        fixed += min(GARBAGE_BYTES, 3 * num_pixels // 2 * (job.num_frames or GARBAGE_BYTES))
+    return OtherMemory(
+        fixed=fixed,
+        per_step_frame=3 * num_pixels * job.keeps_originals,
+        writer=(_WRITER_BYTES + threads) * num_pixels * (job.decode and job.num_frames != 1),
+        per_written=_LOOKAHEAD_BYTES * num_pixels * (job.decode and looks_ahead),
+        max_written=_LOOKAHEAD,
+    )

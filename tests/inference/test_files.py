@@ -1,0 +1,106 @@
+"""Files through an autoencoder: what is read and how often, which part of it, and what is refused."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from encoded_clips import count_opens, encode, moving_picture
+from safetensors.torch import load_file
+
+from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
+from diffusers_leanvae.inference.files import Excerpt, encode_video, reconstruct_video
+from diffusers_leanvae.inference.latents_file import LatentsInfo, LatentsWriter, open_latents
+from diffusers_leanvae.inference.padding import crop_sample, pad_sample
+from diffusers_leanvae.video_io import VideoError, VideoInfo, read_video
+from diffusers_leanvae.video_io.pixels import pixels_to_sample, pixels_to_unit, resize_frames, sample_to_unit
+
+
+@pytest.fixture(scope="module")
+def vae(make_model):
+    return make_model()
+
+
+@pytest.mark.parametrize("excerpt", [Excerpt(), Excerpt(5, 4), Excerpt(9, None, "32")])
+def test_a_file_is_opened_once(vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excerpt: Excerpt):
+    source = encode(tmp_path / "in.mp4", moving_picture(14), options={"x264-params": "keyint=4"})
+    opens = count_opens(monkeypatch)
+    summary = reconstruct_video(vae, source, tmp_path / "out.mp4", excerpt=excerpt)
+    assert opens == ["in.mp4"]
+    info = encode_video(vae, source, tmp_path / "out.safetensors", model="", excerpt=excerpt)
+    assert opens == ["in.mp4"] * 2
+    num_frames = excerpt.num_frames or 14 - excerpt.start
+    assert summary["num_frames"] == info.num_frames == num_frames
+    assert len(read_video(tmp_path / "out.mp4")[0]) == num_frames
+
+
+def test_sound_is_read_by_an_opening_of_its_own(vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = encode(tmp_path / "in.mp4", moving_picture(10), audio_codec="aac")
+    opens = count_opens(monkeypatch)
+    reconstruct_video(vae, source, tmp_path / "out.mp4")
+    assert opens == ["in.mp4"] * 2
+    reconstruct_video(vae, source, tmp_path / "part.mp4", excerpt=Excerpt(num_frames=3))
+    assert opens == ["in.mp4"] * 3
+    assert read_video(tmp_path / "out.mp4")[1].has_audio and not read_video(tmp_path / "part.mp4")[1].has_audio
+
+
+def test_figures_are_of_the_frames_read(vae, tmp_path: Path):
+    source = encode(tmp_path / "in.mkv", moving_picture(11), "ffv1", "bgr0")
+    excerpt = Excerpt(start=2, num_frames=6, size="42x30")
+    summary = reconstruct_video(
+        vae, source, tmp_path / "out.mkv", excerpt=excerpt, side_by_side=True, metrics=True, codec="ffv1"
+    )
+    frames = resize_frames(read_video(source, 2, 6)[0], 30, 42)
+    sample, padding = pad_sample(pixels_to_sample(frames.permute(3, 0, 1, 2)[None]))
+    with torch.no_grad():
+        decoded = sample_to_unit(crop_sample(vae(sample).sample, padding)[0].transpose(0, 1))
+    reference = pixels_to_unit(frames).permute(0, 3, 1, 2)
+    assert summary["psnr_frame_mean_rgb"] == pytest.approx(frame_psnr(decoded, reference).mean().item(), abs=1e-3)
+    assert summary["ssim_frame_mean_rgb"] == pytest.approx(frame_ssim(decoded, reference).mean().item(), abs=1e-4)
+    written = read_video(tmp_path / "out.mkv")[0]
+    assert torch.equal(written[:, :, :42], frames)
+    close = (written[:, :, 42:].permute(0, 3, 1, 2) - decoded * 255).abs()
+    assert close.max() <= 0.51 and decoded.std() > 0.05  # rounding to 256 levels
+
+
+def test_a_file_can_take_its_own_place(vae, tmp_path: Path):
+    source = encode(tmp_path / "in.mp4", moving_picture(6))
+    reconstruct_video(vae, source, source)
+    assert len(read_video(source)[0]) == 6 and list(tmp_path.iterdir()) == [source]
+
+
+def test_excerpts():
+    info = VideoInfo("", 80, 60, Fraction(25), 20, None, 0, False, "h264", "yuv420p", False)
+    assert [excerpt.length(info) for excerpt in (Excerpt(), Excerpt(5), Excerpt(5, 7), Excerpt(18, 7))] == [
+        20,
+        15,
+        7,
+        2,
+    ]
+    assert Excerpt(30).length(info) == 1  # a header can be wrong
+    unknown = VideoInfo("", 80, 60, Fraction(25), None, None, 0, False, "h264", "yuv420p", False)
+    assert [Excerpt(5).length(unknown), Excerpt(5, 7).length(unknown)] == [None, 7]
+    assert [Excerpt(size=size).resized(60, 80) for size in (None, "30", "64x48")] == [(60, 80), (30, 40), (48, 64)]
+    for size in ("", "x", "0", "4x", "1x2x3", "-3", "big"):
+        with pytest.raises(ValueError, match=f"`size` must be a short side .* got '{size}'"):
+            Excerpt(size=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_are_laid_out_whatever_pieces_they_come_in(tmp_path: Path, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr("diffusers_leanvae.inference.latents_file._COPY_BYTES", 100)  # several copies of few frames
+    latents = torch.randn(1, 3, 7, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    info = LatentsInfo("m", "25", 25, 16, 40, "in.mp4", False)
+    with LatentsWriter(tmp_path / "z.safetensors") as writer:
+        for piece in latents.split([1, 4, 2], dim=2):
+            writer.write(piece)
+            writer.write(None)
+        assert not (tmp_path / "z.safetensors").exists()
+        writer.close(info)
+    assert torch.equal(load_file(tmp_path / "z.safetensors")["latents"], latents)
+    with open_latents(tmp_path / "z.safetensors") as (lazy, read):
+        assert torch.equal(lazy[:, 1:, 2:4], latents[:, 1:, 2:4]) and read == info
+    with pytest.raises(VideoError, match="'in.mp4' must hold at least one frame, got none"):
+        with LatentsWriter(tmp_path / "empty.safetensors") as writer:
+            writer.close(info)
+    assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
