@@ -2,12 +2,13 @@
 
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny
 
-from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.video_io import write_video
 
 
@@ -39,22 +40,33 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_tree_of_the_readme_is_that_of_the_project():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(.*?)^```$", text.split("\n## Layout\n")[1], re.MULTILINE | re.DOTALL)
+    told, parent = set(), ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        parent, path = (parent, parent + name) if line.startswith(" ") else (name, name)
+        assert (ROOT / path).is_dir() if name.endswith("/") else (ROOT / path).is_file(), f"{path} is not there"
+        told.add(path.rstrip("/"))
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip(f"git knows no files here: {listed.stderr}")
+    paths = [Path(line) for line in listed.stdout.splitlines()]
+    package = Path("src/diffusers_leanvae")
+    folders = {path.parts[0] for path in paths if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    inside = {(package / path.relative_to(package).parts[0]).as_posix() for path in paths if package in path.parents}
+    untold = {f"{package}/__init__.py", f"{package}/py.typed", "src"}
+    assert told - {package.as_posix()} == (folders | inside) - untold
+
+
 def test_every_example_is_tested():
     assert {path.stem for path in ROOT.glob("examples/*.py")} == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    vae = AutoencoderKLLeanVAE(
-        low_freq_dim=8,
-        high_freq_dim=24,
-        num_branch_layers=1,
-        num_fusion_layers=1,
-        num_ista_iterations=1,
-        num_ista_layers=1,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    make_tiny("leanvae").save_pretrained(tmp_path / "vae")
     (tmp_path / "clips").mkdir()
     for stem in "ab":
         frames = torch.randint(0, 256, (11, 70, 90, 3), dtype=torch.uint8)

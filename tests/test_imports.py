@@ -33,7 +33,7 @@ ORDER = (
 )
 PLACES = {folder: place for place, group in enumerate(ORDER) for folder in group}
 LEAVES = ORDER[-1]
-# Broken on the build machines, or drags in what is; see the environment notes.
+# Packages that this project does without, so that nothing comes to depend on them by accident.
 BANNED = {"torchvision", "timm", "lpips", "piqa", "calflops", "decord"}
 IMPORT_NAMES = {"av": "av", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 
@@ -91,8 +91,14 @@ def test_the_rule_sees_the_modules():
     assert (f"{PACKAGE}.data.sources", True, True) in found
 
 
+def test_contributors_read_the_same_list():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(.*?)^```$", text.split("\n## The import rule\n")[1], re.MULTILINE | re.DOTALL)
+    assert block.splitlines() == [", ".join(group) for group in ORDER]
+
+
 def test_every_folder_has_a_place():
-    assert {folder_of(name) for name in MODULES} - {""} <= set(PLACES)
+    assert {folder_of(name) for name in MODULES} - {""} == set(PLACES)
 
 
 @pytest.mark.parametrize("name, path", FILES)
