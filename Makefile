@@ -25,8 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## encode and decode the bundled clip with the bundled weights
 	@$(BIN)/leanvae demo
 
+# `make test SHUFFLE=17` runs them in another order, drawn from that number.
 test: $(STAMP)  ## all tests that need neither a GPU, nor the Hub, nor much time
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hub" -n auto --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hub" -n auto --maxprocesses 4 --dist loadfile \
+		$(if $(SHUFFLE),--shuffle $(SHUFFLE))
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not hub"

@@ -1,14 +1,27 @@
-"""What all tests share: one thread, and tiny models whose weights do something."""
+"""What all tests share: one thread, one start of all random numbers, nothing left behind, a folder of clips.
 
-from collections.abc import Callable
+`--shuffle SEED` runs files, and the tests in each file, in another order.
+"""
+
+import os
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and inherited by processes that tests start
+
+import random
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
+import tiny
 import torch
 from patterns import drifting_pattern
+from tiny import make_tiny
 
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.video_io import VideoWriter
@@ -20,48 +33,83 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
-TINY = {
-    "latent_channels": 4,
-    "low_freq_dim": 8,
-    "high_freq_dim": 24,
-    "num_branch_layers": 1,
-    "num_fusion_layers": 2,
-    "num_ista_iterations": 1,
-    "num_ista_layers": 1,
+
+# --- Tests are independent of each other -----------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order, drawn from SEED")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.getoption("shuffle")
+    return "order of tests: as written" if seed is None else f"order of tests: --shuffle {seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("shuffle")
+    if seed is not None:  # files stay whole, so that what a file sets up is set up once
+        rng = random.Random(seed)
+        order = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (order[item.path], rng.random()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Before the fixtures too, so that what a test draws without a seed of its own depends on no other test.
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+# Settings of the process under which every test runs: name, how to read it, how to set it.
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "environment": (
+        lambda: {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        lambda value: (os.environ.clear(), os.environ.update(value)),
+    ),
+    "working directory": (os.getcwd, os.chdir),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "precision of products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
 }
+AT_THE_START: dict[str, Any] = {}
 
 
-def _make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> AutoencoderKLLeanVAE:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = AutoencoderKLLeanVAE(**(TINY | config))
-        # The training initialisation gives outputs of about 1e-4, behind which any error would hide.
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("threshold", "step_size")):
-                scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-                parameter.add_(torch.randn_like(parameter) * scale)
-    return model.to(dtype).eval()
+def pytest_sessionstart() -> None:
+    AT_THE_START.update({name: read() for name, (read, _) in SETTINGS.items()})
 
 
-def _make_video(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1).to(dtype)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Fail a test that leaves a setting of the process changed, for itself or with a fixture of its file."""
+    yield
+    changed = {name: read() for name, (read, _) in SETTINGS.items() if read() != AT_THE_START[name]}
+    for name in changed:
+        SETTINGS[name][1](AT_THE_START[name])
+    assert changed == {name: AT_THE_START[name] for name in changed}, "a test must leave these as they were"
+
+
+# --- What many tests use ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., AutoencoderKLLeanVAE]:
-    r"""`make_model(dtype, seed, **config)`: a tiny model in evaluation mode, every output of order 1."""
-    return _make_model
+    """`make_model(dtype, seed, **config)`: a tiny LeanVAE of `make_tiny`."""
+    return partial(make_tiny, "leanvae")
 
 
 @pytest.fixture(scope="session")
 def make_video() -> Callable[..., torch.Tensor]:
-    r"""`make_video(*shape, dtype, seed)`: uniform noise in [-1, 1]."""
-    return _make_video
+    """`make_video(*shape, dtype, seed)`: uniform noise in [-1, 1]."""
+    return tiny.make_video
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    r"""A folder of tiny clips that move, written once."""
+    """A folder of tiny clips that move, written once."""
     folder = tmp_path_factory.mktemp("clips")
     (folder / "nested").mkdir()
     for number, name in enumerate(["a.mp4", "b.mp4", "nested/c.mp4"]):

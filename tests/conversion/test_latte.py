@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_latents, make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
@@ -19,23 +20,11 @@ from diffusers_leanvae.loading import family_of_checkpoint
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 4,
-    "sample_size": 8,
-    "num_latent_frames": 5,
-    "num_classes": 10,
-}
-
-
-def make_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = LeanVAELatteTransformer3DModel(**(CONFIG | config))
-        for tensor in model.state_dict().values():
-            tensor.add_(torch.randn_like(tensor))
-    return model.to(dtype).eval()  # type: ignore[call-arg]
+def make_transformer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    model = make_tiny("latte", dtype, **({"num_layers": 4} | config))
+    for buffer in model.buffers():  # tables of positions are kept as a file has them, whatever they are
+        buffer.add_(make_latents(*buffer.shape))
+    return model
 
 
 @pytest.fixture

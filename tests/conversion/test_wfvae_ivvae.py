@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE
@@ -15,7 +16,7 @@ from diffusers_leanvae.conversion import ivvae, wfvae
 from diffusers_leanvae.loading import load_autoencoder
 
 
-WF = {"latent_channels": 8, "base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}
+WF = {"latent_channels": 8}
 WF_CONFIGS = [
     {},
     {"temporal_compression_ratio": 8, "num_encoder_layers": 1},
@@ -24,17 +25,11 @@ WF_CONFIGS = [
     {"base_channels": 32, "encoder_flow_channels": 32, "decoder_flow_channels": 32, "norm_type": "group_norm"},
     {"latents_mean": [0.5] * 8, "latents_std": [2.0] * 8},
 ]
-IV = {"latent_channels": 4, "base_channels": 4, "channel_multipliers": [1, 2, 3, 3]}
 IV_CONFIGS = [
     {},
     {"num_layers": 1, "channel_multipliers": [1, 1, 1, 2]},
     {"num_layers": 3, "channel_multipliers": [1, 2, 4, 4], "scaling_factor": 0.5, "latents_mean": [0.25] * 4},
 ]
-
-
-def make(model_class: Any, config: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    return model_class(**config).eval()
 
 
 def assert_equal_weights(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -46,7 +41,7 @@ def assert_equal_weights(actual: dict[str, torch.Tensor], expected: dict[str, to
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 @pytest.mark.parametrize("config", WF_CONFIGS, ids=str)
 def test_wf_there_and_back(tmp_path: Path, config: dict[str, Any], suffix: str):
-    vae = make(AutoencoderKLWFVAE, WF | config)
+    vae = make_tiny("wfvae", **(WF | config))
     path = tmp_path / f"wf{suffix}"
     wfvae.write_original_checkpoint(path, vae.config, vae.state_dict())
     again = load_autoencoder(path)
@@ -60,7 +55,7 @@ def test_wf_there_and_back(tmp_path: Path, config: dict[str, Any], suffix: str):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("config", IV_CONFIGS, ids=str)
 def test_iv_there_and_back(tmp_path: Path, config: dict[str, Any], suffix: str):
-    vae = make(AutoencoderKLIVVAE, IV | config)
+    vae = make_tiny("ivvae", **config)
     path = tmp_path / f"iv{suffix}"
     ivvae.write_original_checkpoint(path, vae.config, vae.state_dict())
     again = load_autoencoder(path)
@@ -73,7 +68,7 @@ def test_iv_there_and_back(tmp_path: Path, config: dict[str, Any], suffix: str):
 class TestWFFiles:
     @pytest.fixture
     def original(self) -> dict[str, torch.Tensor]:
-        vae = make(AutoencoderKLWFVAE, WF)
+        vae = make_tiny("wfvae", **WF)
         return wfvae.to_original(vae.state_dict(), dict(vae.config))
 
     def test_training_file_prefers_averaged_weights(self, tmp_path: Path, original: dict[str, torch.Tensor]):
@@ -143,7 +138,7 @@ def test_iv_statistics_of_released_models():
 
 
 def test_iv_unknown_key(tmp_path: Path):
-    original = ivvae.to_original(make(AutoencoderKLIVVAE, IV).state_dict()) | {"extra": torch.ones(1)}
+    original = ivvae.to_original(make_tiny("ivvae").state_dict()) | {"extra": torch.ones(1)}
     save_file({key: value.contiguous() for key, value in original.items()}, tmp_path / "iv.safetensors")
     with pytest.raises(
         ValueError, match="`state_dict` must hold IV-VAE keys only, got 1 others, for instance 'extra'"
@@ -161,10 +156,10 @@ def test_no_such_checkpoint(tmp_path: Path, model_class: Any, kind: str):
 
 
 @pytest.mark.parametrize(
-    "model_class, config, layout", [(AutoencoderKLWFVAE, WF, wfvae), (AutoencoderKLIVVAE, IV, ivvae)], ids=["wf", "iv"]
+    "family, layout, kind", [("wfvae", wfvae, "WF-VAE"), ("ivvae", ivvae, "IV-VAE")], ids=["wf", "iv"]
 )
-def test_command_line(tmp_path: Path, model_class: Any, config: dict[str, Any], layout: Any):
-    vae = make(model_class, config)
+def test_command_line(tmp_path: Path, family: str, layout: Any, kind: str):
+    vae = make_tiny(family)
     source, folder, back = tmp_path / "a.ckpt", tmp_path / "folder", tmp_path / "b.safetensors"
     layout.write_original_checkpoint(source, vae.config, vae.state_dict())
 
@@ -176,19 +171,18 @@ def test_command_line(tmp_path: Path, model_class: Any, config: dict[str, Any], 
     run("convert", source, folder)
     run("convert", folder, back, "--to-original")
     assert_equal_weights(load_autoencoder(back).state_dict(), vae.state_dict())
-    assert json.loads(run("info", folder))["class"] == model_class.__name__
+    assert json.loads(run("info", folder))["class"] == type(vae).__name__
     result = CliRunner().invoke(app, ["convert", str(source), str(folder), "--pixel-factor", "1.0"])
-    kind = {"AutoencoderKLWFVAE": "WF-VAE", "AutoencoderKLIVVAE": "IV-VAE"}[model_class.__name__]
     assert result.exit_code == 1 and f"`--pixel-factor` must not be given for a checkpoint of {kind}" in result.output
 
 
-@pytest.mark.parametrize("model_class, config", [(AutoencoderKLWFVAE, WF), (AutoencoderKLIVVAE, IV)], ids=["wf", "iv"])
-def test_reconstruct_command(tmp_path: Path, model_class: Any, config: dict[str, Any]):
+@pytest.mark.parametrize("family", ["wfvae", "ivvae"])
+def test_reconstruct_command(tmp_path: Path, family: str):
     from diffusers_leanvae import bundled
     from diffusers_leanvae.video_io import probe_video
 
     folder, target = tmp_path / "model", tmp_path / "out.mp4"
-    make(model_class, config).save_pretrained(folder)
+    make_tiny(family).save_pretrained(folder)
     arguments = ["reconstruct", str(bundled.clip_path()), str(target), "--model", str(folder), "--size", "32"]
     result = CliRunner().invoke(app, [*arguments, "--num-frames", "7"], catch_exceptions=False)
     assert result.exit_code == 0, result.output

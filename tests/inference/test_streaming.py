@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_tiny
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.temporal_cache import Chunk
@@ -10,12 +11,7 @@ from diffusers_leanvae.models.temporal_cache import Chunk
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLLeanVAE:
-    torch.manual_seed(0)
-    vae = AutoencoderKLLeanVAE(latent_channels=4, low_freq_dim=8, high_freq_dim=24).double().eval()
-    for parameter in vae.parameters():  # the training initialisation is so small that errors would hide
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=(parameter[0].numel()) ** -0.5)
-    return vae
+    return make_tiny("leanvae", torch.float64, num_ista_iterations=2)
 
 
 def video(num_frames: int, height: int = 24, width: int = 40, seed: int = 1) -> torch.Tensor:

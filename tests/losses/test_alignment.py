@@ -1,7 +1,6 @@
 """Another autoencoder as teacher: tiny Wan models of both compressions."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +137,9 @@ def test_training_on_the_terms_aligns_the_latents(make_model, make_video):
     assert errors[-1] < 0.5 * errors[0], errors
 
 
-def test_the_script_makes_a_teacher_whose_latents_vary(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--latent-channels", "4", "--base-dim", "4"]
-    subprocess.run(command, check=True, capture_output=True)
+def test_the_script_makes_a_teacher_whose_latents_vary(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, str(tmp_path), "--latent-channels", "4", "--base-dim", "4"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     teacher = Teacher.from_pretrained(tmp_path)
     assert teacher.compression_ratios == (4, 8, 8) and teacher.latents_mean == [0.0] * 4
     clips = load_clips(bundled.clip_path().parent, 8, (17, 64, 64), seed=0)

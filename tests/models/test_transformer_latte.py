@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+from tiny import make_tiny
 
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 
@@ -23,14 +24,7 @@ TINY = {
 
 
 def make_transformer(seed: int = 0, **config: Any) -> Any:
-    r"""A tiny model in evaluation mode whose weights do something: a fresh one gives zeros."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = LeanVAELatteTransformer3DModel(**(TINY | config))
-        for parameter in model.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return model.eval()
+    return make_tiny("latte", seed=seed, **(TINY | config))
 
 
 def make_inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny import enliven, make_tiny, seeded
 
 import diffusers_leanvae
 from diffusers_leanvae.generation.schedulers import make_scheduler
@@ -14,14 +15,6 @@ from diffusers_leanvae.generation.schedulers import make_scheduler
 
 # 9 frames of 32 x 32 pixels: 3 latent frames of 4 x 4.
 WORDS = "a painting of squirrel eating burger very long low quality very".split()
-
-
-def randomize(module: torch.nn.Module, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return module.eval()
 
 
 @dataclass
@@ -49,19 +42,11 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def class_case(make_model: Callable) -> Case:
+def class_case() -> Case:
     def components(num_classes: int | None = 3, num_layers: int = 4, **config: Any) -> dict[str, Any]:
-        transformer = diffusers_leanvae.LeanVAELatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=num_layers,
-            sample_size=4,
-            num_latent_frames=3,
-            num_classes=num_classes,
-            **config,
-        )
-        vae = make_model(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[1.0, 2.0, 3.0, 0.5])
-        return {"vae": vae, "transformer": randomize(transformer), "scheduler": make_scheduler("dpm++")}
+        transformer = make_tiny("latte", num_classes=num_classes, num_layers=num_layers, **config)
+        vae = make_tiny("leanvae", latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[1.0, 2.0, 3.0, 0.5])
+        return {"vae": vae, "transformer": transformer, "scheduler": make_scheduler("dpm++")}
 
     inputs = {"class_labels": [1], "guidance_scale": 3.0, "output_type": "pt"}
     return Case(diffusers_leanvae.LeanVAELattePipeline, components, inputs, ("class_labels",))
@@ -83,36 +68,38 @@ def make_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def text_case(make_model: Callable) -> Case:
+def text_case() -> Case:
     transformers = pytest.importorskip("transformers", reason="a text pipeline needs transformers")
 
     def components(num_layers: int = 2) -> dict[str, Any]:
         config = transformers.T5Config(
             vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
         )
-        transformer = diffusers.LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=8,
-            num_layers=num_layers,
-            cross_attention_dim=24,
-            attention_bias=True,
-            sample_size=4,
-            patch_size=2,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-            caption_channels=16,
-            video_length=3,
-        )
+        with seeded(0):
+            transformer = diffusers.LatteTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=8,
+                num_layers=num_layers,
+                cross_attention_dim=24,
+                attention_bias=True,
+                sample_size=4,
+                patch_size=2,
+                activation_fn="gelu-approximate",
+                num_embeds_ada_norm=1000,
+                norm_type="ada_norm_single",
+                norm_elementwise_affine=False,
+                norm_eps=1e-6,
+                caption_channels=16,
+                video_length=3,
+            )
+            text_encoder = transformers.T5EncoderModel(config)
         return {
             "tokenizer": make_tokenizer(),
-            "text_encoder": randomize(transformers.T5EncoderModel(config), seed=1),
-            "vae": make_model(),
-            "transformer": randomize(transformer),
+            "text_encoder": enliven(text_encoder, seed=1),
+            "vae": make_tiny("leanvae"),
+            "transformer": enliven(transformer),
             "scheduler": make_scheduler("dpm++"),
         }
 

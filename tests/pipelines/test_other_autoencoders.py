@@ -1,31 +1,19 @@
 """A latent video pipeline takes any autoencoder of the package."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-
-from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE
-
-
-SIBLINGS = {
-    "wf": (AutoencoderKLWFVAE, {"base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}),
-    "iv": (AutoencoderKLIVVAE, {"base_channels": 4}),
-}
-siblings = pytest.mark.parametrize("sibling", SIBLINGS)
+from tiny import make_tiny
 
 
-def make_vae(sibling: str) -> Any:
-    torch.manual_seed(0)
-    model_class, config = SIBLINGS[sibling]
-    return model_class(latent_channels=4, scaling_factor=0.5, **config).eval()
+siblings = pytest.mark.parametrize("sibling", ["wfvae", "ivvae"])
 
 
 @siblings
 def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path):
-    pipeline = class_case.pipeline(vae=make_vae(sibling))
+    pipeline = class_case.pipeline(vae=make_tiny(sibling, scaling_factor=0.5))
     videos = class_case.run(pipeline)
     assert videos.shape == (1, 9, 3, 32, 32) and videos.std() > 0.01
     latents = class_case.run(pipeline, output_type="latent")
@@ -43,10 +31,10 @@ def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path)
 
 @siblings
 def test_long_videos(class_case, sibling: str):
-    pipeline = class_case.pipeline(vae=make_vae(sibling))
+    pipeline = class_case.pipeline(vae=make_tiny(sibling, scaling_factor=0.5))
     arguments = {"num_frames": 17, "num_overlap_latent_frames": 1}
     assert class_case.run(pipeline, **arguments, reencode_overlap=False).shape[1] == 17
-    if sibling == "iv":
+    if sibling == "ivvae":
         assert class_case.run(pipeline, **arguments, reencode_overlap=True).shape[1] == 17
     else:
         with pytest.raises(ValueError, match="`reencode_overlap` must be False for an AutoencoderKLWFVAE"):

@@ -1,23 +1,21 @@
 """The training script of latent diffusion: it runs, it resumes to the same numbers, and leaves a whole pipeline."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers_leanvae.training.train_lvdm as train_lvdm
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from local_hub import LocalHub
 from safetensors.torch import load_file
 
 from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE, LeanVAELatteTransformer3DModel
@@ -67,9 +65,9 @@ MUON = ("optimizer.name=muon", "num_steps=6", "batch_size=4", "validation.num_sa
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # the script sets both for its process
+    torch.set_float32_matmul_precision("highest")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -239,21 +237,9 @@ def _validation_noise(index: int, shape: torch.Size) -> torch.Tensor:
 
 
 def test_the_pipeline_and_its_card_go_to_the_hub(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    spec = importlib.util.spec_from_file_location("leanvae_test_hub", Path(__file__).parents[1] / "test_hub.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.LocalHub() as server:  # the Hub on 127.0.0.1 of that file
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        for name, value in (("HF_TOKEN", "hf_of_the_test"), ("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")):
-            monkeypatch.setenv(name, value)
+    with LocalHub() as server:
+        server.connect(monkeypatch)
         run = train(vae_folder, tmp_path / "run", *PLAIN, "push_to_hub=someone/tiny")
-        server.shutdown()
-        thread.join()
     files = server.repositories["someone/tiny"]
     folder = run / "pipeline"
     assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -1,21 +1,19 @@
 """The training script: it runs, it resumes to the same numbers, and what goes wrong leaves whole files."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import diffusers_leanvae.training.train_vae as train_vae
-import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
@@ -70,9 +68,9 @@ FULL = (
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # the script sets both for its process
+    torch.set_float32_matmul_precision("highest")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -211,27 +209,10 @@ def test_the_card_tells_of_the_run(straight: Path):
     )
 
 
-def local_hub() -> type:
-    """The Hub on 127.0.0.1 that `tests/test_hub.py` has."""
-    spec = importlib.util.spec_from_file_location("leanvae_test_hub", Path(__file__).parents[1] / "test_hub.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LocalHub
-
-
 def test_the_model_and_its_card_go_to_the_hub(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with local_hub()() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        for name, value in (("HF_TOKEN", "hf_of_the_test"), ("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")):
-            monkeypatch.setenv(name, value)
+    with LocalHub() as server:
+        server.connect(monkeypatch)
         run = train(clips, tmp_path / "run", "num_steps=1", "push_to_hub=someone/tiny")
-        server.shutdown()
-        thread.join()
     files = server.repositories["someone/tiny"]
     assert set(files) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
     assert bytes(files["README.md"]) == (run / "vae/README.md").read_bytes()

@@ -1,0 +1,138 @@
+"""A Hub of a few routes on 127.0.0.1, so that tests use the real client and no network.
+
+with LocalHub() as server:
+    server.connect(monkeypatch)  # this process, or others that are started with `server.environment(folder)`
+    model.push_to_hub("someone/tiny")
+assert server.repositories["someone/tiny"] and server.unknown == []
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import close_session, constants
+
+
+CREDENTIALS = {"HF_TOKEN": "hf_of_the_test", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+class LocalHub(ThreadingHTTPServer):
+    """Repositories of models in memory: the routes of the Hub that pushing and pulling use, served inside `with`."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.unknown: list[str] = []  # requests that no route answered
+
+    def __enter__(self) -> "LocalHub":
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Variables for a new process: its Hub is this one, and its cache lies in `folder`, not in the user's home."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_CACHE": str(folder / "hf" / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        } | CREDENTIALS
+
+    def connect(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make this one the Hub of the running process, whose client has read its variables long ago."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        close_session()  # an open one would keep its proxies
+
+    def commit_id(self, repo: str) -> str:
+        digest = hashlib.sha1()
+        for name, content in sorted(self.repositories[repo].items()):
+            digest.update(name.encode() + b"\0" + content)
+        return digest.hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: LocalHub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, body: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, repositories = unquote(urlsplit(self.path).path), self.server.repositories
+        if path == "/api/repos/create":
+            request = json.loads(body)
+            repo = f"{request['organization']}/{request['name']}"
+            status = 409 if repo in repositories else 200
+            repositories.setdefault(repo, {})
+            self.answer({"url": f"{self.server.url}/{repo}"}, status)
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
+        elif path.endswith("/commit/main"):
+            repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            for operation in map(json.loads, body.splitlines()):
+                if operation["key"] == "file":
+                    value = operation["value"]
+                    repositories[repo][value["path"]] = base64.b64decode(value["content"])
+            commit = self.server.commit_id(repo)
+            url = f"{self.server.url}/{repo}/commit/{commit}"
+            self.answer({"success": True, "commitOid": commit, "commitUrl": url})
+        else:
+            self.not_found(path)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        for repo, files in self.server.repositories.items():
+            commit = self.server.commit_id(repo)
+            if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
+                self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+                return
+            if path.startswith(f"/api/models/{repo}/tree/"):
+                sizes = {name: len(content) for name, content in files.items()}
+                self.answer([{"type": "file", "path": p, "size": n, "oid": commit} for p, n in sizes.items()])
+                return
+            if path.startswith(f"/{repo}/resolve/"):
+                name = path.removeprefix(f"/{repo}/resolve/").split("/", 1)[1]
+                if name in files:
+                    etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
+                    self.answer(files[name], X_Repo_Commit=commit, ETag=etag)
+                else:
+                    self.answer(b"", 404, X_Repo_Commit=commit, X_Error_Code="EntryNotFound")
+                return
+        self.not_found(path)
+
+    do_HEAD = do_GET
+
+    def not_found(self, path: str) -> None:
+        self.server.unknown.append(f"{self.command} {path}")
+        self.answer(b"", 404, X_Error_Code="RepoNotFound")
