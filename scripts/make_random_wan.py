@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.diffusability import load_clips
+from diffusers_leanvae.video_io.pixels import pixels_to_sample
 
 
 def make_random_wan(latent_channels: int = 16, base_dim: int = 8, spatial_ratio: int = 8, seed: int = 0) -> Any:
@@ -34,7 +35,7 @@ def make_random_wan(latent_channels: int = 16, base_dim: int = 8, spatial_ratio:
         scale_factor_spatial=spatial_ratio,
         **(folded if spatial_ratio == 16 else {}),
     ).eval()
-    clips = load_clips(bundled.clip_path().parent, 8, (17, 64, 64), seed).float() / 127.5 - 1
+    clips = pixels_to_sample(load_clips(bundled.clip_path().parent, 8, (17, 64, 64), seed))
     with torch.no_grad():
         # Fresh latents hardly vary. The last layer is linear, so scaling its rows sets their mean and deviation.
         latents = wan.encode(clips).latent_dist.mode().transpose(0, 1).flatten(1)
