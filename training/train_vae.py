@@ -53,10 +53,9 @@ from diffusers_leanvae.losses.adversarial import (
     PatchDiscriminator2d,
     PatchDiscriminator3d,
 )
-from diffusers_leanvae.losses.alignment import Teacher
+from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher
 from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.losses.reconstruction import LossWeights
-from diffusers_leanvae.losses.regularizers import AlignmentWeights
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.autoencoder_module import Regularization, VAETrainingModule
 from diffusers_leanvae.trainer.checkpoints import (

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .models.video_autoencoder import VideoAutoencoder
 from .video_io.pixels import as_sample
 
 
@@ -35,7 +36,7 @@ def _statistics(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch
 
 
 @torch.no_grad()
-def encode_batch(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def encode_batch(vae: VideoAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
     """Posterior means, not normalised, of clips: uint8, or floats in `[-1, 1]`; without autocast, in float32."""
     sample = as_sample(pixels)
     with torch.autocast(sample.device.type, enabled=False):

@@ -28,19 +28,18 @@ class BlockMeans:
     def __init__(self, scale: float = 1.0, chaotic: bool = False):
         self.scale, self.chaotic = scale, chaotic
 
-    def encode(self, sample):
+    def encode(self, sample, return_dict):
         latents = F.avg_pool3d(sample, (1, 4, 4)) * self.scale
         if self.chaotic:
             latents = latents * torch.randn_like(latents).sign()
-        self.latents, self.latent_dist = latents, self
-        return self
+        self.latents = latents
+        return (self,)
 
     def mode(self):
         return self.latents
 
-    def decode(self, latents):
-        self.sample = F.interpolate(latents / self.scale, scale_factor=(1.0, 4.0, 4.0))
-        return self
+    def decode(self, latents, return_dict):
+        return (F.interpolate(latents / self.scale, scale_factor=(1.0, 4.0, 4.0)),)
 
 
 def gradients(num_clips: int, seed: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 from ..atomic import replace_file
 from ..checks import check_choice, parse_dtype
 from ..latents import encode_batch, measure_statistics
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
 from .latent_shards import SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
@@ -58,7 +59,7 @@ class ShardOptions:
 
 
 def encode_dataset(
-    vae: Any,
+    vae: VideoAutoencoder,
     source: str,
     output: str | Path,
     *,
@@ -117,7 +118,7 @@ def encode_dataset(
 
 
 def encode_clips(
-    vae: Any,
+    vae: VideoAutoencoder,
     selection: ClipSelection,
     output: str | Path,
     options: ShardOptions,
@@ -149,7 +150,7 @@ def encode_clips(
     accelerator.wait_for_everyone()
     _begin(folder, settings)
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
-    vae = vae.to(device).eval()
+    vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
     size, num_shards = options.shard_size, -(-len(clips) // options.shard_size)
     paths = [folder / f"latents-{number:05d}{SHARD_SUFFIXES[options.file_format]}" for number in range(num_shards)]
     for number in range(accelerator.process_index, num_shards, accelerator.num_processes):
@@ -167,7 +168,7 @@ def encode_clips(
 
 
 def _encode(
-    vae: Any,
+    vae: VideoAutoencoder,
     clips: Iterator[SourceClip | None],
     selection: ClipSelection,
     options: ShardOptions,
@@ -192,7 +193,7 @@ def _encode(
     return torch.cat(latents), rows
 
 
-def _latent_shape(vae: Any, clip_size: Sequence[int]) -> tuple[int, int, int, int]:
+def _latent_shape(vae: VideoAutoencoder, clip_size: Sequence[int]) -> tuple[int, int, int, int]:
     num_frames, height, width = clip_size
     num_latent_frames, ratio = vae.num_latent_frames(num_frames), vae.spatial_compression_ratio
     if vae.num_sample_frames(num_latent_frames) != num_frames or height % ratio or width % ratio:
@@ -206,7 +207,7 @@ def _latent_shape(vae: Any, clip_size: Sequence[int]) -> tuple[int, int, int, in
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _describe(vae: Any) -> dict[str, Any]:
+def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     """Which autoencoder it is: class, config, and a checksum of the names and bytes of its weights."""
     checksum = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):

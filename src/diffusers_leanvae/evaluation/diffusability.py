@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import nn
 
 from ..data.datasets import VideoFolder
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import pixels_to_sample, sample_to_unit
 from .metrics import frame_psnr
 
@@ -116,7 +117,7 @@ def load_clips(
 
 
 def measure_diffusability(
-    vae: Any,
+    vae: VideoAutoencoder,
     train_clips: torch.Tensor,
     held_out_clips: torch.Tensor,
     protocol: DiffusabilityProtocol | None = None,
@@ -125,7 +126,7 @@ def measure_diffusability(
     r"""Train the denoiser on the latents of some clips and measure it on those of others.
 
     Args:
-        vae: Anything with `encode(...).latent_dist` and `decode(...).sample`, in evaluation mode.
+        vae: VideoAutoencoderthing with `encode(...).latent_dist` and `decode(...).sample`, in evaluation mode.
         train_clips: `uint8` clips `(num_clips, 3, num_frames, height, width)`, at least a batch of them.
         held_out_clips: Clips of other videos, of the same size.
         protocol: What is fixed; the default's figures are what to compare by.
@@ -215,17 +216,17 @@ def _predict(
 
 
 @torch.no_grad()
-def _encode(vae: Any, clips: torch.Tensor) -> torch.Tensor:
+def _encode(vae: VideoAutoencoder, clips: torch.Tensor) -> torch.Tensor:
     r"""Posterior means in float32 on the CPU, where the denoiser is: its sums come out the same on every machine."""
     parts = (pixels_to_sample(part).to(vae.device, vae.dtype) for part in clips.split(8))
-    return torch.cat([vae.encode(part).latent_dist.mode().float().cpu() for part in parts])
+    return torch.cat([vae.encode(part, return_dict=False)[0].mode().float().cpu() for part in parts])
 
 
 @torch.no_grad()
-def _decoded_psnr(vae: Any, latents: torch.Tensor, sample: torch.Tensor) -> float:
+def _decoded_psnr(vae: VideoAutoencoder, latents: torch.Tensor, sample: torch.Tensor) -> float:
     values = []
     for z, clips in zip(latents.split(8), sample.split(8), strict=True):
-        decoded = vae.decode(z.to(vae.device, vae.dtype)).sample.float().cpu()
+        decoded = vae.decode(z.to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
         unit, reference = (sample_to_unit(x.transpose(1, 2).flatten(0, 1)) for x in (decoded, clips))
         values.append(frame_psnr(unit, reference))
     return torch.cat(values).mean().item()

@@ -1,15 +1,15 @@
 """Another video autoencoder as teacher, so that a LeanVAE can stand in for it inside its pipeline."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoModel
 
-from .regularizers import AlignmentWeights, alignment_terms  # layer 1, where training modules reach them
-
-
-__all__ = ["AlignmentWeights", "Teacher", "alignment_terms"]
+from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .reconstruction import band_l1
 
 
 class Teacher:
@@ -51,7 +51,7 @@ class Teacher:
         """
         return cls(AutoModel.from_pretrained(str(path_or_repo), subfolder=subfolder, torch_dtype=dtype))
 
-    def check_student(self, student: Any) -> None:
+    def check_student(self, student: AutoencoderKLLeanVAE) -> None:
         r"""Raise a `ValueError` unless `student`, a LeanVAE, has latents of the teacher's shape for every video."""
         spatial = student.spatial_compression_ratio
         ratios = (student.temporal_compression_ratio, spatial, spatial)
@@ -82,6 +82,64 @@ class Teacher:
         """
         with torch.autocast(sample.device.type, enabled=False):
             return self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode().to(sample.dtype)
+
+
+@dataclass
+class AlignmentWeights:
+    """Weights of the reference's Wan-aligned models (`4`, `4 * 0.5`, `4 * 0.05`, `4 * 0.1`); names of the terms."""
+
+    align_pixel: float = 4.0
+    align_latents: float = 2.0
+    align_low: float = 0.2
+    align_high: float = 0.4
+
+
+def alignment_terms(
+    student: AutoencoderKLLeanVAE,
+    teacher_latents: torch.Tensor,
+    student_latents: torch.Tensor,
+    sample: torch.Tensor,
+    normalise: bool,
+) -> dict[str, torch.Tensor]:
+    """Terms that draw a model's latents to those of another: its decoder takes them, its encoder makes them.
+
+    The terms of the reference's Wan-aligned models. The model's own reconstruction keeps its own terms.
+
+    Args:
+        student: The LeanVAE in training.
+        teacher_latents: Un-normalised posterior means of `sample` by [`Teacher.encode`].
+        student_latents: Those of the student, same shape.
+        sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
+        normalise: Compare latents as `(latents - latents_mean) / latents_std` by the student's config, which has taken
+            both over from the teacher, so that all channels count alike. The reference does.
+
+    Returns:
+        `align_pixel`, `align_latents`, `align_low` and `align_high`, unweighted float32 scalars, and `reconstruction`,
+        the student's decoding of the teacher's latents with shape and range of `sample`, not clamped, for perceptual
+        and adversarial terms.
+    """
+    if teacher_latents.shape != student_latents.shape:
+        raise ValueError(
+            f"`teacher_latents` must have the shape {tuple(student_latents.shape)} of the student's, got "
+            f"{tuple(teacher_latents.shape)}."
+        )
+    predicted_bands = student.decode_subbands(teacher_latents)
+    predicted_bands = type(predicted_bands)(*(None if band is None else band.float() for band in predicted_bands))
+    reconstruction = student.synthesize(predicted_bands)
+    low, high = band_l1(student.analyze(sample), predicted_bands)
+    difference = student_latents.float() - teacher_latents.float()
+    if normalise:
+        std = student.config["latents_std"]
+        if std is None:
+            raise ValueError("`normalise` must be false for a student without `latents_std` in its config, got true.")
+        difference = difference / torch.tensor(std, device=difference.device).view(1, -1, 1, 1, 1)
+    return {
+        "align_pixel": F.l1_loss(reconstruction, sample.float()) * student.config["pixel_factor"],
+        "align_latents": difference.abs().mean(),
+        "align_low": low,
+        "align_high": high,
+        "reconstruction": reconstruction,
+    }
 
 
 def _declared(vae: Any, attribute: str, config_key: str) -> int | None:

@@ -26,7 +26,10 @@ WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 
 
 class LPIPS(nn.Module):
-    r"""Learned perceptual distance on VGG16 features. Frozen; no layer behaves differently in training mode.
+    """Learned perceptual distance on VGG16 features. Frozen; no layer behaves differently in training mode.
+
+    The network is written out here because the implementations of torchmetrics, lpips and piqa take VGG16 from
+    torchvision, which this package must not need. Names and results are those of torchvision's network.
 
     Args:
         state_dict: Weights under this module's own names, see `from_weights` for the files that are around;

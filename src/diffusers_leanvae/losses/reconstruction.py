@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
+Bands = tuple[torch.Tensor | None, torch.Tensor | None]  # of the image frame, and of the video after it
 NUM_LOW_CHANNELS = 3  # the lowest sub-band of an RGB clip comes first in both sub-band tensors
 
 
@@ -43,16 +44,35 @@ def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: fl
     return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-6).log().mean()
 
 
+def band_l1(target: Bands, predicted: Bands) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 distances of the lowest sub-bands and of all others, as float32 scalars, summed over image and video.
+
+    Args:
+        target: Sub-bands `(image, video)`, each `(batch_size, channels, num_frames, height, width)` with the lowest
+            one first; one of the two may be `None`.
+        predicted: Sub-bands laid out alike.
+    """
+    pairs = [(a, b) for a, b in zip(target, predicted, strict=True) if a is not None and b is not None]
+    low = high = pairs[0][0].new_zeros((), dtype=torch.float32)
+    for bands in pairs:
+        (target_low, target_high), (predicted_low, predicted_high) = (
+            x.float().tensor_split([NUM_LOW_CHANNELS], dim=1) for x in bands
+        )
+        low = low + F.l1_loss(predicted_low, target_low)
+        high = high + F.l1_loss(predicted_high, target_high)
+    return low, high
+
+
 def reconstruction_terms(
     sample: torch.Tensor,
     reconstruction: torch.Tensor,
-    target_bands: tuple[torch.Tensor, torch.Tensor | None],
-    predicted_bands: tuple[torch.Tensor, torch.Tensor | None],
+    target_bands: Bands,
+    predicted_bands: Bands,
     mean: torch.Tensor,
     logvar: torch.Tensor,
     pixel_factor: float,
 ) -> dict[str, torch.Tensor]:
-    r"""The four unweighted terms of the objective as float32 scalars.
+    """The unweighted terms of the objective as float32 scalars.
 
     Args:
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
@@ -64,14 +84,7 @@ def reconstruction_terms(
         logvar: Posterior log-variances, same shape.
         pixel_factor: The factor from `[-1, 1]` to the model's pixel range.
     """
-    l1_low = l1_high = sample.new_zeros((), dtype=torch.float32)
-    for target, predicted in zip(target_bands, predicted_bands, strict=True):
-        if target is None or predicted is None:
-            continue
-        low, high = predicted.float().tensor_split([NUM_LOW_CHANNELS], dim=1)
-        target_low, target_high = target.float().tensor_split([NUM_LOW_CHANNELS], dim=1)
-        l1_low = l1_low + F.l1_loss(low, target_low)
-        l1_high = l1_high + F.l1_loss(high, target_high)
+    l1_low, l1_high = band_l1(target_bands, predicted_bands)
     return {
         "l1_pixel": F.l1_loss(reconstruction.float(), sample.float()) * pixel_factor,
         "l1_low": l1_low,

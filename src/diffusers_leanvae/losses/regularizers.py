@@ -1,21 +1,20 @@
-"""Terms beside the plain objective: latents that are easier to model, and latents that are another model's.
+"""Terms that make latents easier to model, in addition to the plain objective.
 
-Pure functions of tensors; a model comes in as `Any`. Whatever is random is drawn once per step from a NumPy generator
-and shared by all clips, and every term is a mean over clips. So with a generator seeded by seed and step, a resumed
-run draws what it would have drawn, and two processes compute what one with twice the batch does.
+Pure functions of tensors and, where a term needs another pass, of the model. Whatever is random is drawn once per step
+from a NumPy generator and shared by all clips, and every term is a mean over clips. So with a generator seeded by seed
+and step, a resumed run draws what it would have drawn, and two processes compute what one with twice the batch does.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..models.video_autoencoder import VideoAutoencoder
 from ..models.wavelets import haar_analysis_2d, haar_analysis_3d
-from .reconstruction import NUM_LOW_CHANNELS
 
 
 # Share of latent tokens to hide, and how often: the schedule of SSVAE's published 256-pixel configuration.
@@ -128,7 +127,7 @@ def equivariance_transform(
 def local_correlation(
     latents: torch.Tensor, threshold: float = 0.75, window: tuple[int, int, int] = (2, 2, 2)
 ) -> torch.Tensor:
-    r"""How far neighbouring latents are from being correlated (SSVAE, arXiv 2512.05394); lower is better, 0 the best.
+    """Lack of correlation between neighbouring latents (SSVAE, arXiv 2512.05394); lower is better, 0 the best.
 
     Pearson's correlation over the channels, of every two positions that share a window, averaged over windows; the
     first latent frame, an image's, on its own and with the weight of all others together. Clips beyond `threshold` are
@@ -195,8 +194,8 @@ def mask_latents(latents: torch.Tensor, ratio: float, rng: np.random.Generator) 
 # ---- low-pass consistency -------------------------------------------------------------------------------------------
 
 
-def low_pass_consistency(vae: Any, sample: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    r"""How far the latents of a low-passed video are from the low-passed latents of the video; 0 the best, at most 2.
+def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Distance of the latents of a low-passed video from the low-passed latents of the video, 0 (best) to 2.
 
     LC-VAE (arXiv 2604.16479) finds that what makes latents of many channels hard for diffusion is their disordered
     high frequencies; it takes the Haar transform of the latents, drops the high sub-bands and trains the decoder to
@@ -209,7 +208,7 @@ def low_pass_consistency(vae: Any, sample: torch.Tensor, latents: torch.Tensor) 
     out of a loss on latents, gains nothing.
 
     Args:
-        vae: Anything with `encode(...).latent_dist`.
+        vae: The autoencoder in training.
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
         latents: Posterior means of `sample`, with latent height and width even. With an odd number of latent frames
             after the first, time keeps its length.
@@ -218,7 +217,7 @@ def low_pass_consistency(vae: Any, sample: torch.Tensor, latents: torch.Tensor) 
     if height % 2 or width % 2:
         raise ValueError(f"`latents` must have an even height and width, got {height} and {width}.")
     halve_time = num_later % 2 == 0
-    low = vae.encode(_lowest_band(sample, halve_time)).latent_dist.mode().float()
+    low = vae.encode(_lowest_band(sample, halve_time), return_dict=False)[0].mode().float()
     target = _lowest_band(latents, halve_time).float()
     difference, *norms = (x.square().sum(dim=(1, 2, 3, 4)) for x in (low - target, low, target))
     return (difference / (norms[0] + norms[1] + 1e-6)).mean()
@@ -231,71 +230,3 @@ def _lowest_band(x: torch.Tensor, halve_time: bool) -> torch.Tensor:
     if rest.shape[2]:
         bands.append((haar_analysis_3d(rest) / 8 if halve_time else haar_analysis_2d(rest) / 4)[:, :channels])
     return torch.cat(bands, dim=2)
-
-
-# ---- alignment to another autoencoder -------------------------------------------------------------------------------
-
-
-@dataclass
-class AlignmentWeights:
-    r"""Weights of the reference's Wan-aligned models (`4`, `4 * 0.5`, `4 * 0.05`, `4 * 0.1`); names of the terms."""
-
-    align_pixel: float = 4.0
-    align_latents: float = 2.0
-    align_low: float = 0.2
-    align_high: float = 0.4
-
-
-def alignment_terms(
-    student: Any,
-    teacher_latents: torch.Tensor,
-    student_latents: torch.Tensor,
-    sample: torch.Tensor,
-    normalise: bool,
-) -> dict[str, torch.Tensor]:
-    r"""What draws a model's latents to those of another one: the decoder takes them, the encoder makes them.
-
-    The terms of the reference's Wan-aligned models. The model's own reconstruction keeps its own terms beside these.
-
-    Args:
-        student: The LeanVAE in training.
-        teacher_latents: Un-normalised posterior means of `sample` by [`~alignment.Teacher.encode`].
-        student_latents: Those of the student, same shape.
-        sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
-        normalise: Compare latents as `(latents - latents_mean) / latents_std` by the student's config, which has taken
-            both over from the teacher, so that all channels count alike. The reference does.
-
-    Returns:
-        `align_pixel`, `align_latents`, `align_low` and `align_high`, unweighted float32 scalars, and `reconstruction`,
-        the student's decoding of the teacher's latents with shape and range of `sample`, not clamped, for perceptual
-        and adversarial terms.
-    """
-    if teacher_latents.shape != student_latents.shape:
-        raise ValueError(
-            f"`teacher_latents` must have the shape {tuple(student_latents.shape)} of the student's, got "
-            f"{tuple(teacher_latents.shape)}."
-        )
-    predicted_bands = student.decode_subbands(teacher_latents)
-    predicted_bands = type(predicted_bands)(*(None if band is None else band.float() for band in predicted_bands))
-    reconstruction = student.synthesize(predicted_bands)
-    low = high = sample.new_zeros((), dtype=torch.float32)
-    for target, predicted in zip(student.analyze(sample), predicted_bands, strict=True):
-        if target is not None and predicted is not None:
-            (target_low, target_high), (predicted_low, predicted_high) = (
-                bands.float().tensor_split([NUM_LOW_CHANNELS], dim=1) for bands in (target, predicted)
-            )
-            low = low + F.l1_loss(predicted_low, target_low)
-            high = high + F.l1_loss(predicted_high, target_high)
-    difference = student_latents.float() - teacher_latents.float()
-    if normalise:
-        std = student.config["latents_std"]
-        if std is None:
-            raise ValueError("`normalise` must be false for a student without `latents_std` in its config, got true.")
-        difference = difference / torch.tensor(std, device=difference.device).view(1, -1, 1, 1, 1)
-    return {
-        "align_pixel": F.l1_loss(reconstruction, sample.float()) * student.config.pixel_factor,
-        "align_latents": difference.abs().mean(),
-        "align_low": low,
-        "align_high": high,
-        "reconstruction": reconstruction,
-    }

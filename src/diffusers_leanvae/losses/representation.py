@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import sample_to_unit
 
 
@@ -88,12 +89,12 @@ class AutoencoderFeatures:
     They need no other weights, and know of edges and motion but not of things: expect little of them.
 
     Args:
-        vae: `AutoencoderKLLeanVAE`.
+        vae: The autoencoder that makes the latents.
     """
 
     needs_sample = False
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: VideoAutoencoder) -> None:
         if not isinstance(vae, AutoencoderKLLeanVAE):
             raise ValueError(
                 f"`representation.encoder` 'vae' needs an AutoencoderKLLeanVAE, which recovers features from its "

@@ -1,6 +1,6 @@
 """The one module that a training step calls: an autoencoder together with all its losses.
 
-Read it beside `objectives.py` (terms of the plain recipe), `perceptual.py`, `discriminator.py` and `regularizers.py`.
+The terms themselves are in `losses/`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,10 @@ import torch.nn as nn
 
 from ..checks import check_choice
 from ..losses.adversarial import DiscriminatorTrainingModule, adaptive_weight
+from ..losses.alignment import AlignmentWeights, alignment_terms
 from ..losses.perceptual import ms_ssim, reference_frames
 from ..losses.reconstruction import LossWeights, reconstruction_terms
 from ..losses.regularizers import (
-    AlignmentWeights,
-    alignment_terms,
     draw_mask_ratio,
     equivariance_transform,
     local_correlation,
