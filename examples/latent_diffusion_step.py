@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import VideoFolder, pixels_to_sample
+from diffusers_leanvae.latents import normalize_latents
 
 
 def main(model: str, folder: str, num_steps: str = "20") -> None:
@@ -25,7 +26,7 @@ def main(model: str, folder: str, num_steps: str = "20") -> None:
     for step, clips in enumerate(loader):
         with torch.no_grad():
             sample = pixels_to_sample(clips.pixels.to(device))  # (batch_size, 3, 9, 64, 64) in [-1, 1]
-            latents = vae.encode(sample).latent_dist.sample() * vae.config.scaling_factor
+            latents = normalize_latents(vae.encode(sample).latent_dist.sample(), vae.config)
         noise, t = torch.randn_like(latents), torch.rand(len(latents), 1, 1, 1, 1, device=device)
         loss = F.mse_loss(denoiser(torch.lerp(latents, noise, t)), noise - latents)
         loss.backward()

@@ -10,19 +10,20 @@ from .video_io.pixels import as_sample
 
 
 def normalize_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    r"""Latents of the autoencoder to latents for diffusion: `(latents - latents_mean) / latents_std * scaling_factor`.
+    """Normalise latents for diffusion: `(latents - latents_mean) / latents_std * scaling_factor`.
 
     Args:
         latents: `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`.
-        config: Config of the autoencoder; without `latents_mean` and `latents_std` only the factor is applied, as for
-            the released LeanVAE weights (0.7744 with 4 channels, 1.0 with 16).
+        config: Config of the autoencoder; without `latents_mean` and `latents_std` only the factor is applied. The released
+            LeanVAE weights have a factor alone (0.7744 with 4 channels, 1.0 with 16), models trained with this package
+            have mean and deviation, IV-VAE has all three.
     """
     mean, std = _statistics(latents, config)
     return (latents - mean) / std * config.scaling_factor
 
 
 def denormalize_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    r"""Invert [`normalize_latents`]."""
+    """Invert [`normalize_latents`]."""
     mean, std = _statistics(latents, config)
     return latents / config.scaling_factor * std + mean
 
