@@ -14,9 +14,9 @@ def normalize_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
 
     Args:
         latents: `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`.
-        config: Config of the autoencoder; without `latents_mean` and `latents_std` only the factor is applied. The released
-            LeanVAE weights have a factor alone (0.7744 with 4 channels, 1.0 with 16), models trained with this package
-            have mean and deviation, IV-VAE has all three.
+        config: Config of the autoencoder; without `latents_mean` and `latents_std` only the factor is applied. The
+            released LeanVAE weights have a factor alone (0.7744 with 4 channels, 1.0 with 16), models trained with
+            this package have mean and deviation, IV-VAE has all three.
     """
     mean, std = _statistics(latents, config)
     return (latents - mean) / std * config.scaling_factor
