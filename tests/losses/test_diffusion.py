@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_leanvae.conversion.latte import config_from_original, from_original, to_original
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
-from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers_leanvae.training.train_vae import VAETrainingModule
 from safetensors import safe_open
 
 from diffusers_leanvae.conversion.leanvae import from_original
 from diffusers_leanvae.losses.reconstruction import LossWeights, kl_divergence, log_mse, reconstruction_terms
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.autoencoder_module import VAETrainingModule
 
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"

@@ -106,7 +106,7 @@ def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
     assert not any(Path(entry).is_absolute() for entry in (recipe.data.train, recipe.output))
     with torch.device("meta" if recipe.init in ("spec", "pca") else "cpu"):  # shapes only
         vae = train_vae.build_vae(recipe)
-        discriminators = train_vae.build_discriminators(recipe, vae)
+        discriminators = train_vae.build_discriminators(recipe.adversarial, vae.in_channels, count=2)
     train_vae.check_sizes(recipe, vae, discriminators)
     ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     for num_frames, *sides in recipe.data.clip_sizes:
@@ -186,7 +186,7 @@ def test_learning_rate_warms_up_and_comes_down():
 
 
 def recipe_with(**changes: Any) -> train_vae.Recipe:
-    data = train_vae.DataRecipe("clips")
+    data = train_vae.DataRecipe(train="clips")
     return train_vae.Recipe(**{"data": data, "output": "runs/x", **changes})
 
 

@@ -25,7 +25,7 @@ from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
 from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.diffusion_module import LatentDiffusionTrainingModule, draw_step, drop_labels
+from diffusers_leanvae.trainer.draws import draw_step, drop_labels
 from diffusers_leanvae.trainer.recipe import load_recipe
 from diffusers_leanvae.video_io import probe_video
 
@@ -381,7 +381,7 @@ def test_representation_head_reaches_the_first_blocks_alone():
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     head = train_lvdm.RepresentationHead(16, 6, after_block=2, hidden_dim=8, weight=0.5)
-    module = LatentDiffusionTrainingModule(transformer, train_lvdm.EpsilonObjective(), head)
+    module = train_lvdm.LatentDiffusionTrainingModule(transformer, train_lvdm.EpsilonObjective(), head)
     latents, noise = torch.randn(2, 2, 4, 2, 4, 4)
     timesteps, features = torch.tensor([10, 700]), torch.randn(2, 2, 2, 2, 6)
     plain = module(latents, noise, timesteps)
@@ -433,13 +433,13 @@ def test_a_vision_transformer_takes_part_in_training(vae_folder: Path, tmp_path:
 
 
 def test_steps_that_are_not_finite_are_skipped(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    forward, count = LatentDiffusionTrainingModule.forward, iter(range(1000))
+    forward, count = train_lvdm.LatentDiffusionTrainingModule.forward, iter(range(1000))
 
     def poisoned(self, *args):
         output = forward(self, *args)
         return output._replace(loss=output.loss * float("inf")) if next(count) == 1 else output
 
-    monkeypatch.setattr(LatentDiffusionTrainingModule, "forward", poisoned)
+    monkeypatch.setattr(train_lvdm.LatentDiffusionTrainingModule, "forward", poisoned)
     train(vae_folder, tmp_path, *PLAIN, "save_every=1", "keep_checkpoints=3")
     log = read_json_lines(tmp_path / "log.jsonl")
     assert [record["num_skipped"] for record in log] == [0, 1, 1]

@@ -20,7 +20,6 @@ from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_ce
 from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.losses.reconstruction import LossWeights
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.autoencoder_module import VAETrainingModule
 from diffusers_leanvae.video_io import probe_video
 
 
@@ -419,7 +418,7 @@ def test_lpips_joins_from_a_file_of_weights(clips: Path, tmp_path: Path):
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], only_loss: bool = False) -> None:
     """Make the loss of the given calls of the training module infinite, with gradients that are not, or are."""
-    forward, count = VAETrainingModule.forward, iter(range(1000))
+    forward, count = train_vae.VAETrainingModule.forward, iter(range(1000))
 
     def poisoned(self, *args):
         output = forward(self, *args)
@@ -427,7 +426,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], only_loss: bool = F
             return output
         return output._replace(loss=output.loss + float("inf") if only_loss else output.loss * float("inf"))
 
-    monkeypatch.setattr(VAETrainingModule, "forward", poisoned)
+    monkeypatch.setattr(train_vae.VAETrainingModule, "forward", poisoned)
 
 
 def scale_losses_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Losses of the plain recipe as pure functions of tensors; `trainer/autoencoder_module.py` puts all losses together.
+"""Losses of the plain recipe as pure functions of tensors; `training/train_vae.py` puts all losses together.
 
 Terms are unweighted and in float32. Pixel and sub-band terms are measured in the model's own pixel range
 (`sample * pixel_factor`), so that the published weights keep their meaning for every `pixel_factor`.

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,14 +55,21 @@ def freeze_encoder(vae: AutoencoderKLLeanVAE) -> None:
             parameter.requires_grad_(False)
 
 
-def add_lora(vae: AutoencoderKLLeanVAE, rank: int, alpha: float, targets: Sequence[str]) -> Any:
-    r"""Freeze a model and put low-rank adapters (arXiv 2106.09685) beside its linear layers, in place.
+@dataclass
+class LoraRecipe:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the adapters' output is scaled by `alpha / rank`
+    targets: list[str] = field(default_factory=lambda: ["up_proj", "down_proj"])  # ends of the layers' names
+
+
+def add_lora(vae: AutoencoderKLLeanVAE, recipe: LoraRecipe) -> Any:
+    """Freeze a model and put low-rank adapters beside its linear layers, in place.
 
     Args:
-        vae: The model; it goes on to work by itself, adapters included.
-        rank: Rank of the adapters.
-        alpha: The adapters' output is scaled by `alpha / rank`.
-        targets: Linear layers to adapt, by the ends of their names.
+        vae: The model; it still works by itself, adapters included.
+        recipe: The adapters.
 
     Returns:
         The `peft.PeftModel` around `vae`, which saves and merges the adapters.
@@ -73,6 +80,7 @@ def add_lora(vae: AutoencoderKLLeanVAE, rank: int, alpha: float, targets: Sequen
         raise ImportError('`tune: lora` needs peft: pip install "diffusers-leanvae[lora]"') from error
     try:
         model: Any = vae  # peft asks for a model of transformers, and takes any module
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.targets)  # pyright: ignore[reportArgumentType]
+        return get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"`lora` must fit the model, got {list(targets)} of rank {rank}: {error}") from error
+        raise ValueError(f"`lora` must fit the model, got {recipe.targets} of rank {recipe.rank}: {error}") from error

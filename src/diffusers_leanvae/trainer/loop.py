@@ -1,19 +1,302 @@
-"""What the loops of all training scripts share: the optimizer of a recipe, means over processes, trackers."""
+"""The frame around the loop of a training script: start, resume, log, save and stop. The step stays in the script.
 
+run = TrainingRun(recipe, "leanvae")
+...                                                  # data, and models prepared by `run.accelerator`
+run.resume(dataset, ema, [optimizer])
+batches = run.load(dataset, batch_sampler)
+for step in run.steps():
+    for _ in run.parts(module):
+        with run.loading():
+            batch = next(batches)
+        loss, terms = module(batch)
+        run.backward(loss)
+    norm = clip_grad_norm_(parameters, max_norm)
+    if run.is_finite(norm):
+        optimizer.step()
+        ema.step(parameters)
+    run.finish({"loss": loss.detach(), "grad_norm": norm} | terms)
+    if run.is_due(recipe.save_every):
+        run.save()
+with run.export("model") as folder:
+    ...
+run.close()
+"""
+
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from .recipe import OptimizerRecipe
+from ..atomic import replace_folder
+from ..data.datasets import ClipDataset
+from ..data.latent_samples import LatentData
+from ..data.schedule import Share, StepBatches
+from ..hub import upload_folder
+from .checkpoints import (
+    Progress,
+    append_json,
+    find_checkpoint,
+    forget_after,
+    load_data_state,
+    remove_leftovers,
+    save_checkpoint,
+)
+from .model_card import describe_recipe
+from .recipe import OptimizerRecipe, RunRecipe, save_recipe
 from .whitened_muon import WhitenedMuon
+
+
+class TrainingRun:
+    """One run of a training script, in each of its processes.
+
+    Args:
+        recipe: What the run was asked for; `recipe.output` is its folder.
+        name: The run's name for trackers.
+        find_unused_parameters: Whether some steps leave parameters without a gradient; as of
+            `torch.nn.parallel.DistributedDataParallel`.
+
+    Attributes:
+        accelerator: Prepares models and optimizers.
+        device, is_main: This process.
+        share: What this process draws of every step.
+        say: Print a line, in the main process alone.
+        checkpoint: The folder that the run resumes from, or `None` for a new run.
+        progress: Counters of the run, which checkpoints keep.
+        loss: Mean of the losses given to `backward` in this step, of this process; without a gradient.
+        num_bad_videos: Unusable videos met in this step by this process, for the script to count.
+    """
+
+    def __init__(self, recipe: RunRecipe, name: str, find_unused_parameters: bool = False) -> None:
+        self._started = time.monotonic()
+        self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
+        if recipe.num_threads is not None:
+            torch.set_num_threads(recipe.num_threads)
+        torch.set_float32_matmul_precision("high")
+        check_trackers(recipe.trackers)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision or "no",
+            log_with=list(recipe.trackers) or None,
+            project_dir=self.output,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.share = Share(
+            self.accelerator.process_index, self.accelerator.num_processes, recipe.num_accumulation_steps
+        )
+        if recipe.mixed_precision and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.say("warning: this CPU has no bfloat16 arithmetic, `mixed_precision=null` is many times faster")
+        set_seed(recipe.seed)
+        self._checkpoints = self.output / "checkpoints"
+        self.checkpoint = find_checkpoint(self._checkpoints, recipe.resume)
+        self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
+        self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
+        self._step_started = self._data_seconds = self._learning_rate = 0.0
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+    # --- Start -------------------------------------------------------------------------------------------------------
+
+    def resume(
+        self, dataset: ClipDataset | LatentData, ema: EMAModel, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        """Take up the checkpoint, if there is one, and open the logs; once all models are prepared.
+
+        Args:
+            dataset: The training data, whose position checkpoints keep.
+            ema: The averaged weights.
+            optimizers: Prepared here, for checkpoints and fp16; steps are taken on the optimizers themselves. The
+                first follows the learning rate of the recipe.
+        """
+        self._dataset, self._optimizers = dataset, optimizers
+        for optimizer in optimizers:
+            self.accelerator.prepare(optimizer)
+        self.accelerator.register_for_checkpointing(ema, self.progress)
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            ema.to(self.device)
+            dataset.load_state_dict(load_data_state(self.checkpoint, self.share.rank))
+            self.say(f"resumed from {self.checkpoint}")
+        if self.is_main:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._checkpoints)
+            save_recipe(self.recipe, self.output / "recipe.yaml")
+            for name in ("log.jsonl", "validation.jsonl"):
+                forget_after(self.output / name, self.progress.step if self.checkpoint is not None else -1)
+        if self.recipe.trackers:
+            self.accelerator.init_trackers(self.name, config=describe_recipe(self.recipe))
+        self.accelerator.wait_for_everyone()
+
+    def load(
+        self, batch_sampler: StepBatches, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
+    ) -> Iterator[Any]:
+        """Iterate over the batches of the data, pinned for a GPU; arguments as of `torch.utils.data.DataLoader`."""
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_sampler=batch_sampler,
+                num_workers=num_workers,
+                collate_fn=collate_fn,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    # --- Steps -------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of each step that is left, with the learning rate set; stop early when time is over."""
+        recipe, progress = self.recipe, self.progress
+        self._bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not self.is_main, mininterval=1.0)
+        while progress.step < recipe.num_steps and not self._is_out_of_time:
+            self._step_started, self._data_seconds = time.monotonic(), 0.0
+            self.loss, self.num_bad_videos = torch.zeros((), device=self.device), 0
+            self._learning_rate = recipe.optimizer.learning_rate_at(progress.step, recipe.num_steps)
+            for group in self._optimizers[0].param_groups:
+                group["lr"] = self._learning_rate * group.get("lr_factor", 1.0)
+            yield progress.step
+        if self._is_out_of_time:
+            self.say(f"stopped at step {progress.step} of {recipe.num_steps}: {self._minutes:.1f} minutes are over")
+        self._bar.close()
+
+    def parts(self, *modules: torch.nn.Module) -> Iterator[int]:
+        """Yield the number of each accumulation step; when they are done, gradients are complete and unscaled.
+
+        Gradients of the prepared `modules` are synchronised between processes with the last part only.
+        """
+        for part in range(self.recipe.num_accumulation_steps):
+            with contextlib.ExitStack() as stack:
+                if part < self.recipe.num_accumulation_steps - 1:
+                    for module in modules:
+                        stack.enter_context(self.accelerator.no_sync(module))
+                yield part
+        self.accelerator.unscale_gradients()  # fp16
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Count the time of the block as time spent on data."""
+        started = time.monotonic()
+        yield
+        self._data_seconds += time.monotonic() - started
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of the loss of one part."""
+        self.accelerator.backward(loss / self.recipe.num_accumulation_steps)
+        self.loss += loss.detach() / self.recipe.num_accumulation_steps
+
+    def is_finite(self, *grad_norms: torch.Tensor) -> bool:
+        """Return whether the step's loss and gradients are finite in all processes, once in every step.
+
+        Averages are the same in all processes, so all skip the same steps and leave the loop at the same one.
+        """
+        self._minutes, mean_bad_videos, *values = average(
+            self.accelerator, [self._minutes_since_start, self.num_bad_videos, self.loss, *grad_norms]
+        )
+        self.progress.num_bad_videos += round(mean_bad_videos * self.share.world_size)
+        self._is_out_of_time = self.recipe.max_minutes is not None and self._minutes >= self.recipe.max_minutes
+        self._is_finite = all(map(math.isfinite, values))
+        return self._is_finite
+
+    def finish(self, terms: Mapping[str, torch.Tensor | float]) -> None:
+        """Close a step: forget its gradients, count it, and log the means of `terms` where the recipe says so.
+
+        Raises:
+            RuntimeError: If too many steps in a row had no finite loss and gradient.
+        """
+        recipe, progress = self.recipe, self.progress
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # fp16: a smaller scale after gradients that were not finite
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        progress.step += 1
+        progress.num_skipped += not self._is_finite
+        progress.num_skipped_in_a_row = 0 if self._is_finite else progress.num_skipped_in_a_row + 1
+        if self._is_finite:
+            seconds = time.monotonic() - self._step_started
+            times = {"seconds_per_step": seconds, "data_seconds_per_step": self._data_seconds}
+            self._means.update({**terms, **times})
+        self._bar.update()
+        if self.is_due(recipe.log_every):
+            record = {"step": progress.step, "lr": self._learning_rate, "num_skipped": progress.num_skipped}
+            record |= {"num_bad_videos": progress.num_bad_videos} | self._means.read(self.accelerator)
+            if self.is_main:
+                append_json(self.output / "log.jsonl", record)
+                self.accelerator.log(record, step=progress.step)
+                self._bar.set_postfix(loss=record.get("loss"), refresh=False)
+        if progress.num_skipped_in_a_row >= recipe.max_skipped_steps:
+            raise RuntimeError(
+                f"Stopped: the {recipe.max_skipped_steps} newest steps had no finite loss and gradient."
+            )
+
+    def is_due(self, every: int) -> bool:
+        """Return whether something that happens every so many steps, and after the last one, happens now."""
+        is_over = self._is_out_of_time or self.progress.step == self.recipe.num_steps
+        return is_over or self.progress.step % every == 0
+
+    def log_validation(self, figures: dict[str, Any]) -> None:
+        """Write figures to `validation.jsonl`, and the numbers among them to the trackers; in the main process."""
+        step = self.progress.step
+        append_json(self.output / "validation.jsonl", {"step": step} | figures)
+        means = {name: value for name, value in figures.items() if isinstance(value, float)}
+        self.accelerator.log({f"validation/{name}": value for name, value in means.items()}, step=step)
+
+    def save(self) -> None:
+        """Write a checkpoint; every process calls."""
+        step = self.progress.step
+        data_state = self._dataset.state_dict(step)
+        save_checkpoint(self.accelerator, self._checkpoints, step, self.recipe.keep_checkpoints, data_state)
+
+    # --- End ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def export(self, name: str) -> Iterator[Path]:
+        """Fill the folder `name` of the output, which then goes to the Hub if asked for; in the main process."""
+        target = self.output / name
+        with replace_folder(target) as folder:
+            yield folder
+        self.say(f"saved {target}")
+        if self.recipe.push_to_hub is not None:
+            upload_folder(target, self.recipe.push_to_hub)
+            self.say(f"uploaded to {self.recipe.push_to_hub}")
+
+    def summarize(self) -> dict[str, Any]:
+        """Tell a model card of the run: counters, minutes since the start, newest records of both logs (or `None`)."""
+        summary = asdict(self.progress) | {"minutes": self._minutes_since_start}
+        for name in ("log", "validation"):
+            path = self.output / f"{name}.jsonl"
+            summary[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
+        return summary
+
+    def close(self) -> None:
+        """Wait for all processes, then close data and trackers."""
+        self._dataset.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    @property
+    def _minutes_since_start(self) -> float:
+        return (time.monotonic() - self._started) / 60
+
+
+# --- What a run is made of -------------------------------------------------------------------------------------------
 
 
 def build_optimizer(
     recipe: OptimizerRecipe, module: torch.nn.Module, adamw_layers: Sequence[str] = ()
 ) -> torch.optim.Optimizer:
-    """The optimizer of whatever requires a gradient in a module; `adamw_layers` as of `WhitenedMuon`."""
+    """Build the optimizer of whatever requires a gradient in a module; `adamw_layers` as of `WhitenedMuon`."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     common: dict[str, Any] = {
         "lr": recipe.learning_rate,
@@ -33,8 +316,8 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, fused=True, **common)
 
 
-def average(accelerator: Any, values: Sequence[torch.Tensor | float]) -> list[float]:
-    """The mean of each value over the processes of an `accelerate.Accelerator`."""
+def average(accelerator: Accelerator, values: Sequence[torch.Tensor | float]) -> list[float]:
+    """Average each value over all processes."""
     tensors = [torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values]
     reduced: Any = accelerator.reduce(torch.stack(tensors), reduction="mean")
     return reduced.tolist()
@@ -46,12 +329,12 @@ class RunningMeans:
     def __init__(self) -> None:
         self.sums: dict[str, tuple[torch.Tensor | float, int]] = {}
 
-    def update(self, values: dict[str, torch.Tensor | float]) -> None:
+    def update(self, values: Mapping[str, torch.Tensor | float]) -> None:
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, count + 1)
 
-    def read(self, accelerator: Any) -> dict[str, float]:
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
         names, sums = list(self.sums), list(self.sums.values())
         self.sums = {}
         if not names:

@@ -1,11 +1,12 @@
 """Training recipes: a YAML file becomes a dataclass; what the dataclass does not know is an error.
 
-A script owns its dataclasses, but for the section on the optimizer that all share; this file fills and saves them:
+A script owns its dataclasses, but for what every run has (`RunRecipe`); this file fills and saves them:
 
     recipe = load_recipe(Recipe, "training/configs/smoke.yaml", ["num_steps=10", "data.train=clips"])
     save_recipe(recipe, "runs/smoke/recipe.yaml")
 """
 
+import argparse
 import dataclasses
 import math
 import types
@@ -49,6 +50,58 @@ class OptimizerRecipe:
         progress = min(1.0, (step - self.num_warmup_steps) / max(1, last - self.num_warmup_steps))
         span = self.learning_rate - self.final_learning_rate
         return self.final_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunRecipe:
+    """The keys that every run has, whatever it trains; the recipe of a script derives from this and adds its own."""
+
+    output: str  # the folder of the run
+    seed: int = 0
+    batch_size: int  # per optimizer step, over all processes and accumulation steps
+    num_accumulation_steps: int = 1
+    num_steps: int = 1000
+    max_minutes: float | None = None  # stop early, with a checkpoint and the model as it is
+    mixed_precision: Literal["bf16", "fp16"] | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    num_threads: int | None = None  # CPU threads of each process
+    optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
+    ema_decay: float  # approached as (1 + step) / (10 + step), so that short runs average over a tenth
+    max_skipped_steps: int = 20  # give up after so many steps in a row without a finite loss and gradient
+    log_every: int
+    # Trackers get what log.jsonl gets.
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = dataclasses.field(default_factory=list)
+    save_every: int
+    keep_checkpoints: int = 2
+    resume: str | None = "latest"  # "latest": the newest in `output`, if any | a checkpoint folder | null
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the model that is exported
+    push_to_hub: str | None = None  # user/name: upload what is exported at the end
+
+    def __post_init__(self) -> None:
+        names = ("batch_size", "num_accumulation_steps", "num_steps", "log_every", "save_every", "keep_checkpoints")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.compile and self.optimizer.name == "muon":
+            raise ValueError(
+                "`compile` must be false with `optimizer.name: muon`, which watches the layers, got true."
+            )
+
+
+def parse_recipe(recipe_class: type[Recipe], description: str | None, arguments: Sequence[str] | None) -> Recipe:
+    """Read the recipe that a command line names: a YAML file, then any number of `key=value`.
+
+    Args:
+        recipe_class: As of `load_recipe`.
+        description: The text of `--help`.
+        arguments: The command line; `None` for that of the process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one entry of the recipe")
+    options = parser.parse_args(arguments)
+    return load_recipe(recipe_class, options.recipe, options.overrides)
 
 
 def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -115,6 +168,8 @@ def _fill(recipe_class: type[Recipe], tree: Any, prefix: str) -> Recipe:
     for name, field in fields.items():
         if name in tree:
             values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
+        elif isinstance(field.default, tuple):  # as what the resolved copy of the recipe will be read back to
+            values[name] = _to_lists(field.default)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"The recipe must set `{prefix}{name}`.")
     return recipe_class(**values)
@@ -129,12 +184,15 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (expected,) = [argument for argument in arguments if argument is not type(None)]
-        return _convert(expected, value, key)
+        # Of several types, a list is for the one that is a list, and anything else for the other.
+        choices = [argument for argument in arguments if argument is not type(None)]
+        if len(choices) > 1:
+            choices = [choice for choice in choices if _is_list(choice) == isinstance(value, list)]
+        return _convert(choices[0], value, key)
     if origin is typing.Literal:
         check_choice(key, value, arguments)
         return value
-    if origin is list and isinstance(value, list):
+    if _is_list(expected) and isinstance(value, list):
         return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return value
@@ -148,7 +206,16 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
     if origin is None and type(value) is expected:
         return value
     wanted = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
+    wanted = wanted.replace("collections.abc.Sequence", "list")
     raise ValueError(f"`{key}` must be of type {wanted}, got {value!r}.")
+
+
+def _to_lists(value: Any) -> Any:
+    return [_to_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _is_list(expected: Any) -> bool:
+    return typing.get_origin(expected) in (list, Sequence)
 
 
 def _import_yaml() -> Any:

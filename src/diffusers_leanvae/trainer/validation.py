@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..data.datasets import read_center_clip
+from ..data.schedule import ALONE, Share
 from ..evaluation.reconstruction import score_clip
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoReader, list_videos, write_video
@@ -33,16 +34,15 @@ class ValidationScore(NamedTuple):
 
 
 def load_validation_clips(
-    folder: str | Path | None, num_frames: int, size: int, rank: int = 0, world_size: int = 1
+    folder: str | Path | None, num_frames: int, size: int, share: Share = ALONE
 ) -> list[ValidationClip]:
-    """The clips of a process: of every video below `folder` the first frames, short side `size`, centre crop.
+    """Load the clips of a process: of every video below `folder` the first frames, short side `size`, centre crop.
 
     Args:
         folder: Searched recursively; `None` for no validation.
         num_frames: Frames of a clip.
         size: Height and width of a clip.
-        rank: This process, which takes every `world_size`-th video.
-        world_size: Number of processes.
+        share: This process, which takes every `world_size`-th video.
     """
     if folder is None:
         return []
@@ -50,7 +50,7 @@ def load_validation_clips(
     if not paths:
         raise ValueError(f"`validation.folder` must hold at least one video, got none in {str(folder)!r}.")
     clips = []
-    for path in paths[rank::world_size]:
+    for path in paths[share.rank :: share.world_size]:
         with VideoReader(path) as video:
             sample = read_center_clip(video, num_frames, size)
             clips.append(ValidationClip(path.relative_to(folder).as_posix(), sample, video.info.fps))

@@ -1,8 +1,11 @@
-"""The module of all losses: what each switch adds, against the functions that compute it."""
+"""The step of `train_vae.py`: what each switch adds to the loss, against the functions that compute it."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers_leanvae.training.train_vae import VAETrainingModule
 from torch import nn
 
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d
@@ -10,7 +13,8 @@ from diffusers_leanvae.losses.perceptual import reference_frames
 from diffusers_leanvae.losses.reconstruction import LossWeights, reconstruction_terms
 from diffusers_leanvae.losses.regularizers import equivariance_transform, local_correlation, low_pass_consistency
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.autoencoder_module import Regularization, VAETrainingModule
+from diffusers_leanvae.trainer.autoencoder_terms import PerceptualTerms, Regularization
+from diffusers_leanvae.trainer.discriminators import AdversarialRecipe
 
 
 @pytest.fixture
@@ -32,12 +36,12 @@ def judge(seed: int = 0) -> DiscriminatorTrainingModule:
 
 
 def test_plain_weights_give_plain_terms(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
-    loss, terms, pairs = VAETrainingModule(vae)(sample)
+    loss, terms, judged = VAETrainingModule(vae)(sample)
     assert set(terms) == {"l1_pixel", "l1_low", "l1_high", "kl", "log_mse"}
     weights = LossWeights()
     expected = sum(getattr(weights, name) * term for name, term in terms.items())
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
-    ((real, fake),) = pairs
+    ((real, fake),) = judged
     assert real is sample and not fake.requires_grad
     torch.testing.assert_close(fake, vae(sample).sample.detach(), rtol=0, atol=1e-6)
 
@@ -65,7 +69,7 @@ def test_equivariance_comes_in_its_share_of_the_steps(vae: AutoencoderKLLeanVAE)
     module = VAETrainingModule(vae, regularization=Regularization(equivariance_probability=0.25))
     clip = torch.rand(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = [module(clip, seed=(0, step)).pairs[0][0] is clip for step in range(100)]
+        plain = [module(clip, seed=(0, step)).judged[0].real is clip for step in range(100)]
     assert plain.count(False) == pytest.approx(25, abs=13)  # three standard deviations
 
 
@@ -107,8 +111,8 @@ class FrameDistance(nn.Module):
 def test_perceptual_terms_look_at_the_frames_of_the_recipe(
     frames: str, count: int, vae: AutoencoderKLLeanVAE, sample: torch.Tensor
 ):
-    distance = FrameDistance()
-    module = VAETrainingModule(vae, LossWeights(lpips=4.0), lpips=distance, perceptual_frames=frames)
+    distance, weights = FrameDistance(), LossWeights(lpips=4.0)
+    module = VAETrainingModule(vae, weights, perceptual=PerceptualTerms(weights, distance, frames))
     loss, terms, _ = module(sample, seed=(7,))
     index = reference_frames(9, np.random.default_rng([7, 2])) if frames == "reference" else range(9)
     expected = torch.stack([sample[clip, :, i] for clip in range(2) for i in index])
@@ -119,10 +123,10 @@ def test_perceptual_terms_look_at_the_frames_of_the_recipe(
 
 
 def test_adversarial_terms_reach_the_model_alone(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
-    module, discriminator = VAETrainingModule(vae, adversarial_weight=0.5), judge()
+    module, discriminator = VAETrainingModule(vae, adversarial=AdversarialRecipe(weight=0.5)), judge()
     before = {name: value.clone() for name, value in discriminator.state_dict().items()}
     plain = module(sample).loss
-    loss, terms, pairs = module(sample, discriminators=[discriminator])
+    loss, terms, _ = module(sample, discriminators=[discriminator])
     torch.testing.assert_close(loss - plain, 0.5 * terms["adversarial"], rtol=1e-4, atol=0)
     loss.backward()
     assert all(parameter.grad is None for parameter in discriminator.parameters())
@@ -136,7 +140,8 @@ def test_the_adaptive_weight_levels_the_gradients_of_the_last_layers(vae: Autoen
     assert len(last) == 8
 
     def gradient(judges: list, is_adaptive: bool = False) -> torch.Tensor:
-        module = VAETrainingModule(vae, weights, adversarial_weight=1.0, is_adaptive=is_adaptive)
+        adversarial = AdversarialRecipe(weight=1.0, is_adaptive=is_adaptive)
+        module = VAETrainingModule(vae, weights, adversarial=adversarial)
         return torch.cat([g.flatten() for g in torch.autograd.grad(module(sample, discriminators=judges).loss, last)])
 
     reconstruction = gradient([])
@@ -149,25 +154,21 @@ def test_the_adaptive_weight_levels_the_gradients_of_the_last_layers(vae: Autoen
 
 def test_a_teacher_adds_its_terms_and_a_second_pair(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
     latents = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
-    module = VAETrainingModule(vae, LossWeights(ms_ssim=1.0), adversarial_weight=0.5)
+    module = VAETrainingModule(vae, LossWeights(ms_ssim=1.0), adversarial=AdversarialRecipe(weight=0.5))
     judges = [judge(0), judge(1)]
     plain = module(sample, discriminators=judges[:1])
-    loss, terms, pairs = module(sample, teacher_latents=latents, discriminators=judges)
+    loss, terms, judged = module(sample, teacher_latents=latents, discriminators=judges)
     mean = vae.encode(sample).latent_dist.mean
     torch.testing.assert_close(terms["align_latents"], (mean - latents).abs().mean().detach(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(pairs[1][1], vae.decode(latents).sample.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(judged[1].fake, vae.decode(latents).sample.detach(), rtol=0, atol=1e-6)
     weights = {"align_pixel": 4, "align_latents": 2, "align_low": 0.2, "align_high": 0.4, "align_ms_ssim": 1}
     added = sum(weight * terms[name] for name, weight in (weights | {"align_adversarial": 0.5}).items())
     torch.testing.assert_close(loss - plain.loss, added, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"weights": LossWeights(lpips=1.0)}, "`lpips` must be given"),
-        ({"perceptual_frames": "none"}, "`perceptual_frames` must be one of 'reference', 'all', got 'none'"),
-    ],
-)
-def test_what_is_missing_is_named(arguments: dict, message: str, vae: AutoencoderKLLeanVAE):
-    with pytest.raises(ValueError, match=message):
-        VAETrainingModule(vae, **arguments)
+def test_what_is_missing_is_named(vae: AutoencoderKLLeanVAE):
+    with pytest.raises(ValueError, match="`lpips` must be given"):
+        VAETrainingModule(vae, LossWeights(lpips=1.0))
+    frames: Any = "none"
+    with pytest.raises(ValueError, match="`frames` must be .*'reference'.*'all'.*, got 'none'"):
+        PerceptualTerms(LossWeights(), frames=frames)

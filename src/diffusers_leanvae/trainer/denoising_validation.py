@@ -1,0 +1,96 @@
+"""Validation of latent diffusion in training: losses of held-out latents at fixed noise levels, generated videos."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..data.latent_samples import LatentBatch
+from ..losses.diffusion import EpsilonObjective, FlowMatchingObjective
+from ..models.transformer_latte import LeanVAELatteTransformer3DModel
+from ..video_io import write_video
+from ..video_io.pixels import unit_to_pixels, video_grid
+from .draws import draw_step
+
+
+@torch.no_grad()
+def measure_losses(
+    transformer: LeanVAELatteTransformer3DModel,
+    objective: EpsilonObjective | FlowMatchingObjective,
+    batches: Iterable[LatentBatch],
+    noise_levels: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
+    """Average the loss terms of held-out items, each with one noise of its own at every noise level.
+
+    Args:
+        transformer: The denoiser.
+        objective: Its objective.
+        batches: Those of this process, with normalised latents as `videos`.
+        noise_levels: Shares of the schedule, from 0 to 1.
+        seed: Of the run; noise follows from it and from an item's number.
+
+    Returns:
+        The mean of every term over levels and the items of all processes, and the loss at each level as `levels`.
+    """
+    sums: list[dict[str, Any]] = []
+    for batch in batches:
+        latents = batch.videos
+        noise = draw_step(batch.index.tolist(), latents.shape[1:], seed, stream=11, device=latents.device).noise
+        labels = None if batch.class_labels is None else batch.class_labels.to(latents.device)
+        for level in noise_levels:
+            timesteps = objective.timesteps_at(torch.full((len(latents),), level, device=latents.device))
+            noisy = objective.add_noise(latents, noise, timesteps)
+            output = transformer(noisy, timesteps, labels, return_dict=False)[0]
+            terms = objective.loss(output, latents, noise, timesteps)
+            sums.append({"level": level, "count": len(latents)} | {name: x.sum().item() for name, x in terms.items()})
+    sums = gather_object(sums)
+    count = sum(record["count"] for record in sums)
+    names = [name for name in sums[0] if name not in ("level", "count")]
+    levels = {}
+    for level in noise_levels:
+        rows = [record for record in sums if record["level"] == level]
+        levels[str(level)] = sum(row["loss"] for row in rows) / sum(row["count"] for row in rows)
+    return {name: sum(record[name] for record in sums) / count for name in names} | {"levels": levels}
+
+
+def write_samples(
+    pipeline: Any, path: Path, num_samples: int, num_classes: int | None, batch_size: int, fps: int, **options: Any
+) -> None:
+    """Generate videos, each from a noise of its own that stays the same all over training, and write their grid.
+
+    Args:
+        pipeline: A `LeanVAELattePipeline`.
+        path: The video file; missing folders are made.
+        num_samples: Number of videos.
+        num_classes: Number of classes, of which the videos have some in turn; `None` without classes.
+        batch_size: So many videos are generated at a time.
+        fps: Frames per second of the file.
+        options: Further arguments of the pipeline.
+    """
+    labels = sample_labels(num_samples, num_classes)
+    videos = []
+    for start in range(0, num_samples, batch_size):
+        numbers = range(start, min(start + batch_size, num_samples))
+        frames = pipeline(
+            None if labels is None else labels[start : start + batch_size],
+            num_videos_per_prompt=len(numbers) if labels is None else 1,
+            generator=[torch.Generator().manual_seed(number) for number in numbers],
+            output_type="pt",
+            **options,
+        ).frames
+        videos.append(frames.float().cpu())
+    pixels = unit_to_pixels(torch.cat(videos).permute(0, 1, 3, 4, 2))  # (n, T, H, W, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, video_grid(pixels), fps=fps)
+
+
+def sample_labels(num_samples: int, num_classes: int | None) -> list[int] | None:
+    """Take classes in turn, or spread evenly where there are more classes than samples."""
+    if num_classes is None:
+        return None
+    if num_samples >= num_classes:
+        return [number % num_classes for number in range(num_samples)]
+    return [number * num_classes // num_samples for number in range(num_samples)]
