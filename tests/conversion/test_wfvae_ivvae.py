@@ -191,4 +191,4 @@ def test_reconstruct_command(tmp_path: Path, family: str):
     result = CliRunner().invoke(app, [*arguments, "--max-memory", "2GiB"])
     assert result.exit_code == 1 and "`max_memory` needs an `AutoencoderKLLeanVAE`" in result.output
     result = CliRunner().invoke(app, [*arguments, "--fuse"])
-    assert result.exit_code == 1 and "`--fuse` needs a LeanVAE" in result.output
+    assert result.exit_code == 1 and "`fuse` needs an `AutoencoderKLLeanVAE`" in result.output

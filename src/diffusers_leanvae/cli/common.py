@@ -128,7 +128,6 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
 def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> Any:
     """Load the autoencoder of a `--model` option, ready for inference."""
     from ..loading import load_autoencoder
-    from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
     torch_device, torch_dtype = place(device, dtype)
     try:
@@ -137,8 +136,6 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool 
         raise ValueError(f"`--model` {name!r} cannot be loaded: {one_line(error)}") from None
     vae = vae.to(torch_device).eval()
     if fuse:
-        if not isinstance(vae, AutoencoderKLLeanVAE):
-            raise ValueError(f"`--fuse` needs a LeanVAE, got `--model` {name!r}, an {type(vae).__name__}.")
         vae.fuse()
     return vae
 

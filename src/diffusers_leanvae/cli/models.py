@@ -1,6 +1,7 @@
 """Files of models: `convert`, `info`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,8 @@ import typer
 
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, parse_dtype
-from .common import DTYPE_NAMES, load_model
+from .common import DTYPE_NAMES, one_line
+from .description import FAMILIES, describe
 
 
 def convert(
@@ -76,39 +78,38 @@ def convert(
 
 def info(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Video, image, latents file, model folder or checkpoint.")
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help=f"Video, image, latents of `encode` or `encode-dataset`, model folder, pipeline folder, original "
+            f"checkpoint, Hub id, or the name of a bundled one ({', '.join((*bundled.MODELS, *bundled.PIPELINES))}).",
+        ),
     ],
 ) -> None:
     """Print what a file or model is, as JSON."""
-    from ..inference.latents_file import open_latents
-    from ..video_io import probe_video
-    from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-
-    suffix = Path(path).suffix.lower()
-    if Path(path).is_file() and suffix in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
-        described: dict[str, Any] = {"kind": "video", **vars(probe_video(path))}
-    elif Path(path).is_file() and suffix == ".safetensors" and _is_latents(path):
-        with open_latents(path) as (latents, latents_info):
-            shape, kind = list(latents.get_shape()), str(latents.get_dtype())
-        described = {"kind": "latents", "shape": shape, "dtype": kind, **vars(latents_info)}
-    else:
-        vae = load_model(path, "cpu", "float32")
-        described = {
-            "kind": "model",
-            "class": type(vae).__name__,
-            "num_parameters": sum(p.numel() for p in vae.parameters()),
-            "temporal_compression_ratio": vae.temporal_compression_ratio,
-            "spatial_compression_ratio": vae.spatial_compression_ratio,
-            "config": {key: value for key, value in vae.config.items() if not key.startswith("_")},
-        }
+    described = describe(path) or _describe_loaded(path)
     typer.echo(json.dumps(described, indent=2, default=str))
 
 
-def _is_latents(path: str) -> bool:
-    from ..inference.latents_file import open_latents
+def _describe_loaded(source: str) -> dict[str, Any]:
+    """Describe an autoencoder by loading it: one that is on the Hub, or an original checkpoint."""
+    from ..loading import load_autoencoder
 
     try:
-        with open_latents(path):
-            return True
-    except ValueError:
-        return False
+        vae = load_autoencoder(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"PATH {source!r} cannot be described: {one_line(error)}") from None
+    dtypes: Counter[str] = Counter()
+    for parameter in vae.parameters():
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    class_name = type(vae).__name__
+    return {
+        "kind": "model",
+        "class": class_name,
+        "family": FAMILIES[class_name].name,
+        "num_parameters": dtypes.total(),
+        "dtypes": dict(dtypes),
+        "temporal_compression_ratio": vae.temporal_compression_ratio,
+        "spatial_compression_ratio": vae.spatial_compression_ratio,
+        "config": {key: value for key, value in vae.config.items() if not key.startswith("_")},
+    }

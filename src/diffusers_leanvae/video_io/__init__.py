@@ -1,9 +1,13 @@
 """Reading and writing video and image files: the only code that opens them."""
 
+from typing import TYPE_CHECKING, Any
+
 from .containers import VideoError
 from .reader import VideoInfo, VideoReader, iter_video, list_videos, probe_video, read_video
-from .writer import VideoWriter, write_video
 
+
+if TYPE_CHECKING:
+    from .writer import VideoWriter, write_video
 
 __all__ = [
     "VideoError",
@@ -16,3 +20,11 @@ __all__ = [
     "read_video",
     "write_video",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("VideoWriter", "write_video"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import writer  # with PyTorch, which headers can be read without
+
+    return getattr(writer, name)

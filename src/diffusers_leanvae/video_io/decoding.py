@@ -1,17 +1,22 @@
 """From packets to upright, progressive RGB frames."""
 
+from __future__ import annotations
+
+import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import torch
 from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 class Damaged(Exception):
@@ -137,6 +142,8 @@ class RgbConverter:
         return images
 
     def _pull(self) -> list[torch.Tensor]:
+        import torch
+
         assert self.graph is not None
         images: list[torch.Tensor] = []
         while True:
@@ -159,8 +166,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     data: Any = cast(Any, frame.side_data).get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
-    m = np.frombuffer(bytes(data), dtype=np.int32)
-    a, b, c, d = (int(m[i]) for i in (0, 1, 3, 4))
+    a, b, _, c, d = struct.unpack_from("5i", bytes(data))
     if a == b == c == d == 0:
         return 1, 0, 0, 1
     if abs(a) >= abs(b):

@@ -12,6 +12,8 @@ Frame `i` is the `i`-th frame the decoder puts out, in presentation order. Nothi
 frame rate constant: a variable-rate file yields its frames, and `VideoInfo.fps` is their average rate.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 from collections.abc import Iterator
@@ -19,10 +21,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import av
-import torch
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
@@ -32,6 +33,10 @@ from av.video.stream import VideoStream
 from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
 from .decoding import Damaged, Decoding, RgbConverter, display_matrix
 from .seeking import SeekPoint, SeekPoints
+
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 VIDEO_EXTENSIONS = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
@@ -271,6 +276,8 @@ class VideoReader:
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read frames `start` to `stop` into memory, as one tensor; see `frames`."""
+        import torch
+
         return torch.cat(list(self.frames(start, stop)))
 
     def count_frames(self) -> int:
@@ -281,6 +288,8 @@ class VideoReader:
 
     @staticmethod
     def _chunks(images: Iterator[torch.Tensor], chunk_size: int) -> Iterator[torch.Tensor]:
+        import torch
+
         while chunk := list(itertools.islice(images, chunk_size)):
             yield torch.stack(chunk)
 

@@ -1,0 +1,143 @@
+"""`leanvae info` describes files and models by their headers and configs, and as the loaded models are."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny
+from typer.testing import CliRunner
+
+from diffusers_leanvae import bundled, registration
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.cli.description import FAMILIES, describe, read_header
+from diffusers_leanvae.conversion import leanvae
+from diffusers_leanvae.video_io import write_video
+
+
+# Family and what differs from its smallest config.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "leanvae": ("leanvae", {}),
+    "leanvae_2x4": ("leanvae", {"patch_size": [1, 2, 2]}),
+    "wfvae": ("wfvae", {}),
+    "wfvae_8x": ("wfvae", {"temporal_compression_ratio": 8, "num_encoder_layers": 1}),
+    "ivvae": ("ivvae", {}),
+    "latte": ("latte", {}),
+}
+
+
+def info(path: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["info", str(path)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def error(path: object) -> str:
+    result = CliRunner().invoke(app, ["info", str(path)])
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one_file", "shards"])
+def test_models_are_what_they_are_when_loaded(name, options, tmp_path):
+    family, config = MODELS[name]
+    model = make_tiny(family, torch.float16, **config)
+    model.save_pretrained(tmp_path, **options)
+    described = describe(str(tmp_path))
+    assert described is not None
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert described["class"] == type(model).__name__ and described["family"] == FAMILIES[described["class"]].name
+    assert described["num_parameters"] == num_parameters and described["dtypes"] == {"float16": num_parameters}
+    assert described["num_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not options
+    for ratio in ("temporal_compression_ratio", "spatial_compression_ratio"):
+        assert described.get(ratio) == getattr(model, ratio, None)
+    config = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))
+    assert described["config"] == config
+
+
+def test_every_family_is_known():
+    assert FAMILIES.keys() == registration.MODELS.keys()
+
+
+def test_an_original_checkpoint_is_described_like_its_folder(tmp_path):
+    model = make_tiny("leanvae")
+    model.save_pretrained(tmp_path / "folder")
+    leanvae.write_original_checkpoint(tmp_path / "original.safetensors", dict(model.config), model.state_dict())
+    from_folder, from_file = info(tmp_path / "folder"), info(tmp_path / "original.safetensors")
+    for key in ("kind", "class", "family", "num_parameters", "dtypes", "temporal_compression_ratio"):
+        assert from_file[key] == from_folder[key]
+    assert from_file["config"]["latent_channels"] == 4
+
+
+def test_bundled_models_and_pipelines():
+    vae, pipeline = info("compact-4ch"), info("mini-shapes")
+    assert vae["class"] == "AutoencoderKLLeanVAE" and vae["num_parameters"] > 1e6
+    assert pipeline["kind"] == "pipeline" and pipeline["class"] == "LeanVAELattePipeline"
+    assert pipeline["components"]["vae"] == vae
+    transformer = pipeline["components"]["transformer"]
+    assert transformer["family"] == "Latte"
+    assert pipeline["num_parameters"] == vae["num_parameters"] + transformer["num_parameters"]
+    assert (
+        len(pipeline["labels"]) == transformer["config"]["num_classes"] and pipeline["labels"][1] == "red circle right"
+    )
+
+
+def test_videos_images_and_latents(tmp_path):
+    write_video(tmp_path / "in.mp4", torch.zeros(9, 48, 64, 3, dtype=torch.uint8), 25)
+    write_video(tmp_path / "in.PNG", torch.zeros(1, 48, 64, 3, dtype=torch.uint8), 1)
+    described = info(tmp_path / "in.mp4")
+    assert described["kind"] == "video" and described["num_frames"] == 9 and described["fps"] == "25"
+    assert info(tmp_path / "in.PNG")["kind"] == "image"
+    make_tiny("leanvae").save_pretrained(tmp_path / "vae")
+    model = ["--model", str(tmp_path / "vae")]
+    CliRunner().invoke(app, ["encode", str(tmp_path / "in.mp4"), str(tmp_path / "z.safetensors"), *model])
+    described = info(tmp_path / "z.safetensors")
+    assert described["kind"] == "latents" and described["shape"] == [1, 4, 3, 6, 8] and described["dtype"] == "float32"
+    assert described["num_frames"] == 9 and described["source"] == "in.mp4" and described["height"] == 48
+
+
+def test_a_data_set_of_latents(tmp_path):
+    make_tiny("leanvae").save_pretrained(tmp_path / "vae")
+    arguments = ["--model", str(tmp_path / "vae"), "--clip-size", "5x16x16", "--num-clips", "3", "--seed", "7"]
+    result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "latents"), *arguments])
+    assert result.exit_code == 0, result.output
+    described = info(tmp_path / "latents")
+    assert described["kind"] == "data set of latents" and described["is_complete"] is True
+    assert described["num_items"] == 3 and described["shape"] == [4, 2, 2, 2] and described["settings"]["seed"] == 7
+    (tmp_path / "latents" / "index.json").unlink()
+    assert info(tmp_path / "latents")["is_complete"] is False
+
+
+def test_what_is_none_of_these(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in error(tmp_path / "empty") and "nothing.mp4" in error(tmp_path / "nothing.mp4")
+    (tmp_path / "short.safetensors").write_bytes(b"\xff" * 12)
+    assert "must be a valid safetensors file" in error(tmp_path / "short.safetensors")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    assert "must hold valid JSON" in error(tmp_path / "damaged")
+    (tmp_path / "text.mp4").write_text("this is not a video")
+    assert "text.mp4" in error(tmp_path / "text.mp4")
+    with pytest.raises(ValueError, match="must be a valid safetensors file"):
+        read_header(tmp_path / "text.mp4")
+
+
+def test_nothing_heavy_is_imported():
+    code = """
+import sys
+from diffusers_leanvae import bundled
+from diffusers_leanvae.cli.description import describe
+for source in (str(bundled.clip_path()), *bundled.MODELS, *bundled.PIPELINES):
+    assert describe(source), source
+print(*sorted({"diffusers", "huggingface_hub", "numpy", "safetensors", "torch"} & sys.modules.keys()))
+"""
+    if not bundled.clip_path().exists():
+        pytest.skip("the bundled clip is not in this checkout")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=300)
+    assert result.returncode == 0 and result.stdout == "\n", result.stderr
