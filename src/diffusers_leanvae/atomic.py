@@ -1,8 +1,8 @@
 """Files and folders that appear under their names only when they are complete.
 
-Whatever is written goes beside its target first, under a hidden name, and takes the target's place in one step. A
-reader sees the former content or the new one, never a part, whenever the writer is killed; and what has got its name
-is on the disk, so that a loss of power does not take it back either.
+Content is first written next to its target, under a hidden name, and then takes the target's place in one step. A
+reader sees the old content or the new one, never a part, whenever the writer is killed. Content is flushed to the disk
+before it gets its name, so the same holds for a loss of power.
 """
 
 import glob
@@ -17,9 +17,9 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Write a file beside `path`, which takes its place when the block ends without an error.
+    """Write a file next to `path`, which takes its place when the block ends without an error.
 
-    The folder of `path` must exist. What killed processes left of the same file is removed.
+    The folder of `path` must exist. Leftovers of killed processes that wrote the same file are removed.
 
     Yields:
         The hidden path to write to; it ends in the extension of `path`.
@@ -36,9 +36,9 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a folder beside `path`, which takes its place when the block ends without an error.
+    """Fill a folder next to `path`, which takes its place when the block ends without an error.
 
-    Missing parents of `path` are made. What killed processes left of the same folder is removed.
+    Missing parents of `path` are made. Leftovers of killed processes that wrote the same folder are removed.
 
     Yields:
         The hidden folder to fill; it exists and is empty.
@@ -77,14 +77,14 @@ def commit(partial: Path, path: Path) -> None:
 
 
 def partial_path(path: Path, kind: str = "partial", suffix: str = "") -> Path:
-    """Return the hidden name, beside `path`, under which this process writes it until it is complete."""
+    """Return the hidden name, next to `path`, under which this process writes it until it is complete."""
     return path.with_name(f".{path.name}.{kind}-{platform.node()}-{os.getpid()}{suffix}")
 
 
 def remove_stale_partials(path: Path) -> None:
-    """Remove what killed processes of this machine left of an unfinished file or folder `path`.
+    """Remove unfinished versions of a file or folder `path` that killed processes of this machine left.
 
-    A complete folder that such a process had moved away, and could not replace any more, gets its name back.
+    A complete folder that such a process had moved away, but not yet replaced, gets its name back.
     """
     if os.name != "posix":
         return  # elsewhere there is no harmless way to ask whether a process lives

@@ -1,4 +1,4 @@
-"""Latents between the autoencoder and a diffusion model: encoded, measured, and normalised by the config."""
+"""Latents between an autoencoder and a diffusion model: encoding, statistics, and normalisation by the config."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,14 +38,14 @@ def _statistics(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def encode_batch(vae: VideoAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Posterior means, not normalised, of clips: uint8, or floats in `[-1, 1]`; without autocast, in float32."""
+    """Encode clips, uint8 or floats in `[-1, 1]`, to posterior means, not normalised; autocast does not reach them."""
     sample = as_sample(pixels)
     with torch.autocast(sample.device.type, enabled=False):
         return vae.encode(sample, return_dict=False)[0].mode()
 
 
 def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
+    """Measure mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
     total = squares = torch.zeros(num_channels, dtype=torch.float64)
     count = 0
     for batch in latents:

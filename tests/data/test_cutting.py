@@ -12,7 +12,7 @@ from patterns import drifting_pattern
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import Clip, ClipDataset, Share, StepBatches, StepSchedule, open_training_data
-from diffusers_leanvae.data.cutting import ClipOptions, VideoPool, VideoShelf
+from diffusers_leanvae.data.cutting import ClipOptions, VideoOrder, VideoSet
 from diffusers_leanvae.data.sources import FileSource
 from diffusers_leanvae.video_io import read_video, write_video
 
@@ -60,7 +60,7 @@ def test_images_are_frames_of_the_videos(clips: Path):
     options = {"clip_sizes": [[5, 48, 64]], "image_ratio": 0.5, "image_batch_factor": 3, "flip": False}
     cached = open_training_data(str(clips), batch_size=2, **options)
     decoding = open_training_data(str(clips), batch_size=2, **options, cache_gib=0)
-    frames = [read_video(path)[0] for path in cached.shelf.source.paths]
+    frames = [read_video(path)[0] for path in cached.videos.source.paths]
     drawn = list(batches(cached, 0, 6))
     assert [tuple(batch.pixels.shape) for batch in drawn] == [(2, 3, 5, 48, 64), (6, 3, 1, 48, 64)] * 3
     for one, other in zip(drawn, batches(decoding, 0, 6), strict=True):
@@ -110,14 +110,14 @@ def test_a_step_takes_one_aspect_ratio_and_every_video_is_visited_once_an_epoch(
 def test_a_bucket_has_all_sizes_of_its_ratio_and_a_video_goes_where_it_fits(shapes: Path):
     sizes = [(5, 16, 32), (3, 32, 64), (5, 64, 64)]
     options = ClipOptions(sizes, aspect_buckets=True)
-    pool = VideoPool(VideoShelf(FileSource(shapes), sizes, options), sizes, 2, [0])
-    ((drawn, members),) = pool.buckets  # nothing is 64x64: tall and square videos take the wide size that fits them
+    order = VideoOrder(VideoSet(FileSource(shapes), sizes, options), sizes, 2, [0])
+    ((drawn, members),) = order.buckets  # nothing is 64x64: tall and square videos take the wide size that fits them
     assert drawn == sizes[:2] and members.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     with (
         pytest.raises(ValueError, match="`clip_sizes` must fit at least one of the 8 videos"),
         pytest.warns(UserWarning),
     ):
-        VideoPool(VideoShelf(FileSource(shapes), [(5, 96, 96)], options), [(5, 96, 96)], 2, [0])
+        VideoOrder(VideoSet(FileSource(shapes), [(5, 96, 96)], options), [(5, 96, 96)], 2, [0])
 
 
 def test_the_stride_is_fixed_or_drawn(tmp_path: Path):

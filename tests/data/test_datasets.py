@@ -109,7 +109,7 @@ def test_a_header_that_promises_too_much_costs_only_the_clips_beyond(clips: Path
     with pytest.warns(UserWarning, match="Skipping a part of a video"):
         assert all(torch.equal(again[index].pixels, drawn[index].pixels) for index in (2, 1, 0))
     cached = VideoFolder(clips, clip_sizes=[[5, 16, 16]])
-    assert sorted(shape[0] for shape in cached.shelf.shapes.values() if shape) == [12, 13, 14]
+    assert sorted(shape[0] for shape in cached.videos.shapes.values() if shape) == [12, 13, 14]
 
 
 def test_videos_that_hold_no_clip(clips: Path, tmp_path: Path):
@@ -150,7 +150,7 @@ def test_metadata_lists_the_videos(clips: Path, tmp_path: Path):
 
 def test_large_videos_are_scaled_down_and_the_cache_is_capped(clips: Path):
     dataset = VideoFolder(clips, clip_sizes=[[5, 16, 16]], short_side=24)
-    assert {tuple(frames.shape[1:]) for frames in dataset.shelf.cache.values()} == {(24, 32, 3)}
+    assert {tuple(frames.shape[1:]) for frames in dataset.videos.cache.values()} == {(24, 32, 3)}
     one_video = 12 * 48 * 64 * 3 / 2**30
     assert VideoFolder(clips, clip_sizes=[[5, 16, 16]], cache_gib=1.5 * one_video).num_cached == 1
 

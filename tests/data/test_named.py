@@ -171,7 +171,7 @@ def test_videofolder_takes_labels_from_a_list_or_from_folders(tmp_path: Path):
     write(tmp_path / "loose.mkv", numbered(20))
     loose = open_named_dataset("videofolder", tmp_path, 5, 16)
     assert loose.class_names is None and loose[0].class_label is None and len(loose) == 4
-    with pytest.raises(ValueError, match="`folder` must have a folder per class and no videos beside, got .*loose"):
+    with pytest.raises(ValueError, match="must have a folder per class and no videos next to them, got .*loose"):
         open_named_dataset("ucf101", tmp_path, 5, 16)
 
 

@@ -1,4 +1,4 @@
-"""Videos and latents to train on: the i-th clip is a pure function of the seed and of i."""
+"""Videos and latents to train on; the i-th clip is a pure function of the seed and of i."""
 
 from ..video_io.pixels import pixels_to_sample, resize_frames, short_side_size
 from .cutting import ClipOptions

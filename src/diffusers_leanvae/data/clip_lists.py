@@ -1,4 +1,4 @@
-"""Finite lists of numbered clips, cut from whatever source: what `encode_dataset` encodes."""
+"""Finite lists of numbered clips, cut from any source, as `encode_dataset` encodes them."""
 
 import tempfile
 import warnings
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checks import check_choice
 from ..video_io import VideoError
-from .cutting import ClipOptions, VideoShelf
+from .cutting import ClipOptions, VideoSet
 from .named import LABEL_KEYS, NAMED_DATASETS, NamedDataset, Sampling, find_caption, number_labels, open_named_dataset
 from .shapes import MovingShapes
 from .sources import FileSource, open_source
@@ -26,7 +26,7 @@ _BLOCK_SIZE = 64  # examples of a stream that are on disk at once
 
 @dataclass(frozen=True)
 class ClipSelection:
-    """Which clips of a source, and how they are cut.
+    """Clips of a source, and the way they are cut.
 
     Args:
         source: `"shapes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
@@ -36,10 +36,10 @@ class ClipSelection:
         flip: `"none"`; `"random"`: mirror every other clip; `"both"`: every clip as it is, for the user of the list to
             mirror; `"auto"`: what is usual for a named data set, else `"none"`. Moving shapes are never mirrored.
         sampling: Of named data sets, see `open_named_dataset`.
-        stride: Distance of frames; 3 for named data sets and 1 for others by default.
+        stride: Frame spacing; 3 for named data sets and 1 for others by default.
         short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
-        num_clips: At most so many clips; needed for a stream, 10,000 by default for shapes.
-        seed: All randomness.
+        num_clips: Maximum number of clips; required for a stream, 10,000 by default for shapes.
+        seed: Seed of everything random.
     """
 
     source: str
@@ -62,7 +62,7 @@ class ClipSelection:
 
 
 class SourceClip(NamedTuple):
-    r"""A clip to encode: pixels `(3, num_frames, height, width)`, uint8 or in `[-1, 1]`, and what is known of it."""
+    """A clip to encode: pixels `(3, num_frames, height, width)`, uint8 or in `[-1, 1]`, and its metadata."""
 
     pixels: torch.Tensor
     class_label: int | None
@@ -71,14 +71,14 @@ class SourceClip(NamedTuple):
 
 
 class ClipList(Protocol):
-    r"""Clips by number, each a function of its number; `None` in place of one that cannot be used."""
+    """Clips by number, each a function of its number; `None` in place of one that cannot be used."""
 
     class_names: tuple[str, ...] | None
 
     def __len__(self) -> int: ...
 
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
-        r"""The clips of ascending numbers, in order."""
+        """Yield the clips of ascending numbers, in order."""
         ...
 
 
@@ -97,7 +97,7 @@ def open_clip_list(selection: ClipSelection, num_workers: int = 0) -> ClipList:
     if source == "shapes":
         if flip not in ("auto", "none") or selection.num_crops > 1:
             raise ValueError(
-                f"`flip` and `num_crops` must be 'none' and 1 for shapes, which are told by their direction, got "
+                f"`flip` and `num_crops` must be 'none' and 1 for shapes, which have their direction for a label, got "
                 f"{flip!r} and {selection.num_crops}."
             )
         return _ShapeClips(MovingShapes(num_frames, height, width, seed, num_clips or 10_000), num_workers)
@@ -184,22 +184,22 @@ class _FileClips(_MapClips):
         total = len(source) * selection.num_crops
         super().__init__(min(total, selection.num_clips or total), class_names, num_workers)
         options = _clip_options(selection)
-        self.shelf = VideoShelf(source, options.sizes, options)
+        self.videos = VideoSet(source, options.sizes, options)
         self.num_crops, self.seed = selection.num_crops, selection.seed
 
     def __getitem__(self, number: int) -> SourceClip | None:
         video, crop = divmod(number, self.num_crops)
-        pixels = _cut(self.shelf, video, [self.seed, number])
+        pixels = _cut(self.videos, video, [self.seed, number])
         if pixels is None:
             return None
-        row = self.shelf.source.metadata(video)
+        row = self.videos.source.metadata(video)
         return SourceClip(pixels, self.labels[video], find_caption(row), f"{row['file_name']}#{crop}")
 
 
 class _StreamClips:
     """Clips of a stream. Every process reads all of it, from its start, so that the clips depend on nothing else.
 
-    Beyond the end of the stream it begins anew, with other crops.
+    At the end of the stream it starts over, with other crops.
     """
 
     def __init__(self, selection: ClipSelection) -> None:
@@ -218,25 +218,25 @@ class _StreamClips:
         return self.num_clips
 
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
-        opened, shelf = -1, None
+        opened, videos = -1, None
         for number in numbers:
             example, crop = divmod(number, self.num_crops)
             block, place = divmod(example, _BLOCK_SIZE)
-            if shelf is None or block != opened:
+            if videos is None or block != opened:
                 opened = block
-                shelf = VideoShelf(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
+                videos = VideoSet(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
                 self.reader.forget_before(block)
-            pixels = _cut(shelf, place, [self.seed, number])
+            pixels = _cut(videos, place, [self.seed, number])
             if pixels is None:
                 yield None
                 continue
-            row = shelf.source.metadata(place)
+            row = videos.source.metadata(place)
             (label,), names = number_labels([row])
             if names is not None:
                 raise ValueError(f"Labels of a stream must be numbers, got {names[0]!r}.")
             yield SourceClip(pixels, label, find_caption(row), f"{example}#{crop}")
 
 
-def _cut(shelf: VideoShelf, number: int, seed: list[int]) -> torch.Tensor | None:
-    with shelf.open(number) as video:
-        return None if video.shape is None else video.cut(shelf.sizes[0], 1.0, np.random.default_rng(seed))
+def _cut(videos: VideoSet, number: int, seed: list[int]) -> torch.Tensor | None:
+    with videos.open(number) as video:
+        return None if video.shape is None else video.cut(videos.sizes[0], 1.0, np.random.default_rng(seed))

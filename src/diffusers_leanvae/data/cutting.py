@@ -1,4 +1,4 @@
-"""The videos of a source as something to cut clips from: probed, kept in memory, put into buckets, drawn in order."""
+"""Cutting of clips from the videos of a source: probing, caching, buckets of aspect ratios, and order."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ Size = tuple[int, int, int]  # frames, height, width
 
 @dataclass(frozen=True)
 class ClipOptions:
-    r"""What is cut from a video; see `open_training_data`."""
+    """Sizes, frame spacing and augmentation of clips; `open_training_data` describes the fields."""
 
     clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),)
     aspect_buckets: bool = False
@@ -64,13 +64,13 @@ class ClipOptions:
         return (self.stride, self.stride) if isinstance(self.stride, int) else (self.stride[0], self.stride[1])
 
 
-class VideoShelf:
-    r"""The videos of a source, and as many of them decoded in memory as fit.
+class VideoSet:
+    """The videos of a source, and as many of them decoded in memory as fit.
 
     Args:
         source: The files.
         sizes: The clip sizes that are wanted; a video which holds none of them is unusable.
-        options: What is cut.
+        options: The clips to cut.
     """
 
     def __init__(self, source: VideoSource, sizes: Sequence[Size], options: ClipOptions) -> None:
@@ -86,13 +86,13 @@ class VideoShelf:
         return sum(shape is None for shape in self.shapes.values())
 
     @contextmanager
-    def open(self, number: int) -> Iterator["ShelfVideo"]:
+    def open(self, number: int) -> Iterator["OpenVideo"]:
         """Yield a video, whose file is opened once and only if something must be read of it."""
         with ExitStack() as resources:
-            yield ShelfVideo(self, number, resources)
+            yield OpenVideo(self, number, resources)
 
     def shape(self, number: int) -> Size | None:
-        """Return the shape of a video, see `ShelfVideo.shape`."""
+        """Return the shape of a video, see `OpenVideo.shape`."""
         with self.open(number) as video:
             return video.shape
 
@@ -125,46 +125,46 @@ class VideoShelf:
         warnings.warn(f"Skipping a video: {error}", stacklevel=4)
 
 
-class ShelfVideo:
-    """A video of a shelf, to cut clips from; see `VideoShelf.open`."""
+class OpenVideo:
+    """A video to cut clips from; `VideoSet.open` gives it."""
 
-    def __init__(self, shelf: VideoShelf, number: int, resources: ExitStack) -> None:
-        self.shelf, self.number = shelf, number
+    def __init__(self, videos: VideoSet, number: int, resources: ExitStack) -> None:
+        self.videos, self.number = videos, number
         self._resources = resources
 
     @property
     def shape(self) -> Size | None:
         """Frames, height and width after scaling, or `None` (with one warning) for a video without a usable clip."""
-        shelf, number = self.shelf, self.number
-        if number not in shelf.shapes:
+        videos, number = self.videos, self.number
+        if number not in videos.shapes:
             try:
-                height, width = shelf.scaled_size(self._reader.info.height, self._reader.info.width)
-                shelf.shapes[number] = shape = (self._reader.count_frames(), height, width)
-                if not any(fits(shape, size) for size in shelf.sizes):
+                height, width = videos.scaled_size(self._reader.info.height, self._reader.info.width)
+                videos.shapes[number] = shape = (self._reader.count_frames(), height, width)
+                if not any(fits(shape, size) for size in videos.sizes):
                     raise VideoError(
-                        f"{shelf.source.name(number)!r} has {shape} frames, height, width and holds no clip."
+                        f"{videos.source.name(number)!r} has {shape} frames, height, width and holds no clip."
                     )
             except Exception as error:
                 # Whatever a foreign file does to the reader must not end a run of days.
-                shelf.skip(number, error)
-        return shelf.shapes[number]
+                videos.skip(number, error)
+        return videos.shapes[number]
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return scaled frames, uint8 `(num_frames, height, width, 3)`."""
-        if self.number in self.shelf.cache:
-            return self.shelf.cache[self.number][start:stop]
+        if self.number in self.videos.cache:
+            return self.videos.cache[self.number][start:stop]
         chunks = self._reader.frames(start, stop)
-        return torch.cat([resize_frames(frames, *self.shelf.scaled_size(*frames.shape[1:3])) for frames in chunks])
+        return torch.cat([resize_frames(frames, *self.videos.scaled_size(*frames.shape[1:3])) for frames in chunks])
 
     def cut(self, size: Size, factor: float, rng: np.random.Generator) -> torch.Tensor | None:
         """Return a random clip, uint8 `(3, num_frames, height, width)`, or `None` where the video cannot be read.
 
         Args:
             size: Frames, height and width of the window at zoom 1, which must fit into `shape`.
-            factor: Height and width of the clip are those of `size` by this, rounded to 16 (unless the factor is 1).
-            rng: All randomness.
+            factor: Divisor of height and width, which are rounded to multiples of 16 (unless the factor is 1).
+            rng: Source of everything random.
         """
-        shape, options = self.shape, self.shelf.options
+        shape, options = self.shape, self.videos.options
         assert shape is not None
         num_frames, height, width = size
         longest = (shape[0] - 1) // (num_frames - 1) if num_frames > 1 else 1
@@ -184,7 +184,7 @@ class ShelfVideo:
             frames = self.read(start, start + span)
             if frames.shape[:3] != (span, *shape[1:]):
                 raise VideoError(
-                    f"{self.shelf.source.name(self.number)!r} ends before frame {start + span} or changes its size, "
+                    f"{self.videos.source.name(self.number)!r} ends before frame {start + span} or changes its size, "
                     "against what its header promises."
                 )
         except Exception as error:
@@ -199,38 +199,38 @@ class ShelfVideo:
 
     @cached_property
     def _reader(self) -> VideoReader:
-        path = self._resources.enter_context(self.shelf.source.open(self.number))
+        path = self._resources.enter_context(self.videos.source.open(self.number))
         return self._resources.enter_context(VideoReader(path))
 
 
-class VideoPool:
-    r"""Decides which videos a step may use: buckets of them, each visited in a new random order every epoch.
+class VideoOrder:
+    """The order of the videos: buckets of them, each visited in a new random order every epoch.
 
     An epoch is one visit to every video of every bucket; a bucket takes whole steps, and what its videos do not fill
     is carried over to the next epoch.
 
     Args:
-        shelf: The videos.
+        videos: The videos.
         sizes: The clip sizes to choose from.
         batch_size: Clips of one step.
         seed: Entropy of the orders.
-        is_image: Whether clips are single frames; only tells the orders of the two kinds apart.
+        is_image: Whether clips are single frames, which are drawn in another order.
     """
 
     def __init__(
-        self, shelf: VideoShelf, sizes: Sequence[Size], batch_size: int, seed: Sequence[int], is_image: bool = False
+        self, videos: VideoSet, sizes: Sequence[Size], batch_size: int, seed: Sequence[int], is_image: bool = False
     ) -> None:
-        self.shelf, self.batch_size, self.seed, self.is_image = shelf, batch_size, list(seed), is_image
-        self.buckets: list[tuple[list[Size], np.ndarray]] = [(list(sizes), np.arange(len(shelf)))]
-        if shelf.options.aspect_buckets:
-            self.buckets = _aspect_buckets(shelf, sizes)
+        self.videos, self.batch_size, self.seed, self.is_image = videos, batch_size, list(seed), is_image
+        self.buckets: list[tuple[list[Size], np.ndarray]] = [(list(sizes), np.arange(len(videos)))]
+        if videos.options.aspect_buckets:
+            self.buckets = _aspect_buckets(videos, sizes)
             if not self.buckets:
-                raise ValueError(f"`clip_sizes` must fit at least one of the {len(shelf)} videos, got {list(sizes)}.")
+                raise ValueError(f"`clip_sizes` must fit at least one of the {len(videos)} videos, got {list(sizes)}.")
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # the newest order of each bucket, and its epoch
         self._plan: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def candidates(self, step: int, position: int) -> tuple[list[Size], Iterator[int]]:
-        r"""For the `position`-th clip of the `step`-th step: the sizes to choose from, the videos in order."""
+        """Return the sizes to choose from, and the videos in order, for a clip at a position of a step."""
         bucket, step_of_bucket = self._locate(step)
         sizes, members = self.buckets[bucket]
         epoch, first = divmod(step_of_bucket * self.batch_size + position, len(members))
@@ -239,7 +239,7 @@ class VideoPool:
         return sizes, numbers
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps of that bucket came before."""
+        """Return the bucket of a step, and the number of earlier steps of that bucket."""
         if len(self.buckets) == 1:
             return 0, step
         epoch = step * self.batch_size // sum(len(members) for _, members in self.buckets)
@@ -267,12 +267,12 @@ class VideoPool:
         return self._orders[bucket][1]
 
 
-def _aspect_buckets(shelf: VideoShelf, all_sizes: Sequence[Size]) -> list[tuple[list[Size], np.ndarray]]:
-    """Clip sizes of one aspect ratio, and the videos whose own ratio is nearest to it among those that fit."""
+def _aspect_buckets(videos: VideoSet, all_sizes: Sequence[Size]) -> list[tuple[list[Size], np.ndarray]]:
+    """Group clip sizes by aspect ratio, each group with the videos whose own ratio is nearest to it and that fit."""
     ratios = list(dict.fromkeys(Fraction(height, width) for _, height, width in all_sizes))
     sizes = [[size for size in all_sizes if Fraction(size[1], size[2]) == ratio] for ratio in ratios]
     with ThreadPoolExecutor() as pool:  # FFmpeg works outside the interpreter lock
-        shapes = list(pool.map(shelf.shape, range(len(shelf))))
+        shapes = list(pool.map(videos.shape, range(len(videos))))
     members: list[list[int]] = [[] for _ in ratios]
     for number, shape in enumerate(shapes):
         possible = [i for i in range(len(ratios)) if shape and any(fits(shape, size) for size in sizes[i])]
@@ -283,4 +283,5 @@ def _aspect_buckets(shelf: VideoShelf, all_sizes: Sequence[Size]) -> list[tuple[
 
 
 def fits(shape: Size, size: Size) -> bool:
+    """Whether a video of this shape holds a clip of this size."""
     return all(edge <= available for edge, available in zip(size, shape, strict=True))

@@ -1,8 +1,8 @@
-"""Training data: the i-th clip is a pure function of the seed and of i.
+"""Training data; the i-th clip is a pure function of the seed and of i.
 
-Nothing here remembers what was drawn before. Resuming is starting at a later step, and the clips of a step do not
-depend on the number of workers (nor, for files at hand, of processes) that share them. `open_training_data` is the way
-in; `docs/data.md` tells what it takes.
+Nothing here remembers earlier draws. To resume is to start at a later step, and the clips of a step do not depend on
+the number of workers (nor, for local files, of processes) that share them. Start from `open_training_data`;
+`docs/data.md` describes its arguments.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..video_io import VideoError, VideoReader
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
-from .cutting import ClipOptions, Size, VideoPool, VideoShelf, fits
+from .cutting import ClipOptions, Size, VideoOrder, VideoSet, fits
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource
 
@@ -58,16 +58,16 @@ class Clip(NamedTuple):
 
 
 class ClipDataset(ABC, Dataset[Clip]):
-    r"""Random clips without end: any index from 0 is valid. The subclass says which videos they come from.
+    """Random clips without end: any index from 0 is valid. The subclass says which videos they come from.
 
     One size is drawn per step, so that a batch has one. A video that cannot be decoded, or is too short or too small
     for the clip, is passed over, with a warning where no clip fits at all, and the next one in the order takes its
     place.
 
     Args:
-        options: What is cut from the videos.
+        options: The clips to cut.
         schedule: The steps.
-        share: What this process draws of a step.
+        share: The part of a step that this process draws.
         seed: Everything random depends on this and on the index of the clip alone.
     """
 
@@ -76,51 +76,51 @@ class ClipDataset(ABC, Dataset[Clip]):
         self.batches(0, 0)  # refuses a batch that does not divide
 
     @abstractmethod
-    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
-        r"""The videos for the clip at `position` of `step`, and its step and position within them."""
+    def locate(self, step: int, position: int) -> tuple[VideoOrder, int, int]:
+        """Return the order that the clip at `position` of `step` comes from, and its step and position therein."""
 
     @abstractmethod
     def metadata(self, video: int) -> dict[str, Any]:
-        r"""All that is known of a video: its `file_name` and, for instance, a `caption`."""
+        """Return the metadata of a video: its `file_name` and, for instance, a `caption`."""
 
     @abstractmethod
     def describe(self) -> str:
-        r"""The data in a few words, for a log."""
+        """Describe the data in a few words, for a log."""
 
     @property
     @abstractmethod
     def num_cached(self) -> int:
-        r"""Videos and images held in memory."""
+        """Number of videos and images held in memory."""
 
     @property
     @abstractmethod
     def num_skipped(self) -> int:
-        r"""Videos and images found to be unusable so far, in this process; `Clip.num_skipped` tells of all."""
+        """Number of unusable videos and images this process has found; `Clip.num_skipped` covers all workers."""
 
     def batches(self, start_step: int, num_steps: int) -> StepBatches:
-        r"""The `batch_sampler` of this process, from `start_step` until before `num_steps`."""
+        """Return the `batch_sampler` of this process, from `start_step` until before `num_steps`."""
         return StepBatches(self.schedule, start_step, num_steps, self.share)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        r"""What makes starting at `step` fast, to be saved by each process; the clips are the same without it."""
+        """Return a state that makes starting at `step` fast, for each process to save; clips do not need it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        r"""Take what `state_dict` gave to the same process of an equal run."""
+        """Take the `state_dict` of the same process of an equal run."""
 
     def close(self) -> None:
-        r"""Remove temporary files."""
+        """Remove temporary files."""
 
     def __getitem__(self, index: int) -> Clip:
         step, position = divmod(index, self.schedule.clips_per_step)
-        pool, pool_step, pool_position = self.pool(step, position)
-        sizes, numbers = pool.candidates(pool_step, pool_position)
+        order, order_step, order_position = self.locate(step, position)
+        sizes, numbers = order.candidates(order_step, order_position)
         rng = np.random.default_rng([self.seed, 1, step])
         size = sizes[int(rng.integers(len(sizes)))]
         factor = self.options.rescale_factors[int(rng.integers(len(self.options.rescale_factors)))]
         num_skipped = 0
         for attempt, number in enumerate(numbers):
-            with pool.shelf.open(number) as video:
+            with order.videos.open(number) as video:
                 if video.shape is not None:
                     if not fits(video.shape, size):
                         continue
@@ -128,20 +128,20 @@ class ClipDataset(ABC, Dataset[Clip]):
                     if pixels is not None:
                         return Clip(pixels, index, self._video(step, number), num_skipped)
             num_skipped += 1
-        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(pool.shelf)} videos, got {list(size)}.")
+        raise ValueError(f"`clip_sizes` must fit a sound part of the {len(order.videos)} videos, got {list(size)}.")
 
     def _video(self, step: int, number: int) -> int:
         return number
 
 
 class TrainingClips(ClipDataset):
-    r"""Clips of videos at hand: of a folder, or of tar shards.
+    """Clips of local videos, in a folder or in tar shards.
 
     Args:
         source: The videos.
-        options: What is cut from them.
+        options: The clips to cut.
         schedule: The steps.
-        share: What this process draws of a step.
+        share: The part of a step that this process draws.
         seed: Everything random depends on this and on the index of the clip alone.
         images: Where image steps take their images from; `None` for random frames of the videos.
         cache_gib: Memory for decoded videos. They are decoded once, in the constructor, until this is spent; of the
@@ -159,57 +159,57 @@ class TrainingClips(ClipDataset):
         cache_gib: float = 4.0,
     ) -> None:
         super().__init__(options, schedule, share, seed)
-        self.shelf = VideoShelf(source, shelf_sizes(options, schedule, images is None), options)
-        self.image_shelf = self.shelf if images is None else VideoShelf(images, options.image_sizes, options)
+        self.videos = VideoSet(source, wanted_sizes(options, schedule, images is None), options)
+        self.image_videos = self.videos if images is None else VideoSet(images, options.image_sizes, options)
         capacity = int(cache_gib * 2**30)
-        for shelf in self._shelves:
-            capacity = shelf.fill_cache(capacity)
-            if shelf.num_skipped == len(shelf):
-                raise ValueError(f"`train` must hold at least one usable video, got {len(shelf)} that were skipped.")
-        self.video_pool = VideoPool(self.shelf, options.sizes, schedule.batch_size, [self.seed, 0])
-        self.image_pool = None
+        for videos in self._video_sets:
+            capacity = videos.fill_cache(capacity)
+            if videos.num_skipped == len(videos):
+                raise ValueError(f"`train` must hold at least one usable video, got {len(videos)} that were skipped.")
+        self.video_order = VideoOrder(self.videos, options.sizes, schedule.batch_size, [self.seed, 0])
+        self.image_order = None
         if schedule.image_ratio > 0:
-            self.image_pool = make_image_pool(self.image_shelf, schedule, [self.seed, 0])
+            self.image_order = make_image_order(self.image_videos, schedule, [self.seed, 0])
 
     def __len__(self) -> int:
-        """The number of videos, which is the length of an epoch; indices go on beyond it."""
-        return len(self.shelf)
+        """Number of videos, which is the length of an epoch; indices continue beyond it."""
+        return len(self.videos)
 
     @property
     def num_cached(self) -> int:
-        return sum(len(shelf.cache) for shelf in self._shelves)
+        return sum(len(videos.cache) for videos in self._video_sets)
 
     @property
     def num_skipped(self) -> int:
-        return sum(shelf.num_skipped for shelf in self._shelves)
+        return sum(videos.num_skipped for videos in self._video_sets)
 
-    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+    def locate(self, step: int, position: int) -> tuple[VideoOrder, int, int]:
         num_image_steps = self.schedule.num_image_steps(step)
-        if self.image_pool is not None and self.schedule.is_image_step(step):
-            return self.image_pool, num_image_steps, position
-        return self.video_pool, step - num_image_steps, position
+        if self.image_order is not None and self.schedule.is_image_step(step):
+            return self.image_order, num_image_steps, position
+        return self.video_order, step - num_image_steps, position
 
     def metadata(self, video: int) -> dict[str, Any]:
-        return self.shelf.source.metadata(video)
+        return self.videos.source.metadata(video)
 
     def describe(self) -> str:
-        images = "" if self.image_shelf is self.shelf else f" and {len(self.image_shelf)} images"
+        images = "" if self.image_videos is self.videos else f" and {len(self.image_videos)} images"
         return f"{len(self)} videos{images}, {self.num_cached} in memory, {self.num_skipped} skipped"
 
     @property
-    def _shelves(self) -> list[VideoShelf]:
-        return [self.shelf] if self.image_shelf is self.shelf else [self.shelf, self.image_shelf]
+    def _video_sets(self) -> list[VideoSet]:
+        return [self.videos] if self.image_videos is self.videos else [self.videos, self.image_videos]
 
 
 class VideoFolder(TrainingClips):
-    r"""Random clips of the videos below a folder, for one process; the arguments are those of `open_training_data`.
+    """Random clips of the videos below a folder, for one process; the arguments are those of `open_training_data`.
 
     Args:
         folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
         clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `batch_size` successive clips.
         batch_size: Clips of a step, which share a size.
         short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
-        stride: Frames are taken so far apart, or `[lowest, highest]` to draw it per clip; less where a video is short.
+        stride: Frame spacing, or `[lowest, highest]` to draw it per clip; less where a video is short.
         max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
         flip: Mirror every other clip left to right.
         cache_gib: Memory for decoded videos.
@@ -234,12 +234,12 @@ class VideoFolder(TrainingClips):
         self.paths = source.paths
 
 
-def shelf_sizes(options: ClipOptions, schedule: StepSchedule, mixes_frames: bool) -> list[Size]:
-    """The sizes that videos are wanted for; with `mixes_frames`, image steps take frames of them too."""
+def wanted_sizes(options: ClipOptions, schedule: StepSchedule, mixes_frames: bool) -> list[Size]:
+    """Return the sizes that videos must hold; with `mixes_frames`, image steps take single frames of them too."""
     return [*options.sizes, *(options.image_sizes if mixes_frames and schedule.image_ratio > 0 else [])]
 
 
-def make_image_pool(shelf: VideoShelf, schedule: StepSchedule, seed: Sequence[int], num_shares: int = 1) -> VideoPool:
-    """The pool of image steps; `num_shares` processes have a pool of their own each."""
+def make_image_order(videos: VideoSet, schedule: StepSchedule, seed: Sequence[int], num_shares: int = 1) -> VideoOrder:
+    """Make the order of image steps; each of `num_shares` processes has an order of its own."""
     batch_size = schedule.batch_size * schedule.image_batch_factor // num_shares
-    return VideoPool(shelf, shelf.options.image_sizes, batch_size, seed, is_image=True)
+    return VideoOrder(videos, videos.options.image_sizes, batch_size, seed, is_image=True)

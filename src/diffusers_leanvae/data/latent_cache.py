@@ -1,9 +1,9 @@
 """Latents on disk: a data set of clips encoded once, to train diffusion on without the autoencoder.
 
-A cache is a folder of shards with raw posterior means (not normalised), `settings.json` (what it was asked to be),
-`index.json` (what it is) and `statistics.json` (mean and deviation per channel). Each shard appears when it is
-complete, and is a function of the settings and its number alone. So a killed run goes on where it was, any number of
-processes makes the same files, and two runs of the same settings differ in no byte.
+A cache is a folder of shards with raw posterior means (not normalised), `settings.json` (the settings it was built
+with), `index.json` (its contents) and `statistics.json` (mean and deviation per channel). Each shard appears when it
+is complete, and is a function of the settings and its number alone. So a killed run resumes where it stopped, any
+number of processes makes the same files, and two runs of the same settings differ in no byte.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How the shards of a cache are made.
+    """Size, format and dtype of the shards of a cache.
 
     Args:
-        dtype: Of the stored latents: `"float32"` or `"float16"`.
+        dtype: Dtype of the stored latents, `"float32"` or `"float16"`.
         file_format: `"safetensors"`, or `"webdataset"`: tar files of `.npy`, `.json`, and where known `.cls`, `.txt`.
         shard_size: Clips per shard, not counting mirrored ones.
         batch_size: Clips encoded at once.
@@ -80,7 +80,7 @@ def encode_dataset(
 ) -> LatentFolder:
     """Encode a data set of clips to a folder of latents, alone or in all processes of `torchrun`.
 
-    Call it again with the same arguments to go on after an interruption.
+    Call it again with the same arguments to resume after an interruption.
 
     Args:
         vae: The autoencoder; it is moved to the device of the process, and works in its own dtype.
@@ -92,16 +92,16 @@ def encode_dataset(
         flip: `"none"`; `"random"`: mirror every other clip; `"both"`: store every clip as it is and mirrored;
             `"auto"`: what is usual for a named data set, else `"none"`. Moving shapes are never mirrored: `"none"`.
         sampling: Of named data sets, see `open_named_dataset`.
-        stride: Distance of frames; 3 for named data sets and 1 for others by default.
+        stride: Frame spacing; 3 for named data sets and 1 for others by default.
         short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
-        num_clips: At most so many clips, not counting mirrored ones; needed for a stream, 10,000 by default for
+        num_clips: Maximum number of clips, not counting mirrored ones; required for a stream, 10,000 by default for
             shapes.
-        seed: All randomness.
-        dtype: Of the stored latents: `"float32"` or `"float16"`.
+        seed: Seed of everything random.
+        dtype: Dtype of the stored latents, `"float32"` or `"float16"`.
         file_format: `"safetensors"`, or `"webdataset"`: tar files of `.npy`, `.json`, and where known `.cls`, `.txt`.
         shard_size: Clips per shard, not counting mirrored ones.
-        batch_size: Clips encoded at once. Like all of the above it must stay the same when a run goes on: rounding can
-            depend on it.
+        batch_size: Clips encoded at once. Like all of the above it must stay the same when a run resumes, since
+            rounding can depend on it.
         num_workers: Processes that decode videos ahead, per process.
         progress: Called with the number of clips of each finished shard.
 
@@ -174,7 +174,7 @@ def _encode(
     options: ShardOptions,
     device: torch.device,
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The latents of a shard, `(n, C, F, h, w)`, and what is known of each."""
+    """Encode a shard: latents `(n, C, F, h, w)`, and label, caption and name of each."""
     latents = [torch.empty(0, *_latent_shape(vae, selection.clip_size), dtype=options.torch_dtype)]
     rows: list[dict[str, Any]] = []
     usable = (clip for clip in clips if clip is not None)
@@ -208,7 +208,7 @@ def _latent_shape(vae: VideoAutoencoder, clip_size: Sequence[int]) -> tuple[int,
 
 
 def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
-    """Which autoencoder it is: class, config, and a checksum of the names and bytes of its weights."""
+    """Describe an autoencoder: class, config, and a checksum of the names and bytes of its weights."""
     checksum = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         checksum.update(name.encode())
@@ -223,7 +223,7 @@ def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new cache, or refuse to go on with others than it was begun with."""
+    """Write the settings of a new cache, or refuse settings other than those it was begun with."""
     path = folder / "settings.json"
     text = json.dumps(settings, indent=2) + "\n"
     if not path.exists():
@@ -240,7 +240,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _finish(folder: Path, paths: list[Path], clips: ClipList, is_doubled: bool) -> None:
-    """Write statistics and index, the index last: it marks the cache as whole."""
+    """Write statistics and index, the index last: it marks the cache as complete."""
     shards = [open_shard(path) for path in paths]
     counts = [len(shard.rows) for shard in shards]
     if not sum(counts):

@@ -1,6 +1,6 @@
-"""What latent diffusion trains on: cached latents, or clips that a frozen autoencoder encodes on the way.
+"""Samples for latent diffusion: cached latents, or clips that a frozen autoencoder encodes on the fly.
 
-Both come in the same order: the i-th sample of training is a function of the seed and of i, and of nothing else.
+Both come in the same order; the i-th sample of training is a function of the seed and of i, and of nothing else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from .schedule import ALONE, Share, StepBatches, StepSchedule
 
 
 class LatentBatch(NamedTuple):
-    r"""A batch before encoding.
+    """A batch before encoding.
 
     Attributes:
         videos: Latents `(B, C, F, h, w)`, not normalised, or pixels `(B, 3, T, H, W)`, uint8 or in `[-1, 1]`.
@@ -33,17 +33,17 @@ class LatentBatch(NamedTuple):
 
 
 class LatentData(Dataset[LatentBatch]):
-    r"""Samples without end of a list of items, reshuffled in every epoch; whole batches are asked for at once.
+    """Endless samples of a list of items, reshuffled in every epoch; a batch is fetched in one call.
 
     Args:
         items: A `LatentFolder` (`latents`, `class_label`), clips (`pixels`, `class_label`), or a `ClipDataset`, which
             has an order of its own and no labels.
         has_latents: Whether the items are latents.
         has_labels: Whether to use the items' labels.
-        seed: What the order follows from.
-        num_images: Give every sample so many images of other items (joint training of arXiv 2401.03048): their first
+        seed: Seed of the order.
+        num_images: Images of other items that each sample gets (joint training of arXiv 2401.03048): their first
             frames, which are latents of their own.
-        in_memory_gib: Latents are read into memory once if they fit into so much.
+        in_memory_gib: Size up to which latents are read into memory once.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class LatentData(Dataset[LatentBatch]):
             self.stored = self._read(range(len(items)))
 
     def describe(self) -> str:
-        r"""The data in a few words, for a log."""
+        """Describe the data in a few words, for a log."""
         if self.has_own_order:
             return self.items.describe()
         kind = "latents" if self.has_latents else "clips"
         return f"{len(self.items)} {kind}" + (", in memory" if self.stored is not None else "")
 
     def order(self, index: int) -> int:
-        r"""The item of the `index`-th sample of training."""
+        """Return the item of the `index`-th sample of training."""
         epoch, place = divmod(index, len(self.items))
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, 20, epoch])
@@ -96,7 +96,7 @@ class LatentData(Dataset[LatentBatch]):
         return LatentBatch(videos, images, labels, torch.tensor(indices), 0)
 
     def first(self, num_items: int, batch_size: int) -> Iterator[LatentBatch]:
-        r"""The first items in their own order, in batches: for validation and statistics."""
+        """Yield the first items in their own order, in batches, for validation and statistics."""
         if self.has_own_order:
             for start in range(0, num_items, batch_size):
                 yield self.__getitems__(range(start, min(start + batch_size, num_items)))
@@ -108,22 +108,22 @@ class LatentData(Dataset[LatentBatch]):
             yield LatentBatch(videos, None, labels, torch.tensor(indices), 0)
 
     def batches(self, batch_size: int, start_step: int, num_steps: int, share: Share = ALONE) -> StepBatches:
-        r"""The `batch_sampler` of a process, from `start_step` until before `num_steps`."""
+        """Return the `batch_sampler` of a process, from `start_step` until before `num_steps`."""
         if self.has_own_order:
             return self.items.batches(start_step, num_steps)
         return StepBatches(StepSchedule(batch_size), start_step, num_steps, share)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        r"""As of `ClipDataset`."""
+        """As of `ClipDataset`."""
         return self.items.state_dict(step) if self.has_own_order else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        r"""As of `ClipDataset`."""
+        """As of `ClipDataset`."""
         if self.has_own_order:
             self.items.load_state_dict(state)
 
     def close(self) -> None:
-        r"""Remove temporary files."""
+        """Remove temporary files."""
         if self.has_own_order:
             self.items.close()
 

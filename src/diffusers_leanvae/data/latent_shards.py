@@ -18,7 +18,7 @@ SHARD_SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": "
 
 
 class LatentItem(NamedTuple):
-    r"""`latents` are float32 posterior means, not normalised, `(C, F, h, w)`."""
+    """`latents` are float32 posterior means, not normalised, `(C, F, h, w)`."""
 
     latents: torch.Tensor
     class_label: int | None
@@ -26,12 +26,12 @@ class LatentItem(NamedTuple):
 
 
 class LatentFolder(Dataset[LatentItem]):
-    r"""What `encode_dataset` wrote, read through memory maps: opening costs nothing, and an item its own bytes.
+    """Latents that `encode_dataset` wrote, read through memory maps: opening is free, an item costs its own bytes.
 
     Attributes:
         class_names: Names of the classes, or `None`.
         statistics: `mean` and `std`, a number per channel, and `num_items`.
-        settings: What the cache was asked to be, with the config and checksum of the autoencoder.
+        settings: The settings it was built with, and the config and checksum of the autoencoder.
         index: `num_items`, `num_skipped`, `shape` and `shards`.
 
     Raises:
@@ -62,7 +62,7 @@ class LatentFolder(Dataset[LatentItem]):
         return LatentItem(shard.latents(row).float(), described["class_label"], described["caption"])
 
     def name(self, index: int) -> str:
-        r"""Which clip of which video an item is."""
+        """Return the name of an item: its video and the number of its clip."""
         shard, row = self._find(index)
         return shard.rows[row]["name"]
 
@@ -76,7 +76,7 @@ class LatentFolder(Dataset[LatentItem]):
         return self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # maps are opened anew by a worker
+        return self.__dict__ | {"_shards": {}}  # a worker opens the maps again
 
 
 class Shard(Protocol):
@@ -118,7 +118,7 @@ class _TarShard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Open a shard of whichever format; what is read of it later is read from the file.
+    """Open a shard of either format; its latents stay in the file until they are read.
 
     Raises:
         ValueError: If it is not sound.

@@ -1,7 +1,7 @@
-"""Video data sets by name, cut as in the training of Latte (2401.03048) on LeanVAE latents, or soundly.
+"""Video data sets by name, cut exactly, or as in the training of Latte (arXiv 2401.03048) on LeanVAE latents.
 
-A clip is a pure function of the seed and of its index. What `sampling="reference"` does is what published models were
-trained on, faults included; `"exact"` does what was meant. `docs/data.md` has both side by side.
+A clip is a pure function of the seed and of its index. Published models were trained with `sampling="reference"`,
+faults included; `"exact"` does what was meant. `docs/data.md` compares the two.
 """
 
 import re
@@ -29,7 +29,7 @@ Sampling = Literal["exact", "reference"]
 
 @dataclass(frozen=True)
 class _Rules:
-    """What a named data set is: files or folders of frames, mirrored or not, and how the reference makes it square."""
+    """Properties of a named data set: files or folders of frames, mirrored or not, and the reference's crop."""
 
     has_frame_folders: bool
     is_mirrored: bool
@@ -50,7 +50,7 @@ LABEL_KEYS = ("class_label", "label", "cls")  # columns of metadata that may hol
 
 
 class NamedClip(NamedTuple):
-    r"""`pixels` are `(3, num_frames, size, size)`, uint8, or float32 in `[-1, 1]` where the reference resamples so."""
+    """`pixels` are `(3, num_frames, size, size)`, uint8, or float32 in `[-1, 1]` where the reference resamples so."""
 
     pixels: torch.Tensor
     class_label: int | None
@@ -58,7 +58,7 @@ class NamedClip(NamedTuple):
 
 
 class NamedDataset(Dataset[NamedClip]):
-    r"""Clips of a named data set; see `open_named_dataset`."""
+    """Clips of a named data set; see `open_named_dataset`."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class NamedDataset(Dataset[NamedClip]):
         return len(self.videos) * self.num_draws
 
     def __getitem__(self, index: int) -> NamedClip:
-        r"""The clip of an index, or where its video cannot be used, that of the next one that can, with a warning."""
+        """Return the clip of an index, or, with a warning, of the next video that can be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
         for attempt in range(len(self)):
@@ -92,7 +92,7 @@ class NamedDataset(Dataset[NamedClip]):
         raise ValueError(f"`folder` must hold at least one usable video, got {len(self.videos)} that are not.")
 
     def metadata(self, index: int) -> dict[str, Any]:
-        r"""What is known of the video of a clip: `file_name`, `class_label`, `class_name`, `caption`."""
+        """Return `file_name`, `class_label`, `class_name` and `caption` of the video of a clip."""
         video = self.videos[index // self.num_draws]
         name = None
         if self.class_names is not None and video.class_label is not None:
@@ -105,7 +105,7 @@ class NamedDataset(Dataset[NamedClip]):
         }
 
     def clip(self, index: int) -> NamedClip:
-        r"""The clip of an index.
+        """Return the clip of an index.
 
         Raises:
             VideoError: If its video cannot be read, or is too short.
@@ -140,7 +140,7 @@ def open_named_dataset(
     flip: bool | None = None,
     num_draws: int = 1,
 ) -> NamedDataset:
-    r"""Open a data set that lies on disk as it was published.
+    """Open a data set that lies on disk as it was published.
 
     Args:
         name: `"ucf101"`: video files in a folder per class; `"ffs"` (FaceForensics): video files; `"skytimelapse"`,
@@ -150,10 +150,10 @@ def open_named_dataset(
         folder: Where it lies. Classes are numbered by name.
         num_frames: Frames of a clip.
         size: Height and width of a clip.
-        sampling: `"exact"`: frames exactly `sample_stride` apart, any start alike, antialiased resize of the short
-            side, centre crop, uint8. `"reference"`: as published models were trained (`docs/data.md`).
-        seed: The clip of an index follows from this and the index.
-        sample_stride: Distance of frames; in video files the reference takes it for the length of a window,
+        sampling: `"exact"`: frames exactly `sample_stride` apart, any start equally likely, antialiased resize of
+            the short side, centre crop, uint8. `"reference"`: as published models were trained (`docs/data.md`).
+        seed: Seed of everything random; a clip depends on this and its index alone.
+        sample_stride: Frame spacing; in video files the reference uses it for the length of a window,
             `num_frames * sample_stride`, over which it spreads the frames.
         flip: Mirror every other clip; `None` for what is usual for the data set: not for SkyTimelapse and videofolder.
         num_draws: Clips per video; a data set has this many times as many clips as videos.
@@ -188,7 +188,7 @@ def open_named_dataset(
 
 
 def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:
-    r"""Class labels of rows of metadata, from the first of `LABEL_KEYS` in each, and names of the classes if known.
+    """Number the class labels of rows of metadata, taken from the first of `LABEL_KEYS` in each; names if known.
 
     Numbers, also written as text, stay as they are; names are numbered in their order.
 
@@ -207,7 +207,7 @@ def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tup
 
 
 def find_caption(row: dict[str, Any]) -> str | None:
-    r"""The caption in a row of metadata: `caption`, `text` or `txt`."""
+    """Return the caption in a row of metadata: `caption`, `text` or `txt`."""
     return next((str(row[key]).strip() for key in ("caption", "text", "txt") if row.get(key) is not None), None)
 
 
@@ -272,7 +272,7 @@ def _class_folders(root: Path, needs: bool, has: bool) -> tuple[list[_Video], tu
     parts = [path.relative_to(root).parts for path in paths]
     loose = [path for path, part in zip(paths, parts, strict=True) if len(part) == 1]
     if needs and loose:
-        raise ValueError(f"`folder` must have a folder per class and no videos beside, got {str(loose[0])!r}.")
+        raise ValueError(f"`folder` must have a folder per class and no videos next to them, got {str(loose[0])!r}.")
     if not has or loose:
         return [_Video(path, "/".join(part)) for path, part in zip(paths, parts, strict=True)], None
     names = sorted({part[0] for part in parts})
@@ -310,13 +310,13 @@ def _sample_reference(
 
 
 def _square(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """Antialiased: short side to `size`, centre crop."""
+    """Resize the short side to `size`, antialiased, and crop the centre."""
     height, width = short_side_size(frames.shape[1], frames.shape[2], size)
     return center_crop(resize_frames(frames, height, width), size, size, rounding="even")
 
 
 def _square_as_reference(frames: torch.Tensor, size: int, spatial: str, path: Path) -> torch.Tensor:
-    """Bilinear without antialiasing, on floats that are not rounded afterwards: `[-1, 1]`."""
+    """Resize bilinearly without antialiasing, to floats in `[-1, 1]` that are not rounded."""
     height, width = frames.shape[1:3]
     side = min(height, width)
     if spatial == "none":

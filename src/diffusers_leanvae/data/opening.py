@@ -1,4 +1,4 @@
-"""Open whatever training data a recipe names: `open_training_data`."""
+"""Opening of the training data that a recipe names."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def open_training_data(
     cache_gib: float = 4.0,
     shuffle_buffer: int = 256,
 ) -> ClipDataset:
-    r"""Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
+    """Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
 
     Args:
         train: A folder (searched recursively; with a `metadata.jsonl` in it, what that lists), uncompressed WebDataset
@@ -46,14 +46,14 @@ def open_training_data(
         aspect_buckets: Give every video to the aspect ratio of `clip_sizes` that is nearest to its own; a step takes
             videos of one ratio, and one size of that ratio. Every video is probed in the beginning.
         short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.
-        stride: Frames are taken so far apart, or `[lowest, highest]` to draw it per clip; less where a video is short.
+        stride: Frame spacing, or `[lowest, highest]` to draw it per clip; less where a video is short.
         max_zoom_out: A clip is cut from a window 1 to `max_zoom_out` times its size and scaled down.
         flip: Mirror every other clip left to right.
         rescale_factors: One of them is drawn per step, and the step's clips are scaled down by it, height and width
             rounded to multiples of 16.
         image_ratio: The share of steps whose clips are single frames.
         image_batch_factor: Such a step has this many times more clips.
-        images: Where single frames come from, named like `train` but at hand; `None` for random frames of the videos.
+        images: Source of single frames, named like `train` but local; `None` for random frames of the videos.
         cache_gib: Memory for decoded videos, in each process; streams are not cached.
         shuffle_buffer: How many videos of a stream are held on disk by each process and shuffled among each other.
 

@@ -1,4 +1,4 @@
-"""Steps of training, and the clip indices of each: what every process draws, from whatever step on."""
+"""Steps of training, and the clip indices that every process draws in each, starting at any step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ ALONE = Share()  # one process, which draws all of every step
 
 @dataclass(frozen=True)
 class StepSchedule:
-    r"""Which steps are image steps, and which clip indices belong to a step.
+    """The kind of each step, videos or images, and the clip indices that belong to it.
 
     Image steps are spread evenly. Step `s` owns the indices from `s * clips_per_step` on; a step of videos leaves the
     last of them unused where image steps are larger.
@@ -58,7 +58,7 @@ class StepSchedule:
         return self.batch_size * (self.image_batch_factor if self.image_ratio > 0 else 1)
 
     def num_image_steps(self, step: int) -> int:
-        r"""Image steps before `step`."""
+        """Count the image steps before `step`."""
         ratio = Fraction(self.image_ratio).limit_denominator(10_000)  # exact: both sides of a step must agree
         return step * ratio.numerator // ratio.denominator
 
@@ -70,13 +70,13 @@ class StepSchedule:
 
 
 class StepBatches(Sampler[list[int]]):
-    r"""The index lists of one process: step `s` uses the clips from `s * schedule.clips_per_step` on.
+    """The index lists of one process: step `s` uses the clips from `s * schedule.clips_per_step` on.
 
     Args:
         schedule: How many clips a step has.
         start_step: The first step to draw, later ones when resuming.
         num_steps: The step to stop before.
-        share: What this process draws of a step.
+        share: The part of a step that this process draws.
     """
 
     def __init__(self, schedule: StepSchedule, start_step: int, num_steps: int, share: Share = ALONE) -> None:

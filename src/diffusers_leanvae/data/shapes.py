@@ -26,7 +26,7 @@ COLORS = ("red", "yellow", "blue")
 DIRECTIONS = ("left", "right", "up", "down")
 NUM_CLASSES = len(SHAPES) * len(COLORS) * len(DIRECTIONS)
 
-# Width and height of a shape of size 1. Areas are alike, so that no shape is known by its size.
+# Width and height of a shape of size 1. Areas are equal, so that size does not give the shape away.
 _EXTENTS = {"circle": (1.0, 1.0), "triangle": (1.2, 1.1), "cross": (1.15, 1.15)}
 _CROSS_ARM = 0.36  # width, of the width of the whole
 _HUES = {"red": 0.0, "yellow": 55.0, "blue": 230.0}  # degrees
@@ -38,7 +38,7 @@ _NUM_SAMPLES = 4  # per pixel and axis
 
 
 class ShapesItem(NamedTuple):
-    r"""`pixels` are float32 in `[-1, 1]`, `(3, num_frames, height, width)`; PyTorch collates batches of it."""
+    """`pixels` are float32 in `[-1, 1]`, `(3, num_frames, height, width)`; PyTorch collates batches of it."""
 
     pixels: torch.Tensor
     class_label: int
@@ -46,7 +46,7 @@ class ShapesItem(NamedTuple):
 
 
 def class_label(shape: str, color: str, direction: str) -> int:
-    r"""The class of a shape, colour and direction: `((shape * 3) + color) * 4 + direction`."""
+    """The class of a shape, colour and direction: `((shape * 3) + color) * 4 + direction`."""
     for name, value, legal in (
         ("shape", shape, SHAPES),
         ("color", color, COLORS),
@@ -58,7 +58,7 @@ def class_label(shape: str, color: str, direction: str) -> int:
 
 
 def class_parts(label: int) -> tuple[str, str, str]:
-    r"""Shape, colour and direction of a class."""
+    """Shape, colour and direction of a class."""
     if not 0 <= label < NUM_CLASSES:
         raise ValueError(f"`label` must be from 0 to {NUM_CLASSES - 1}, got {label}.")
     index, direction = divmod(int(label), len(DIRECTIONS))
@@ -67,7 +67,7 @@ def class_parts(label: int) -> tuple[str, str, str]:
 
 
 def caption(label: int) -> str:
-    r"""What a clip of the class shows, such as `"a red circle moving left"`."""
+    """Describe a clip of the class, for instance `"a red circle moving left"`."""
     shape, color, direction = class_parts(label)
     return f"a {color} {shape} moving {direction}"
 
@@ -78,7 +78,7 @@ CLASS_NAMES = tuple(f"{color} {shape} {direction}" for shape, color, direction i
 def draw_clip(
     label: int, num_frames: int = 17, height: int = 64, width: int = 64, seed: int = 0, index: int = 0
 ) -> torch.Tensor:
-    r"""Draw clip number `index` of a class.
+    """Draw clip number `index` of a class.
 
     The way of the shape over the whole clip is a quarter to almost half of the shorter side, whatever the length.
 
@@ -111,7 +111,7 @@ def draw_clip(
 
 
 class MovingShapes(Dataset[ShapesItem]):
-    r"""Moving shapes; every `NUM_CLASSES` successive clips show each class once.
+    """Moving shapes; every `NUM_CLASSES` successive clips show each class once.
 
     Args:
         num_frames, height, width, seed: As of `draw_clip`.
@@ -133,7 +133,7 @@ class MovingShapes(Dataset[ShapesItem]):
         return self.num_clips
 
     def label(self, index: int) -> int:
-        r"""The class of a clip, without drawing it."""
+        """The class of a clip, without drawing it."""
         block, place = divmod(index, NUM_CLASSES)
         return int(np.random.default_rng([self.seed, block]).permutation(NUM_CLASSES)[place])
 
@@ -146,9 +146,9 @@ class MovingShapes(Dataset[ShapesItem]):
 
 
 def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: float = 12) -> None:
-    r"""Write clips as a video folder: `000000.mp4` and so on, and `metadata.jsonl` with `label` and `caption`.
+    """Write clips as a video folder: `000000.mp4` and so on, and `metadata.jsonl` with `label` and `caption`.
 
-    Files that are there already are kept, so that a killed call goes on where it was.
+    Existing files are kept, so that a killed call resumes where it stopped.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)

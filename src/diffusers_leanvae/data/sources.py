@@ -1,4 +1,4 @@
-"""Where training videos lie: lists of files and of members of tar shards, each opened by its number."""
+"""Sources of training videos: lists of files and of members of tar shards, each opened by its number."""
 
 import glob
 import json
@@ -19,25 +19,25 @@ _SIDECARS = ("json", "txt", "cls")
 
 
 class VideoSource(Protocol):
-    r"""A fixed list of video and image files. Number `i` is the same file whenever the source is opened again."""
+    """A fixed list of video and image files. Number `i` is the same file whenever the source is opened again."""
 
     def __len__(self) -> int: ...
 
     def name(self, number: int) -> str:
-        r"""What messages call the file."""
+        """Return the name of the file for messages."""
         ...
 
     def metadata(self, number: int) -> dict[str, Any]:
-        r"""`file_name`, and what stands beside the file: columns of `metadata.jsonl`, or sidecar members of a tar."""
+        """Return `file_name` and the columns of `metadata.jsonl`, or the sidecar members of a tar."""
         ...
 
     def open(self, number: int) -> AbstractContextManager[Path]:
-        r"""A path to read the file from, inside the `with` block."""
+        """Give a path to read the file from, inside the `with` block."""
         ...
 
 
 class FileSource:
-    r"""The videos and images below a folder, or those that its `metadata.jsonl` lists, with its other columns."""
+    """The videos and images below a folder, or those that its `metadata.jsonl` lists, with its other columns."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -67,7 +67,7 @@ class FileSource:
 
 
 class TarSource:
-    r"""WebDataset shards: uncompressed tar files in which the members of one example share the name up to a dot.
+    """WebDataset shards: uncompressed tar files in which the members of one example share the name up to a dot.
 
     The shards are indexed once (headers only), after which any member is one seek away. The video or image of an
     example is copied to a temporary file while it is read; `.json`, `.txt` and `.cls` members are its metadata.
@@ -123,7 +123,7 @@ class TarSource:
 
 
 def open_source(train: str | Path) -> VideoSource:
-    r"""The local videos that `train` names: a folder, a folder of tar shards, or tar files as a pattern.
+    """Open the local videos that `train` names: a folder, a folder of tar shards, or tar files as a pattern.
 
     Raises:
         ValueError: If it names nothing that is there.
@@ -146,7 +146,7 @@ def open_source(train: str | Path) -> VideoSource:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    r"""`"{008..010}"` in a name stands for `"008"`, `"009"`, `"010"`."""
+    """Expand `"{008..010}"` in a name to `"008"`, `"009"`, `"010"`."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]

@@ -1,4 +1,4 @@
-"""Streamed training data: a dataset that can only be read from front to back, through `datasets`.
+"""Streamed training data, from a dataset that can only be read from front to back, through `datasets`.
 
 The stream is cut into blocks, each of which becomes a folder on disk; within its block a clip is a pure function of
 the seed and of its index. So any index can be asked for, and costs reading the stream up to its block, or from the
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from .cutting import ClipOptions, VideoPool, VideoShelf
-from .datasets import ClipDataset, make_image_pool, shelf_sizes
+from .cutting import ClipOptions, VideoOrder, VideoSet
+from .datasets import ClipDataset, make_image_order, wanted_sizes
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource, expand_braces
 
@@ -29,12 +29,12 @@ _NUM_BATCHES_AHEAD = 64  # a block stays on disk until its last batch was handed
 
 
 def is_stream(train: str) -> bool:
-    """Whether `train` names a dataset that is streamed: one of the Hub, or at a URL."""
+    """Tell streamed datasets, which are on the Hub or at a URL, from local ones."""
     return train.startswith("hub:") or "://" in train
 
 
 def open_stream(train: str) -> Any:
-    r"""The `datasets.IterableDataset` that `train` names: tar files at a URL, or a dataset of the Hub.
+    """Open the `datasets.IterableDataset` that `train` names: tar files at a URL, or a dataset of the Hub.
 
     `"hub:user/name"` may be followed by `:config` and `:config:split`; an empty config is the default one and
     `"train"` the default split. In place of `user/name`, a local folder that `datasets` can load will do.
@@ -55,16 +55,16 @@ def open_stream(train: str) -> Any:
 
 
 class VideoStream(ClipDataset):
-    r"""Clips of a streaming dataset. Processes share its shards, or where that does not go up, its examples in turn.
+    """Clips of a streaming dataset. Processes share its shards, or its examples in turn where shards do not divide.
 
     Each process downloads a block of at least `shuffle_buffer` examples while it trains on the one before, and visits
     each of them once; examples that cannot be read are passed over. The order of shards is new in every epoch.
 
     Args:
         stream: A `datasets.IterableDataset` with a column of videos or images. They are never decoded by `datasets`.
-        options: What is cut from the videos.
+        options: The clips to cut.
         schedule: The steps.
-        share: What this process draws of a step.
+        share: The part of a step that this process draws.
         seed: Everything random depends on this and on the index of the clip alone.
         images: Where image steps take their images from; `None` for random frames of the videos.
         cache_gib: Memory for decoded `images`.
@@ -90,30 +90,30 @@ class VideoStream(ClipDataset):
         self.block_size = self.steps_per_block * local_batch_size
         num_batches = self.steps_per_block * share.num_accumulation_steps
         self.num_blocks_kept = 1 + math.ceil(_NUM_BATCHES_AHEAD / num_batches)
-        self.image_pool = None
+        self.image_order = None
         if images is not None and schedule.image_ratio > 0:
-            shelf = VideoShelf(images, options.image_sizes, options)
-            shelf.fill_cache(int(cache_gib * 2**30))
-            self.image_pool = make_image_pool(shelf, schedule, [self.seed, 0])
+            videos = VideoSet(images, options.image_sizes, options)
+            videos.fill_cache(int(cache_gib * 2**30))
+            self.image_order = make_image_order(videos, schedule, [self.seed, 0])
         self.mixes_frames = images is None
         self.root = Path(tempfile.mkdtemp(prefix="leanvae-stream-"))
         self._remove = weakref.finalize(self, _remove_folder, self.root, os.getpid())
         self.reader = BlockReader(stream, self.block_size, self.root, seed, share)
-        self._pools: dict[int, tuple[VideoPool, VideoPool | None]] = {}
+        self._orders: dict[int, tuple[VideoOrder, VideoOrder | None]] = {}
 
     @property
     def num_skipped(self) -> int:
-        # Of the blocks at hand.
-        return sum(pool.shelf.num_skipped for pool, _ in self._pools.values())
+        # Only blocks that are on disk count.
+        return sum(order.videos.num_skipped for order, _ in self._orders.values())
 
     @property
     def num_cached(self) -> int:
-        return 0 if self.image_pool is None else len(self.image_pool.shelf.cache)
+        return 0 if self.image_order is None else len(self.image_order.videos.cache)
 
-    def pool(self, step: int, position: int) -> tuple[VideoPool, int, int]:
+    def locate(self, step: int, position: int) -> tuple[VideoOrder, int, int]:
         is_image_step = self.schedule.is_image_step(step)
-        if is_image_step and self.image_pool is not None:
-            return self.image_pool, self.schedule.num_image_steps(step), position
+        if is_image_step and self.image_order is not None:
+            return self.image_order, self.schedule.num_image_steps(step), position
         block = step // self.steps_per_block
         first_step = block * self.steps_per_block
         num_image_steps = self.schedule.num_image_steps(step) - self.schedule.num_image_steps(first_step)
@@ -121,58 +121,59 @@ class VideoStream(ClipDataset):
         count = self.schedule.num_clips(step) // self.share.num_parts
         part, within = divmod(position, count)
         position = part // self.share.world_size * count + within
-        video_pool, image_pool = self._block_pools(block)
+        video_order, image_order = self._block_orders(block)
         if is_image_step:
-            assert image_pool is not None
-            return image_pool, num_image_steps, position
-        return video_pool, step - first_step - num_image_steps, position
+            assert image_order is not None
+            return image_order, num_image_steps, position
+        return video_order, step - first_step - num_image_steps, position
 
     def batches(self, start_step: int, num_steps: int) -> StepBatches:
         return _StreamBatches(self, start_step, num_steps)
 
     def metadata(self, video: int) -> dict[str, Any]:
-        r"""The columns of an example beside the video, while its block is at hand, so far as they can be JSON."""
+        """Return the other columns of an example, as far as they can be JSON, while its block is on disk."""
         block, number = divmod(video, self.block_size)
-        return self._block_pools(block)[0].shelf.source.metadata(number)
+        return self._block_orders(block)[0].videos.source.metadata(number)
 
     def describe(self) -> str:
-        images = "" if self.image_pool is None else f" and {len(self.image_pool.shelf)} images"
+        images = "" if self.image_order is None else f" and {len(self.image_order.videos)} images"
         return f"a stream in blocks of {self.block_size} videos per process{images}"
 
     def state_dict(self, step: int) -> dict[str, Any]:
         return self.reader.state_dict(step // self.steps_per_block)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:  # an empty one is that of files at hand, or of a process that saved none
+        if state:  # an empty one comes from local files, or from a process that saved none
             self.reader.load_state_dict(state)
 
     def close(self) -> None:
         self._remove()
 
     def _video(self, step: int, number: int) -> int:
-        from_images = self.schedule.is_image_step(step) and self.image_pool is not None
+        from_images = self.schedule.is_image_step(step) and self.image_order is not None
         return number if from_images else step // self.steps_per_block * self.block_size + number
 
-    def _block_pools(self, block: int) -> tuple[VideoPool, VideoPool | None]:
-        if block not in self._pools:
+    def _block_orders(self, block: int) -> tuple[VideoOrder, VideoOrder | None]:
+        if block not in self._orders:
             folder = self.reader.fetch(block)
-            sizes = shelf_sizes(self.options, self.schedule, self.mixes_frames)
-            shelf = VideoShelf(FileSource(folder), sizes, self.options)
+            sizes = wanted_sizes(self.options, self.schedule, self.mixes_frames)
+            videos = VideoSet(FileSource(folder), sizes, self.options)
             seed = [self.seed, 0, self.share.rank, block]
             local_batch_size = self.schedule.batch_size // self.share.world_size
-            pool = VideoPool(shelf, self.options.sizes, local_batch_size, seed)
-            needs_images = self.mixes_frames and self.schedule.image_ratio > 0
-            image_pool = make_image_pool(shelf, self.schedule, seed, self.share.world_size) if needs_images else None
-            self._pools = dict(sorted(self._pools.items())[-1:])  # the one before may still be asked for
-            self._pools[block] = pool, image_pool
-        return self._pools[block]
+            order = VideoOrder(videos, self.options.sizes, local_batch_size, seed)
+            image_order = None
+            if self.mixes_frames and self.schedule.image_ratio > 0:
+                image_order = make_image_order(videos, self.schedule, seed, self.share.world_size)
+            self._orders = dict(sorted(self._orders.items())[-1:])  # the one before may still be asked for
+            self._orders[block] = order, image_order
+        return self._orders[block]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_remove"}  # workers remove nothing
 
 
 class _StreamBatches(StepBatches):
-    r"""Index lists of a stream: the block of a batch is on disk before a worker sees its indices."""
+    """Index lists of a stream: the block of a batch is on disk before a worker sees its indices."""
 
     def __init__(self, stream: VideoStream, start_step: int, num_steps: int) -> None:
         super().__init__(stream.schedule, start_step, num_steps, stream.share)
@@ -197,7 +198,7 @@ class _StreamBatches(StepBatches):
 
 
 class BlockReader:
-    r"""Writes block after block of a stream to disk: a folder of videos with a `metadata.jsonl`.
+    """Writer of a stream to disk, block after block, each a folder of videos with a `metadata.jsonl`.
 
     Args:
         stream: A `datasets.IterableDataset` with a column of videos or images.
@@ -225,7 +226,7 @@ class BlockReader:
         return self.__dict__ | {"lock": None, "examples": None, "pid": -1}
 
     def fetch(self, block: int) -> Path:
-        r"""The folder of a block, read from the stream unless it is there already."""
+        """Return the folder of a block, reading it from the stream unless it is there already."""
         if self.pid != os.getpid():  # a worker that finds the block missing reads the stream on its own
             self.lock, self.examples, self.pid = threading.Lock(), None, os.getpid()
         with self.lock:
@@ -293,7 +294,7 @@ class BlockReader:
 
 
 def _visual_column(stream: Any) -> str:
-    """The column with the videos, or else the images, by its type or (as in tar files) by its name."""
+    """Find the column with the videos, or else the images, by its type or (as in tar files) by its name."""
     features = stream.features
     if features is None:
         first = next(iter(stream.take(1)), {})

@@ -1,12 +1,12 @@
-"""How easy latents are for diffusion: the held-out loss of a small denoiser, and what its predictions look like.
+"""Ease of latents for diffusion: the held-out loss of a small denoiser, and the quality of its decoded predictions.
 
 Everything but the autoencoder is fixed: clips, the denoiser and its first weights, the order of the batches, noise and
-noise levels all follow from one seed. A flow-matching denoiser learns from latents normalised per channel. Two figures
-come of it, each with its blind spot:
+noise levels all follow from one seed. A flow-matching denoiser learns from latents normalised per channel. The result
+are two figures, each with its blind spot:
 
 - its loss on held-out clips, in the latents' own space: comparable where shapes agree, and blind to what latents lost;
-- PSNR of decoded one-step predictions of held-out latents, in pixels: comparable everywhere, beside the PSNR of the
-  plain reconstruction, which is what no noise gives.
+- PSNR of decoded one-step predictions of held-out latents, in pixels: comparable everywhere, next to the PSNR of the
+  plain reconstruction, which is the limit without noise.
 """
 
 import math
@@ -28,7 +28,7 @@ from .metrics import frame_psnr
 
 @dataclass(frozen=True)
 class DiffusabilityProtocol:
-    r"""All that is fixed, with the values that published figures use.
+    """Settings that are fixed, with the values of the published figures.
 
     Attributes:
         noise_levels: Held-out latents are `(1 - level) * latents + level * noise`, a signal-to-noise ratio of
@@ -47,10 +47,10 @@ class DiffusabilityProtocol:
 
 
 class LatentDenoiser(nn.Module):
-    r"""A transformer over patches of 1x2x2 latents (1x1x1 where sizes are odd) that predicts `noise - latents`.
+    """A transformer over patches of 1x2x2 latents (1x1x1 where sizes are odd) that predicts `noise - latents`.
 
     Preconditioned in the manner of EDM (arXiv 2206.00364): untrained it is the best denoiser of white latents, and
-    what the transformer adds has unit variance at every noise level. No step is spent on learning as much.
+    what the transformer adds has unit variance at every noise level, so no step is spent on learning that.
 
     Args:
         latent_shape: `(latent_channels, num_latent_frames, latent_height, latent_width)`.
@@ -73,7 +73,7 @@ class LatentDenoiser(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        r"""Velocities of latents `(batch_size, latent_channels, t, h, w)` with noise levels `(batch_size,)`."""
+        """Velocities of latents `(batch_size, latent_channels, t, h, w)` with noise levels `(batch_size,)`."""
         variance = _variance(level).view(-1, 1, 1, 1, 1)
         frequencies = torch.logspace(0, 3, self.position.shape[1] // 2, device=level.device)
         angles = level[:, None] * frequencies
@@ -89,25 +89,25 @@ class LatentDenoiser(nn.Module):
 
 
 def _variance(level: torch.Tensor) -> torch.Tensor:
-    r"""Variance of noisy latents, if theirs is 1."""
+    """Variance of noisy latents whose clean variance is 1."""
     return (1 - level) ** 2 + level**2
 
 
 def white_velocity(noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    r"""The best prediction of `noise - latents` for latents of unit variance without any structure."""
+    """The best prediction of `noise - latents` for latents of unit variance without any structure."""
     return ((2 * level - 1) / _variance(level)).view(-1, 1, 1, 1, 1) * noisy
 
 
 def load_clips(
     folder: str | Path, num_clips: int, clip_size: tuple[int, int, int] = (17, 64, 64), seed: int = 0
 ) -> torch.Tensor:
-    r"""The first clips of a folder, cut at random by a seed.
+    """Load the first clips of a folder, cut at random by a seed.
 
     Args:
         folder: Searched for videos, which are scaled down to a short side of at most 256.
         num_clips: Clips to cut, from all videos in turn.
         clip_size: Frames, height and width.
-        seed: What the cuts follow from.
+        seed: Seed of the cuts.
 
     Returns:
         `uint8` clips `(num_clips, 3, num_frames, height, width)`.
@@ -123,19 +123,19 @@ def measure_diffusability(
     protocol: DiffusabilityProtocol | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    r"""Train the denoiser on the latents of some clips and measure it on those of others.
+    """Train the denoiser on the latents of some clips and measure it on those of others.
 
     Args:
         vae: VideoAutoencoderthing with `encode(...).latent_dist` and `decode(...).sample`, in evaluation mode.
         train_clips: `uint8` clips `(num_clips, 3, num_frames, height, width)`, at least a batch of them.
         held_out_clips: Clips of other videos, of the same size.
-        protocol: What is fixed; the default's figures are what to compare by.
-        progress: Called with a line now and then.
+        protocol: The fixed settings; figures compare only between runs of the same ones.
+        progress: Called with a line every 100 steps and after every noise level.
 
     Returns:
         `denoising_loss`, the squared error on held-out latents as a share of that of [`white_velocity`] (1: no
         structure was found that is there again), mean over noise levels; `reconstruction_psnr_frame_mean_rgb`; the
-        loss and the PSNR of predictions by noise level under `levels`; and what it was measured with.
+        loss and the PSNR of predictions by noise level under `levels`; and the settings.
     """
     protocol = protocol or DiffusabilityProtocol()
     if len(train_clips) < protocol.batch_size:
@@ -207,7 +207,7 @@ def _train_denoiser(
 def _predict(
     denoiser: LatentDenoiser, latents: torch.Tensor, noise: torch.Tensor, level: float, batch_size: int
 ) -> tuple[float, torch.Tensor]:
-    r"""Squared error of velocities as a share of the white denoiser's, and the latents predicted in one step."""
+    """Squared error of velocities as a share of the white denoiser's, and the latents predicted in one step."""
     noisy, levels = torch.lerp(latents, noise, level), torch.full((len(latents),), level)
     parts = zip(noisy.split(batch_size), levels.split(batch_size), strict=True)
     velocity = torch.cat([denoiser(*part) for part in parts])
@@ -217,7 +217,7 @@ def _predict(
 
 @torch.no_grad()
 def _encode(vae: VideoAutoencoder, clips: torch.Tensor) -> torch.Tensor:
-    r"""Posterior means in float32 on the CPU, where the denoiser is: its sums come out the same on every machine."""
+    """Posterior means in float32 on the CPU, where the denoiser is: its sums come out the same on every machine."""
     parts = (pixels_to_sample(part).to(vae.device, vae.dtype) for part in clips.split(8))
     return torch.cat([vae.encode(part, return_dict=False)[0].mode().float().cpu() for part in parts])
 

@@ -4,7 +4,7 @@ import torch
 
 
 def frame_psnr(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    r"""PSNR of each frame over its three channels.
+    """PSNR of each frame over its three channels.
 
     Args:
         frames: `(num_frames, 3, height, width)` in `[0, 1]`.
@@ -18,7 +18,7 @@ def frame_psnr(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def frame_ssim(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    r"""SSIM (Gaussian window 11, sigma 1.5, RGB mean) of each frame.
+    """SSIM (Gaussian window 11, sigma 1.5, RGB mean) of each frame.
 
     Args:
         frames: `(num_frames, 3, height, width)` in `[0, 1]`.

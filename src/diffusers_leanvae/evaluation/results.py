@@ -1,4 +1,4 @@
-"""Published numbers are files: every result carries the machine, versions, date and command that made it."""
+"""Published numbers as files; each carries the machine, versions, date and command that made it."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from ..atomic import replace_file
 
 
 def provenance() -> dict[str, Any]:
-    r"""Where and when a number was measured. Of absolute paths in the command only the names: folders are private."""
+    """Describe machine, versions, date and command. Absolute paths in the command lose their (private) folders."""
     packages = ("torch", "diffusers", "accelerate", "av", "numpy", "torchmetrics")
     installed = {}
     for package in packages:
@@ -64,6 +64,6 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    r"""Checksum of a weight file, to tell which weights a number belongs to."""
+    """Compute the checksum of a weight file, which says to which weights a number belongs."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""What a clip of moving shapes shows, measured and not learned.
+"""A detector of shape, colour and direction in clips of moving shapes, measured and not learned.
 
-Only the names of shapes, colours and directions are shared with the renderer. The background is a plane fitted to what
-has little colour, and the object is what differs from it; its hue says the colour, angular moments say the shape, and
-the way of its centroid says the direction. What is not clearly one of the known things is `None`.
+Only the names of shapes, colours and directions are shared with the renderer. The background is a plane fitted to the
+pixels with little colour, and the object is what differs from it. Its hue gives the colour, angular moments give the
+shape, and the path of its centroid gives the direction. Whatever is not clearly one of the known values is `None`.
 """
 
 import math
@@ -18,7 +18,7 @@ _HUES = {"red": 0.0, "yellow": 60.0, "blue": 240.0}
 
 
 class Detection(NamedTuple):
-    r"""What was found, each `None` where nothing clear was; `class_label` only where all three were."""
+    """The three properties, each `None` where it is not clear; `class_label` is given only if all three are."""
 
     shape: str | None
     color: str | None
@@ -27,7 +27,7 @@ class Detection(NamedTuple):
 
 
 def detect(video: torch.Tensor) -> Detection:
-    r"""Find the shape, colour and direction of the one object of a clip.
+    """Find the shape, colour and direction of the one object of a clip.
 
     Args:
         video: Floating point, in `[-1, 1]` (what is beyond is clipped), shape `(3, num_frames, height, width)`.
@@ -57,9 +57,9 @@ def detect(video: torch.Tensor) -> Detection:
 
 
 def _segment(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """How much each pixel belongs to the object, `(num_frames, height, width)` in `[0, 1]`, and the object's colour.
+    """Weight of each pixel in the object, `(num_frames, height, width)` in `[0, 1]`, and the object's colour.
 
-    `None` where a frame has nothing of colour.
+    The weights are `None` where a frame has no coloured pixels.
     """
     height, width = pixels.shape[2:]
     chroma = pixels.amax(0) - pixels.amin(0)
@@ -82,13 +82,13 @@ def _segment(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 def _inside(values: torch.Tensor) -> torch.Tensor:
-    """A value of the object in every frame, where it is higher: it covers more than a twentieth of the frame."""
+    """A value inside the object in every frame; values are higher there, on more than a twentieth of the frame."""
     flat = values.flatten(1)
     return flat.kthvalue(math.ceil(0.97 * flat.shape[1]), dim=1).values[:, None, None]
 
 
 def _shape(weight: torch.Tensor, mass: torch.Tensor, offsets: torch.Tensor) -> str | None:
-    """By moments of `z = x + iy` about the centroid, the median over frames of each.
+    """Find the shape by moments of `z = x + iy` about the centroid, the median over frames of each.
 
     `E|z|^2 / area` is 0.16 for a disc and 0.19 for a triangle or cross, and more for what is in pieces. `E[z^3]`
     vanishes but for the triangle, where it is 0.8 of `(E|z|^2)^1.5`. `E[z^4]` is 0.7 of `(E|z|^2)^2` for the cross.
@@ -120,7 +120,7 @@ def _color(mean: torch.Tensor) -> str | None:
 
 
 def _direction(x: torch.Tensor, y: torch.Tensor, side: int) -> str | None:
-    """From the ways that straight lines through the centroids take over the clip."""
+    """Find the direction by fitting a straight line to the centroids of the clip."""
     if len(x) < 2:
         return None
     time = torch.arange(len(x), dtype=x.dtype) - (len(x) - 1) / 2

@@ -1,4 +1,4 @@
-r"""Adversarial training: patch discriminators of videos (arXiv 1611.07004), their losses, and one training module.
+"""Adversarial training: patch discriminators of videos (arXiv 1611.07004), their losses, and one training module.
 
 The recipe of LeanVAE is `PatchDiscriminator2d` with the hinge loss and LeCam for the discriminator, and a
 non-saturating term for the autoencoder.
@@ -21,7 +21,7 @@ MAX_WIDTH_FACTOR = 8
 
 
 class PatchDiscriminator2d(nn.Module):
-    r"""PatchGAN on single frames: one logit for each overlapping patch of each frame.
+    """PatchGAN on single frames: one logit for each overlapping patch of each frame.
 
     Args:
         in_channels: Channels of a frame.
@@ -38,7 +38,7 @@ class PatchDiscriminator2d(nn.Module):
         self.layers = _patch_layers(nn.Conv2d, nn.BatchNorm2d, 4, strides, in_channels, num_filters, norm)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        r"""Logits, high for real frames.
+        """Compute logits, high for real frames.
 
         Args:
             sample: Videos in `[-1, 1]`, shape `(batch_size, in_channels, num_frames, height, width)`.
@@ -51,7 +51,7 @@ class PatchDiscriminator2d(nn.Module):
 
 
 class PatchDiscriminator3d(nn.Module):
-    r"""PatchGAN on videos of any length and size, single frames included.
+    """PatchGAN on videos of any length and size, single frames included.
 
     Kernels are 3x3x3 with padding 1, and the first two convolutions halve the time too: the layout of WF-VAE's
     (arXiv 2411.17459) without its dropout.
@@ -71,7 +71,7 @@ class PatchDiscriminator3d(nn.Module):
         self.layers = _patch_layers(nn.Conv3d, nn.BatchNorm3d, 3, strides, in_channels, num_filters, norm)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        r"""Logits, high for real videos.
+        """Compute logits, high for real videos.
 
         Args:
             sample: Videos in `[-1, 1]`, shape `(batch_size, in_channels, num_frames, height, width)`.
@@ -114,7 +114,7 @@ def _patch_layers(
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: str = "hinge") -> torch.Tensor:
-    r"""Half the sum of the losses on real and on fake logits, each the mean over all patches, in float32.
+    """Half the sum of the losses on real and on fake logits, each the mean over all patches, in float32.
 
     Args:
         real_logits: Logits of real videos, any shape.
@@ -129,7 +129,7 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kin
 
 
 def generator_loss(fake_logits: torch.Tensor, kind: str = "non_saturating") -> torch.Tensor:
-    r"""The autoencoder's adversarial term, in float32.
+    """The autoencoder's adversarial term, in float32.
 
     Args:
         fake_logits: Logits of reconstructions, shape `(..., 1, patch_rows, patch_columns)` or
@@ -142,7 +142,7 @@ def generator_loss(fake_logits: torch.Tensor, kind: str = "non_saturating") -> t
 
 
 class LeCam(nn.Module):
-    r"""Regulariser of a discriminator (arXiv 2104.03310): holds real logits near the running mean of the fake ones.
+    """Regulariser of a discriminator (arXiv 2104.03310): holds real logits near the running mean of the fake ones.
 
     The running means are buffers, equal on all processes, and start at 0. Only `update` changes them.
 
@@ -163,9 +163,9 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> None:
-        r"""Take in the mean logits of this step, averaged over all processes, each of which must call.
+        """Update the running means with the mean logits of this step over all processes, which must all call.
 
-        A step whose means are not finite leaves no trace: the running means would never recover.
+        A step whose means are not finite is left out, since the running means would never recover.
         """
         means = torch.stack([_at_least_float32(logits).mean() for logits in (real_logits, fake_logits)])
         means = _mean_over_processes(means)
@@ -174,7 +174,7 @@ class LeCam(nn.Module):
             ema.copy_(torch.where(is_finite, ema.lerp(mean.to(ema.dtype), 1.0 - self.decay), ema))
 
     def forward(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        r"""`mean(relu(real - ema_fake)^2) + mean(relu(ema_real - fake)^2)` over all patches, in float32."""
+        """`mean(relu(real - ema_fake)^2) + mean(relu(ema_real - fake)^2)` over all patches, in float32."""
         real_excess = F.relu(_at_least_float32(real_logits) - self.ema_fake)
         fake_excess = F.relu(self.ema_real - _at_least_float32(fake_logits))
         return real_excess.square().mean() + fake_excess.square().mean()
@@ -186,7 +186,7 @@ def adaptive_weight(
     last_layer: torch.Tensor | Sequence[torch.Tensor],
     maximum: float = 1e4,
 ) -> torch.Tensor:
-    r"""Weight that makes the adversarial gradient as long as that of the reconstruction (VQGAN, arXiv 2012.09841).
+    """Weight that makes the adversarial gradient as long as that of the reconstruction (VQGAN, arXiv 2012.09841).
 
     Both gradients are averaged over all processes first, so that all get the weight of the whole batch. The graphs
     are kept for the backward pass that follows.
@@ -210,7 +210,7 @@ def adaptive_weight(
 
 
 class DiscriminatorTrainingModule(nn.Module):
-    r"""A discriminator together with its losses; its `state_dict` is all there is to resume.
+    """A discriminator together with its losses; its `state_dict` holds all that resuming needs.
 
     Wrap this module for distributed training and step it by `forward`; take `generator_term` from the unwrapped one,
     as it leaves no gradient here that would have to be synchronised.
@@ -240,14 +240,14 @@ class DiscriminatorTrainingModule(nn.Module):
         self.lecam = LeCam(lecam_decay)
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        r"""The discriminator's weighted loss and its detached, unweighted terms; no gradient reaches the videos.
+        """The discriminator's weighted loss and its detached, unweighted terms; no gradient reaches the videos.
 
         In training mode this updates the running means of LeCam (before they are used), and those of a batch norm
         twice: real and fake videos are normalised apart.
 
         Args:
             real: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
-            fake: Reconstructions, laid out alike.
+            fake: Reconstructions, same shape.
 
         Returns:
             The loss, and the terms `discriminator`, `lecam`, `logits_real`, `logits_fake`; the last two are means.
@@ -265,7 +265,7 @@ class DiscriminatorTrainingModule(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def generator_term(self, fake: torch.Tensor) -> torch.Tensor:
-        r"""The autoencoder's adversarial term, unweighted, with gradients to `fake` alone.
+        """The autoencoder's adversarial term, unweighted, with gradients to `fake` alone.
 
         Nothing of this module changes: its parameters take part as constants, and a batch norm in training mode
         normalises by the statistics of `fake` without adding them to its running ones.

@@ -13,7 +13,7 @@ from .reconstruction import band_l1
 
 
 class Teacher:
-    r"""A frozen autoencoder of diffusers whose latents a student learns to make and to decode.
+    """A frozen autoencoder of diffusers whose latents a student learns to make and to decode.
 
     Deliberately no `nn.Module`: as an attribute of one it is neither trained, nor saved, nor synchronised.
 
@@ -25,7 +25,7 @@ class Teacher:
         latent_channels: Channels of its latents.
         compression_ratios: Pixels per latent in time, height and width; `None` where the model does not tell.
         latents_mean: Mean of each latent channel from its config, for the student to take over, or `None`.
-        latents_std: Standard deviation of each latent channel, likewise.
+        latents_std: Standard deviation of each latent channel, in the same way.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -42,7 +42,7 @@ class Teacher:
     def from_pretrained(
         cls, path_or_repo: str | Path, subfolder: str | None = None, dtype: torch.dtype = torch.float32
     ) -> "Teacher":
-        r"""Load the teacher from a folder or from the Hub, whatever its class in diffusers.
+        """Load the teacher, of any class of diffusers, from a folder or from the Hub.
 
         Args:
             path_or_repo: Folder or Hub repository of the autoencoder or of its pipeline.
@@ -52,7 +52,7 @@ class Teacher:
         return cls(AutoModel.from_pretrained(str(path_or_repo), subfolder=subfolder, torch_dtype=dtype))
 
     def check_student(self, student: AutoencoderKLLeanVAE) -> None:
-        r"""Raise a `ValueError` unless `student`, a LeanVAE, has latents of the teacher's shape for every video."""
+        """Raise a `ValueError` unless `student`, a LeanVAE, has latents of the teacher's shape for every video."""
         spatial = student.spatial_compression_ratio
         ratios = (student.temporal_compression_ratio, spatial, spatial)
         same = all(mine in (None, its) for mine, its in zip(self.compression_ratios, ratios, strict=True))
@@ -65,13 +65,13 @@ class Teacher:
             )
 
     def to(self, device: torch.device | str) -> "Teacher":
-        r"""Move the teacher to a device."""
+        """Move the teacher to a device."""
         self.vae.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        r"""Posterior means, un-normalised, of videos.
+        """Encode videos to posterior means, not normalised.
 
         Args:
             sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`, in sizes of the teacher's.
@@ -107,11 +107,11 @@ def alignment_terms(
 
     Args:
         student: The LeanVAE in training.
-        teacher_latents: Un-normalised posterior means of `sample` by [`Teacher.encode`].
+        teacher_latents: Posterior means of `sample`, not normalised, by [`Teacher.encode`].
         student_latents: Those of the student, same shape.
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
         normalise: Compare latents as `(latents - latents_mean) / latents_std` by the student's config, which has taken
-            both over from the teacher, so that all channels count alike. The reference does.
+            both over from the teacher, so that all channels count equally. The reference does.
 
     Returns:
         `align_pixel`, `align_latents`, `align_low` and `align_high`, unweighted float32 scalars, and `reconstruction`,
@@ -143,7 +143,7 @@ def alignment_terms(
 
 
 def _declared(vae: Any, attribute: str, config_key: str) -> int | None:
-    r"""A compression ratio: models of diffusers tell it as an attribute, in their config, or under Wan's name."""
+    """A compression ratio: models of diffusers tell it as an attribute, in their config, or under Wan's name."""
     value = vae.__dict__.get(attribute, vae.config.get(attribute, vae.config.get(config_key)))
     return None if value is None else int(value)
 

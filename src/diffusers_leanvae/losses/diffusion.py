@@ -1,7 +1,7 @@
-r"""Training objectives of latent diffusion: pure functions of tensors, everything random is an argument.
+"""Training objectives of latent diffusion: pure functions of tensors; everything random is an argument.
 
     timesteps = objective.timesteps(uniform)                    # (B,)
-    noisy = objective.add_noise(latents, noise, timesteps)      # what the model gets
+    noisy = objective.add_noise(latents, noise, timesteps)      # the model's input
     terms = objective.loss(model(noisy, timesteps), latents, noise, timesteps)
     terms["loss"].mean().backward()
 
@@ -24,9 +24,9 @@ _BIN = 1.0 / 255.0  # half the width of a bin of the likelihood at the first tim
 
 
 class EpsilonObjective:
-    r"""The objective of Latte (arXiv 2401.03048): noise prediction with a learned variance (arXiv 2102.09672).
+    """The objective of Latte (arXiv 2401.03048): noise prediction with a learned variance (arXiv 2102.09672).
 
-    The model answers `2 * channels` channels: the noise, then a value `v` that interpolates the logarithm of the
+    The model predicts `2 * channels` channels: the noise, then a value `v` that interpolates the logarithm of the
     variance of a reverse step between its bounds. `loss` is `mse + vb`: the squared error of the noise, and the
     variational bound in bits per element, whose gradient reaches `v` alone.
 
@@ -70,26 +70,26 @@ class EpsilonObjective:
         self._table = torch.stack(rows).float()
 
     def timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
-        r"""Timesteps `(B,)` as int64 in `0 .. num_train_timesteps - 1`, from numbers `(B,)` in `[0, 1)`."""
+        """Timesteps `(B,)` as int64 in `0 .. num_train_timesteps - 1`, from numbers `(B,)` in `[0, 1)`."""
         return self.timesteps_at(_noise_levels(uniform, self.sampling))
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
-        r"""Timesteps at shares `(B,)` in `[0, 1]` of the schedule."""
+        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule."""
         return (levels * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        r"""Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""
+        """Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""
         scale, noise_scale = self._coefficients(timesteps, latents.ndim)[:2]
         return scale * latents + noise_scale * noise
 
     def model_distribution(
         self, model_output: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        r"""Mean and log-variance of the reverse step that the model answers, and the latents it predicts, unclipped.
+        """Compute mean and log-variance of the predicted reverse step, and the latents it predicts, unclipped.
 
         Args:
             model_output: `(B, 2 * channels, ...)`.
-            noisy: What the model got, `(B, channels, ...)`.
+            noisy: The model's input, `(B, channels, ...)`.
             timesteps: `(B,)`.
         """
         if model_output.shape[1] != 2 * noisy.shape[1]:
@@ -107,10 +107,10 @@ class EpsilonObjective:
     def loss(
         self, model_output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        r"""`loss`, `mse` and `vb` per sample.
+        """Compute `loss`, `mse` and `vb` per sample.
 
         Args:
-            model_output: The model's answer to `add_noise(latents, noise, timesteps)`, `(B, 2 * channels, ...)`.
+            model_output: The model's output for `add_noise(latents, noise, timesteps)`, `(B, 2 * channels, ...)`.
             latents: `(B, channels, ...)`.
             noise: Shaped like `latents`.
             timesteps: `(B,)`.
@@ -142,14 +142,14 @@ class EpsilonObjective:
 
 
 class FlowMatchingObjective:
-    r"""Flow matching on straight lines (arXiv 2209.03003, 2210.02747), as `FlowMatchEulerDiscreteScheduler` samples.
+    """Flow matching on straight lines (arXiv 2209.03003, 2210.02747), as `FlowMatchEulerDiscreteScheduler` samples.
 
-    Noisy latents are `(1 - level) * latents + level * noise`, the model answers `noise - latents`, and a timestep is
+    Noisy latents are `(1 - level) * latents + level * noise`, the model predicts `noise - latents`, and a timestep is
     `num_train_timesteps * level`.
 
     Args:
-        sampling: `"uniform"`, or `"logit_normal"`: more levels from the middle, where the answer is least determined
-            by the input (arXiv 2403.03206).
+        sampling: `"uniform"`, or `"logit_normal"`: more levels from the middle, where the input says least about
+            the prediction (arXiv 2403.03206).
         num_train_timesteps: Of the scheduler.
     """
 
@@ -158,22 +158,22 @@ class FlowMatchingObjective:
         self.sampling, self.num_train_timesteps = sampling, num_train_timesteps
 
     def timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
-        r"""Timesteps `(B,)` as float32 in `[0, num_train_timesteps]`, from numbers `(B,)` in `[0, 1)`."""
+        """Timesteps `(B,)` as float32 in `[0, num_train_timesteps]`, from numbers `(B,)` in `[0, 1)`."""
         return self.timesteps_at(_noise_levels(uniform, self.sampling))
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
-        r"""Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels."""
+        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels."""
         return levels.float() * self.num_train_timesteps
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        r"""Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""
+        """Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""
         level = (timesteps.float() / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1))
         return (1.0 - level) * latents + level * noise
 
     def loss(
         self, model_output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        r"""`loss` per sample; arguments as of [`EpsilonObjective.loss`]; `model_output` is `(B, channels, ...)`."""
+        """Compute `loss` per sample, as [`EpsilonObjective.loss`] does; `model_output` is `(B, channels, ...)`."""
         if model_output.shape != latents.shape:
             raise ValueError(
                 f"`model_output` must have the shape of the latents, {tuple(latents.shape)}, got "
@@ -187,7 +187,7 @@ def _check_sampling(sampling: str) -> None:
 
 
 def _noise_levels(uniform: torch.Tensor, sampling: str) -> torch.Tensor:
-    r"""Numbers in `[0, 1)` as they are, or turned into those of a logit-normal distribution in order."""
+    """Map numbers in `[0, 1)` to noise levels: unchanged, or to a logit-normal distribution, keeping their order."""
     return uniform if sampling == "uniform" else torch.sigmoid(torch.special.ndtri(uniform.double()))
 
 
@@ -196,7 +196,7 @@ def _sample_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def _log_likelihood(latents: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    r"""Of latents under a Gaussian cut into bins, with open bins from -1 down and from 1 up.
+    """Log-likelihood of latents under a Gaussian cut into bins, with open bins below -1 and above 1.
 
     This is the likelihood of image pixels with 256 levels, which the reference applies to latents as it stands.
     """
@@ -208,5 +208,5 @@ def _log_likelihood(latents: torch.Tensor, mean: torch.Tensor, log_variance: tor
 
 
 def _approximate_normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    r"""By a tanh, within 4e-4: part of what the reference computes."""
+    """Normal distribution function by a tanh, within 4e-4, as the reference computes it."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))

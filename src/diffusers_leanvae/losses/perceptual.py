@@ -1,4 +1,4 @@
-r"""Perceptual distances of single frames, in float32 whatever autocast says.
+"""Perceptual distances of single frames, in float32 even under autocast.
 
 `LPIPS` (arXiv 1801.03924) needs the standard VGG16 weights; `ms_ssim` (Wang, Simoncelli, Bovik 2003) needs none.
 """
@@ -67,7 +67,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_weights(cls, vgg16: str | Path = "timm/vgg16.tv_in1k", linear_heads: str | Path | None = None) -> "LPIPS":
-        r"""Load the standard weights.
+        """Load the standard weights.
 
         Args:
             vgg16: VGG16 trained on ImageNet, under torchvision's names: a file (`.safetensors`, `.pth`, `.pt`, `.bin`)
@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
         return lpips
 
     def forward(self, sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-        r"""The distance of each pair of frames; gradients reach `reconstruction` only.
+        """Compute the distance of each pair of frames; gradients reach `reconstruction` only.
 
         Args:
             sample: Frames in `[-1, 1]`, shape `(num_frames, 3, height, width)`, each side at least 16.
@@ -114,7 +114,7 @@ class LPIPS(nn.Module):
         return distance
 
     def _features(self, frames: torch.Tensor) -> list[torch.Tensor]:
-        r"""Outputs of the five stages, each pixel's features of length 1, as torchmetrics does it (epsilon inside)."""
+        """Outputs of the five stages, each pixel's features of length 1, as torchmetrics does it (epsilon inside)."""
         hidden_states, features = (frames - self.shift) / self.scale, []
         for index, layer in enumerate(self.features):
             hidden_states = layer(hidden_states)
@@ -125,7 +125,7 @@ class LPIPS(nn.Module):
 
 
 def reference_frames(num_frames: int, rng: np.random.Generator) -> list[int]:
-    r"""Frames of a clip that the perceptual term looks at: frame 0 and the four of a random latent frame.
+    """Choose the frames of a clip for the perceptual term: frame 0 and the four of a random latent frame.
 
     Args:
         num_frames: Length of the clip, `4 * n + 1`; a single frame has no group.
@@ -140,7 +140,7 @@ def reference_frames(num_frames: int, rng: np.random.Generator) -> list[int]:
 
 
 def ms_ssim(sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-    r"""One minus the multi-scale structural similarity, averaged over the frames.
+    """One minus the multi-scale structural similarity, averaged over the frames.
 
     Equal to torchmetrics' (`data_range=2`) where all five scales fit, that is from 176 pixels per side; smaller frames
     have as many scales as keep 11 pixels, with the weights divided by their sum.
@@ -173,7 +173,7 @@ def ms_ssim(sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
 
 
 def _similarity(total: torch.Tensor, difference: torch.Tensor, with_luminance: bool) -> torch.Tensor:
-    r"""SSIM of each frame, or without its luminance term: then over full windows only, as torchmetrics does it."""
+    """SSIM of each frame, or without its luminance term: then over full windows only, as torchmetrics does it."""
     height, width = total.shape[2:]
     rows, columns = _gaussian_matrix(height, total), _gaussian_matrix(width, total)
     if not with_luminance:
@@ -193,7 +193,7 @@ def _similarity(total: torch.Tensor, difference: torch.Tensor, with_luminance: b
 
 
 def _gaussian_matrix(size: int, like: torch.Tensor) -> torch.Tensor:
-    r"""The Gaussian window along a side of `size` pixels, mirrored at both ends, as a `(size, size)` matrix."""
+    """The Gaussian window along a side of `size` pixels, mirrored at both ends, as a `(size, size)` matrix."""
     offset = torch.arange(WINDOW_SIZE, device=like.device) - WINDOW_SIZE // 2
     window = torch.exp(-((offset.to(like.dtype) / WINDOW_SIGMA) ** 2) / 2)
     index = (torch.arange(size, device=like.device)[:, None] + offset).abs()

@@ -27,7 +27,7 @@ MASK_PROBABILITIES = (0.7, 0.1, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Transform:
-    r"""One transformation, for latents and for the video they stand for alike; made by [`equivariance_transform`].
+    """A transformation of latents and of the video they stand for; [`equivariance_transform`] makes one.
 
     Applied in the order of the fields: time, size, mirroring, rotation.
 
@@ -46,7 +46,7 @@ class Transform:
     quarter_turns: int
 
     def apply_to_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        r"""Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, transformed."""
+        """Latents `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, transformed."""
         if tuple(latents.shape[2:]) != self.latent_shape:
             raise ValueError(
                 f"`latents` must end in the sizes {self.latent_shape} of this transform, got {tuple(latents.shape)}."
@@ -54,7 +54,7 @@ class Transform:
         return self._apply(latents, 1, 1)
 
     def apply_to_sample(self, sample: torch.Tensor) -> torch.Tensor:
-        r"""Videos `(batch_size, channels, num_frames, height, width)` with latents of `latent_shape`, transformed.
+        """Videos `(batch_size, channels, num_frames, height, width)` with latents of `latent_shape`, transformed.
 
         The compression ratios follow from the two sizes.
         """
@@ -78,7 +78,7 @@ class Transform:
             x = torch.cat((first, pairs.mean(dim=3)), dim=2)
         size = (self.size[0] * ratio_s, self.size[1] * ratio_s)
         if size != tuple(x.shape[3:]):
-            # The resampler knows images; frames and channels are alike to it. It lacks some half-precision kernels.
+            # The resampler takes images, so frames and channels go together. It lacks some half-precision kernels.
             images = x.flatten(1, 2).float()
             resized = F.interpolate(images, size=size, mode="bilinear", antialias=True)
             x = resized.unflatten(1, x.shape[1:3]).to(x.dtype)
@@ -90,7 +90,7 @@ class Transform:
 def equivariance_transform(
     rng: np.random.Generator, latent_shape: Sequence[int], *, temporal: bool = True, min_scale: float = 0.25
 ) -> Transform:
-    r"""Draw a transformation under which the decoder should be equivariant (EQ-VAE, arXiv 2502.09509).
+    """Draw a transformation under which the decoder should be equivariant (EQ-VAE, arXiv 2502.09509).
 
     EQ-VAE's implicit loss: `decode(transform(latents))` must reconstruct `transform(sample)`, in place of the plain
     pair and with all reconstruction terms, in a share of the steps that the caller draws. This costs no further pass,
@@ -103,7 +103,7 @@ def equivariance_transform(
     no reversal: the first latent frame is always an image's and the last cannot become one.
 
     Args:
-        rng: Drawn from four times, whatever comes of it.
+        rng: Always consumes four draws, so that later draws do not depend on the outcome.
         latent_shape: Shape of the latents, of which the last three sizes count.
         temporal: Halve time in half of the draws, where there are three latent frames or more.
         min_scale: The smallest scale, above 0 and at most 1.
@@ -156,7 +156,7 @@ def local_correlation(
 
 
 def _window_correlation(directions: torch.Tensor, window: tuple[int, int, int]) -> torch.Tensor | None:
-    r"""Mean inner product of the unit vectors in a window, equal pairs left out: one number per clip."""
+    """Mean inner product of the unit vectors in a window, equal pairs left out: one number per clip."""
     window = tuple(min(edge, size) for edge, size in zip(window, directions.shape[2:], strict=True))  # type: ignore
     count = math.prod(window)
     if count < 2:
@@ -167,12 +167,12 @@ def _window_correlation(directions: torch.Tensor, window: tuple[int, int, int]) 
 
 
 def draw_mask_ratio(rng: np.random.Generator) -> float:
-    r"""A ratio for [`mask_latents`], 0 in most steps as in SSVAE, so that decoders stay used to whole latents."""
+    """A ratio for [`mask_latents`], 0 in most steps as in SSVAE, so that decoders stay used to whole latents."""
     return float(rng.choice(MASK_RATIOS, p=MASK_PROBABILITIES))
 
 
 def mask_latents(latents: torch.Tensor, ratio: float, rng: np.random.Generator) -> torch.Tensor:
-    r"""Hide a share of the latent tokens from the decoder (latent masked reconstruction of SSVAE, arXiv 2512.05394).
+    """Hide a share of the latent tokens from the decoder (latent masked reconstruction of SSVAE, arXiv 2512.05394).
 
     What remains must tell of its neighbours, and a few directions of the channels win over many. SSVAE puts a learned
     token in place of hidden ones. Here it is zero, about the mean of the latents, and the model gets no weight that
@@ -204,8 +204,8 @@ def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: t
     level, at half the size. That is to say, low frequencies of the latents hold the low frequencies of the video and
     nothing else. Both are at half the size, so the further pass of the encoder costs an eighth of the plain one.
 
-    The squared difference of each clip is divided by both squared norms, so that shrinking the latents, the easy way
-    out of a loss on latents, gains nothing.
+    The squared difference of each clip is divided by both squared norms, so that nothing is gained by shrinking the
+    latents.
 
     Args:
         vae: The autoencoder in training.
@@ -224,7 +224,7 @@ def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: t
 
 
 def _lowest_band(x: torch.Tensor, halve_time: bool) -> torch.Tensor:
-    r"""The lowest Haar band as block means: the first frame by itself, later ones in pairs if `halve_time`."""
+    """The lowest Haar band as block means: the first frame by itself, later ones in pairs if `halve_time`."""
     channels, (first, rest) = x.shape[1], x.tensor_split((1,), dim=2)
     bands = [haar_analysis_2d(first)[:, :channels] / 4]
     if rest.shape[2]:

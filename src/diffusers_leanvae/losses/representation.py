@@ -1,7 +1,7 @@
 """Representation alignment (REPA, arXiv 2410.06940): hidden tokens of a denoiser drawn to features of the clean video.
 
-The features come from a frozen encoder, of pictures (DINOv2 and others of transformers) or the autoencoder itself. The
-more it knows of what is to be seen, the sooner the denoiser learns it.
+The features come from a frozen encoder: an image encoder of transformers, such as DINOv2, or the autoencoder itself.
+The better its features, the faster the denoiser learns.
 """
 
 import inspect
@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class RepresentationHead(nn.Module):
-    r"""Projects hidden tokens and compares them with features: 1 - cosine similarity, mean over tokens.
+    """Projection of hidden tokens, and their distance from features: 1 - cosine similarity, mean over tokens.
 
     Args:
         dim: Width of the hidden tokens.
@@ -46,7 +46,7 @@ class RepresentationHead(nn.Module):
 
     @contextmanager
     def capture(self, transformer: Any) -> Iterator[list[torch.Tensor]]:
-        r"""Collect the tokens `(B, F * N, dim)` of the videos of a forward pass inside the `with` block."""
+        """Collect the tokens `(B, F * N, dim)` of the videos of a forward pass inside the `with` block."""
         block = transformer.temporal_transformer_blocks[self.after_block // 2 - 1]
         captured: list[torch.Tensor] = []
         handle = block.register_forward_hook(lambda module, args, output: captured.append(output))
@@ -56,7 +56,7 @@ class RepresentationHead(nn.Module):
             handle.remove()
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        r"""The loss, from 0 to 2.
+        """Compute the loss, from 0 to 2.
 
         Args:
             tokens: `(B, F * N, dim)`.
@@ -67,26 +67,26 @@ class RepresentationHead(nn.Module):
 
 
 class FeatureEncoder(Protocol):
-    r"""A frozen encoder. `needs_sample` says whether it looks at pixels."""
+    """A frozen encoder; `needs_sample` says whether it takes pixels."""
 
     dim: int
     needs_sample: bool
 
     def __call__(self, latents: torch.Tensor, sample: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
-        r"""Features `(B, F, rows, columns, dim)` of clean videos.
+        """Compute features `(B, F, rows, columns, dim)` of clean videos.
 
         Args:
-            latents: Of the autoencoder, not normalised, `(B, C, F, h, w)`.
+            latents: Latents of the autoencoder, not normalised, `(B, C, F, h, w)`.
             sample: The videos, `(B, 3, T, H, W)` in `[-1, 1]`, with `needs_sample`.
-            grid: Rows and columns that are wanted.
+            grid: Rows and columns of the features.
         """
         ...
 
 
 class AutoencoderFeatures:
-    r"""Features that the autoencoder's bottleneck recovers from its latents, averaged over patches.
+    """Features that the autoencoder's bottleneck recovers from its latents, averaged over patches.
 
-    They need no other weights, and know of edges and motion but not of things: expect little of them.
+    They need no other weights, and hold edges and motion but no objects, so expect little of them.
 
     Args:
         vae: The autoencoder that makes the latents.
@@ -111,14 +111,14 @@ class AutoencoderFeatures:
 
 
 class ImageFeatures:
-    r"""Patch features of a vision transformer of transformers, such as DINOv2, for one frame of each latent frame.
+    """Patch features of a vision transformer of transformers, such as DINOv2, for one frame of each latent frame.
 
     Frames are resized so that the encoder has one patch for every token. Deliberately no `nn.Module`: as an attribute
     of one it is neither trained, nor saved, nor synchronised.
 
     Args:
         model: The encoder: its `last_hidden_state` ends with the patches, row by row.
-        mean, std: Of the three colours, for pixels in `[0, 1]`.
+        mean, std: Statistics of the three colours, for pixels in `[0, 1]`.
         stride: Frames per latent frame.
     """
 
@@ -136,13 +136,13 @@ class ImageFeatures:
         self.patch_size: int = model.config.patch_size
         self.mean, self.std = (torch.tensor(x, device=model.device).view(3, 1, 1) for x in (mean, std))
         self.stride = stride
-        # Most interpolate their table of positions only when told to.
+        # Most interpolate their table of positions only on request.
         wants = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if wants else {}
 
     @classmethod
     def from_pretrained(cls, path: str, stride: int, device: torch.device | str = "cpu") -> "ImageFeatures":
-        r"""Load the encoder from a folder or from the Hub, with the statistics of its `preprocessor_config.json`."""
+        """Load the encoder from a folder or from the Hub, with the statistics of its `preprocessor_config.json`."""
         try:
             from transformers import AutoModel
             from transformers.image_processing_base import ImageProcessingMixin
