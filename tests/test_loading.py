@@ -18,7 +18,13 @@ from diffusers_leanvae import (
 )
 from diffusers_leanvae.conversion import latte, leanvae, wfvae
 from diffusers_leanvae.generation.schedulers import make_scheduler
-from diffusers_leanvae.loading import FAMILIES, load_autoencoder, load_diffusion_pipeline, load_transformer
+from diffusers_leanvae.loading import (
+    AUTOENCODERS,
+    MODEL_CLASSES,
+    load_autoencoder,
+    load_diffusion_pipeline,
+    load_transformer,
+)
 from diffusers_leanvae.trainer.finetuning import load_vae
 
 
@@ -32,8 +38,6 @@ LATTE = {
     "num_latent_frames": 2,
     "num_classes": 2,
 }
-CLASSES = [family.model_class for family in FAMILIES]
-AUTOENCODERS = CLASSES[:3]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +81,8 @@ def is_one_sentence(error: pytest.ExceptionInfo) -> bool:
 
 
 class TestForeignFolders:
-    @pytest.mark.parametrize("asked", CLASSES)
-    @pytest.mark.parametrize("held", CLASSES)
+    @pytest.mark.parametrize("asked", MODEL_CLASSES)
+    @pytest.mark.parametrize("held", MODEL_CLASSES)
     def test_only_the_own_class_is_loaded(self, folders: dict, models: dict, asked: Any, held: Any):
         if asked is held:
             assert_same(asked.from_pretrained(folders[held]), models[held])
@@ -111,7 +115,7 @@ class TestForeignFolders:
 
 
 class TestAbsurdConfigs:
-    @pytest.mark.parametrize("model_class", CLASSES)
+    @pytest.mark.parametrize("model_class", MODEL_CLASSES)
     @pytest.mark.parametrize("width", [10**6, 10**12])
     def test_nothing_is_allocated(self, folders: dict, tmp_path: Path, model_class: Any, width: int):
         # The first has more parameters than memory could hold, the second more than 64 bits can count.
@@ -168,7 +172,7 @@ class TestAutoencoders:
     def test_originals(self, models: dict, tmp_path: Path, make_video: Callable, model_class: Any, is_folder: bool):
         vae = models[model_class]
         path = tmp_path / "original.pth"
-        model_class._conversion.write_original_checkpoint(path, dict(vae.config), vae.state_dict())
+        model_class.conversion.write_original_checkpoint(path, dict(vae.config), vae.state_dict())
         loaded = load_autoencoder(tmp_path if is_folder else path)
         assert_same(loaded, vae)
         # Nothing beside the weights was left behind on the meta device, where the model is built.

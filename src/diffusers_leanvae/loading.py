@@ -5,14 +5,12 @@ What a folder or a file holds is found out from it, and what is of another kind 
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
 from . import bundled
-from .conversion import ivvae, latte, leanvae, wfvae
 from .conversion.checkpoints import (
     CONFIG_NAME,
     HUB_ARGUMENTS,
@@ -25,24 +23,16 @@ from .conversion.checkpoints import (
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
+from .models.pretrained import PretrainedModel
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .models.video_autoencoder import VideoAutoencoder
 
 
-class Family(NamedTuple):
-    """A model class, and the module that knows its original checkpoints."""
+AUTOENCODERS = (AutoencoderKLLeanVAE, AutoencoderKLWFVAE, AutoencoderKLIVVAE)
+TRANSFORMERS = (LeanVAELatteTransformer3DModel,)
+MODEL_CLASSES = AUTOENCODERS + TRANSFORMERS
 
-    model_class: Any
-    conversion: ModuleType
-
-
-AUTOENCODERS = (
-    Family(AutoencoderKLLeanVAE, leanvae),
-    Family(AutoencoderKLWFVAE, wfvae),
-    Family(AutoencoderKLIVVAE, ivvae),
-)
-TRANSFORMERS = (Family(LeanVAELatteTransformer3DModel, latte),)
-FAMILIES = AUTOENCODERS + TRANSFORMERS
+ModelClasses = tuple[type[PretrainedModel], ...]
 
 
 def load_autoencoder(
@@ -65,11 +55,7 @@ def load_autoencoder(
     Raises:
         ValueError: If there is no autoencoder of this package.
     """
-    if source in bundled.PIPELINES:
-        source = bundled.PIPELINES[str(source)].model
-    if source in bundled.MODELS:
-        source = bundled.model_path(str(source))
-    return _load(source, AUTOENCODERS, bundled.MODELS, "vae", dtype, subfolder, options)
+    return _load(_unbundled(source), AUTOENCODERS, bundled.MODELS, "vae", dtype, subfolder, options)
 
 
 def load_transformer(
@@ -92,6 +78,26 @@ def load_transformer(
     if source in bundled.PIPELINES:
         source = bundled.pipeline_path(str(source))
     return _load(source, TRANSFORMERS, bundled.PIPELINES, "transformer", dtype, subfolder, options)
+
+
+def load_model(
+    source: str | Path, dtype: torch.dtype | None = None, *, subfolder: str | None = None, **options: Any
+) -> PretrainedModel:
+    """Load whichever model of this package a source holds, of a pipeline its autoencoder.
+
+    Args:
+        source: As of [`load_autoencoder`].
+        dtype: Dtype to cast the weights to; as stored if `None`.
+        subfolder: Folder of the model inside `source`.
+        options: As of [`load_autoencoder`].
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return _load(_unbundled(source), MODEL_CLASSES, bundled.MODELS, "vae", dtype, subfolder, options)
 
 
 def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None, **options: Any) -> DiffusionPipeline:
@@ -121,38 +127,39 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         raise ValueError(f"`source` must be a pipeline, got {str(source)!r}: {_sentence(error)}") from None
 
 
-def family_of_checkpoint(path: str | Path, families: tuple[Family, ...] = FAMILIES) -> Family:
-    """Find the family of an original checkpoint by its keys, without reading its tensors.
+def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES) -> type[PretrainedModel]:
+    """Find the class for an original checkpoint by its keys, without reading its tensors.
 
     Raises:
-        ValueError: If it is of none of `families`, or no readable file.
+        ValueError: If it is none of `classes`, or the file cannot be read.
     """
     keys = read_keys(path)
-    for family in families:
-        if has_anchor(keys, family.conversion.ANCHOR):
-            return family
-    names = ", ".join(family.conversion.NAME for family in families)
+    for model_class in classes:
+        if has_anchor(keys, model_class.conversion.ANCHOR):
+            return model_class
+    names = ", ".join(model_class.conversion.NAME for model_class in classes)
     raise ValueError(f"`path` must be an original checkpoint of {names}, got {str(path)!r} without the keys of any.")
 
 
-def family_of_config(config: dict[str, Any], source: str | Path, families: tuple[Family, ...] = FAMILIES) -> Family:
-    """Find the family that a config is of: by `_class_name`, or by an argument of the original.
+def class_of_config(
+    config: dict[str, Any], source: str | Path, classes: ModelClasses = MODEL_CLASSES
+) -> type[PretrainedModel]:
+    """Find the class that a config is of: by its `_class_name`, or by an argument of the original.
+
+    Args:
+        config: What a `config.json` holds.
+        source: Where it lies, for the error.
+        classes: Those that are looked for.
 
     Raises:
-        ValueError: If it is of none of `families`.
+        ValueError: If it is none of `classes`.
     """
-    for family in families:
-        if config.get("_class_name") == family.model_class.__name__ or is_original_config(config, family):
-            return family
-    names = ", ".join(family.model_class.__name__ for family in families)
+    for model_class in classes:
+        if config.get("_class_name") == model_class.__name__ or model_class.is_original_config(config):
+            return model_class
+    names = ", ".join(model_class.__name__ for model_class in classes)
     found = config.get("_class_name")
     raise ValueError(f"`source` must hold a model of the class {names}, got {str(source)!r} with {found!r}.")
-
-
-def is_original_config(config: dict[str, Any], family: Family) -> bool:
-    """Tell whether a config stands beside an original checkpoint of a family, and not in a folder of ours."""
-    anchor = family.conversion.CONFIG_ANCHOR
-    return anchor is not None and anchor in config
 
 
 def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> None:
@@ -171,9 +178,16 @@ def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> N
         )
 
 
+def _unbundled(source: str | Path) -> str | Path:
+    """Replace a bundled name by the folder of its autoencoder."""
+    if source in bundled.PIPELINES:
+        source = bundled.PIPELINES[str(source)].model
+    return bundled.model_path(str(source)) if source in bundled.MODELS else source
+
+
 def _load(
     source: str | Path,
-    families: tuple[Family, ...],
+    classes: ModelClasses,
     names: Iterable[str],
     component: str,
     dtype: torch.dtype | None,
@@ -191,14 +205,13 @@ def _load(
                 place, subfolder = f"{user}/{repository}", f"{folder}/{subfolder or ''}".rstrip("/")
             subfolder, config = _find_config(place, component, subfolder, hub)
             if config is not None:
-                family = family_of_config(config, place, families)
-                if not is_original_config(config, family):
-                    load = family.model_class.from_pretrained
-                    return load(place, torch_dtype=dtype, subfolder=subfolder, **options)
+                model_class = class_of_config(config, place, classes)
+                if not model_class.is_original_config(config):
+                    return model_class.from_pretrained(place, torch_dtype=dtype, subfolder=subfolder, **options)
             place = place if subfolder is None else f"{place}/{subfolder}"
         path = resolve_checkpoint(place, **hub)
-        load = family_of_checkpoint(path, families).model_class.from_single_file
-        return load(path, torch_dtype=dtype, **{key: options[key] for key in options.keys() - set(HUB_ARGUMENTS)})
+        config_values = {name: value for name, value in options.items() if name not in HUB_ARGUMENTS}
+        return class_of_checkpoint(path, classes).from_single_file(path, torch_dtype=dtype, **config_values)
     except OSError as error:
         raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {_sentence(error)}") from None
 

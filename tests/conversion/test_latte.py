@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.conversion import latte as conversion
 from diffusers_leanvae.conversion import leanvae
-from diffusers_leanvae.loading import family_of_checkpoint
+from diffusers_leanvae.loading import class_of_checkpoint
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 
 
@@ -238,14 +238,14 @@ def test_recognition(tmp_path: Path, make_model: Any, original: dict[str, torch.
     save_file(original, files["latte.safetensors"])
     torch.save({"state_dict": make_model().state_dict()}, files["vae.ckpt"])
     for name in ("latte.pt", "bare.pt", "wrapped.pt", "latte.safetensors"):
-        assert family_of_checkpoint(files[name]).model_class is LeanVAELatteTransformer3DModel
+        assert class_of_checkpoint(files[name]) is LeanVAELatteTransformer3DModel
     with pytest.raises(ValueError, match="must be an original checkpoint of LeanVAE, WF-VAE, IV-VAE, Latte, got"):
-        family_of_checkpoint(files["vae.ckpt"])
+        class_of_checkpoint(files["vae.ckpt"])
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
     for name in ("text.pt", "list.pt", "none.pt", ""):
         with pytest.raises(ValueError, match="`path` must"):
-            family_of_checkpoint(tmp_path / name)
+            class_of_checkpoint(tmp_path / name)
 
 
 class TestCommand:

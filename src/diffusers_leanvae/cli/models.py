@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, parse_dtype
 from .common import DTYPE_NAMES, one_line
 from .description import FAMILIES, describe
@@ -46,32 +45,27 @@ def convert(
     ] = None,
 ) -> None:
     """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to model folders of diffusers, and back."""
-    from diffusers import AutoModel
-
+    from .. import loading
     from ..conversion.checkpoints import resolve_checkpoint
-    from ..loading import family_of_checkpoint, family_of_config
 
     torch_dtype = None if dtype is None else parse_dtype("--dtype", dtype)
     if to_original:
         if target.suffix not in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must end in {', '.join(CHECKPOINT_SUFFIXES)}, got {str(target)!r}.")
-        path = bundled.model_path(source) if source in bundled.MODELS else source
-        config: Any = AutoModel.load_config(path)
-        family = family_of_config(config, path)
-        model = family.model_class.from_pretrained(path, torch_dtype=torch_dtype)
+        model = loading.load_model(source, torch_dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
-        family.conversion.write_original_checkpoint(target, dict(model.config), model.state_dict())
+        model.conversion.write_original_checkpoint(target, dict(model.config), model.state_dict())
     else:
         if target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
         file = resolve_checkpoint(source)
-        family = family_of_checkpoint(file)
+        model_class = loading.class_of_checkpoint(file)
         options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
         options = {name: value for name, value in options.items() if value is not None}
-        for name in options.keys() - set(family.conversion.OPTIONS):
+        for name in options.keys() - set(model_class.conversion.OPTIONS):
             option = name.replace("_", "-")
-            raise ValueError(f"`--{option}` must not be given for a checkpoint of {family.conversion.NAME}.")
-        model = family.model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
+            raise ValueError(f"`--{option}` must not be given for a checkpoint of {model_class.conversion.NAME}.")
+        model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
         model.save_pretrained(target)
     typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 

@@ -327,7 +327,7 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "decoder"]
     _repeated_blocks = ["IVVAEResnetBlock"]
-    _conversion = ivvae
+    conversion = ivvae
 
     @register_to_config
     def __init__(

@@ -320,7 +320,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "bottleneck", "logvar_proj", "decoder"]
     _repeated_blocks = ["LeanVAEBlock"]
-    _conversion = leanvae
+    conversion = leanvae
 
     @register_to_config
     def __init__(

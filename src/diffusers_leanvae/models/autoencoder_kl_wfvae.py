@@ -442,7 +442,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
     _group_offload_block_modules = ["encoder", "decoder"]
     _repeated_blocks = ["WFVAEResnetBlock"]
-    _conversion = wfvae
+    conversion = wfvae
 
     @register_to_config
     def __init__(

@@ -21,11 +21,23 @@ from ..conversion.checkpoints import resolve_checkpoint
 class PretrainedModel(ModelMixin, ConfigMixin):
     """Base of our models: `load_config`, and with it `from_pretrained`, takes a config of its class only."""
 
-    _conversion: ClassVar[ModuleType]  # of `conversion`: knows the original checkpoints
+    conversion: ClassVar[ModuleType]  # the one in `conversion` that knows the original checkpoints
 
     if TYPE_CHECKING:  # diffusers wraps it so that type checkers lose its arguments
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Self:
+        """Load an original checkpoint."""
+        raise NotImplementedError
+
+    @classmethod
+    def is_original_config(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether a config is one of the original model, whose weights lie next to it, and not one of ours."""
+        return cls.conversion.CONFIG_ANCHOR is not None and cls.conversion.CONFIG_ANCHOR in config
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -76,18 +88,17 @@ def load_original(
         model.load_state_dict(state_dict, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(". ")
-        kind = model_class._conversion.NAME
+        kind = model_class.conversion.NAME
         raise ValueError(f"`pretrained_model_link_or_path` must be a complete {kind} checkpoint: {reason}.") from None
     return model.eval()
 
 
 def _check_class(model_class: type[PretrainedModel], config: Mapping[str, Any], source: str) -> None:
     name, found = model_class.__name__, config.get("_class_name")
-    conversion = model_class._conversion
-    if conversion.CONFIG_ANCHOR is not None and conversion.CONFIG_ANCHOR in config:
+    if model_class.is_original_config(config):
         raise ValueError(
             f"`{name}.from_pretrained` must be given a folder of `save_pretrained`, got {source!r}, an original "
-            f"{conversion.NAME} model: call `{name}.from_single_file({source!r})`."
+            f"{model_class.conversion.NAME} model: call `{name}.from_single_file({source!r})`."
         )
     if found is not None and found not in {base.__name__ for base in model_class.__mro__}:
         raise ValueError(

@@ -156,7 +156,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         mlp_ratio: Width of the feed-forward layers over the width of the tokens.
     """
 
-    _conversion = latte
+    conversion = latte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LeanVAELatteBlock"]
     _repeated_blocks = ["LeanVAELatteBlock"]

@@ -192,7 +192,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         unknown = set(kwargs) - set(inspect.signature(cls.__init__).parameters)
         if unknown:
             raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
-        read = cls._conversion.read_original_checkpoint
+        read = cls.conversion.read_original_checkpoint
         return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, kwargs, hub_kwargs)
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
