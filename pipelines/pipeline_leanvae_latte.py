@@ -5,11 +5,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 
-from diffusers_leanvae.generation.pipeline import Callback, Generator, LatentVideoPipeline, LatentVideoPipelineOutput
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.generation.pipeline import (
+    Callback,
+    Generator,
+    LatentVideoPipeline,
+    LatentVideoPipelineOutput,
+    VideoInput,
+)
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
+
+
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
 
 
 class LeanVAELattePipeline(LatentVideoPipeline):
@@ -28,7 +38,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKLLeanVAE,
+        vae: VideoAutoencoder,
         transformer: LeanVAELatteTransformer3DModel,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | dict[int, str] | None = None,
@@ -71,7 +81,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
                 raise ValueError(f"`class_labels` must be ids or known names ({known}), got {name!r}.")
         return [self.labels[name] for name in names]
 
-    def prepare_class_labels(self, class_labels: Any, num_videos_per_prompt: int = 1) -> torch.Tensor | None:
+    def prepare_class_labels(self, class_labels: ClassLabels, num_videos_per_prompt: int = 1) -> torch.Tensor | None:
         r"""Labels of every video as a tensor; see [`__call__`] for what they may be.
 
         Raises:
@@ -98,7 +108,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        class_labels: ClassLabels = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -110,8 +120,8 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         num_videos_per_prompt: int = 1,
         generator: Generator = None,
         latents: torch.Tensor | None = None,
-        image: Any = None,
-        video: Any = None,
+        image: PipelineImageInput | None = None,
+        video: VideoInput | None = None,
         strength: float = 0.8,
         num_frames_per_window: int | None = None,
         num_overlap_latent_frames: int = 2,

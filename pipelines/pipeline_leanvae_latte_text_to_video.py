@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import LatteTransformer3DModel
+from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
 
@@ -14,8 +15,9 @@ from diffusers_leanvae.generation.pipeline import (
     Generator,
     LatentVideoPipeline,
     LatentVideoPipelineOutput,
+    VideoInput,
 )
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +56,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         self,
         tokenizer,
         text_encoder,
-        vae: AutoencoderKLLeanVAE,
+        vae: VideoAutoencoder,
         transformer: LatteTransformer3DModel,
         scheduler: SchedulerMixin,
     ):
@@ -227,8 +229,8 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
-        image: Any = None,
-        video: Any = None,
+        image: PipelineImageInput | None = None,
+        video: VideoInput | None = None,
         strength: float = 0.8,
         num_overlap_latent_frames: int = 2,
         reencode_overlap: bool = True,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from tiny import make_tiny
 
 
@@ -12,7 +13,7 @@ siblings = pytest.mark.parametrize("sibling", ["wfvae", "ivvae"])
 
 
 @siblings
-def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path):
+def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     pipeline = class_case.pipeline(vae=make_tiny(sibling, scaling_factor=0.5))
     videos = class_case.run(pipeline)
     assert videos.shape == (1, 9, 3, 32, 32) and videos.std() > 0.01
@@ -23,7 +24,10 @@ def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path)
     torch.testing.assert_close(streamed, videos, rtol=0, atol=1e-5)
 
     pipeline.save_pretrained(tmp_path)
+    logging.enable_propagation()
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    logging.disable_propagation()
+    assert "Expected types" not in caplog.text
     assert type(loaded.vae) is type(pipeline.vae)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(class_case.run(loaded), videos)

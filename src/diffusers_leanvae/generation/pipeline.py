@@ -12,23 +12,32 @@ from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from PIL.Image import Image
 
 from ..checks import check_choice
 from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..models.temporal_cache import TemporalCache
+from ..models.video_autoencoder import VideoAutoencoder
 from .schedulers import guide_noise
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 
+# Any scheduler of diffusers: they have methods in common, but no type that declares these.
+Scheduler = Any
+# A `LeanVAELatteTransformer3DModel` or diffusers' `LatteTransformer3DModel`.
+Transformer = Any
+VideoInput = list | np.ndarray | torch.Tensor
 Generator = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None
 
@@ -43,7 +52,7 @@ class LatentVideoPipelineOutput(BaseOutput):
             `(batch_size, num_frames, channels, height, width)`, both in `[0, 1]`. `"latent"`: normalised latents.
     """
 
-    frames: Any
+    frames: list[list[Image]] | np.ndarray | torch.Tensor
 
 
 class Window(NamedTuple):
@@ -79,7 +88,7 @@ def plan_windows(num_latent_frames: int, window: int, num_overlap: int) -> list[
 
 
 def set_timesteps(
-    scheduler: Any,
+    scheduler: Scheduler,
     num_inference_steps: int,
     device: torch.device,
     timesteps: Sequence[float] | None = None,
@@ -103,7 +112,7 @@ def set_timesteps(
     return scheduler.timesteps
 
 
-def choose_timesteps(scheduler: Any, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
+def choose_timesteps(scheduler: Scheduler, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
     """Set a scheduler's steps as [`set_timesteps`] does; with a `strength`, only that share of them, the last ones."""
     timesteps = set_timesteps(scheduler, **steps)
     if strength is None:
@@ -118,13 +127,13 @@ def choose_timesteps(scheduler: Any, steps: dict[str, Any], strength: float | No
     return timesteps[start * order :]
 
 
-def takes_variance(scheduler: Any) -> bool:
+def takes_variance(scheduler: Scheduler) -> bool:
     """Tell whether `step` wants the variance half of a model output: only DDPM has a use for it."""
     is_learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
     return is_learned and isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
 
 
-def prepare_scheduler(scheduler: Any) -> Any:
+def prepare_scheduler(scheduler: Scheduler) -> Scheduler:
     """Return the scheduler to sample with: the given one, or a copy where its setting of the variance would do harm.
 
     The DPM solvers with `variance_type="learned_range"`, which their config inherits from a DDPM scheduler's, keep the
@@ -136,7 +145,9 @@ def prepare_scheduler(scheduler: Any) -> Any:
     return type(scheduler).from_config({**scheduler.config, "variance_type": None})
 
 
-def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def add_noise(
+    scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
     r"""Latents as they are at a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
     timesteps = timestep.expand(latents.shape[0])
     if hasattr(scheduler, "scale_noise"):
@@ -150,9 +161,9 @@ class LatentVideoPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
-    vae: Any
-    transformer: Any
-    scheduler: Any
+    vae: VideoAutoencoder
+    transformer: Transformer
+    scheduler: Scheduler
 
     def _set_up(self) -> None:
         self.video_processor = VideoProcessor(
@@ -226,9 +237,9 @@ class LatentVideoPipeline(DiffusionPipeline):
         channels = self.transformer.config.in_channels
         if num_guided_channels is not None and not 1 <= num_guided_channels <= channels:
             raise ValueError(f"`num_guided_channels` must be 1 to {channels}, got {num_guided_channels}.")
-        if channels != self.vae.config.latent_channels:
+        if channels != self.vae.latent_channels:
             raise ValueError(
-                f"`transformer` must have the {self.vae.config.latent_channels} channels of the latents of `vae`, got "
+                f"`transformer` must have the {self.vae.latent_channels} channels of the latents of `vae`, got "
                 f"{channels}."
             )
         if not 0 < strength <= 1:
@@ -317,13 +328,8 @@ class LatentVideoPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         return normalize_latents(latents.to(dtype), self.vae.config)
 
-    def _encode_input(self, name: str, value: Any, batch_size: int, frames: Frames) -> torch.Tensor:
-        r"""Normalised latents of the `image` or `video` argument, resized to the video's size, one for each video."""
-        if name == "image":
-            video = self.video_processor.preprocess(value, frames.height, frames.width).unsqueeze(2)
-        else:
-            video = self.video_processor.preprocess_video(value, frames.height, frames.width)
-        num_frames = 1 if name == "image" else frames.num_frames
+    def _encode_input(self, name: str, video: torch.Tensor, batch_size: int, num_frames: int) -> torch.Tensor:
+        """Encode the argument `name`, given as videos in `[-1, 1]`, to normalised latents, one for each video."""
         if video.shape[1] != self.vae.in_channels or video.shape[2] != num_frames:
             raise ValueError(
                 f"`{name}` must have {num_frames} frames of {self.vae.in_channels} channels, got "
@@ -348,8 +354,8 @@ class LatentVideoPipeline(DiffusionPipeline):
         steps: dict[str, Any],
         generator: Generator,
         latents: torch.Tensor | None,
-        image: Any,
-        video: Any,
+        image: PipelineImageInput | None,
+        video: VideoInput | None,
         strength: float,
         num_guided_channels: int | None,
         output_type: str,
@@ -376,8 +382,13 @@ class LatentVideoPipeline(DiffusionPipeline):
                 f"{', '.join(sorted(unknown))}."
             )
         noise = self.prepare_latents(batch_size, frames, generator, latents)
-        known = None if image is None else self._encode_input("image", image, batch_size, frames)
-        clean = None if video is None else self._encode_input("video", video, batch_size, frames)
+        size, known, clean = (frames.height, frames.width), None, None
+        if image is not None:
+            pixels = self.video_processor.preprocess(image, *size).unsqueeze(2)
+            known = self._encode_input("image", pixels, batch_size, 1)
+        if video is not None:
+            pixels = self.video_processor.preprocess_video(video, *size)
+            clean = self._encode_input("video", pixels, batch_size, frames.num_frames)
         scheduler = prepare_scheduler(self.scheduler)
         step_kwargs = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         steps = steps | {"device": noise.device}
@@ -415,7 +426,7 @@ class LatentVideoPipeline(DiffusionPipeline):
                     pieces.append(self._decode(new, cache))
         self._current_timestep = None
 
-        output: Any = result
+        output: torch.Tensor | np.ndarray | list = result
         if output_type != "latent":
             decoded = torch.cat(pieces, dim=2) if pieces else self.decode_latents(result)
             output = self.video_processor.postprocess_video(decoded, output_type=output_type)
@@ -465,7 +476,7 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     def _sample(
         self,
-        scheduler: Any,
+        scheduler: Scheduler,
         tensors: dict[str, Any],
         noise: torch.Tensor,
         clean: torch.Tensor | None,

@@ -10,7 +10,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from .. import bundled
 from ..checks import check_choice
 from ..loading import load_diffusion_pipeline
-from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..video_io import VideoWriter, read_video
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
 from ..video_io.writer import WRITABLE_VIDEO
@@ -98,11 +97,8 @@ def generate_videos(
         ValueError: If an argument is not legal or does not fit the pipeline.
     """
     pipeline = load_pipeline(model, device, dtype)
-    if max_memory is not None and not isinstance(pipeline.vae, AutoencoderKLLeanVAE):
-        raise ValueError(
-            f"`max_memory` needs a pipeline with an AutoencoderKLLeanVAE, whose memory is known, got an "
-            f"{type(pipeline.vae).__name__}."
-        )
+    if max_memory is not None:
+        pipeline.vae.check_predicts_memory("max_memory")
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
     if model in bundled.PIPELINES:
@@ -114,20 +110,22 @@ def generate_videos(
         pipeline.vae.enable_tiling(budget=max_memory)
     argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
 
-    latents = []
+    batches = []
     for start in range(0, len(conditions), batch_size):
         batch = conditions[start : start + batch_size]
         given = {"num_videos_per_prompt": len(batch)} if argument is None else {argument: batch}
         generator = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        latents.append(pipeline(**given, generator=generator, output_type="latent", **options).frames)
+        # Latents: of a long video they are little, and it is decoded only while it is written.
+        batches += pipeline(**given, generator=generator, output_type="latent", return_dict=False, **options)
+    latents = torch.cat(batches)
 
     if output.suffix.lower() in WRITABLE_VIDEO:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write(pipeline, torch.cat(latents), output, fps, crf)
+        _write(pipeline, latents, output, fps, crf)
         return [output]
     output.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index, one in enumerate(torch.cat(latents).split(1)):
+    for index, one in enumerate(latents.split(1)):
         words = "" if conditions[index] is None else re.sub(r"\W+", "-", str(conditions[index])).strip("-")[:60]
         paths.append(output / f"{index:03d}{'-' * bool(words)}{words}.mp4")
         _write(pipeline, one, paths[-1], fps, crf)
@@ -135,7 +133,11 @@ def generate_videos(
 
 
 def _conditions(
-    pipeline: Any, labels: list[str] | None, prompts: list[str] | None, num_videos: int | None, seed: int
+    pipeline: LatentVideoPipeline,
+    labels: list[str] | None,
+    prompts: list[str] | None,
+    num_videos: int | None,
+    seed: int,
 ) -> tuple[str | None, list[Any]]:
     r"""Name of the pipeline's argument, and its value for each video."""
     takes_text = hasattr(pipeline, "encode_prompt")
