@@ -1,12 +1,12 @@
 """Models are found by what a source holds, and nothing of another class becomes a model of random weights."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import make_tiny, make_video
 
 from diffusers_leanvae import (
     AutoencoderKLIVVAE,
@@ -28,26 +28,12 @@ from diffusers_leanvae.loading import (
 from diffusers_leanvae.trainer.finetuning import load_vae
 
 
-WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}
-IV = {"latent_channels": 4, "base_channels": 4}
-LATTE = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 2,
-    "sample_size": 4,
-    "num_latent_frames": 2,
-    "num_classes": 2,
-}
-
-
 @pytest.fixture(scope="module")
-def models(make_model: Callable) -> dict[Any, Any]:
+def models() -> dict[Any, Any]:
     """A tiny model of each class."""
-    torch.manual_seed(0)
-    made = {AutoencoderKLLeanVAE: make_model(), AutoencoderKLWFVAE: AutoencoderKLWFVAE(**WF)}
-    made |= {AutoencoderKLIVVAE: AutoencoderKLIVVAE(**IV)}
-    made |= {LeanVAELatteTransformer3DModel: LeanVAELatteTransformer3DModel(**LATTE)}
-    return {model_class: model.eval() for model_class, model in made.items()}
+    made = [make_tiny(family) for family in ("leanvae", "wfvae", "ivvae", "latte")]
+    assert [type(model) for model in made] == list(MODEL_CLASSES)
+    return {type(model): model for model in made}
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +123,8 @@ class TestAbsurdConfigs:
         with pytest.raises(ValueError, match="`config.json` of .* must describe an `AutoencoderKLLeanVAE`: "):
             AutoencoderKLLeanVAE.from_pretrained(tmp_path)
 
-    def test_halves_and_variants_are_no_mistake(self, models: dict, tmp_path: Path):
-        vae = models[AutoencoderKLWFVAE]
-        half = AutoencoderKLWFVAE(**WF)
-        half.load_state_dict(vae.state_dict())
-        half.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    def test_halves_and_variants_are_no_mistake(self, tmp_path: Path):
+        make_tiny("wfvae", torch.float16).save_pretrained(tmp_path, variant="fp16")
         loaded = load_autoencoder(tmp_path, variant="fp16")
         assert loaded.dtype is torch.float32  # as diffusers does without a dtype
         assert load_autoencoder(tmp_path, torch.float16, variant="fp16").dtype is torch.float16
@@ -169,7 +152,7 @@ class TestAutoencoders:
     @pytest.mark.parametrize("model_class", AUTOENCODERS)
     @pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
     @torch.no_grad()
-    def test_originals(self, models: dict, tmp_path: Path, make_video: Callable, model_class: Any, is_folder: bool):
+    def test_originals(self, models: dict, tmp_path: Path, model_class: Any, is_folder: bool):
         vae = models[model_class]
         path = tmp_path / "original.pth"
         model_class.conversion.write_original_checkpoint(path, dict(vae.config), vae.state_dict())
@@ -218,8 +201,7 @@ class TestOriginalConfigs:
 
     @pytest.fixture(params=["merged.ckpt", "diffusion_pytorch_model.safetensors"])
     def original(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
-        torch.manual_seed(0)
-        vae = AutoencoderKLWFVAE(**WF, temporal_interpolation="nearest").eval()
+        vae = make_tiny("wfvae", temporal_interpolation="nearest")
         path = tmp_path / request.param
         weights = wfvae.to_original(vae.state_dict(), dict(vae.config))
         if path.suffix == ".ckpt":

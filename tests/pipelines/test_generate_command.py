@@ -5,9 +5,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from tiny import make_tiny
 from typer.testing import CliRunner
 
-from diffusers_leanvae import AutoencoderKLWFVAE, bundled
+from diffusers_leanvae import bundled
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
@@ -140,9 +141,7 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
 
 def test_a_memory_limit_needs_a_model_whose_memory_is_known(class_case, tmp_path: Path):
     folder, target = tmp_path / "pipeline", tmp_path / "out.mp4"
-    torch.manual_seed(0)
-    vae = AutoencoderKLWFVAE(latent_channels=4, base_channels=4, encoder_flow_channels=3, decoder_flow_channels=2)
-    class_case.pipeline(vae=vae).save_pretrained(folder)
+    class_case.pipeline(vae=make_tiny("wfvae")).save_pretrained(folder)
     code, stdout, err = leanvae(target, "--model", folder, "--steps", 1, "--max-memory", "1GiB")
     assert code == 1 and stdout == "" and not target.exists()
     assert err.startswith("error: `max_memory` needs an `AutoencoderKLLeanVAE`, whose memory is predicted, got an")

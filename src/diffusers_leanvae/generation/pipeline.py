@@ -20,7 +20,6 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from PIL.Image import Image
 
 from ..checks import check_choice
 from ..inference.streaming import StreamingDecoder
@@ -52,7 +51,7 @@ class LatentVideoPipelineOutput(BaseOutput):
             `(batch_size, num_frames, channels, height, width)`, both in `[0, 1]`. `"latent"`: normalised latents.
     """
 
-    frames: list[list[Image]] | np.ndarray | torch.Tensor
+    frames: list[list] | np.ndarray | torch.Tensor
 
 
 class Window(NamedTuple):
