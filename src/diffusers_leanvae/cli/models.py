@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, parse_dtype
 from .common import DTYPE_NAMES, one_line
 from .description import FAMILIES, describe
