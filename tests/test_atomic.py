@@ -15,7 +15,7 @@ def names(folder: Path) -> list[str]:
 
 
 def dead_partial(path: Path, kind: str) -> Path:
-    r"""The name under which a process that lives no more would have written `path`."""
+    """The name under which a process that lives no more would have written `path`."""
     code = "import sys; from pathlib import Path; from diffusers_leanvae.atomic import partial_path\n"
     code += "print(partial_path(Path(sys.argv[1]), sys.argv[2]))"
     output = subprocess.run([sys.executable, "-c", code, path, kind], capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ def batches(data: ClipDataset, start: int, stop: int, num_workers: int = 0) -> I
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    r"""Five wide videos, two tall ones, a square one; sorted by name in this order."""
+    """Five wide videos, two tall ones, a square one; sorted by name in this order."""
     folder = tmp_path_factory.mktemp("shapes")
     for number, (height, width) in enumerate([(32, 64)] * 5 + [(64, 32)] * 2 + [(48, 48)]):
         write_video(folder / f"{number}.mp4", drifting_pattern(8, height, width, seed=number), fps=8)

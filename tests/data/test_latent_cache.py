@@ -82,7 +82,7 @@ def cache(vae, tmp_path_factory: pytest.TempPathFactory) -> LatentFolder:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    r"""Three videos and a file that is none, with labels and captions."""
+    """Three videos and a file that is none, with labels and captions."""
     folder = tmp_path_factory.mktemp("videos")
     generator = torch.Generator().manual_seed(0)
     for number in range(3):
@@ -94,7 +94,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_cached_is_encoded_on_the_way(cache: LatentFolder, vae):
+def test_cached_latents_match_online_encoding(cache: LatentFolder, vae):
     clips = MovingShapes(5, 16, 24, seed=3, num_clips=10)
     assert len(cache) == 10 and cache.class_names == CLASS_NAMES
     for index, clip in enumerate(clips[index] for index in range(10)):
@@ -108,7 +108,7 @@ def test_cached_is_encoded_on_the_way(cache: LatentFolder, vae):
         cache[10]
 
 
-def test_what_the_folder_tells(cache: LatentFolder):
+def test_statistics_index_and_settings_of_the_folder(cache: LatentFolder):
     latents = torch.stack([cache[index].latents for index in range(10)]).double().transpose(0, 1).flatten(1)
     assert cache.statistics["num_items"] == 10
     np.testing.assert_allclose(cache.statistics["mean"], latents.mean(1), rtol=0, atol=1e-9)

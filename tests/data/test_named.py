@@ -14,7 +14,7 @@ from diffusers_leanvae.video_io import read_video, write_video
 
 
 def numbered(num_frames: int, height: int = 16, width: int = 16) -> torch.Tensor:
-    r"""Frame `i` is grey `2 * i`, so that the pixels of a clip tell which frames it took."""
+    """Frame `i` is grey `2 * i`, so that the pixels of a clip tell which frames it took."""
     return (2 * torch.arange(num_frames, dtype=torch.uint8))[:, None, None, None].expand(-1, height, width, 3)
 
 
@@ -132,7 +132,7 @@ def test_spatial_rules_of_the_reference(tmp_path: Path):
 
 
 def _starts_at(pixels: torch.Tensor, frames: torch.Tensor, start: int) -> bool:
-    r"""Whether the mean of the first frame is nearest to that of frame `start`."""
+    """Check that the mean of the first frame is nearest to that of frame `start`."""
     means = frames[:, :, 11:59].float().mean((1, 2)) / 127.5 - 1
     return int((means - pixels[:, 0].mean((1, 2))).abs().sum(1).argmin()) == start
 

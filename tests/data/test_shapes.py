@@ -136,7 +136,7 @@ def test_a_clip_always_becomes_the_same_file(tmp_path: Path):
     assert len(contents) == 1
 
 
-def test_clips_become_a_folder_of_videos_and_a_killed_call_goes_on(tmp_path: Path):
+def test_clips_become_a_folder_of_videos_and_a_killed_call_resumes(tmp_path: Path):
     shapes = MovingShapes(9, 64, 64, seed=4, num_clips=3)
     write_shapes(tmp_path, shapes)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What `train` may name: folders, lists, tar shards, streams; and that a stream resumes exactly."""
+"""Sources that `train` may name: folders, lists, tar shards, streams; a stream resumes exactly."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def equal(one: list[Clip], other: list[Clip]) -> bool:
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    r"""Ten videos with captions in a `metadata.jsonl`, as `datasets` writes and reads them."""
+    """Ten videos with captions in a `metadata.jsonl`, as `datasets` writes and reads them."""
     folder = tmp_path_factory.mktemp("listed")
     for number in range(NUM_VIDEOS):
         write_video(folder / f"{number}.mp4", drifting_pattern(9, 32, 32, seed=number), fps=8)
@@ -47,7 +47,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(listed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    r"""The same videos in two tar files, five in each, with captions as text and a number as JSON."""
+    """The same videos in two tar files, five in each, with captions as text and a number as JSON."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(2):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as archive:
@@ -146,7 +146,7 @@ def test_latent_data_takes_a_stream_block_by_block(listed: Path, datasets):
 
 
 @pytest.mark.parametrize(("kind", "world_size"), [("videofolder", 1), ("videofolder", 2), ("webdataset", 2)])
-def test_a_resumed_stream_goes_on_as_an_uninterrupted_one(
+def test_a_resumed_stream_equals_an_uninterrupted_one(
     kind: str, world_size: int, listed: Path, shards: Path, datasets
 ):
     train = f"hub:{listed}" if kind == "videofolder" else f"file://{shards}/{{000..001}}.tar"

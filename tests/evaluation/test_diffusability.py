@@ -71,7 +71,7 @@ def test_without_noise_predictions_are_reconstructions(make_model):
     )
 
 
-def test_the_measure_is_repeatable_and_knows_no_scale():
+def test_the_measure_is_repeatable_and_ignores_scale():
     train, held_out = gradients(16, seed=0), gradients(8, seed=1)
     result = measure_diffusability(BlockMeans(), train, held_out, TINY)
     torch.manual_seed(1234)  # of no consequence

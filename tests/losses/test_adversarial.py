@@ -251,7 +251,7 @@ def half_the_batch(rank: int, folder: str) -> None:
 
 
 def one_step(share: slice) -> dict[str, torch.Tensor]:
-    r"""LeCam's running means and an adaptive weight after one step on a part of a batch of two."""
+    """LeCam's running means and an adaptive weight after one step on a part of a batch of two."""
     module = DiscriminatorTrainingModule(PatchDiscriminator2d(num_layers=1, num_filters=4, norm="group").double())
     torch.manual_seed(0)
     for parameter in module.parameters():

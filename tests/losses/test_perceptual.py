@@ -28,7 +28,7 @@ def frames(num_frames: int, height: int, width: int, noise: float) -> tuple[torc
 
 @pytest.fixture(scope="module")
 def vgg16() -> dict[str, torch.Tensor]:
-    r"""Random VGG16 weights as torchvision saves them, a (small) classifier included."""
+    """Random VGG16 weights as torchvision saves them, a (small) classifier included."""
     generator = torch.Generator().manual_seed(0)
     widths = iter((64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512))
     weights, num_channels = {}, 3
@@ -49,7 +49,7 @@ def vgg16_file(vgg16, tmp_path_factory) -> Path:
 
 
 def straight_lpips(weights: dict[str, torch.Tensor], sample: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    r"""LPIPS in float64 from torchmetrics' pieces, around the VGG16 that torchmetrics takes from torchvision."""
+    """LPIPS in float64 from torchmetrics' pieces, around the VGG16 that torchmetrics takes from torchvision."""
     heads = torch.load(HEADS, map_location="cpu", weights_only=True)
     scaling, total = theirs.ScalingLayer().double(), torch.zeros(sample.shape[0], dtype=torch.float64)
     a, b = scaling(sample.double()), scaling(other.double())

@@ -190,7 +190,7 @@ def test_low_pass_consistency_is_zero_for_block_means(make_video, num_frames: in
     torch.testing.assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-6)
 
 
-def test_low_pass_consistency_knows_no_scale(make_model, make_video):
+def test_low_pass_consistency_ignores_scale(make_model, make_video):
     model, sample = make_model(), make_video(2, 3, 9, 32, 32)
     latents = model.encode(sample).latent_dist.mode()
     loss = low_pass_consistency(model, sample, latents)

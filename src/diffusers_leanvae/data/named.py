@@ -57,25 +57,20 @@ class NamedClip(NamedTuple):
     caption: str | None
 
 
+@dataclass(eq=False)
 class NamedDataset(Dataset[NamedClip]):
-    """Clips of a named data set; see `open_named_dataset`."""
+    """Clips of a named data set; `open_named_dataset` makes it and describes the fields."""
 
-    def __init__(
-        self,
-        name: str,
-        videos: "Sequence[_Video]",
-        class_names: tuple[str, ...] | None,
-        num_frames: int,
-        size: int,
-        sampling: Sampling,
-        seed: int,
-        sample_stride: int,
-        flip: bool,
-        num_draws: int,
-    ) -> None:
-        self.name, self.videos, self.class_names = name, list(videos), class_names
-        self.num_frames, self.size, self.sampling, self.seed = num_frames, size, sampling, seed
-        self.sample_stride, self.flip, self.num_draws = sample_stride, flip, num_draws
+    name: str
+    videos: "list[_Video]"
+    class_names: tuple[str, ...] | None
+    num_frames: int
+    size: int
+    sampling: Sampling
+    seed: int
+    sample_stride: int
+    flip: bool
+    num_draws: int
 
     def __len__(self) -> int:
         return len(self.videos) * self.num_draws

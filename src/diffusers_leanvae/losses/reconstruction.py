@@ -28,7 +28,7 @@ class LossWeights:
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    r"""Divergence from the standard normal distribution: the sum over each posterior, averaged over the batch.
+    """Divergence from the standard normal distribution: the sum over each posterior, averaged over the batch.
 
     Args:
         mean: Posterior means, shape `(batch_size, ...)`.
@@ -39,7 +39,7 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 
 
 def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: float) -> torch.Tensor:
-    r"""Mean over the clips of the logarithm of their mean squared error, which stops to count below 1e-6 (60 dB)."""
+    """Mean over the clips of the logarithm of their mean squared error, which has no effect below 1e-6 (60 dB)."""
     error = (reconstruction.float() - sample.float()) * pixel_factor
     return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-6).log().mean()
 
@@ -50,7 +50,7 @@ def band_l1(target: Bands, predicted: Bands) -> tuple[torch.Tensor, torch.Tensor
     Args:
         target: Sub-bands `(image, video)`, each `(batch_size, channels, num_frames, height, width)` with the lowest
             one first; one of the two may be `None`.
-        predicted: Sub-bands laid out alike.
+        predicted: Sub-bands of the same shapes.
     """
     pairs = [(a, b) for a, b in zip(target, predicted, strict=True) if a is not None and b is not None]
     low = high = pairs[0][0].new_zeros((), dtype=torch.float32)
@@ -79,7 +79,7 @@ def reconstruction_terms(
         reconstruction: Their reconstruction, same shape, not clamped.
         target_bands: Sub-bands `(image, video)` of `sample` in the model's pixel range; `video` is `None` for
             single images.
-        predicted_bands: The decoder's sub-bands, laid out alike.
+        predicted_bands: The decoder's sub-bands, of the same shapes.
         mean: Posterior means, shape `(batch_size, latent_channels, num_latent_frames, ...)`.
         logvar: Posterior log-variances, same shape.
         pixel_factor: The factor from `[-1, 1]` to the model's pixel range.
