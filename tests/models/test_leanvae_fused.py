@@ -9,7 +9,7 @@ from tiny import make_tiny
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, TemporalCache
 from diffusers_leanvae.models import leanvae_fused as fused
-from diffusers_leanvae.models.leanvae_fused import Slab, slabs
+from diffusers_leanvae.models.leanvae_fused import DenseProduct, Slab, slabs
 
 
 CONFIGS = {
@@ -229,6 +229,20 @@ def test_hooks_that_cast_layers_when_they_are_called_get_the_layers():
         assert torch.equal(fused, vae.encode(x).latent_dist.parameters)
     with pytest.raises(ValueError, match="`fuse` must be called on a model of one dtype on one device, got torch.f"):
         vae.fuse()
+
+
+def test_another_product_takes_the_place_of_int8():
+    class HalfProduct(DenseProduct):
+        def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x, out).mul_(0.5)
+
+    vae, x = make_tiny("leanvae"), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    expected = run(vae, x, True)
+    for product, is_same in ((DenseProduct, True), (HalfProduct, False)):
+        for actual, right in zip(run(vae, x, True, weights=product), expected, strict=True):
+            assert torch.equal(actual, right) == is_same
+    with pytest.raises(ValueError, match="`weights` .*HalfProduct'> needs a model of at most float32 on CPU"):
+        make_tiny("leanvae", torch.float64).fuse(HalfProduct)
 
 
 def test_errors():

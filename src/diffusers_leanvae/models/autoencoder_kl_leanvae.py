@@ -24,7 +24,7 @@ from ..checks import check_choice
 from ..conversion import leanvae
 from ..kernels import get as get_kernels
 from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
-from .leanvae_fused import FusedLeanVAE, signature
+from .leanvae_fused import FusedLeanVAE, Product, signature
 from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
@@ -421,9 +421,11 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
     def fuse(
-        self, weights: Literal["same", "int8"] = "same", kernels: Literal["auto", "torch", "triton"] = "auto"
+        self,
+        weights: Literal["same", "int8"] | Product = "same",
+        kernels: Literal["auto", "torch", "triton"] = "auto",
     ) -> None:
-        r"""Prepare the weights for fast inference: the same function with fewer passes over memory.
+        """Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
         serve `encode` and `decode` without gradients, whole, tiled or streamed. When weights were changed, cast or
@@ -433,7 +435,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         Args:
             weights: `"same"`: the model's dtype; where the processor has no products of it (16 bits on older ones),
                 float32 copies for the products, many times as fast and nearer to float64. `"int8"`: the products of
-                the feed-forwards in int8, on CPU; lossy, see `docs/speed.md`.
+                the feed-forwards in int8, on CPU; lossy, see `docs/speed.md`. Another class of products takes the
+                place of `leanvae_fused.Int8Product`, for experiments.
             kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"triton"`: whole tensors by Triton kernels.
                 `"auto"`: Triton for a model on a GPU where it is installed.
 
@@ -441,11 +444,12 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             ValueError: If the model has adapters that are not merged, or weights of several dtypes or on several
                 devices, or is not what int8 needs.
         """
-        check_choice("weights", weights, ("same", "int8"))
+        if not callable(weights):
+            check_choice("weights", weights, ("same", "int8"))
         check_choice("kernels", kernels, ("auto", "torch", "triton"))
-        if weights == "int8" and (self.dtype.itemsize > 4 or self.device.type != "cpu" or kernels == "triton"):
+        if weights != "same" and (self.dtype.itemsize > 4 or self.device.type != "cpu" or kernels == "triton"):
             raise ValueError(
-                f"`weights` 'int8' needs a model of at most float32 on CPU without Triton, got {self.dtype} on "
+                f"`weights` {weights!r} needs a model of at most float32 on CPU without Triton, got {self.dtype} on "
                 f"{self.device}, `kernels` {kernels!r}."
             )
         stored = {(parameter.dtype, parameter.device.type) for parameter in self.parameters()}

@@ -134,7 +134,8 @@ class Int8Product:
         return torch.mul(torch.ops.quantized.linear_dynamic(x / scale, self.packed, True), scale, out=out)
 
 
-Product = type[DenseProduct] | type[Int8Product]
+# Prepares a weight `(columns, inner width)`; the result is called with `x` and `out` and computes `x @ weight.T`.
+Product = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 MakeBlock = Callable[[Any, float | None], "FusedBlock"]
 
 
@@ -429,18 +430,20 @@ class FusedLeanVAE:
     Args:
         vae: The model; nothing of it is changed.
         weights: `"same"`: products in the model's dtype, or in what stands for it ([`product_dtype`]). `"int8"`: the
-            feed-forwards in int8 (CPU only).
+            feed-forwards in int8 (CPU only). Or another [`Product`] for these, of float32.
         kernels: Operations of `kernels.get("triton")`, or `None` for slabs of plain PyTorch.
     """
 
-    def __init__(self, vae: Any, weights: Literal["same", "int8"] = "same", kernels: Kernels | None = None):
+    def __init__(self, vae: Any, weights: Literal["same", "int8"] | Product = "same", kernels: Kernels | None = None):
         self.signature = signature(vae)
-        self.dtype = torch.float32 if weights == "int8" else product_dtype(vae.dtype, vae.device)  # of products
+        self.dtype = product_dtype(vae.dtype, vae.device) if weights == "same" else torch.float32  # of products
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
         if kernels is None:
-            make_block: MakeBlock = partial(SlabBlock, product=Int8Product if weights == "int8" else DenseProduct)
+            products: dict[str, Product] = {"same": DenseProduct, "int8": Int8Product}
+            product = products[weights] if isinstance(weights, str) else weights
+            make_block: MakeBlock = partial(SlabBlock, product=product)
         else:
             make_block = partial(KernelBlock, kernels=kernels)
         encoder, decoder, bottleneck = vae.encoder, vae.decoder, vae.bottleneck
