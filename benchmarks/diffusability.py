@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoModel
 
 import diffusers_leanvae  # noqa: F401 - makes AutoModel know AutoencoderKLLeanVAE
-from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
 from diffusers_leanvae.evaluation.results import sha256, write_result
+from diffusers_leanvae.loading import resolve_bundled
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     held_out_clips = load_clips(options.held_out, options.num_held_out_clips, size, options.seed)
     rows = []
     for model in options.models:
-        folder = bundled.model_path(model) if model in bundled.MODELS else Path(model)
+        folder = Path(resolve_bundled(model))
         vae = AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32).eval()
         started = time.perf_counter()
         result = measure_diffusability(vae, train_clips, held_out_clips, protocol, print)

@@ -1,1 +1,1 @@
-"""Pipelines on LeanVAE latents, one file each; mapped into the package as `diffusers_leanvae.pipelines`."""
+"""Latent video pipelines, one file each; mapped into the package as `diffusers_leanvae.pipelines`."""

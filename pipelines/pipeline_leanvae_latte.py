@@ -1,4 +1,4 @@
-"""Class-conditional and unconditional video generation: Latte (arXiv 2401.03048) on LeanVAE latents."""
+"""Class-conditional and unconditional video generation: Latte (arXiv 2401.03048) on the latents of an autoencoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +23,10 @@ ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
 
 
 class LeanVAELattePipeline(LatentVideoPipeline):
-    r"""Videos of a class, or of none, by a Latte transformer on the latents of LeanVAE.
+    """Class-conditional or unconditional videos by a Latte transformer on the latents of a video autoencoder.
 
     Args:
-        vae: The autoencoder.
+        vae: Any video autoencoder of this package.
         transformer: The transformer, of as many channels as the latents have.
         scheduler: Any scheduler of diffusers that fits the training. For the original weights see
             [`~schedulers.make_scheduler`]; for models trained by flow matching, `FlowMatchEulerDiscreteScheduler`.
@@ -69,7 +69,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         return self._guidance_scale > 1 and self.transformer.config.num_classes is not None
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        r"""Ids of classes by their names.
+        """Return the ids of classes by their names.
 
         Raises:
             ValueError: If a name is not among `id2label`.
@@ -82,7 +82,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         return [self.labels[name] for name in names]
 
     def prepare_class_labels(self, class_labels: ClassLabels, num_videos_per_prompt: int = 1) -> torch.Tensor | None:
-        r"""Labels of every video as a tensor; see [`__call__`] for what they may be.
+        """Turn the labels of [`__call__`] into a tensor with one id for every video.
 
         Raises:
             ValueError: If a label is unknown, or given to an unconditional transformer.
@@ -131,7 +131,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> LatentVideoPipelineOutput | tuple:
-        r"""Generate videos.
+        """Generate videos.
 
         Args:
             class_labels: A label or a list, one for each video: ids, or names from `id2label`. `None` for an

@@ -1,4 +1,4 @@
-"""Text to video: diffusers' Latte transformer (arXiv 2401.03048) on LeanVAE latents."""
+"""Text to video: diffusers' Latte transformer (arXiv 2401.03048) on the latents of an autoencoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ MAX_SEQUENCE_LENGTH = 120
 
 
 class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
-    r"""Videos of a text by diffusers' `LatteTransformer3DModel` on the latents of LeanVAE.
+    """Videos from a text by diffusers' `LatteTransformer3DModel` on the latents of a video autoencoder.
 
     Its config must fit: `in_channels` of the latents, `out_channels` the same or twice as many, `video_length` latent
     frames (5 for 17 frames), `sample_size` the latent size.
@@ -36,7 +36,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         tokenizer: Tokenizer of the text encoder. It and the encoder may be `None` where embeddings are passed.
         text_encoder: T5 or any other text encoder of transformers that has `transformer.config.caption_channels` wide
             hidden states.
-        vae: The autoencoder.
+        vae: Any video autoencoder of this package.
         transformer: The transformer.
         scheduler: Any scheduler of diffusers that fits the training.
     """
@@ -116,7 +116,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        r"""Hidden states of the text encoder, and masks of their tokens.
+        """Encode texts to hidden states of the text encoder, and masks of their tokens.
 
         Args:
             prompt: One text or a list; or `None` with `prompt_embeds`.
@@ -165,14 +165,14 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         negative_prompt_attention_mask: torch.Tensor | None,
         frames: Frames,
     ) -> None:
-        r"""Check texts, embeddings and lengths against each other.
+        """Check texts, embeddings and lengths against each other.
 
         Raises:
             ValueError: With the argument, what is legal, and what came.
         """
         if (prompt is None) == (prompt_embeds is None):
             came = "neither" if prompt is None else "both"
-            raise ValueError(f"`prompt` or `prompt_embeds` must be given, one of them, got {came}.")
+            raise ValueError(f"Exactly one of `prompt` and `prompt_embeds` must be given, got {came}.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("`negative_prompt` must be None with `negative_prompt_embeds`, got both.")
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -239,7 +239,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> LatentVideoPipelineOutput | tuple:
-        r"""Generate videos of texts.
+        """Generate videos of texts.
 
         Args:
             prompt: A text or a list, one for each video.

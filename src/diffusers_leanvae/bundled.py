@@ -1,4 +1,4 @@
-"""What travels inside the package: demonstration weights and a clip."""
+"""Demonstration weights and a clip, which are shipped with the package."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -13,25 +13,25 @@ DEFAULT = "compact-16ch"
 
 
 class BundledPipeline(NamedTuple):
-    model: str  # the bundled model that decodes: it is in the package once
-    guidance_scale: float  # at which it does best, see results/bench_shapes.json
+    model: str  # the bundled model that decodes; its weights are in the package only once
+    guidance_scale: float  # the best one by results/bench_shapes.json
 
 
 PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=2.0)}
 
 
 def model_path(name: str) -> Path:
-    r"""Folder of a bundled model, for `from_pretrained`."""
+    """Return the folder of a bundled model, for `from_pretrained`."""
     check_choice("name", name, MODELS)
     return Path(str(files("diffusers_leanvae"))) / "assets" / name
 
 
 def pipeline_path(name: str) -> Path:
-    r"""Folder of a bundled pipeline without its autoencoder; [`generation.load_pipeline`] loads both."""
+    """Return the folder of a bundled pipeline, without its autoencoder; [`generation.load_pipeline`] loads both."""
     check_choice("name", name, PIPELINES)
     return Path(str(files("diffusers_leanvae"))) / "assets" / name
 
 
 def clip_path() -> Path:
-    r"""A short CC0 video (a flower opening, MDN shared assets)."""
+    """Return the path of a short CC0 video: a flower opening, from the MDN shared assets."""
     return Path(str(files("diffusers_leanvae"))) / "assets" / "flower.mp4"

@@ -56,7 +56,7 @@ DESCRIPTIONS = {
 
 
 def render_hub_card(model: Any, repo_id: str) -> str:
-    r"""The README of a model or pipeline on the Hub, from its classes and configs; nothing in it is typed by hand.
+    """Write the README of a model or pipeline on the Hub from its classes and configs.
 
     Args:
         model: An autoencoder or transformer of this package, or a whole pipeline.
@@ -103,13 +103,13 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Upload with diffusers-leanvae",
 ) -> str:
-    r"""Push an autoencoder, a transformer or a whole pipeline to the Hub, with a card, as one commit.
+    """Push an autoencoder, a transformer or a whole pipeline to the Hub, with a card, as one commit.
 
     Args:
-        model: What has `save_pretrained`.
-        repo_id: `user/name`; made if it does not exist.
-        card: Text of its README, [`render_hub_card`]'s by default.
-        private: Whether a new repository is private; as the user's settings say by default.
+        model: A model or a pipeline.
+        repo_id: `user/name`; created if it does not exist.
+        card: Text of its README; that of [`render_hub_card`] by default.
+        private: Whether a new repository is private; by default the user's settings decide.
         token: Token of the Hub, the stored one by default.
         commit_message: Message of the commit.
 
@@ -135,7 +135,11 @@ def upload_folder(
     token: str | None = None,
     commit_message: str = "Upload with diffusers-leanvae",
 ) -> str:
-    r"""Upload a saved model as one commit, to a repository that is made if it does not exist; returns its address."""
+    """Upload a saved model as one commit; the repository is created if it does not exist.
+
+    Returns:
+        The address of the commit.
+    """
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))

@@ -1,6 +1,6 @@
-"""Models and pipelines by a bundled name, a folder, an original checkpoint, or the Hub: everything is loaded here.
+"""Load models and pipelines by a bundled name, from a folder, from an original checkpoint or from the Hub.
 
-What a folder or a file holds is found out from it, and what is of another kind is refused.
+The class of a model is found from its config or from the keys of its weights; models of other classes are refused.
 """
 
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ def load_autoencoder(
     Raises:
         ValueError: If there is no autoencoder of this package.
     """
-    return _load(_unbundled(source), AUTOENCODERS, bundled.MODELS, "vae", dtype, subfolder, options)
+    return _load(resolve_bundled(source), AUTOENCODERS, bundled.MODELS, "vae", dtype, subfolder, options)
 
 
 def load_transformer(
@@ -83,7 +83,7 @@ def load_transformer(
 def load_model(
     source: str | Path, dtype: torch.dtype | None = None, *, subfolder: str | None = None, **options: Any
 ) -> PretrainedModel:
-    """Load whichever model of this package a source holds, of a pipeline its autoencoder.
+    """Load a model of any class of this package; from a pipeline, its autoencoder.
 
     Args:
         source: As of [`load_autoencoder`].
@@ -97,7 +97,7 @@ def load_model(
     Raises:
         ValueError: If there is none.
     """
-    return _load(_unbundled(source), MODEL_CLASSES, bundled.MODELS, "vae", dtype, subfolder, options)
+    return _load(resolve_bundled(source), MODEL_CLASSES, bundled.MODELS, "vae", dtype, subfolder, options)
 
 
 def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None, **options: Any) -> DiffusionPipeline:
@@ -178,8 +178,8 @@ def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> N
         )
 
 
-def _unbundled(source: str | Path) -> str | Path:
-    """Replace a bundled name by the folder of its autoencoder."""
+def resolve_bundled(source: str | Path) -> str | Path:
+    """Replace the name of a bundled model or pipeline by the folder of its autoencoder, and nothing else."""
     if source in bundled.PIPELINES:
         source = bundled.PIPELINES[str(source)].model
     return bundled.model_path(str(source)) if source in bundled.MODELS else source

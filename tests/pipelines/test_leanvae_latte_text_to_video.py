@@ -71,8 +71,8 @@ EMBEDS = torch.zeros(1, 5, 16)
 @pytest.mark.parametrize(
     "inputs, message",
     [
-        ({"prompt": None}, "`prompt` or `prompt_embeds` must be given, one of them, got neither"),
-        ({"prompt_embeds": EMBEDS}, "`prompt` or `prompt_embeds` must be given, one of them, got both"),
+        ({"prompt": None}, "Exactly one of `prompt` and `prompt_embeds` must be given, got neither"),
+        ({"prompt_embeds": EMBEDS}, "Exactly one of `prompt` and `prompt_embeds` must be given, got both"),
         ({"negative_prompt_embeds": EMBEDS}, "`negative_prompt` must be None with `negative_prompt_embeds`"),
         ({"prompt": 3}, "`prompt` must be a text or a list of texts, got 3"),
         ({"prompt": []}, r"`prompt` must be a text or a list of texts, got \[\]"),

@@ -36,6 +36,7 @@ def evaluate(
     """Measure PSNR (dB) and SSIM of reconstructions over a folder of videos, clip by clip."""
     from ..evaluation.reconstruction import evaluate_reconstruction, round_scores
     from ..evaluation.results import sha256, write_result
+    from ..loading import resolve_bundled
 
     if not folder.is_dir():
         raise ValueError(f"FOLDER must be an existing folder, got {str(folder)!r}.")
@@ -44,7 +45,7 @@ def evaluate(
     psnr, ssim = result["psnr_frame_mean_rgb"], result["ssim_frame_mean_rgb"]
     typer.echo(f"{'mean':<28} PSNR {psnr:6.2f} dB  SSIM {ssim:.4f}")
     if output is not None:
-        weights = (bundled.model_path(model) if model in bundled.MODELS else Path(model)) / WEIGHTS_NAME
+        weights = Path(resolve_bundled(model)) / WEIGHTS_NAME
         checksum = sha256(weights) if weights.is_file() else None
         described = {
             "model": model,

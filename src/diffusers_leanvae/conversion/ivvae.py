@@ -70,13 +70,13 @@ CONFIG_ANCHOR = None  # the original has no config
 
 
 def from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Rename original keys to ours; every key must be known. The weights of norms lose axes of size 1."""
+    """Rename original keys to ours; every key must be known. The weights of norms lose axes of size 1."""
     flat = {key: value.flatten() if key.endswith(".gamma") else value for key, value in state_dict.items()}
     return convert_keys(flat, list(KEY_MAP.items()), _PLACEHOLDERS, NAME)
 
 
 def to_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Rename our keys to the original ones; inverse of [`from_original`]."""
+    """Rename our keys to the original ones; inverse of [`from_original`]."""
     pairs = [(ours, original) for original, ours in KEY_MAP.items()]
     original = convert_keys(state_dict, pairs, _PLACEHOLDERS, NAME)
     for key, value in original.items():
@@ -87,7 +87,7 @@ def to_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
-    r"""Our config of an original checkpoint: sizes from its tensors.
+    """Derive our config from an original checkpoint: sizes from its tensors.
 
     Args:
         args: Constructor arguments, original names; may be empty. Only `scale_factor` and `shift_factor` are taken.
@@ -114,7 +114,7 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
 
 
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    r"""Read a file of the original IV-VAE; pickles are opened with `weights_only=True`.
+    """Read a file of the original IV-VAE; pickles are opened with `weights_only=True`.
 
     Returns:
         Config and state dict of an `AutoencoderKLIVVAE`.
@@ -132,7 +132,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
-    r"""Write an `AutoencoderKLIVVAE` as a bare state dict in the original layout.
+    """Write an `AutoencoderKLIVVAE` as a bare state dict in the original layout.
 
     Args:
         path: A safetensors file, with scale and shift as metadata, if it ends so, else a torch file.

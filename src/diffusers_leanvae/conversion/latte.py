@@ -43,7 +43,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 
 
 def key_map(num_layers: int, has_labels: bool) -> dict[str, tuple[str, ...]]:
-    r"""Every original key of a model and our keys that share it (query, key and value one tensor).
+    """Map every original key of a model to our keys that share it (query, key and value are one tensor).
 
     Args:
         num_layers: Blocks of both kinds; even ones of the original are spatial, odd ones temporal.
@@ -82,7 +82,7 @@ def _check_keys(actual: Mapping[str, Any], expected: set[str]) -> None:
 
 
 def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Original weights to ours; every key must be known and every one present. Values are moved, never changed.
+    """Convert original weights to ours; all keys must be known and present. Values are moved, never changed.
 
     Args:
         state_dict: Weights under original keys; prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
@@ -102,7 +102,7 @@ def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Our weights to the original ones; inverse of [`from_original`], bit for bit."""
+    """Convert our weights to the original ones, bit for bit; inverse of [`from_original`]."""
     num_layers = 2 * count_matches(state_dict, r"transformer_blocks\.(\d+)\..*")
     keys = key_map(num_layers, _LABELS[1] in state_dict)
     _check_keys(state_dict, {name for ours in keys.values() for name in ours})
@@ -116,7 +116,7 @@ def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def config_from_original(
     state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None
 ) -> dict[str, Any]:
-    r"""Our config of original weights, read from their shapes.
+    """Derive our config from the shapes of original weights.
 
     Args:
         state_dict: Weights under original keys.
@@ -157,7 +157,7 @@ def _unwrap(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read_original_checkpoint(
     path: str | Path, num_attention_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    r"""Read an original Latte file: a pickle of `model` and `ema` weights, a bare state dict, or safetensors.
+    """Read an original Latte file: a pickle of `model` and `ema` weights, a bare state dict, or safetensors.
 
     EMA weights are preferred. Pickles are opened with `weights_only=True`, and beyond tensors only
     `argparse.Namespace` is allowed.
@@ -184,7 +184,7 @@ def read_original_checkpoint(
 def write_original_checkpoint(
     path: str | Path, config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
 ) -> None:
-    r"""Write a `LeanVAELatteTransformer3DModel` in the original layout, where the weights stand as `model` and `ema`.
+    """Write a `LeanVAELatteTransformer3DModel` in the original layout, where the weights stand as `model` and `ema`.
 
     Args:
         path: File to write: safetensors if it ends so, else a torch file.

@@ -66,18 +66,18 @@ CONFIG_ANCHOR = "ista_iter_num"  # and one argument
 
 
 def from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Rename original keys to ours; every key must be known. Tensors are passed on untouched."""
+    """Rename original keys to ours; every key must be known. Tensors are passed on untouched."""
     return convert_keys(state_dict, list(KEY_MAP.items()), _PLACEHOLDERS, NAME)
 
 
 def to_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""Rename our keys to the original ones; inverse of [`from_original`]."""
+    """Rename our keys to the original ones; inverse of [`from_original`]."""
     pairs = [(ours, original) for original, ours in KEY_MAP.items()]
     return convert_keys(state_dict, pairs, _PLACEHOLDERS, NAME)
 
 
 def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
-    r"""Our config of an original checkpoint: sizes from its tensors, checked against its `args`.
+    """Derive our config from an original checkpoint: sizes from its tensors, checked against its `args`.
 
     Args:
         args: Constructor arguments stored in the file, original names; may be empty and may hold others.
@@ -128,7 +128,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
-    r"""Write an `AutoencoderKLLeanVAE` in the release layout (safetensors if `path` ends so, else a torch file).
+    """Write an `AutoencoderKLLeanVAE` in the release layout (safetensors if `path` ends so, else a torch file).
 
     Raises:
         ValueError: If the config has no original counterpart (one of the ablations).

@@ -70,7 +70,7 @@ _BANDS_3D = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 
 
 class _Names(dict[str, str]):
-    r"""Original keys and ours, layer by layer."""
+    """Original keys and ours, layer by layer."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -98,7 +98,7 @@ class _Names(dict[str, str]):
 
 
 def key_map(config: dict[str, Any]) -> dict[str, str]:
-    r"""Every original key of a configuration, and ours."""
+    """Map every original key of a configuration to ours."""
     names = _Names(config)
     width, is_8x = config["base_channels"], config["temporal_compression_ratio"] == 8
 
@@ -135,7 +135,7 @@ def key_map(config: dict[str, Any]) -> dict[str, str]:
 
 
 def wavelet_constants(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    r"""The original keys that hold constants, and these."""
+    """Return the constants that original files hold, by their keys."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # sum and difference; in 2D the vertical difference comes first
     bands_2d = 0.5 * torch.einsum("ah,bw->bahw", signs, signs).reshape(4, 1, 1, 2, 2)
     bands_3d = HAAR_3D * torch.einsum("at,bh,cw->abcthw", signs, signs, signs).reshape(8, 1, 1, 2, 2, 2)
@@ -153,7 +153,7 @@ def wavelet_constants(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def from_original(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    r"""Rename original keys to ours; every key must be known. Tensors are passed on, at most with another shape."""
+    """Rename original keys to ours; every key must be known. Tensors are passed on, at most with another shape."""
     names, constants = key_map(config), wavelet_constants(config)
     converted = {}
     for key, tensor in _from_legacy(state_dict).items():
@@ -170,7 +170,7 @@ def from_original(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -
 
 
 def to_original(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    r"""Rename our keys to the original ones, and add the wavelets' constants; inverse of [`from_original`]."""
+    """Rename our keys to the original ones, and add the wavelets' constants; inverse of [`from_original`]."""
     names = {ours: original for original, ours in key_map(config).items()}
     original = {}
     for key, tensor in state_dict.items():
@@ -182,7 +182,7 @@ def to_original(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> 
 
 
 def _from_legacy(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""The present names of the keys of Open-Sora-Plan v1.3."""
+    """Rename the keys of Open-Sora-Plan v1.3 to the present ones."""
     if _LEGACY_ANCHOR not in state_dict:
         return state_dict
     renamed = {}
@@ -194,7 +194,7 @@ def _from_legacy(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
-    r"""Our config of an original checkpoint: sizes from its tensors, checked against its `args`.
+    """Derive our config from an original checkpoint: sizes from its tensors, checked against its `args`.
 
     Args:
         args: Constructor arguments, original names; may be empty and may hold others.
@@ -238,7 +238,7 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
 
 
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    r"""Read a training file, a bare state dict or a safetensors file of the original WF-VAE.
+    """Read a training file, a bare state dict or a safetensors file of the original WF-VAE.
 
     EMA weights are preferred where a file has both. Arguments, such as the interpolation, which no tensor shows, come
     from the file, or from the `config.json` next to it. Pickles are opened with `weights_only=True`.
@@ -260,7 +260,7 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
-    r"""Write an `AutoencoderKLWFVAE` as a bare state dict in the original layout, wavelets included.
+    """Write an `AutoencoderKLWFVAE` as a bare state dict in the original layout, wavelets included.
 
     Args:
         path: A safetensors file, with the constructor's arguments as metadata, if it ends so, else a torch file.

@@ -1,4 +1,4 @@
-"""Videos from latent diffusion: pipelines from a name, and their videos as files."""
+"""Latent diffusion: load a pipeline by its name, and generate videos to files."""
 
 from .videos import generate_videos, load_pipeline
 

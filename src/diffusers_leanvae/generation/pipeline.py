@@ -1,4 +1,4 @@
-"""What the latent video pipelines share: sampling by any scheduler, guidance, known frames, long videos, decoding.
+"""Base of the latent video pipelines: sampling by any scheduler, guidance, known frames, long videos, decoding.
 
 A pipeline prepares its condition (labels, or text) and calls `_generate`; everything from noise to frames is here.
 Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, normalised (see
@@ -43,7 +43,7 @@ Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineC
 
 @dataclass
 class LatentVideoPipelineOutput(BaseOutput):
-    r"""Output of the latent video pipelines.
+    """Output of the latent video pipelines.
 
     Args:
         frames: `"pil"`: a list of videos, each a list of images. `"np"`: an array
@@ -55,7 +55,7 @@ class LatentVideoPipelineOutput(BaseOutput):
 
 
 class Window(NamedTuple):
-    r"""Latent frames `start` to `stop` that are sampled at once; the first `num_known` are given."""
+    """Latent frames `start` to `stop` that are sampled at once; the first `num_known` are given."""
 
     start: int
     stop: int
@@ -64,7 +64,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Frames:
-    r"""What is to be generated: sizes in pixels, and how a video that is longer than the transformer is cut."""
+    """Size of the videos in pixels, and the windows in which a video longer than the transformer is sampled."""
 
     num_frames: int
     height: int
@@ -74,7 +74,7 @@ class Frames:
 
 
 def plan_windows(num_latent_frames: int, window: int, num_overlap: int) -> list[Window]:
-    r"""Windows of `window` latent frames that cover a video, each beginning with at least `num_overlap` of the last.
+    """Cover a video by windows of `window` latent frames that overlap by at least `num_overlap`.
 
     All are equally long, because a transformer may know one length only; the last one overlaps more where that is
     needed.
@@ -93,7 +93,7 @@ def set_timesteps(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    r"""Set a scheduler's steps, by their number, or by the list of timesteps or of sigmas; returns its timesteps.
+    """Set a scheduler's steps by their number, or by a list of timesteps or of sigmas; return its timesteps.
 
     Raises:
         ValueError: If both lists are given, or one that the scheduler does not take.
@@ -147,7 +147,7 @@ def prepare_scheduler(scheduler: Scheduler) -> Scheduler:
 def add_noise(
     scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    r"""Latents as they are at a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
+    """Bring latents to a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
     timesteps = timestep.expand(latents.shape[0])
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(latents, timesteps, noise)
@@ -155,7 +155,7 @@ def add_noise(
 
 
 class LatentVideoPipeline(DiffusionPipeline):
-    r"""Base of the pipelines; those have `vae`, `transformer` and `scheduler`, and what makes their condition."""
+    """Base of the pipelines, which have a `vae`, a `transformer` and a `scheduler`, and prepare their condition."""
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
@@ -173,18 +173,18 @@ class LatentVideoPipeline(DiffusionPipeline):
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
 
-    # ---- what a pipeline of this kind says --------------------------------------------------------------------------
+    # ---- what a pipeline defines ------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate videos, a [`LatentVideoPipelineOutput`] or a tuple."""
         raise NotImplementedError
 
     def _num_trained_latent_frames(self) -> int:
-        r"""Latent frames that the transformer was made for."""
+        """Latent frames that the transformer was made for."""
         raise NotImplementedError
 
     def _condition(self, tensors: dict[str, Any], num_latent_frames: int) -> dict[str, torch.Tensor]:
-        r"""Arguments of the transformer beside latents and timestep, of both halves of a batch if guidance is on."""
+        """Return the transformer's arguments other than latents and timestep, for both halves of a guided batch."""
         raise NotImplementedError
 
     # ---- state, which callbacks read and may change -----------------------------------------------------------------
@@ -199,7 +199,7 @@ class LatentVideoPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        r"""Steps of the whole call, over all windows."""
+        """Steps of the whole call, over all windows."""
         return self._num_timesteps
 
     @property
@@ -221,7 +221,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         num_guided_channels: int | None,
         strength: float,
     ) -> None:
-        r"""Check what does not depend on sizes.
+        """Check the arguments that do not depend on sizes.
 
         Raises:
             ValueError: With the argument, what is legal, and what came.
@@ -258,7 +258,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         num_overlap_latent_frames: int,
         reencode_overlap: bool,
     ) -> Frames:
-        r"""Sizes, by default those of the transformer, and windows.
+        """Choose sizes, by default those of the transformer, and windows.
 
         Raises:
             ValueError: If a size is not legal.
@@ -296,7 +296,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         generator: Generator = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        r"""Gaussian noise of the latents' size in float32, or the given `latents`.
+        """Draw Gaussian noise of the latents' size in float32, or check the given `latents`.
 
         Raises:
             ValueError: If the number of generators or the shape of `latents` is not legal.
@@ -317,7 +317,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, dtype)
 
     def encode_video(self, video: torch.Tensor) -> torch.Tensor:
-        r"""Normalised latents of videos: posterior means, nothing is sampled.
+        """Encode videos to normalised latents: posterior means, nothing is sampled.
 
         Args:
             video: `(batch_size, channels, num_frames, height, width)` in `[-1, 1]`.
@@ -362,7 +362,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         callback: Callback,
         callback_inputs: Sequence[str],
     ) -> LatentVideoPipelineOutput | tuple:
-        r"""From the condition to frames; see the `__call__` of the pipelines for the arguments.
+        """Sample and decode; see the `__call__` of the pipelines for the arguments.
 
         Args:
             tensors: The condition, by names that callbacks may ask for and `_condition` reads.
@@ -443,7 +443,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         timestep: torch.Tensor,
         latents: torch.Tensor,
     ) -> torch.Tensor:
-        r"""Show the callback a step, and take what it changed."""
+        """Call the callback after a step, and apply its changes."""
         progress.update()
         if callback is None:
             return latents
@@ -458,7 +458,7 @@ class LatentVideoPipeline(DiffusionPipeline):
             self.transformer._reset_stateful_cache()
 
     def _overlap(self, result: torch.Tensor, pieces: list[torch.Tensor], window: Window) -> torch.Tensor:
-        r"""Known latent frames at the start of a window.
+        """Compute the known latent frames at the start of a window.
 
         Taken from the middle of a video, latents do not begin with an image's, as every clip in training does. So the
         last frames, decoded, are encoded as a clip of their own; without `pieces` the latents are taken as they are.
@@ -485,7 +485,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         step_kwargs: dict[str, Any],
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        r"""One window from noise (or from `clean` latents with noise) to latents; `known` first frames stay.
+        """Sample one window from noise, or from `clean` latents with noise; the `known` first frames stay.
 
         The transformer has one timestep for all frames, so before every step the known ones are noised to it.
         """
@@ -517,7 +517,7 @@ class LatentVideoPipeline(DiffusionPipeline):
         return latents
 
     def _predict(self, tensors: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        r"""Output of the transformer, of both halves if guidance is on (first the null condition), as the latents'."""
+        """Call the transformer, on both halves of a guided batch (null condition first), in its own dtype."""
         hidden_states = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
         context = getattr(self.transformer, "cache_context", None)
         with context("cond_uncond") if context is not None else nullcontext():
@@ -536,10 +536,15 @@ class LatentVideoPipeline(DiffusionPipeline):
         return self.vae.decode(latents, return_dict=False, cache=cache)[0]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        r"""Videos of normalised latents, `(batch_size, channels, num_frames, height, width)` nominally in `[-1, 1]`.
+        """Decode normalised latents to videos, all frames at once, since the frames of a video are not independent.
 
-        All latent frames of a video at once: LeanVAE is causal, its frames are not independent. `vae.enable_tiling`
-        and [`decode_stream`] bound the memory and change nothing in the result but its rounding.
+        `vae.enable_tiling` and [`decode_stream`] bound the memory; they change the result by rounding only.
+
+        Args:
+            latents: Latents, as a pipeline returns them for `output_type="latent"`.
+
+        Returns:
+            Videos `(batch_size, channels, num_frames, height, width)`, nominally in `[-1, 1]`.
         """
         return self._decode(latents)
 
@@ -547,7 +552,7 @@ class LatentVideoPipeline(DiffusionPipeline):
     def decode_stream(
         self, latents: torch.Tensor, output_type: str = "pt", num_latent_frames_per_step: int = 4
     ) -> Iterator[Any]:
-        r"""Decode normalised latents piece by piece: a long video in the memory of a short one.
+        """Decode normalised latents piece by piece: a long video in the memory of a short one.
 
         Args:
             latents: What a pipeline returns for `output_type="latent"`.

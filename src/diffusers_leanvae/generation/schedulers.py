@@ -28,7 +28,7 @@ SCHEDULERS = ("ddpm", "ddim", "dpm++", "flow")
 
 
 def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    r"""A scheduler set for Latte.
+    """Make a scheduler with the settings of Latte.
 
     Args:
         name:
@@ -52,7 +52,7 @@ def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | F
 
 
 def respaced_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:
-    r"""The steps that the reference keeps for `num_steps` steps, in the order of sampling: from noise, descending.
+    """Return the steps that the reference keeps for `num_steps` steps, in the order of sampling: descending.
 
     Args:
         num_steps: 1 to `num_train_timesteps`.
@@ -76,7 +76,7 @@ def guide_noise(
     latent_channels: int,
     num_guided_channels: int | None = None,
 ) -> torch.Tensor:
-    r"""Classifier-free guidance on the first epsilon channels; all others stay conditional, the variance always.
+    """Apply classifier-free guidance to the first epsilon channels; the others and the variance stay conditional.
 
     Args:
         conditional: Model output with the label, `(B, C, F, h, w)`, or `(B, 2 * C, F, h, w)` with a variance half.

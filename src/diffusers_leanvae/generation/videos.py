@@ -1,4 +1,4 @@
-"""From a pipeline to video files: what `leanvae generate` does."""
+"""Generate videos with a pipeline and write them to files, as `leanvae generate` does."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Latent
 
 
 def choose_scheduler(pipeline: LatentVideoPipeline, name: str | None, num_inference_steps: int) -> dict[str, Any]:
-    r"""Put the named scheduler into a pipeline; returns the arguments of its call that say the steps.
+    """Put the named scheduler into a pipeline; return the arguments of its call that set the steps.
 
     Raises:
         ValueError: If the model was trained for other schedulers.
@@ -69,26 +69,27 @@ def generate_videos(
     show_progress: bool = False,
     **options: Any,
 ) -> list[Path]:
-    r"""Generate videos and write them.
+    """Generate videos and write them.
 
     Args:
-        model: As of [`load_pipeline`].
+        model: A bundled pipeline, a folder or a Hub id: see [`load_pipeline`].
         output: A video file, in which several videos form a grid; or a folder with one file for each.
-        labels: Classes by name or id, taken in turn; random ones if `None`.
-        prompts: Texts, taken in turn, for a text-to-video pipeline.
-        image: File of the picture that the videos begin with.
-        num_videos: Videos in all; by default one for each label or prompt.
+        labels: Classes by name or id, used in turn; random ones if `None`.
+        prompts: Texts, used in turn, for a text-to-video pipeline.
+        image: Image file with the first frame of the videos.
+        num_videos: Total number of videos; by default one for each label or prompt.
         scheduler: One of [`SCHEDULERS`], or `None` for the pipeline's own.
         num_inference_steps: Number of steps.
         seed: Video `i` comes from `seed + i`, whatever the batch.
-        batch_size: Videos at once.
-        device: Where to compute.
-        dtype: In what.
-        max_memory: Bytes that decoding may use above the weights: the autoencoder chooses its tiles by it.
+        batch_size: Videos that are generated at once.
+        device: Device to compute on.
+        dtype: Dtype of the weights and of the computation.
+        max_memory: Bytes that decoding may use in addition to the weights; the autoencoder chooses its tiles by it.
         fps: Frames per second of the files.
-        crf: Quality of the files, lower is better.
-        show_progress: Whether the pipeline shows its bar.
-        options: Further arguments of the pipeline; `None` means its default, or what suits a bundled one.
+        crf: Constant rate factor of the files; lower is better.
+        show_progress: Whether to show a progress bar.
+        options: Further arguments of the pipeline; `None` keeps its default. Bundled pipelines bring their own
+            guidance scale.
 
     Returns:
         The files.
@@ -139,7 +140,7 @@ def _conditions(
     num_videos: int | None,
     seed: int,
 ) -> tuple[str | None, list[Any]]:
-    r"""Name of the pipeline's argument, and its value for each video."""
+    """Return the name of the pipeline's argument, and its value for each video."""
     takes_text = hasattr(pipeline, "encode_prompt")
     num_classes = None if takes_text else pipeline.transformer.config.num_classes
     if labels is not None and num_classes is None:
@@ -162,7 +163,7 @@ def _conditions(
 
 
 def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps: float, crf: float) -> None:
-    r"""Decode and write piece by piece; the file appears when it is complete."""
+    """Decode and write piece by piece; the file appears when it is complete."""
     with VideoWriter(path, fps, crf=crf) as writer:
         for piece in pipeline.decode_stream(latents):
             writer.write(video_grid(unit_to_pixels(piece).permute(0, 1, 3, 4, 2)))

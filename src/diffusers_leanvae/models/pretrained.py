@@ -1,7 +1,7 @@
-"""Loading of saved models and of original checkpoints, which refuses in one sentence what is of another class.
+"""Base class of the models: loads saved models and original checkpoints, and refuses those of other classes.
 
-diffusers builds whatever class it is asked for from whatever config it finds, with defaults for what is not there, and
-leaves weights that do not fit at random values. [`PretrainedModel`] stands in front of that.
+diffusers builds the class that it is asked for from any config, with defaults for missing values, and leaves weights
+that the file does not have at random values. [`PretrainedModel`] checks the config before that.
 """
 
 import inspect
@@ -63,7 +63,7 @@ def load_original(
     config: Mapping[str, Any] | None = None,
     hub_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load an original checkpoint: what stands behind every `from_single_file`.
+    """Load an original checkpoint, for every `from_single_file`.
 
     Args:
         model_class: Class of the model.

@@ -1,4 +1,4 @@
-"""Start training from any LeanVAE, and choose what of it is trained."""
+"""Start training from any LeanVAE, and choose which of its weights are trained."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ ENCODER_PARAMETERS = ("encoder.", "logvar_proj.", "bottleneck.phi", "bottleneck.
 
 
 def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:
-    r"""Make or load the model that training starts from, in float32.
+    """Make or load the model that training starts from, in float32.
 
     Args:
         init: `"spec"` or `"pca"`: a new model by `config`; the name of a bundled model; a folder of `save_pretrained`;
@@ -49,7 +49,7 @@ def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:
 
 
 def freeze_encoder(vae: AutoencoderKLLeanVAE) -> None:
-    r"""Freeze whatever decides what the latents are, so that they keep their meaning for models trained on them."""
+    """Freeze the weights that determine the latents, so that models trained on these latents stay valid."""
     for name, parameter in vae.named_parameters():
         if name.startswith(ENCODER_PARAMETERS):
             parameter.requires_grad_(False)
