@@ -87,7 +87,7 @@ class TestRoundTrip:
         with torch.device("meta"):
             ours = LeanVAELatteTransformer3DModel(**latte_variant("XL/2"), num_classes=num_classes).state_dict()
         original = conversion.to_original(ours)
-        assert len(original) == num_keys  # spec/latte.md section 1
+        assert len(original) == num_keys  # as in the reference
         shapes = {
             "pos_embed": (1, 256, 1152),
             "temp_embed": (1, 5, 1152),

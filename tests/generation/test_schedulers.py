@@ -12,7 +12,7 @@ from diffusers_leanvae.generation.schedulers import guide_noise, make_scheduler,
 class TestRespacing:
     @pytest.mark.parametrize(
         "num_steps, first, last",
-        # spec/latte.md section 4
+        # The reference's own lists of steps.
         [(5, [999, 749, 500], [500, 250, 0]), (250, [999, 995, 991, 987], [20, 16, 12, 8, 4, 0]), (1, [0], [0])],
     )
     def test_examples(self, num_steps: int, first: list[int], last: list[int]):
