@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.inference.distributed import decode_distributed, encode_distributed
@@ -34,7 +34,6 @@ CASES = {
 
 def work(rank: int, folder: str) -> None:
     r"""What each process does: all cases, results and counts into a file of its own."""
-    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     vae = AutoencoderKLLeanVAE.from_pretrained(f"{folder}/model", torch_dtype=torch.float64).eval()
@@ -91,7 +90,7 @@ def results(vae, inputs, tmp_path_factory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("distributed")
     vae.save_pretrained(folder / "model")
     torch.save(inputs, folder / "inputs.pt")
-    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    run_ranks(work, str(folder), num_processes=WORLD, output=folder)
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(WORLD)]
 
 

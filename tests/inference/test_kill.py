@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -11,41 +10,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 
-from diffusers_leanvae.video_io import iter_video, write_video
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.video_io import VideoWriter, iter_video, write_video
 
 
 # Windows knows neither signal, nor a file's removal while it is open.
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
-# The console script, once per pair of files: its start takes longer than its work. After each, its peak memory so far
-# (Linux; `ru_maxrss` would count the parent's from before exec). Given a number of frames it waits there for its
-# signal, which so comes in the middle, however slow the machine is that sends it.
-LEANVAE = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
-from diffusers_leanvae.cli import app
-from diffusers_leanvae.video_io import VideoWriter
 
-model, waits_at, *files = sys.argv[1:]
-write = VideoWriter.write
+def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
+    r"""The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
 
-def write_and_wait(self, frames):
-    write(self, frames)
-    if self.num_frames >= int(waits_at):
-        time.sleep(300)
+    With a number of frames it waits there for its signal, which so comes in the middle, however slow the machine is
+    that sends it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+    write = VideoWriter.write
 
-if int(waits_at):
-    VideoWriter.write = write_and_wait
-for source, target in zip(files[::2], files[1::2]):
-    try:
-        app(["reconstruct", source, target, "--model", model, "--device", "cpu"])
-    except SystemExit as end:
-        if end.code:
-            raise
-    status = pathlib.Path("/proc/self/status")
-    print(status.read_text() if status.exists() else "")
-"""
+    def write_and_wait(self: VideoWriter, frames: torch.Tensor) -> None:
+        write(self, frames)
+        if self.num_frames >= waits_at:
+            time.sleep(600)
+
+    if waits_at:
+        VideoWriter.write = write_and_wait
+    for source, target in zip(files[::2], files[1::2], strict=True):
+        try:
+            app(["reconstruct", str(source), str(target), "--model", str(model), "--device", "cpu"])
+        except SystemExit as end:
+            if end.code:
+                raise
+        status = Path("/proc/self/status")
+        print(status.read_text() if status.exists() else "")
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +59,17 @@ def folder(make_model, tmp_path_factory) -> Path:
     return folder
 
 
-def start(folder: Path, *files: Path, waits_at: int = 0) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", LEANVAE, str(folder / "model"), str(waits_at), *map(str, files)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def stop_in_the_middle(folder: Path, output: Path, number: signal.Signals) -> tuple[int, str]:
+def stop_in_the_middle(folder: Path, target: Path, number: signal.Signals) -> tuple[int | None, str]:
     r"""Send a signal when there are frames in the unfinished file; exit status and what was said."""
-    process = start(folder, folder / "1000.mp4", output, waits_at=400)
-    while not any(path.stat().st_size for path in output.parent.iterdir()):
-        assert process.poll() is None, process.communicate()
+    said = folder / "said.txt"
+    process = start(reconstruct, folder / "model", 400, folder / "1000.mp4", target, output=said)
+    while not any(path.stat().st_size for path in target.parent.iterdir()):
+        assert process.is_alive(), said.read_text()
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    return process.returncode, errors
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    return process.exitcode, said.read_text()
 
 
 def num_frames_in(path: Path) -> int:
@@ -90,9 +81,11 @@ def test_killed_in_the_middle_and_started_again_in_constant_memory(folder, tmp_p
     code, _ = stop_in_the_middle(folder, output, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())  # no chance to clean up, none to mistake
-    process = start(folder, folder / "200.mp4", tmp_path / "short.mp4", folder / "1000.mp4", output)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
+    jobs = (folder / "200.mp4", tmp_path / "short.mp4", folder / "1000.mp4", output)
+    process = start(reconstruct, folder / "model", 0, *jobs, output=folder / "said.txt")
+    process.join()
+    said = (folder / "said.txt").read_text()
+    assert process.exitcode == 0, said
     assert num_frames_in(tmp_path / "short.mp4") == 200
     assert num_frames_in(output) == 1000
     visible = sorted(path.name for path in tmp_path.iterdir())  # what the killed process left is gone, too

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_ranks
 from safetensors import safe_open
 
 from diffusers_leanvae.losses.adversarial import (
@@ -244,7 +244,6 @@ def test_resumed_equals_straight():
 
 
 def half_the_batch(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(one_step(slice(rank, rank + 1)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -266,7 +265,7 @@ def one_step(share: slice) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_agree_with_one_of_twice_the_batch(tmp_path):
-    mp.start_processes(half_the_batch, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(half_the_batch, str(tmp_path), num_processes=2, output=tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = one_step(slice(None))
     assert all(value.abs() > 1e-6 for value in whole.values())
