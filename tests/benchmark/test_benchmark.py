@@ -1,10 +1,10 @@
 """Benchmarks measure what they say: work, floor, memory, turns, and runs that go on after they were stopped."""
 
+import importlib
 import json
-import os
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,12 +104,13 @@ def test_floor_of_float32_has_no_wider_layout():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_counts_what_is_freed_again():
     before = start_of_peak(CPU)
-    torch.ones(64 * MIB // 4).sum()
+    torch.ones(256 * MIB // 4).sum()
     peak = end_of_peak(before, CPU)
-    assert peak is not None and 63 <= peak / MIB <= 70
+    # Linux counts pages on each processor for itself, and is off by some MiB where there are many.
+    assert peak is not None and 240 <= peak / MIB <= 272
     before = start_of_peak(CPU)
     peak = end_of_peak(before, CPU)
-    assert peak is not None and peak / MIB <= 2
+    assert peak is not None and peak / MIB <= 16
 
 
 def make_records(*models: str) -> list[Record]:
@@ -252,20 +253,29 @@ def test_figures_stay_in_a_row_whose_later_calls_fail():
     assert row["seconds"] == 9.0 and row["peak_mib"] == 10.0 and row["note"] == "out of memory"
 
 
-def run_inference(folder: Path, *arguments: str) -> tuple[dict[str, Any], list[str]]:
-    settings = ["--models", "LeanVAE-tiny", "--scaling", "--peer-scaling", "--threads", "1", "--repeats", "2"]
-    files = ["--state", str(folder / "state.json"), "--output", str(folder / "bench.json")]
-    command = [sys.executable, str(ROOT / "benchmarks" / "inference.py"), *settings, *files, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert output.returncode == 0, output.stderr
-    *lines, last = output.stdout.splitlines()
-    return json.loads(last), lines
+@pytest.fixture
+def run_inference(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    """`benchmarks/inference.py`; its subjects import it too, in processes of their own."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # which it sets for itself
+    script = importlib.import_module("inference")
+    monkeypatch.setitem(sys.modules, "inference", script)  # and out of it again
+
+    def run(*arguments: str) -> tuple[dict[str, Any], list[str]]:
+        settings = ["--models", "LeanVAE-tiny", "--scaling", "--peer-scaling", "--threads", "1", "--repeats", "2"]
+        files = ["--state", str(tmp_path / "state.json"), "--output", str(tmp_path / "bench.json")]
+        monkeypatch.setattr("sys.argv", ["inference.py", *settings, *files, *arguments])
+        script.main()
+        *lines, last = capsys.readouterr().out.splitlines()
+        return json.loads(last), lines
+
+    return run
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_run_goes_on_where_it_was(tmp_path):
-    result, lines = run_inference(tmp_path, "--variants", "fused", "--sizes", "5x32x48")
+def test_a_run_goes_on_where_it_was(tmp_path, run_inference):
+    result, lines = run_inference("--variants", "fused", "--sizes", "5x32x48")
     rows = result["rows"]
     assert len(rows) == 2 and len(lines) == 2 * 3
     assert all(row["repeats"] == 2 and row["time_over_floor"] > 0 and row["peak_mib"] < 64 for row in rows)
@@ -275,10 +285,10 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     last = next(record for key, record in state["records"].items() if "decode" in key)
     del last["seconds"][1], last["floor_seconds"][1]  # as if it had been killed before the last call
     (tmp_path / "state.json").write_text(json.dumps(state))
-    again, lines = run_inference(tmp_path, "--variants", "fused", "--sizes", "5x32x48")
+    again, lines = run_inference("--variants", "fused", "--sizes", "5x32x48")
     assert len(lines) == 1 and "decode" in lines[0]
     assert again["rows"][0] == rows[0] and again["rows"][1]["repeats"] == 2
-    assert run_inference(tmp_path, "--report")[0]["rows"] == again["rows"]
+    assert run_inference("--report")[0]["rows"] == again["rows"]
 
 
 @pytest.mark.parametrize("kind", ["flow", "ddpm"])
@@ -304,11 +314,9 @@ def test_generation_recipes_are_compared_by_the_clean_latents_they_predict(kind:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_what_does_not_fit_is_a_row_that_says_so(tmp_path):
+def test_what_does_not_fit_is_a_row_that_says_so(run_inference):
     # With all memory held in reserve 64 MiB are left, which the small video fits into.
-    result, _ = run_inference(
-        tmp_path, "--variants", "eager", "--sizes", "5x32x32", "65x512x512", "--reserve-gib", "100000"
-    )
+    result, _ = run_inference("--variants", "eager", "--sizes", "5x32x32", "65x512x512", "--reserve-gib", "100000")
     small, large = result["rows"][:2], result["rows"][2:]
     assert all("seconds" in row for row in small)
     assert all("needs more than the" in row["note"] and "seconds" not in row for row in large)
