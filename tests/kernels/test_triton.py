@@ -108,14 +108,14 @@ def test_chunks_are_the_whole(device: str):
 
 
 def test_layouts(device: str):
-    given = arguments((1, 2, 2, 3, 24), True, device=device)
+    given = arguments((1, 2, 1, 3, 24), True, device=device)
     tokens, weight = given["hidden_states"], given["weight"]
     packed = kernels.get("triton").pack_weight(weight)
     assert packed.stride(0) == 1 and torch.equal(packed, weight)
     assert_parity(given | {"weight": packed})
     # One of two branches, and the zeros without memory that start a stream.
     assert_parity(given | {"hidden_states": torch.cat((tokens, tokens), dim=-1)[..., 24:]})
-    assert_parity(given | {"tail": tokens.new_zeros(()).expand(1, 2, 2, 3, 24)})
+    assert_parity(given | {"tail": tokens.new_zeros(()).expand(1, 2, 1, 3, 24)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +147,7 @@ def test_the_gelu_of_the_gated_projection(device: str):
     if device == "cuda":
         pytest.skip("the product of a GPU would round more than the polynomial errs")
     kernels.get("triton")
-    gates = torch.linspace(-9, 9, 4001)
+    gates = torch.linspace(-9, 9, 1501)
     tokens = F.pad(torch.stack((torch.ones_like(gates), gates), dim=1), (0, 6))  # values of 1
     output = kernels.triton_gated._launch(tokens, torch.eye(16, 8))[:, 0]  # type: ignore[attr-defined]
     reference = F.gelu(gates.double())
@@ -192,7 +192,7 @@ def test_threshold(threshold: float, dtype: torch.dtype, device: str):
 
 def test_compiles_as_one_graph(device: str):
     operations = kernels.get("triton")
-    given = arguments((1, 2, 1, 3, 24), True, device=device)
+    given = arguments((1, 1, 1, 2, 24), True, device=device)
     threshold, up = torch.tensor([0.1], device=device), torch.randn(24, 24, device=device) / 5
 
     def block(**given: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_operations_keep_their_schema(device: str):
     kernels.get("triton")
     operations = torch.ops.diffusers_leanvae
     with torch.no_grad():
-        given = arguments((1, 2, 2, 3, 24), True, device=device)
+        given = arguments((1, 1, 1, 2, 24), True, device=device)
         torch.library.opcheck(operations.depthwise_conv_residual_norm.default, (*given.values(), 1e-5, True))
         torch.library.opcheck(operations.gated_gelu.default, (torch.randn(3, 8, device=device),))
         tokens, weight = torch.randn(9, 16, device=device).half(), torch.randn(16, 16, device=device).half()
@@ -269,8 +269,8 @@ def test_cuda_graph():
 
 
 def test_a_fused_model_streams_through_the_kernels(device: str, make_model: Callable, make_video: Callable):
-    vae = make_model(num_ista_iterations=2).to(device)
-    video = make_video(1, 3, 5, 16, 24).to(device)
+    vae = make_model(num_fusion_layers=1, num_ista_iterations=2).to(device)
+    video = make_video(1, 3, 5, 8, 16).to(device)
     with torch.no_grad():
         moments = vae.encode(video).latent_dist.parameters
         latents = moments.chunk(2, dim=1)[0]
