@@ -66,7 +66,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def train(options: argparse.Namespace, name: str, overrides: list[str], every: int | None = None) -> Path:
-    """The output folder of a run, validated `every` so many steps; what is there already is not run again."""
+    """The output folder of a run, validated every `every` steps; what is there already is not run again."""
     output = Path(options.runs) / options.comparison / "".join(c if c.isalnum() else "_" for c in name)
     command = [
         sys.executable,
@@ -128,7 +128,7 @@ def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
-    r"""Latents of the student beside the teacher's, normalised, and what the student decodes the teacher's to."""
+    """Distance of the student's latents from the teacher's, and what the student decodes the teacher's to."""
     wan = Path(options.runs) / "random_wan"
     if not wan.is_dir():
         subprocess.run([sys.executable, str(ROOT / "scripts" / "make_random_wan.py"), str(wan)], check=True)

@@ -1,4 +1,4 @@
-"""How easy the latents of some models are for diffusion: one small denoiser for each, everything else the same.
+"""Diffusability of the latents of some models: one small denoiser for each, everything else the same.
 
     python benchmarks/diffusability.py runs/plain/vae runs/equivariant/vae \
         --train ../shared/videos/train --held-out ../shared/videos/val --output results/diffusability.json

@@ -1,4 +1,4 @@
-"""Which way of training a latent video generator denoises best: the same model, data, steps and seed for each.
+"""Comparison of ways to train a latent video generator: the same model, data, steps and seed for each.
 
     leanvae encode-dataset ../shared/videos/train latents/train --clip-size 17x128x128 --short-side 160 --num-crops 12
     leanvae encode-dataset ../shared/videos/val latents/val --clip-size 17x128x128 --short-side 160 --num-crops 6

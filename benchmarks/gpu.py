@@ -1,4 +1,4 @@
-"""LeanVAE on a GPU: fused, in bfloat16 and float16, beside eager float32 and bfloat16 and the GPU's own peak.
+"""LeanVAE on a GPU: fused, in bfloat16 and float16, next to eager float32 and bfloat16 and the GPU's own peak.
 
     python benchmarks/gpu.py --output outputs/gpu/bench_gpu.json        what `make gpu` runs after the tests; minutes
     python benchmarks/gpu.py --rehearse --output x.json                 the same on a CPU, with a tiny model and video
@@ -50,7 +50,7 @@ REHEARSAL = {"model": "LeanVAE-tiny", "sizes": ["5x64x64", "9x64x96"], "peak_siz
 
 
 def peak_tflops(dtype: str, sizes: list[int], device: torch.device) -> float:
-    """Of the fastest square matrix product; random numbers, because zeros take less power and run faster."""
+    """Speed of the fastest square matrix product; random numbers, because zeros take less power and run faster."""
     set_precision(dtype)
     best = 0.0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""LeanVAE beside diffusers' other video autoencoders: time, memory, work, and time over the matrix-product floor.
+"""LeanVAE next to diffusers' other video autoencoders: time, memory, work, and time over the matrix-product floor.
 
     python benchmarks/inference.py --threads 2                    everything; hours, because peers take minutes a call
     python benchmarks/inference.py --threads 2 --models LeanVAE-16ch --variants eager fused     LeanVAE alone
@@ -8,7 +8,7 @@ Every subject (model, variant, dtype, threads) lives in a process of its own wit
 one call each (`diffusers_leanvae/benchmark/rounds.py` says what is measured and how). All measurements go to `--state`
 at once: a run that was killed, or that is started again with more models or sizes, measures only what is missing. A
 subject that needs more memory than the machine has left is tried again with all others unloaded; if that is not
-enough either, or a call takes longer than `--max-call-seconds`, its row says so and the run goes on.
+enough either, or a call takes longer than `--max-call-seconds`, its row says so and the run continues.
 
 The last line on standard output is the result as JSON, which also stands in `--output`.
 """
@@ -97,7 +97,7 @@ def limit_memory(num_bytes: int | None) -> None:
 
 
 class OutOfMemory(MeasurementError):
-    """What the machine has left was not enough."""
+    """The memory that the machine has left was not enough."""
 
 
 class Worker:

@@ -139,7 +139,7 @@ def reconstruct(num_frames: int, height: int, width: int, max_mib: int) -> list[
 
 
 def codec(num_frames: int, height: int, width: int, preset: str) -> list[Row]:
-    """What FFmpeg holds while it writes and reads a video: frames in flight that the network never sees."""
+    """Memory that FFmpeg holds while it writes and reads a video: frames in flight that the network never sees."""
     row = {"video": [num_frames, height, width], "preset": preset}
     with tempfile.TemporaryDirectory() as folder:
         small, path = Path(folder, "small.mp4"), Path(folder, "video.mp4")

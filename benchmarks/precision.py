@@ -1,4 +1,4 @@
-"""What the fast paths cost in quality: PSNR of the bundled models on real clips, beside eager float32.
+"""Quality cost of the fast paths: PSNR of the bundled models on real clips, compared with eager float32.
 
     python benchmarks/precision.py ../shared/videos/val
 

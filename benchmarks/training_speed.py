@@ -1,4 +1,4 @@
-"""How near a training step is to its floor: the time of its matrix products alone.
+"""Time of a training step over its floor: the time of its matrix products alone.
 
     python benchmarks/training_speed.py --output results/bench_training.json
     python benchmarks/training_speed.py --recipes training/configs/smoke.yaml --sizes 2x5x32x32 --output x.json

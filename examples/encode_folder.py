@@ -1,7 +1,7 @@
 """Encode the first frames of all videos of a folder to latents: python examples/encode_folder.py MODEL FOLDER OUT
 
 Writes one safetensors file per video, with posterior mean and log-variance, so that training can draw
-anew each time.
+again each time.
 """
 
 import sys

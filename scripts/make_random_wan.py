@@ -19,7 +19,7 @@ from diffusers_leanvae.video_io.pixels import pixels_to_sample
 
 
 def make_random_wan(latent_channels: int = 16, base_dim: int = 8, spatial_ratio: int = 8, seed: int = 0) -> Any:
-    r"""An `AutoencoderKLWan` of compression 4x8x8, or 4x16x16 as in Wan2.2, in evaluation mode."""
+    """An `AutoencoderKLWan` of compression 4x8x8, or 4x16x16 as in Wan2.2, in evaluation mode."""
     if spatial_ratio not in (8, 16):
         raise ValueError(f"`spatial_ratio` must be 8 or 16, got {spatial_ratio}.")
     folded = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True}

@@ -27,7 +27,7 @@ BUNDLED = ("compact-16ch", "compact-4ch")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    r"""A table; columns that hold only numbers are aligned to the right."""
+    """A table; columns that hold only numbers are aligned to the right."""
 
     def is_number(column: int) -> bool:
         return bool(rows) and all(
@@ -39,7 +39,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def source_line(path: Path, result: dict[str, Any]) -> str:
-    r"""Where a number is from: the file, the machine and the command."""
+    """Origin of a number: the file, the machine and the command."""
     where = result.get("provenance")
     if not where:
         return f"From `results/{path.name}`.\n"
@@ -49,7 +49,7 @@ def source_line(path: Path, result: dict[str, Any]) -> str:
 
 
 def validation_results(results: Path) -> dict[Path, dict[str, Any]]:
-    r"""Every result of the protocol; the bundled models first."""
+    """Every result of the protocol; the bundled models first."""
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("val-17x256_*.json"))}
     if not found:
         raise FileNotFoundError(f"`results` must hold a file val-17x256_*.json, got none in {results}.")
@@ -122,7 +122,7 @@ def training_log(results: Path, model: str, stage: int) -> list[dict[str, Any]]:
 
 
 def training(results: Path) -> str:
-    r"""The validation curves of the training runs; about eight columns each."""
+    """The validation curves of the training runs; about eight columns each."""
     tables = []
     for model in BUNDLED:
         for number, (name, ending) in enumerate(STAGES):
@@ -136,7 +136,7 @@ def training(results: Path) -> str:
 
 
 def rows_table(results: Path, name: str) -> str:
-    r"""Any file that holds a list of flat dictionaries under `rows`, one column for each key."""
+    """Any file that holds a list of flat dictionaries under `rows`, one column for each key."""
     path = results / f"{name}.json"
     if not path.is_file():
         return ""
@@ -164,7 +164,7 @@ INFERENCE_SIZES = ([17, 256, 256], [17, 512, 512])  # the paper's
 
 
 def subjects(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]]:
-    r"""Rows of `bench_inference.json` by model, variant, dtype and threads, then by direction and size."""
+    """Rows of `bench_inference.json` by model, variant, dtype and threads, then by direction and size."""
     found: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
     for row in rows:
         subject = tuple(row[key] for key in ("model", "variant", "dtype", "num_threads"))
@@ -173,7 +173,7 @@ def subjects(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[Any
 
 
 def inference(results: Path) -> str:
-    r"""Every autoencoder at the paper's sizes, one line each."""
+    """Every autoencoder at the paper's sizes, one line each."""
     path = results / "bench_inference.json"
     if not path.is_file():
         return ""
@@ -205,7 +205,7 @@ def inference(results: Path) -> str:
 
 
 def inference_floor(results: Path, name: str = "bench_inference") -> str:
-    r"""LeanVAE beside its matrix products, one line for each variant and size."""
+    """LeanVAE next to its matrix products, one line for each variant and size."""
     path = results / f"{name}.json"
     if not path.is_file():
         return ""
@@ -224,7 +224,7 @@ def inference_floor(results: Path, name: str = "bench_inference") -> str:
 
 
 def gpu(results: Path) -> str:
-    r"""Every variant on a GPU, encoding and decoding in one line."""
+    """Every variant on a GPU, encoding and decoding in one line."""
     path = results / "bench_gpu.json"
     if not path.is_file():
         return ""
@@ -253,7 +253,7 @@ def gpu(results: Path) -> str:
 
 
 def inference_linearity(results: Path) -> str:
-    r"""How cost grows, and the plots if there are any."""
+    """Growth of cost, and the plots if there are any."""
     path = results / "bench_inference.json"
     if not path.is_file():
         return ""
@@ -283,7 +283,7 @@ TABLES = {
 
 
 def render(text: str, results: Path) -> str:
-    r"""The page with every region written anew."""
+    """The page with every region rewritten."""
 
     def region(match: re.Match[str]) -> str:
         name = match[2]
@@ -294,7 +294,7 @@ def render(text: str, results: Path) -> str:
 
 
 def write_picture(frames: Path, target: Path) -> None:
-    r"""A JPEG of at most `PICTURE_BYTES`: the best quality that fits."""
+    """A JPEG of at most `PICTURE_BYTES`: the best quality that fits."""
     from PIL import Image
 
     target.parent.mkdir(parents=True, exist_ok=True)

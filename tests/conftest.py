@@ -1,4 +1,4 @@
-"""What all tests share: one thread, one start of all random numbers, nothing left behind, a folder of clips.
+"""Settings and fixtures of all tests: one thread, one start of all random numbers, nothing left behind, clips.
 
 `--shuffle SEED` runs files, and the tests in each file, in another order.
 """
@@ -62,12 +62,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
 
 
+# Variables that PyTorch's compiler and Triton set for the processes that they start, and pytest for the present test.
+FOREIGN_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_")
+
+
+def _read_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_VARIABLES)}
+
+
+def _set_environment(value: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name not in value and not name.startswith(FOREIGN_VARIABLES)]:
+        del os.environ[name]
+    os.environ.update(value)
+
+
 # Settings of the process under which every test runs: name, how to read it, how to set it.
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "environment": (
-        lambda: {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
-        lambda value: (os.environ.clear(), os.environ.update(value)),
-    ),
+    "environment": (_read_environment, _set_environment),
     "working directory": (os.getcwd, os.chdir),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),

@@ -76,7 +76,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def count_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    r"""A list to which every file that FFmpeg opens for reading is added from now on."""
+    """A list to which every file that FFmpeg opens for reading is added from now on."""
     opened: list[str] = []
     open_file = av.open
 

@@ -50,7 +50,7 @@ FILES = [pytest.param(name, path, id=name) for name, path in MODULES.items()]
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[str, bool, bool]]:
-    r"""Each imported module: absolute name, whether it was written relatively, whether it runs at import time."""
+    """Each imported module: absolute name, whether it was written relatively, whether it runs at import time."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lazy = {
         id(node)
@@ -73,7 +73,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, bool, bool]]:
 
 
 def folder_of(name: str) -> str:
-    r"""The folder or file at the top of the package that a module belongs to; empty for the package itself."""
+    """The folder or file at the top of the package that a module belongs to; empty for the package itself."""
     return name.removeprefix(PACKAGE).removeprefix(".").split(".")[0]
 
 

@@ -197,7 +197,7 @@ class TestAutoencoders:
 
 
 class TestOriginalConfigs:
-    r"""What stands in the `config.json` next to original weights, as the Hub has them of WF-VAE."""
+    """Content of the `config.json` next to original weights, as the Hub has them of WF-VAE."""
 
     @pytest.fixture(params=["merged.ckpt", "diffusion_pytorch_model.safetensors"])
     def original(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:

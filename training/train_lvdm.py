@@ -15,7 +15,7 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
     log.jsonl           loss terms, learning rate, gradient norm and time, every `log_every` steps
     validation.jsonl    denoising losses of held-out latents at fixed noise levels, every `validation.every` steps
     validation/         generated videos, a grid in one mp4
-    checkpoints/        everything needed to go on; the same command resumes from the newest one
+    checkpoints/        everything needed to resume; the same command resumes from the newest one
     pipeline/           autoencoder, averaged transformer, scheduler and names of the classes, with a card, for
                         `DiffusionPipeline.from_pretrained`
 
@@ -73,7 +73,7 @@ ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "linear_1", "linear_2", "proj
 
 @dataclass
 class DataRecipe:
-    """Cached latents, or clips that are encoded on the way."""
+    """Cached latents, or clips that are encoded on the fly."""
 
     kind: Literal["latents", "videos", "shapes", "ucf101", "skytimelapse", "ffs", "taichi", "videofolder"] = "latents"
     # Of "latents": a folder that `leanvae encode-dataset` wrote; of "videos": what `open_training_data` takes, clips
@@ -133,10 +133,10 @@ class Recipe(RunRecipe):
     num_statistics_items: int = 256  # for "data", where the latents are not cached
     variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
     model: dict[str, Any] = field(default_factory=dict)  # arguments of LeanVAELatteTransformer3DModel
-    init: str | None = None  # a saved transformer or pipeline to go on from, or an original Latte checkpoint
+    init: str | None = None  # a saved transformer or pipeline to start from, or an original Latte checkpoint
     num_classes: int | None = None  # null: unconditional
     class_dropout: float = 0.1  # share of samples that get the null class
-    num_images: int = 0  # images beside every video (joint training)
+    num_images: int = 0  # images added to every video (joint training)
     batch_size: int = 56  # samples per optimizer step, over all processes and accumulation steps
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     representation: RepresentationRecipe = field(default_factory=RepresentationRecipe)
@@ -182,7 +182,7 @@ class LatentDiffusionTrainingModule(nn.Module):
 
     Args:
         transformer: The denoiser.
-        objective: What its answers are compared with.
+        objective: What its predictions are compared with.
         representation: The head that aligns hidden tokens with features of another encoder, or `None`.
     """
 
@@ -378,7 +378,7 @@ def aim_at(
 def held_out_latents(
     data: LatentData, recipe: Recipe, vae: VideoAutoencoder, share: Share, device: torch.device
 ) -> Iterator[LatentBatch]:
-    """What this process validates of the held-out items, as normalised latents."""
+    """This process's share of the held-out items, as normalised latents."""
     batches = data.first(recipe.validation.num_items, max(1, recipe.batch_size // share.world_size))
     for batch in islice(batches, share.rank, None, share.world_size):
         latents = to_latents(batch.videos, data.has_latents, vae, device)

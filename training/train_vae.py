@@ -14,8 +14,8 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
     recipe.yaml         the recipe with every default and override resolved
     log.jsonl           loss terms, learning rate, gradient norm and time, every `log_every` steps
     validation.jsonl    PSNR and SSIM of every validation clip, every `validation.every` steps
-    validation/         originals beside reconstructions: a PNG, and a folder of mp4 files
-    checkpoints/        everything needed to go on; the same command resumes from the newest one
+    validation/         originals next to reconstructions: a PNG, and a folder of mp4 files
+    checkpoints/        everything needed to resume; the same command resumes from the newest one
     vae/                the trained model, for `AutoencoderKLLeanVAE.from_pretrained`, with its card
     adapter/            the adapters by themselves, where LoRA was trained
 
@@ -208,7 +208,7 @@ class VAETrainingModule(nn.Module):
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         target, latents = decoder_task(regularization, sample, latents, seed)
         bands = vae.decode_subbands(latents)
-        # Under autocast the network answers in bfloat16; the synthesis is a sum of sub-bands and deserves float32.
+        # Under autocast the network computes in bfloat16; the synthesis is a sum of sub-bands and deserves float32.
         bands = type(bands)(*(None if band is None else band.float() for band in bands))
         reconstruction = vae.synthesize(bands)
         judged = [Judged(target, reconstruction)]

@@ -19,7 +19,7 @@ ROW = re.compile(r"^\| `(--[\w-]+)` \| (.*?) \| (.+) \|$", re.MULTILINE)
 
 
 def options_of(command: str) -> dict[str, Any]:
-    r"""Name of each option -> its default; `...` if it is required."""
+    """Name of each option -> its default; `...` if it is required."""
     parsed: Any = typer.main.get_command(app)
     parameters = [p for p in parsed.commands[command].params if p.param_type_name == "option"]
     found = {p.opts[0]: ... if p.required else p.default for p in parameters}

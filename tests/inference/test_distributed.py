@@ -33,7 +33,7 @@ CASES = {
 
 
 def work(rank: int, folder: str) -> None:
-    r"""What each process does: all cases, results and counts into a file of its own."""
+    """Work of each process: all cases, results and counts into a file of its own."""
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     vae = AutoencoderKLLeanVAE.from_pretrained(f"{folder}/model", torch_dtype=torch.float64).eval()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's"
 
 
 def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
-    r"""The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
+    """The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
 
     With a number of frames it waits there for its signal, which so comes in the middle, however slow the machine is
     that sends it.
@@ -48,7 +48,7 @@ def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(make_model, tmp_path_factory) -> Path:
-    r"""A tiny model, and clips of 200 and 1,000 frames."""
+    """A tiny model, and clips of 200 and 1,000 frames."""
     folder = tmp_path_factory.mktemp("kill")
     make_model().save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def folder(make_model, tmp_path_factory) -> Path:
 
 
 def stop_in_the_middle(folder: Path, target: Path, number: signal.Signals) -> tuple[int | None, str]:
-    r"""Send a signal when there are frames in the unfinished file; exit status and what was said."""
+    """Send a signal when there are frames in the unfinished file; exit status and what was said."""
     said = folder / "said.txt"
     process = start(reconstruct, folder / "model", 400, folder / "1000.mp4", target, output=said)
     while not any(path.stat().st_size for path in target.parent.iterdir()):

@@ -32,7 +32,7 @@ def frames_of(data: bytes, height: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def whole(vae, frames: torch.Tensor) -> torch.Tensor:
-    r"""The clip at once, in levels of 0 to 255, not rounded."""
+    """The clip at once, in levels of 0 to 255, not rounded."""
     sample, padding = pad_sample(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
     return crop_sample(vae(sample).sample, padding)[0].permute(1, 2, 3, 0).add(1).mul(127.5).clamp(0, 255)
 

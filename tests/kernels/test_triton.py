@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def arguments(
     shape: tuple[int, ...], tail: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> dict[str, Any]:
-    r"""Of `depthwise_conv_residual_norm`, such that its outputs are of order 1."""
+    """Arguments of `depthwise_conv_residual_norm`, such that its outputs are of order 1."""
     g, c = torch.Generator().manual_seed(0), shape[-1]
     given = {
         "hidden_states": torch.randn(shape, generator=g),

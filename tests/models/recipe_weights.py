@@ -7,7 +7,7 @@ import torch
 
 
 def recipe_weights(original: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    r"""Weights for original keys, in the order of these, and the constants of the wavelets as they are."""
+    """Weights for original keys, in the order of these, and the constants of the wavelets as they are."""
     random = np.random.RandomState(seed)
     weights = {}
     for key in sorted(original):

@@ -20,7 +20,7 @@ NUM_GUIDED_CHANNELS = 4  # of the reference, whatever the number of latent chann
 
 
 class Golden(dict[str, torch.Tensor]):
-    r"""Tensors of a file; those with five or more dimensions are turned from frames first to channels first."""
+    """Tensors of a file; those with five or more dimensions are turned from frames first to channels first."""
 
     def __init__(self, name: str):
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
@@ -41,7 +41,7 @@ def assert_matches(actual: torch.Tensor, expected: torch.Tensor, relative: float
 
 
 def regroup(tokens: torch.Tensor, num_frames: int, is_temporal: bool) -> torch.Tensor:
-    r"""Our tokens `(B, F * N, D)` in the reference's grouping: of a frame, or of a place."""
+    """Our tokens `(B, F * N, D)` in the reference's grouping: of a frame, or of a place."""
     tokens = tokens.unflatten(1, (num_frames, -1))
     return (tokens.transpose(1, 2) if is_temporal else tokens).flatten(0, 1)
 

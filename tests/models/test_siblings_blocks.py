@@ -22,7 +22,7 @@ GROUP_NORM = wf.Layers("group_norm", 0.0, "linear")
 
 
 class Block:
-    r"""Everything that was recorded of one layer."""
+    """Everything that was recorded of one layer."""
 
     def __init__(self, name: str, file: str):
         tensors = load_file(GOLDEN / f"{file}.safetensors")
@@ -32,7 +32,7 @@ class Block:
         self.weights = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def load_into(self, module: nn.Module, **names: str) -> Any:
-        r"""Fill a module; `names` are parts of original keys, and what they are called here."""
+        """Fill a module; `names` are parts of original keys, and what they are called here."""
         weights = {}
         for key, value in self.weights.items():
             for original, ours in names.items():
@@ -76,7 +76,7 @@ def test_wavelets_in_chunks_and_back():
 
 
 def replace_conv(module: nn.Module, out_dim: int) -> nn.Module:
-    r"""The recorded resampling layers change the width, which the models' never do."""
+    """The recorded resampling layers change the width, which the models' never do."""
     conv: Any = module.conv
     settings = {"stride": conv.stride, "padding": conv.padding}
     module.conv = type(conv)(conv.in_channels, out_dim, conv.kernel_size, **settings)
@@ -84,7 +84,7 @@ def replace_conv(module: nn.Module, out_dim: int) -> nn.Module:
 
 
 def wf_modules() -> dict[str, tuple[nn.Module, dict[str, str]]]:
-    r"""Per recorded layer: the module and names in its keys."""
+    """Per recorded layer: the module and names in its keys."""
     resnet = {"nin_shortcut.conv": "conv_shortcut", "nin_shortcut": "conv_shortcut", ".norm": "", "1.conv": "1"}
     resnet |= {"2.conv": "2"}
     attention = {

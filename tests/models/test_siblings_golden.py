@@ -48,7 +48,7 @@ def assert_matches(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    r"""Arguments of the reference, other metadata, stored weights, all other tensors."""
+    """Arguments of the reference, other metadata, stored weights, all other tensors."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -58,7 +58,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, torch.Te
 
 
 def wf_config(args: dict[str, Any]) -> dict[str, Any]:
-    r"""Our config of the reference's arguments alone."""
+    """Our config of the reference's arguments alone."""
     config = {ours: args[original] for original, ours in wfvae.CONFIG_MAP.items()}
     names = {"layernorm": "layer_norm", "groupnorm": "group_norm", "trilinear": "linear"}
     config = {key: names.get(value, value) if isinstance(value, str) else value for key, value in config.items()}

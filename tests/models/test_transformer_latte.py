@@ -28,7 +28,7 @@ def make_transformer(seed: int = 0, **config: Any) -> Any:
 
 
 def make_inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    r"""Latents `(B, C, F, h, w)`, with steps and labels."""
+    """Latents `(B, C, F, h, w)`, with steps and labels."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": torch.randn(shape, generator=generator).to(dtype),

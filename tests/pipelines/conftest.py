@@ -19,7 +19,7 @@ WORDS = "a painting of squirrel eating burger very long low quality very".split(
 
 @dataclass
 class Case:
-    r"""A pipeline class, and what diffusers' own test mixins ask of one: components, inputs, batched arguments."""
+    """A pipeline class, and what diffusers' own test mixins ask of one: components, inputs, batched arguments."""
 
     pipeline_class: Any
     components: Callable[..., dict[str, Any]]
@@ -32,7 +32,7 @@ class Case:
         return pipeline
 
     def run(self, pipeline: Any, **inputs: Any) -> Any:
-        r"""The first output, always from the same seed.
+        """The first output, always from the same seed.
 
         From the last step of all, untrained networks make numbers of hundreds, in whose rounding any tolerance drowns;
         so two steps from the middle are taken, unless a test asks for a number of steps.
@@ -114,5 +114,5 @@ def text_case() -> Case:
 
 @pytest.fixture(params=["class", "text"])
 def case(request: pytest.FixtureRequest) -> Case:
-    r"""Each of the pipelines."""
+    """Each of the pipelines."""
     return request.getfixturevalue(f"{request.param}_case")

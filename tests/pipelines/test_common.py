@@ -1,4 +1,4 @@
-"""What diffusers asks of every pipeline, on both of ours: the assertions of its own shared pipeline tests."""
+"""Demands of diffusers on every pipeline, for both of ours: the assertions of its own shared pipeline tests."""
 
 import inspect
 import json
@@ -38,7 +38,7 @@ def models(pipeline: Any) -> dict[str, torch.nn.Module]:
 
 
 def batch(case: Any, size: int) -> dict[str, Any]:
-    r"""Inputs of `size` videos, as the shared tests make them: texts of unequal lengths, all else repeated."""
+    """Inputs of `size` videos, as the shared tests make them: texts of unequal lengths, all else repeated."""
     batched: dict[str, Any] = {name: [case.inputs[name]] * size for name in case.batched}
     if "prompt" in batched:
         text = case.inputs["prompt"]

@@ -21,7 +21,7 @@ LEVELS = torch.arange(256, dtype=torch.uint8)
 
 
 def awkward_samples() -> torch.Tensor:
-    r"""Random numbers in and around `[-1, 1]`, both ends with their neighbours, and what cannot be a pixel."""
+    """Random numbers in and around `[-1, 1]`, both ends with their neighbours, and what cannot be a pixel."""
     random = torch.randn(20000, generator=torch.Generator().manual_seed(0))
     ends = np.array([-1, 0, 1, -0.0], np.float32)
     near = np.concatenate([np.nextafter(ends, np.float32(way)) for way in (-2, 2)])

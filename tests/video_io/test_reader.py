@@ -33,7 +33,7 @@ def read(path: Path, start: int = 0, num_frames: int | None = None) -> torch.Ten
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    r"""The number of frames that decoders gave to readers, from now on."""
+    """The number of frames that decoders gave to readers, from now on."""
     count, decode = [0], decoding._decode
 
     def counting(*arguments: Any) -> Iterator[av.VideoFrame]:

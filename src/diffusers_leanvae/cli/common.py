@@ -1,4 +1,4 @@
-"""What the commands share: options, the model, progress, and errors as one sentence.
+"""Parts that the commands share: options, the model, progress, and errors as one sentence.
 
 Every module of this folder imports only what is light; the rest is imported inside the command that needs it, so that
 `--help` answers at once.

@@ -79,7 +79,7 @@ def find_jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], su
 
 
 def process(jobs: Jobs, overwrite: bool, work: Callable[[Path, Path, Callable[[int], Any]], str]) -> None:
-    """Do every job and print its line; in a folder go on past bad files, skip finished ones, and fail at the end.
+    """Do every job and print its line; in a folder continue past bad files, skip finished ones, and fail at the end.
 
     Args:
         jobs: The work.

@@ -1,7 +1,7 @@
 """Original checkpoints of every family: found here or on the Hub, read, selected, renamed, written.
 
 Functions of files and dictionaries: no model is imported here. What a family's own keys are called stands in the
-modules beside this one.
+other modules of this folder.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
     args = checkpoint.get("args", checkpoint.get("hyper_parameters", {}).get("args", {}))
     args = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
     tensors: dict[str, torch.Tensor] = {}
-    for name, entry in checkpoint.items():  # `state_dict`, and EMA copies stored beside it
+    for name, entry in checkpoint.items():  # `state_dict`, and EMA copies stored next to it
         if isinstance(entry, dict):
             scope = "" if name == "state_dict" else f"{name}."
             tensors.update({scope + key: value for key, value in entry.items() if isinstance(value, torch.Tensor)})

@@ -188,7 +188,7 @@ def write_original_checkpoint(
 
     Args:
         path: File to write: safetensors if it ends so, else a torch file.
-        config: Config of the model; its heads are stored beside the weights, where the original code ignores them.
+        config: Config of the model; its heads are stored next to the weights, where the original code ignores them.
         state_dict: Its weights.
     """
     args = {"num_heads": config["num_attention_heads"]}

@@ -25,7 +25,7 @@ from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource, expand_braces
 
 
-_NUM_BATCHES_AHEAD = 64  # a block stays on disk until its last batch was handed to a worker so many batches ago
+_NUM_BATCHES_AHEAD = 64  # a block stays on disk until this many batches were handed out after its last one
 
 
 def is_stream(train: str) -> bool:

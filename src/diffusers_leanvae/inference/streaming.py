@@ -12,7 +12,7 @@ from ..models.temporal_cache import TemporalCache
 
 
 class _Stream:
-    r"""Collects pieces along time until a step is full; the first step takes one more, the image.
+    """Collects pieces along time until a step is full; the first step takes one more, the image.
 
     Frames that must wait are copied into one buffer. To keep the pieces themselves would keep all of a large piece for
     its last frame, and a caller who fills one tensor again and again would change frames already pushed.
@@ -27,7 +27,7 @@ class _Stream:
         self.reset()
 
     def reset(self) -> None:
-        r"""Forget the stream; the next piece pushed is the first of a new one."""
+        """Forget the stream; the next piece pushed is the first of a new one."""
         self.cache.reset()
         self.num_pushed = 0
         self._like: torch.Tensor | None = None  # no frames, but shape, dtype and device of the stream's
@@ -88,7 +88,7 @@ class _Stream:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        r"""Everything needed to continue the stream later, as tensors (safetensors can store it)."""
+        """Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         state = {f"cache/{key}": tensor for key, tensor in self.cache.state_dict().items()}
         state["num_pushed"] = torch.tensor(self.num_pushed)
         if self._buffer is not None:
@@ -98,7 +98,7 @@ class _Stream:
         return state
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        r"""Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.reset()
         self.cache.load_state_dict(
             {key.removeprefix("cache/"): value for key, value in state_dict.items() if key.startswith("cache/")}
@@ -116,7 +116,7 @@ class _Stream:
 
 
 class StreamingEncoder(_Stream):
-    r"""Encode a video piece by piece.
+    """Encode a video piece by piece.
 
     Args:
         vae: The autoencoder; its tiling settings apply.
@@ -146,7 +146,7 @@ class StreamingEncoder(_Stream):
         super().__init__(vae, num_frames_per_step, TemporalCache() if cache is None else cache)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
-        r"""Take the next frames, any number of them.
+        """Take the next frames, any number of them.
 
         Args:
             piece: `(batch_size, in_channels, num_frames, height, width)` in `[-1, 1]`.
@@ -157,7 +157,7 @@ class StreamingEncoder(_Stream):
         return super().push(piece)
 
     def flush(self) -> torch.Tensor | None:
-        r"""End the stream: the latents of the frames still waiting, or `None`; then reset.
+        """End the stream: the latents of the frames still waiting, or `None`; then reset.
 
         A last group that is not full is completed by repeating the last frame: cut the decoded video to as many frames
         as were pushed.
@@ -175,7 +175,7 @@ class StreamingEncoder(_Stream):
 
 
 class StreamingDecoder(_Stream):
-    r"""Decode latents piece by piece.
+    """Decode latents piece by piece.
 
     Args:
         vae: The autoencoder; its tiling settings apply.
@@ -191,7 +191,7 @@ class StreamingDecoder(_Stream):
         super().__init__(vae, num_latent_frames_per_step, TemporalCache() if cache is None else cache)
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
-        r"""Take the next latents, any number of frames.
+        """Take the next latents, any number of frames.
 
         Args:
             piece: `(batch_size, latent_channels, num_latent_frames, latent_height, latent_width)`, not normalised.
@@ -202,7 +202,7 @@ class StreamingDecoder(_Stream):
         return super().push(piece)
 
     def flush(self) -> torch.Tensor | None:
-        r"""End the stream: the frames of the latents still waiting, or `None`; then reset."""
+        """End the stream: the frames of the latents still waiting, or `None`; then reset."""
         return super().flush()
 
     def _run(self, chunk: torch.Tensor) -> torch.Tensor:

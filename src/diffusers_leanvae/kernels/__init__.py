@@ -13,7 +13,7 @@ from ..checks import check_choice
 
 
 class Kernels(NamedTuple):
-    r"""The operations of one implementation; `eager.py` documents them."""
+    """The operations of one implementation; `eager.py` documents them."""
 
     depthwise_conv_residual_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gated_gelu: Callable[[torch.Tensor], torch.Tensor]
@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
 
 
 def get(implementation: str) -> Kernels:
-    r"""The operations of an implementation, `"eager"` or `"triton"`."""
+    """The operations of an implementation, `"eager"` or `"triton"`."""
     check_choice("implementation", implementation, ("eager", "triton"))
     if implementation == "eager":
         from . import eager

@@ -6,7 +6,7 @@ import torch
 
 
 class GraphedFunction:
-    r"""A function of tensors recorded once as a CUDA graph, replayed at each call.
+    """A function of tensors recorded once as a CUDA graph, replayed at each call.
 
     For inputs of one shape where launching takes longer than computing: small videos, single frames of a stream.
     The graph holds the memory that the function takes at its peak. It reads the very parameters that it was recorded
@@ -47,7 +47,7 @@ class GraphedFunction:
             raise ValueError(f"`function` must return a tensor or a tuple of tensors, got {kinds}.")
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        r"""Replay with new inputs of the recorded shapes; the outputs are the caller's own."""
+        """Replay with new inputs of the recorded shapes; the outputs are the caller's own."""
         got, expected = ([(tuple(x.shape), x.dtype, x.device) for x in xs] for xs in (inputs, self._inputs))
         if got != expected:  # a copy would broadcast, cast and move silently
             raise ValueError(f"`inputs` must be as recorded, {expected}, got {got}.")

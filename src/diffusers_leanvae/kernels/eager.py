@@ -18,7 +18,7 @@ def depthwise_conv_residual_norm(
     eps: float = 1e-5,
     residual: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Causal depthwise 3x3x3 convolution of tokens, zero-padded in space, and the LayerNorm of its output.
+    """Causal depthwise 3x3x3 convolution of tokens, zero-padded in space, and the LayerNorm of its output.
 
     First half of a block of LeanVAE (arXiv 2503.14325, section 3.2).
 
@@ -49,7 +49,7 @@ def depthwise_conv_residual_norm(
 
 
 def gated_gelu(projected: torch.Tensor) -> torch.Tensor:
-    r"""`value * gelu(gate)`, `(tokens, 2 * inner)` to `(tokens, inner)`; in a row, values and gates alternate.
+    """`value * gelu(gate)`, `(tokens, 2 * inner)` to `(tokens, inner)`; in a row, values and gates alternate.
 
     The gelu is the exact one.
     """
@@ -59,7 +59,7 @@ def gated_gelu(projected: torch.Tensor) -> torch.Tensor:
 
 
 def gated_projection(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    r"""First half of a gated feed-forward: [`gated_gelu`] of `hidden_states @ weight.T`.
+    """First half of a gated feed-forward: [`gated_gelu`] of `hidden_states @ weight.T`.
 
     Args:
         hidden_states: `(tokens, channels)`.
@@ -74,7 +74,7 @@ def gated_projection(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch
 
 
 def soft_threshold_(hidden_states: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    r"""`sign(x) * relu(|x| - threshold)` in place, of a threshold with one element; returns `hidden_states`."""
+    """`sign(x) * relu(|x| - threshold)` in place, of a threshold with one element; returns `hidden_states`."""
     check_threshold_arguments(threshold)
     dtype = _computed_in(hidden_states)
     wide = hidden_states.to(dtype)
@@ -82,7 +82,7 @@ def soft_threshold_(hidden_states: torch.Tensor, threshold: torch.Tensor) -> tor
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    r"""The weight of a depthwise convolution, laid out in memory as this implementation reads it; here as it is.
+    """The weight of a depthwise convolution, laid out in memory as this implementation reads it; here as it is.
 
     Optional: weights that are not packed are packed at each call.
     """
@@ -96,7 +96,7 @@ def _computed_in(x: torch.Tensor) -> torch.dtype:
 def check_depthwise_arguments(
     hidden_states: torch.Tensor, tail: torch.Tensor | None, weight: torch.Tensor, *vectors: torch.Tensor
 ) -> None:
-    r"""Raise unless the shapes fit each other; `vectors` are bias and the parameters of the LayerNorm."""
+    """Raise unless the shapes fit each other; `vectors` are bias and the parameters of the LayerNorm."""
     shape = tuple(hidden_states.shape)
     if len(shape) != 5 or 0 in shape:
         raise ValueError(

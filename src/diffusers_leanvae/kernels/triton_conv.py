@@ -22,7 +22,7 @@ def _tokens(args: dict) -> int:
 
 
 def _steps(args: dict) -> int:
-    r"""At most `MAX_STEPS`, and as even as possible: the last program of 9 steps would waste 7 of 8."""
+    """At most `MAX_STEPS`, and as even as possible: the last program of 9 steps would waste 7 of 8."""
     num_programs = -(-args["num_steps"] // args["MAX_STEPS"])
     return -(-args["num_steps"] // num_programs)
 
@@ -120,7 +120,7 @@ def _conv_norm_kernel(
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    r"""See `eager.pack_weight`. The same `(channels, 1, 3, 3, 3)` with channels next to each other in memory."""
+    """See `eager.pack_weight`. The same `(channels, 1, 3, 3, 3)` with channels next to each other in memory."""
     return weight.flatten(1).t().contiguous().t().unflatten(1, (1, 3, 3, 3))
 
 
@@ -134,7 +134,7 @@ def depthwise_conv_residual_norm(
     eps: float = 1e-5,
     residual: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""See `eager.depthwise_conv_residual_norm`. All tensors share one dtype: float32, bfloat16 or float16.
+    """See `eager.depthwise_conv_residual_norm`. All tensors share one dtype: float32, bfloat16 or float16.
 
     The channels of `hidden_states` must be adjacent in memory; a slice of channels may be passed as it is. Weights
     from [`pack_weight`] save a copy.

@@ -69,7 +69,7 @@ def _gated_projection_kernel(
 
 @functools.cache
 def _settings(device: torch.device) -> tuple[dict[str, Any], dict[str, Any], int]:
-    r"""Block sizes, launch options and number of programs that suit a device."""
+    """Block sizes, launch options and number of programs that suit a device."""
     if IS_INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}, {}, 2
     properties = torch.cuda.get_device_properties(device)
@@ -80,7 +80,7 @@ def _settings(device: torch.device) -> tuple[dict[str, Any], dict[str, Any], int
 
 
 def gated_projection(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    r"""See `eager.gated_projection`. Both tensors share one dtype and are contiguous.
+    """See `eager.gated_projection`. Both tensors share one dtype and are contiguous.
 
     float32, and widths that are no multiple of 8, take PyTorch's product and [`gated_gelu`].
     """

@@ -1,4 +1,4 @@
-"""What every Triton kernel asks of its tensors before it is launched."""
+"""Checks of the tensors that a Triton kernel gets, before it is launched."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensors(first: str, tensors: dict[str, torch.Tensor | None], same_dtype: bool = True) -> None:
-    r"""Raise unless all tensors can go to a kernel together: device, dtype, no gradient. `first` names the leader."""
+    """Raise unless all tensors can go to a kernel together: device, dtype, no gradient. `first` names the leader."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     leader = given[first]
     if not (leader.is_cuda or IS_INTERPRETED):
@@ -39,5 +39,5 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    r"""Triton launches on the current device, whatever device its arguments are on."""
+    """Triton launches on the current device, whatever device its arguments are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -37,7 +37,7 @@ def _soft_threshold_kernel(x_ptr, threshold_ptr, num_elements, BLOCK: tl.constex
 
 
 def gated_gelu(projected: torch.Tensor) -> torch.Tensor:
-    r"""See `eager.gated_gelu`. `projected` must be contiguous; memory is read 16 bytes at a time where `inner` is a
+    """See `eager.gated_gelu`. `projected` must be contiguous; memory is read 16 bytes at a time where `inner` is a
     multiple of 8, and number by number elsewhere: pad the inner width.
     """
     check_gated_arguments(projected)
@@ -47,7 +47,7 @@ def gated_gelu(projected: torch.Tensor) -> torch.Tensor:
 
 
 def soft_threshold_(hidden_states: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    r"""See `eager.soft_threshold_`. `hidden_states` must be contiguous; `threshold` is read on the device."""
+    """See `eager.soft_threshold_`. `hidden_states` must be contiguous; `threshold` is read on the device."""
     check_threshold_arguments(threshold)
     check_tensors("hidden_states", {"hidden_states": hidden_states, "threshold": threshold}, same_dtype=False)
     check_contiguous("hidden_states", hidden_states)

@@ -20,7 +20,7 @@ from .video_layers import FrameConv2d, LayerChain, attend_within_frames
 
 
 def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The first frame of the video, or no frame, and the groups."""
+    """The first frame of the video, or no frame, and the groups."""
     return x.tensor_split((int(chunk.is_first),), dim=2)  # type: ignore[return-value]
 
 
@@ -28,7 +28,7 @@ def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tens
 
 
 class GroupCausalConv3d(nn.Conv3d):
-    r"""A 3x3x3 convolution that sees the frames of a group and the last one before it.
+    """A 3x3x3 convolution that sees the frames of a group and the last one before it.
 
     Beyond the last frame of a group there are zeros; the first frame of the video is a group that follows itself.
 
@@ -61,14 +61,14 @@ class GroupCausalConv3d(nn.Conv3d):
 
 
 class PointwiseConv3d(nn.Conv3d):
-    r"""A 1x1x1 convolution, for which time is nothing special."""
+    """A 1x1x1 convolution, for which time is nothing special."""
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         return super().forward(x)
 
 
 class BranchConv3d(nn.Module):
-    r"""Both branches from both: a 2D convolution of every frame and a group causal one."""
+    """Both branches from both: a 2D convolution of every frame and a group causal one."""
 
     def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int = 1):
         super().__init__()
@@ -84,7 +84,7 @@ class BranchConv3d(nn.Module):
 
 
 class BranchRMSNorm(nn.Module):
-    r"""RMS norm over the channels of each branch."""
+    """RMS norm over the channels of each branch."""
 
     def __init__(self, dim: int, num_branches: int = 2):
         super().__init__()
@@ -98,7 +98,7 @@ class BranchRMSNorm(nn.Module):
 
 
 class IVVAEResnetBlock(nn.Module):
-    r"""Two norms, activations and convolutions with a residual; with `group_size` 1 every frame by itself."""
+    """Two norms, activations and convolutions with a residual; with `group_size` 1 every frame by itself."""
 
     def __init__(self, in_dim: int, out_dim: int, group_size: int, dropout: float):
         super().__init__()
@@ -122,7 +122,7 @@ class IVVAEResnetBlock(nn.Module):
 
 
 class BranchAttention(nn.Module):
-    r"""Self-attention with one head over the positions of each frame, of one branch, with a residual."""
+    """Self-attention with one head over the positions of each frame, of one branch, with a residual."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -137,7 +137,7 @@ class BranchAttention(nn.Module):
 
 
 class IVVAEAttention(nn.Module):
-    r"""Attention of both branches, each by itself."""
+    """Attention of both branches, each by itself."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -150,7 +150,7 @@ class IVVAEAttention(nn.Module):
 
 
 class IVVAEDownsample(nn.Module):
-    r"""Half the height and width of both branches, and with time half the frames of every group."""
+    """Half the height and width of both branches, and with time half the frames of every group."""
 
     def __init__(self, dim: int, is_temporal: bool):
         super().__init__()
@@ -169,7 +169,7 @@ class IVVAEDownsample(nn.Module):
 
 
 class IVVAEUpsample(nn.Module):
-    r"""With time twice the frames of every group; twice the height and width, and half the channels."""
+    """With time twice the frames of every group; twice the height and width, and half the channels."""
 
     def __init__(self, dim: int, is_temporal: bool):
         super().__init__()
@@ -192,7 +192,7 @@ class IVVAEUpsample(nn.Module):
 
 
 class PyramidConv2d(nn.Module):
-    r"""Convolutions of several dilations, merged: the last layer of the encoder."""
+    """Convolutions of several dilations, merged: the last layer of the encoder."""
 
     DILATIONS = (0, 1, 3, 6, 9, 12)  # 0: a 1x1 convolution
 
@@ -222,7 +222,7 @@ def _mid_blocks(dim: int, dropout: float) -> LayerChain:
 
 
 class IVVAEEncoder(nn.Module):
-    r"""Three levels that halve the size, of which two halve the groups; a fourth of single frames with attention."""
+    """Three levels that halve the size, of which two halve the groups; a fourth of single frames with attention."""
 
     def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
         super().__init__()
@@ -245,7 +245,7 @@ class IVVAEEncoder(nn.Module):
         self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1)
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
-        r"""Moments `(B, 2z, t, h, w)` of pixels; `(B, 2w, t, h, w)` lies between the parts."""
+        """Moments `(B, 2z, t, h, w)` of pixels; `(B, 2w, t, h, w)` lies between the parts."""
         hidden = x if part == "whole" else self._local(x, chunk)
         return hidden if part == "local" else self._whole(hidden, chunk)
 
@@ -260,7 +260,7 @@ class IVVAEEncoder(nn.Module):
 
 
 class IVVAEDecoder(nn.Module):
-    r"""The way back; each upsampling halves the channels before the next level's blocks."""
+    """The way back; each upsampling halves the channels before the next level's blocks."""
 
     def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
         super().__init__()
@@ -283,7 +283,7 @@ class IVVAEDecoder(nn.Module):
         self.conv_out = BranchConv3d(2 * dims[0], 3, 3, group_size=4)
 
     def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
-        r"""Pixels `(B, 3, T, H, W)` of latents; `(B, 2w, t, h, w)` lies between the parts."""
+        """Pixels `(B, 3, T, H, W)` of latents; `(B, 2w, t, h, w)` lies between the parts."""
         hidden = z if part == "local" else self._whole(z, chunk)
         return hidden if part == "whole" else self._local(hidden, chunk)
 
@@ -304,7 +304,7 @@ class IVVAEDecoder(nn.Module):
 
 
 class AutoencoderKLIVVAE(VideoAutoencoder):
-    r"""IV-VAE, a video autoencoder with KL posterior, a keyframe and a motion branch (arXiv 2411.06449).
+    """IV-VAE, a video autoencoder with KL posterior, a keyframe and a motion branch (arXiv 2411.06449).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, 3, num_frames, height, width)` with `num_frames` = 4 * n + 1 and
     sizes that are multiples of 8. Latents are *not* normalised, unlike the original's: `(latents -

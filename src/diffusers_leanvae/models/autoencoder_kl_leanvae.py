@@ -33,7 +33,7 @@ from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
 class LeanVAEEncoder(nn.Module):
-    r"""Wavelet, patch embedding, branch layers for the low and the high bands, fusion layers.
+    """Wavelet, patch embedding, branch layers for the low and the high bands, fusion layers.
 
     With a `"joint"` or `"no_wavelet"` patch embedding there are no branches: one stack of all layers at full width.
     """
@@ -73,7 +73,7 @@ class LeanVAEEncoder(nn.Module):
             self.fusion_layers = LeanVAEBlocks(dim, num_branch + num_fusion)
 
     def transform(self, frames: torch.Tensor, image: bool) -> torch.Tensor:
-        r"""Sub-bands of the first frame (2D) or of the later ones (3D); the pixels themselves without wavelet."""
+        """Sub-bands of the first frame (2D) or of the later ones (3D); the pixels themselves without wavelet."""
         if self.geometry.patch_embedding_type == "no_wavelet":
             return frames
         return haar_analysis_2d(frames) if image else haar_analysis_3d(frames)
@@ -97,7 +97,7 @@ class LeanVAEEncoder(nn.Module):
         return self.fusion_layers(tokens, chunk)  # (B, t, h, w, c)
 
     def _embed(self, image: torch.Tensor | None, video: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        r"""Tokens of each branch, `(B, t, h, w, low_dim)` and `(..., high_dim)`; one tensor without branches."""
+        """Tokens of each branch, `(B, t, h, w, low_dim)` and `(..., high_dim)`; one tensor without branches."""
         geometry, tokens = self.geometry, []
         if image is not None:  # (B, C, 1, H, W) -> (B, 1, h, w, image_dim)
             patches = split_patches(self.transform(image * self.pixel_factor, image=True), geometry.image_patch)
@@ -117,7 +117,7 @@ class LeanVAEEncoder(nn.Module):
 
 
 class ISTAIteration(nn.Module):
-    r"""One unrolled iteration of ISTA-Net+ (paper, section 3.3): gradient step, then a learned proximal step."""
+    """One unrolled iteration of ISTA-Net+ (paper, section 3.3): gradient step, then a learned proximal step."""
 
     def __init__(self, dim: int, num_layers: int):
         super().__init__()
@@ -151,7 +151,7 @@ def _soft_threshold(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 
 class CompressedSensingBottleneck(nn.Module):
-    r"""Linear sensing of `dim` features into `latent_channels`, and their reconstruction by unrolled ISTA-Net+.
+    """Linear sensing of `dim` features into `latent_channels`, and their reconstruction by unrolled ISTA-Net+.
 
     Both directions go through `forward`, so that offloading hooks see the parameters used.
     """
@@ -174,7 +174,7 @@ class CompressedSensingBottleneck(nn.Module):
 
 
 class LinearBottleneck(nn.Module):
-    r"""Plain linear autoencoder of the features (ablation 2 of the paper)."""
+    """Plain linear autoencoder of the features (ablation 2 of the paper)."""
 
     def __init__(self, dim: int, latent_channels: int):
         super().__init__()
@@ -186,7 +186,7 @@ class LinearBottleneck(nn.Module):
 
 
 class LeanVAEDecoder(nn.Module):
-    r"""Mirror of the encoder: fusion layers, branch layers, projection to sub-bands."""
+    """Mirror of the encoder: fusion layers, branch layers, projection to sub-bands."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class LeanVAEDecoder(nn.Module):
         return sample
 
     def _project(self, tokens: tuple[torch.Tensor, ...], has_image: bool) -> Subbands:
-        r"""Last tokens of each branch, or rows of them, to sub-bands."""
+        """Last tokens of each branch, or rows of them, to sub-bands."""
         image = video = None
         num_image = int(has_image)
         if self.separate:
@@ -275,7 +275,7 @@ def _has_triton() -> bool:
 
 
 def _initialize(module: nn.Module) -> None:
-    r"""The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
+    """The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -286,12 +286,12 @@ def _initialize(module: nn.Module) -> None:
 
 
 class AutoencoderKLLeanVAE(VideoAutoencoder):
-    r"""LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
+    """LeanVAE, a video autoencoder with KL posterior (arXiv 2503.14325).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, in_channels, num_frames, height, width)` with `num_frames` = 4 * n +
     1 (1, 5, 9, ...) and sizes that are multiples of 8 for the default patch size; the first frame is an image of its
     own, every later group of four frames shares one latent frame. Latents are *not* normalised: multiply by
-    `config.scaling_factor`, or use `config.latents_mean` / `config.latents_std`, as the pipeline in hand does.
+    `config.scaling_factor` or use `config.latents_mean` / `config.latents_std`, as your pipeline does.
 
     Args:
         in_channels: Pixel channels, of input and output.
@@ -387,17 +387,17 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
     # ---- sub-bands, for training ------------------------------------------------------------------------------------
 
     def analyze(self, sample: torch.Tensor) -> Subbands:
-        r"""Sub-bands of a video in `[-1, 1]`, in the internal pixel range; what `decode_subbands` should predict."""
+        """Sub-bands of a video in `[-1, 1]`, in the internal pixel range; what `decode_subbands` should predict."""
         sample = sample * self.pixel_factor
         video = sample[:, :, 1:]
         return Subbands(haar_analysis_2d(sample[:, :, :1]), haar_analysis_3d(video) if video.shape[2] else None)
 
     def decode_subbands(self, z: torch.Tensor) -> Subbands:
-        r"""Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
+        """Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
         return self._decode_local(z, WHOLE, subbands=True)
 
     def synthesize(self, subbands: Subbands) -> torch.Tensor:
-        r"""Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
+        """Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
         return synthesize(subbands, self.pixel_factor)
 
     # ---- one chunk of one tile --------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             self._fused = FusedLeanVAE(self, weights, get_kernels("triton") if use_triton else None)
 
     def unfuse(self) -> None:
-        r"""Undo [`fuse`]: free the prepared weights."""
+        """Undo [`fuse`]: free the prepared weights."""
         self._fused = None
 
     def _current_fused(self, x: torch.Tensor) -> FusedLeanVAE | None:
@@ -494,7 +494,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         batch_size: int = 1,
         tile: tuple[int, int, int] | None = None,
     ) -> MemoryPlan:
-        r"""Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
+        """Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
 
         Args:
             num_frames: Frames of the video.
@@ -516,7 +516,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
 
     def memory_model(self) -> MemoryModel:
-        r"""What the memory of this model depends on; [`plan`] and the file functions ask it."""
+        """Model of the memory that videos take; [`plan`] and the file functions ask it."""
         return MemoryModel(
             dim=self.logvar_proj.in_features,
             patch_dim=self.in_channels * self.temporal_compression_ratio * self.spatial_compression_ratio**2,

@@ -32,7 +32,7 @@ from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haa
 
 
 class Wavelet(NamedTuple):
-    r"""A Haar transform of RGB videos, of space or of space and time; sub-bands are channels, `band * 3 + colour`."""
+    """A Haar transform of RGB videos, of space or of space and time; sub-bands are channels, `band * 3 + colour`."""
 
     is_temporal: bool
 
@@ -41,7 +41,7 @@ class Wavelet(NamedTuple):
         return 24 if self.is_temporal else 12
 
     def analyze(self, x: torch.Tensor, is_first: bool) -> torch.Tensor:
-        r"""`(B, 3, T, H, W)` to `(B, 24, (T + 1) / 2, H / 2, W / 2)`, or without time to `(B, 12, T, H / 2, W / 2)`.
+        """`(B, 3, T, H, W)` to `(B, 24, (T + 1) / 2, H / 2, W / 2)`, or without time to `(B, 12, T, H / 2, W / 2)`.
 
         At the start of a video its first frame is transformed together with itself; a later chunk has T / 2 frames.
         """
@@ -52,7 +52,7 @@ class Wavelet(NamedTuple):
         return haar_analysis_3d(x) * HAAR_3D
 
     def synthesize(self, subbands: torch.Tensor, is_first: bool) -> torch.Tensor:
-        r"""The way back; with time one frame less at the start of a video, and larger by 8 * 0.3536^2 = 1.000264."""
+        """The way back; with time one frame less at the start of a video, and larger by 8 * 0.3536^2 = 1.000264."""
         if not self.is_temporal:
             return haar_synthesis_2d(subbands) * 2
         x = haar_synthesis_3d(subbands) * (8 * HAAR_3D)
@@ -63,7 +63,7 @@ class Wavelet(NamedTuple):
 
 
 class CausalConv3d(nn.Conv3d):
-    r"""A convolution that sees the current and earlier frames; the first frame repeats before the start.
+    """A convolution that sees the current and earlier frames; the first frame repeats before the start.
 
     Attributes:
         name: Of what it remembers; the model sets it.
@@ -83,21 +83,21 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.LayerNorm):
-    r"""LayerNorm over the channels at every position."""
+    """LayerNorm over the channels at every position."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class FrameGroupNorm(nn.GroupNorm):
-    r"""GroupNorm of every frame by itself."""
+    """GroupNorm of every frame by itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class Layers(NamedTuple):
-    r"""What all blocks of a model are made of."""
+    """Building blocks that all parts of a model share."""
 
     norm_type: str
     dropout: float
@@ -116,7 +116,7 @@ class Layers(NamedTuple):
 
 
 class WFVAEResnetBlock(nn.Module):
-    r"""Two norms, activations and convolutions with a residual; of space and time, or of every frame."""
+    """Two norms, activations and convolutions with a residual; of space and time, or of every frame."""
 
     def __init__(self, in_dim: int, out_dim: int, layers: Layers, of_frames: bool = False):
         super().__init__()
@@ -135,7 +135,7 @@ class WFVAEResnetBlock(nn.Module):
 
 
 class WFVAEAttention(nn.Module):
-    r"""Self-attention with one head over the positions of each frame, with a residual."""
+    """Self-attention with one head over the positions of each frame, with a residual."""
 
     def __init__(self, dim: int, layers: Layers):
         super().__init__()
@@ -151,7 +151,7 @@ class WFVAEAttention(nn.Module):
 
 
 class WFVAEDownsample(nn.Module):
-    r"""Half the height and width, and with time half the frames, of which the first stays by itself."""
+    """Half the height and width, and with time half the frames, of which the first stays by itself."""
 
     def __init__(self, dim: int, is_temporal: bool):
         super().__init__()
@@ -162,7 +162,7 @@ class WFVAEDownsample(nn.Module):
 
 
 class WFVAEUpsample(nn.Module):
-    r"""Twice the height and width, nearest, and a convolution of every frame."""
+    """Twice the height and width, nearest, and a convolution of every frame."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -173,7 +173,7 @@ class WFVAEUpsample(nn.Module):
 
 
 class WFVAETemporalUpsample(nn.Module):
-    r"""Twice the height, width and frames, and a convolution; the first frame stays by itself.
+    """Twice the height, width and frames, and a convolution; the first frame stays by itself.
 
     Frames are interpolated linearly among those after the first, so that the last frame of a chunk waits for the next.
     """
@@ -197,7 +197,7 @@ class WFVAETemporalUpsample(nn.Module):
         return self.conv(frames, chunk)
 
     def _more_frames(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        r"""Two frames for each, a fourth of the way to its neighbours; the ends have themselves as neighbours."""
+        """Two frames for each, a fourth of the way to its neighbours; the ends have themselves as neighbours."""
         last = chunk.recall(self.name, x, is_optional=True)
         x = x if last is None else torch.cat((last, x), dim=2)
         if x.shape[2] == 0:
@@ -220,7 +220,7 @@ def _mid_layers(in_dim: int, dim: int, out_dim: int, use_attention: bool, layers
 
 
 class WFVAEEncoderLevel(nn.Module):
-    r"""Convolution, residual blocks, downsampling; then the next wavelet level joins: the energy flow."""
+    """Convolution, residual blocks, downsampling; then the next wavelet level joins: the energy flow."""
 
     def __init__(
         self, in_dim: int, dim: int, flow_dim: int, num_layers: int, wavelet: Wavelet, layers: Layers, of_frames: bool
@@ -234,14 +234,14 @@ class WFVAEEncoderLevel(nn.Module):
         self.flow = FrameConv2d(wavelet.channels, flow_dim, 3, padding=1)
 
     def forward(self, x: torch.Tensor, low: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Hidden states with the flow behind them, and the sub-bands of `low`, the low band of the level above."""
+        """Hidden states with the flow behind them, and the sub-bands of `low`, the low band of the level above."""
         subbands = self.wavelet.analyze(low, chunk.is_first)
         hidden = self.downsample(self.resnets(self.conv_in(x), chunk), chunk)
         return torch.cat((hidden, self.flow(subbands)), dim=1), subbands
 
 
 class WFVAEEncoder(nn.Module):
-    r"""Two levels that halve the size, below a wavelet transform of the pixels, and layers at the latent size."""
+    """Two levels that halve the size, below a wavelet transform of the pixels, and layers at the latent size."""
 
     def __init__(
         self,
@@ -266,12 +266,12 @@ class WFVAEEncoder(nn.Module):
         self.conv_out = CausalConv3d(4 * dim, 2 * latent_dim, 3, padding=(0, 1, 1))
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
-        r"""Moments `(B, 2z, t, h, w)` of pixels; `(B, 2b + e, t, h, w)` lies between the parts."""
+        """Moments `(B, 2z, t, h, w)` of pixels; `(B, 2b + e, t, h, w)` lies between the parts."""
         hidden = x if part == "whole" else self.levels_and_subbands(x, chunk)[0]
         return hidden if part == "local" else self._whole(hidden, chunk)
 
     def levels_and_subbands(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
-        r"""The local part, and the sub-bands of both levels, which the wavelet loss compares with the decoder's."""
+        """The local part, and the sub-bands of both levels, which the wavelet loss compares with the decoder's."""
         hidden = level_above = self.wavelet.analyze(x, chunk.is_first)  # (B, 24, (T + 1) / 2, H / 2, W / 2)
         subbands = []
         for level in self.levels:
@@ -287,7 +287,7 @@ class WFVAEEncoder(nn.Module):
 
 
 class WFVAEDecoderFlow(nn.Module):
-    r"""The energy flow of the decoder: sub-bands from some channels of a level, and the RGB band above them."""
+    """The energy flow of the decoder: sub-bands from some channels of a level, and the RGB band above them."""
 
     name = ""  # of what it remembers; the model sets it
 
@@ -298,13 +298,13 @@ class WFVAEDecoderFlow(nn.Module):
         self.conv_out = FrameConv2d(dim, wavelet.channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, low: torch.Tensor | None, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Sub-bands, their low band corrected by `low`, and what they synthesise to."""
+        """Sub-bands, their low band corrected by `low`, and what they synthesise to."""
         subbands = _add_to_low_band(self.conv_out(self.resnets(x, chunk)), low, self.name, chunk)
         return subbands, self.wavelet.synthesize(subbands, chunk.is_first)
 
 
 def _add_to_low_band(subbands: torch.Tensor, low: torch.Tensor | None, name: str, chunk: Chunk) -> torch.Tensor:
-    r"""Sub-bands whose first three channels are added to; frames of `low` that are early wait for the next chunk."""
+    """Sub-bands whose first three channels are added to; frames of `low` that are early wait for the next chunk."""
     if low is None:
         return subbands
     waiting = chunk.recall(name, low)
@@ -315,7 +315,7 @@ def _add_to_low_band(subbands: torch.Tensor, low: torch.Tensor | None, name: str
 
 
 class WFVAEDecoderLevel(nn.Module):
-    r"""Residual blocks, upsampling, a residual block."""
+    """Residual blocks, upsampling, a residual block."""
 
     def __init__(self, in_dim: int, dim: int, out_dim: int, num_layers: int, is_temporal: bool, layers: Layers):
         super().__init__()
@@ -328,7 +328,7 @@ class WFVAEDecoderLevel(nn.Module):
 
 
 class WFVAEDecoder(nn.Module):
-    r"""The way back: what a level splits off becomes sub-bands, which pass the backbone and are added at its end."""
+    """The way back: what a level splits off becomes sub-bands, which pass the backbone and are added at its end."""
 
     name = ""  # of what it remembers; the model sets it
 
@@ -364,12 +364,12 @@ class WFVAEDecoder(nn.Module):
         self.conv_out = FrameConv2d(dim, wavelets[0].channels, 3, padding=1)
 
     def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
-        r"""Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts."""
+        """Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts."""
         hidden = z if part == "local" else self.mid(self.conv_in(z, chunk), chunk)
         return hidden if part == "whole" else self.frames_and_subbands(hidden, chunk)[0]
 
     def frames_and_subbands(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
-        r"""The local part, and the sub-bands of both levels, the larger ones first as in the encoder."""
+        """The local part, and the sub-bands of both levels, the larger ones first as in the encoder."""
         low, subbands = None, []
         for level, flow in zip(self.levels, self.flows, strict=True):
             hidden, branch = hidden.split((hidden.shape[1] - self.flow_dim, self.flow_dim), dim=1)
@@ -411,11 +411,11 @@ def _decoder_reach(num_layers: int, num_flow_layers: int, is_8x: bool) -> int:
 
 
 class AutoencoderKLWFVAE(VideoAutoencoder):
-    r"""WF-VAE, a video autoencoder with KL posterior and a wavelet energy flow (arXiv 2411.17459).
+    """WF-VAE, a video autoencoder with KL posterior and a wavelet energy flow (arXiv 2411.17459).
 
     Pixels are in `[-1, 1]`, videos `(batch_size, 3, num_frames, height, width)` with `num_frames` = 4 * n + 1 (8 * n +
     1 for a temporal ratio of 8) and sizes that are multiples of 8. Latents are *not* normalised: use
-    `config.latents_mean` and `config.latents_std`, as the pipeline in hand does.
+    `config.latents_mean` and `config.latents_std`, as your pipeline does.
 
     The defaults are those of WF-VAE-L with 16 channels.
 

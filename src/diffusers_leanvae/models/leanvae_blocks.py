@@ -16,7 +16,7 @@ from .temporal_cache import WHOLE, Chunk
 
 
 def works_in_place() -> bool:
-    r"""Whether tokens may be overwritten, slice by slice: then a network needs the memory of about two activations.
+    """Return whether tokens may be overwritten, slice by slice: a network then needs about two activations' memory.
 
     Autograd needs the old values, and a compiler would unroll the slices.
     """
@@ -24,12 +24,12 @@ def works_in_place() -> bool:
 
 
 def slice_elements(device: torch.device) -> int:
-    r"""Elements that the temporary tensors of a slice may have: 16 MB in float32 on CPU, 2 GB elsewhere."""
+    """Elements that the temporary tensors of a slice may have: 16 MB in float32 on CPU, 2 GB elsewhere."""
     return 2**22 if device.type == "cpu" else 2**29
 
 
 def slices(size: int, elements_per_item: int, device: torch.device) -> Iterator[slice]:
-    r"""Cut `size` items so that the temporary tensors of a slice stay below `slice_elements`."""
+    """Cut `size` items so that the temporary tensors of a slice stay below `slice_elements`."""
     step = max(slice_elements(device) // max(elements_per_item, 1), 1)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
@@ -58,7 +58,7 @@ def exchange_tail(name: str, hidden_states: torch.Tensor, chunk: Chunk) -> torch
 
 
 class CausalDepthwiseConv3d(nn.Conv3d):
-    r"""Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
+    """Depthwise 3x3x3 convolution over channels-last tokens, zero-padded in space, causal in time."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, kernel_size=3, padding=(0, 1, 1), groups=dim)
@@ -92,14 +92,14 @@ class CausalDepthwiseConv3d(nn.Conv3d):
 
 
 def _depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    r"""`(B, t + 2, h, w, c)` to `(B, t, h, w, c)`, zero-padded in space."""
+    """`(B, t + 2, h, w, c)` to `(B, t, h, w, c)`, zero-padded in space."""
     # The permuted view is exactly `channels_last_3d`: no copy, and a far faster kernel than for the packed layout.
     x = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1), groups=weight.shape[0])
     return x.permute(0, 2, 3, 4, 1)
 
 
 class _TrainableDepthwiseConv(torch.autograd.Function):
-    r"""The same convolution with gradients through fast CPU kernels; PyTorch's own are far slower here.
+    """The same convolution with gradients through fast CPU kernels; PyTorch's own are far slower here.
 
     The input's gradient is the convolution with the mirrored kernel. The weight's is taken by the 2D kernel, one step
     in time after the other: the 3D one has no vectorised gradient on CPU.
@@ -139,7 +139,7 @@ class _TrainableDepthwiseConv(torch.autograd.Function):
 
 
 class LeanVAEFeedForward(nn.Module):
-    r"""LayerNorm -> Linear to twice the inner width -> `gelu(gate) * value` -> Linear, per token."""
+    """LayerNorm -> Linear to twice the inner width -> `gelu(gate) * value` -> Linear, per token."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -165,7 +165,7 @@ class LeanVAEFeedForward(nn.Module):
 
 
 class LeanVAEBlock(nn.Module):
-    r"""Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF).
+    """Neighborhood-aware feed-forward layer (NAF); with `residual=True` both parts are residual (ResNAF).
 
     Without gradients the input is overwritten by the output.
     """
@@ -182,7 +182,7 @@ class LeanVAEBlock(nn.Module):
 
 
 class LeanVAEBlocks(nn.ModuleList):
-    r"""A chain of blocks with gradient checkpointing."""
+    """A chain of blocks with gradient checkpointing."""
 
     def __init__(self, dim: int, num_layers: int, residual: bool = True):
         super().__init__([LeanVAEBlock(dim, residual) for _ in range(num_layers)])

@@ -1,6 +1,6 @@
 """Inference with prepared weights: the function of `autoencoder_kl_leanvae.py` with fewer passes over memory.
 
-What `AutoencoderKLLeanVAE.fuse()` prepares, from the stock state dict and beside it:
+What `AutoencoderKLLeanVAE.fuse()` prepares, from the stock state dict, which stays as it is:
 
 - wavelet, patch embedding and pixel factor become one linear map of the pixels of a patch, each way: all are linear;
 - the gradient step of the first ISTA iteration joins the map that starts it: both are linear in the latents;
@@ -34,7 +34,7 @@ SLICES_ON_GPU = 8  # of what `slices` allows: the hidden tensor of some 50,000 t
 
 
 class Slab(NamedTuple):
-    r"""Tokens that are computed together: whole frames, or rows of one frame."""
+    """Tokens that are computed together: whole frames, or rows of one frame."""
 
     start: int  # first and last time step
     stop: int
@@ -51,7 +51,7 @@ class Slab(NamedTuple):
 
 
 def slabs(num_steps: int, height: int, width: int, num_tokens: int) -> Iterator[Slab]:
-    r"""Cut `(num_steps, height, width)` tokens into slabs of about `num_tokens`, the latest steps first."""
+    """Cut `(num_steps, height, width)` tokens into slabs of about `num_tokens`, the latest steps first."""
     per_frame = height * width
     if per_frame <= num_tokens:
         step = num_tokens // per_frame
@@ -65,7 +65,7 @@ def slabs(num_steps: int, height: int, width: int, num_tokens: int) -> Iterator[
 
 
 class Workspace:
-    r"""Memory that all blocks of one call use in turn: fresh memory of this size costs as much as an elementwise pass.
+    """Memory that all blocks of one call use in turn: fresh memory of this size costs as much as an elementwise pass.
 
     Args:
         like: The input of the call.
@@ -83,14 +83,14 @@ class Workspace:
         self._max_inner_dim = max_inner_dim
 
     def take(self, index: int, num_tokens: int, dim: int) -> torch.Tensor:
-        r"""`(num_tokens, dim)` of buffer 0 or 1, with anything in it."""
+        """`(num_tokens, dim)` of buffer 0 or 1, with anything in it."""
         if self._buffers[index].numel() < num_tokens * dim:
             self._buffers[index] = self._buffers[index].new_empty(num_tokens * self._max_inner_dim)
         return self._buffers[index][: num_tokens * dim].view(num_tokens, dim)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    r"""What matrix products of tensors of `dtype` are computed in: on CPUs without 16-bit products, float32.
+    """Dtype in which matrix products of tensors of `dtype` are computed: float32 on CPUs without 16-bit products.
 
     Those emulate them several times slower. The sums are the same, and are rounded once instead of at each step.
     """
@@ -102,7 +102,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class DenseProduct:
-    r"""`x @ weight.T` into given memory, all in the [`product_dtype`] of the weight."""
+    """`x @ weight.T` into given memory, all in the [`product_dtype`] of the weight."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight.to(product_dtype(weight.dtype, weight.device)).contiguous()
@@ -112,7 +112,7 @@ class DenseProduct:
 
 
 class Int8Product:
-    r"""`x @ weight.T` in int8 on CPU: weights with a scale per output channel, activations with one per token.
+    """`x @ weight.T` in int8 on CPU: weights with a scale per output channel, activations with one per token.
 
     A scale of its own for each token makes tiled and streamed results independent of the tiles and chunks.
     """
@@ -140,7 +140,7 @@ MakeBlock = Callable[[Any, float | None], "FusedBlock"]
 
 
 class FusedBlock:
-    r"""A [`LeanVAEBlock`] with prepared weights; how it is computed, slab by slab or whole, is a subclass's matter.
+    """A [`LeanVAEBlock`] with prepared weights; how it is computed, slab by slab or whole, is a subclass's matter.
 
     Args:
         block: The block; its weights are copied.
@@ -176,12 +176,12 @@ class FusedBlock:
         keeps_input: bool = False,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        r"""Overwrites `hidden_states`, unless told to keep it, and `base`, which a block without residual adds."""
+        """Overwrites `hidden_states`, unless told to keep it, and `base`, which a block without residual adds."""
         tail = exchange_tail(self.name, hidden_states, chunk)
         return self._compute(hidden_states, tail, keeps_input, base, workspace)
 
     def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        r"""Keep the padded weights of the feed-forward, `(inner, c)` twice and `(c, inner)`, as they are needed."""
+        """Keep the padded weights of the feed-forward, `(inner, c)` twice and `(c, inner)`, as they are needed."""
         raise NotImplementedError
 
     def _compute(
@@ -196,7 +196,7 @@ class FusedBlock:
 
 
 class SlabBlock(FusedBlock):
-    r"""A block computed slab by slab, in plain PyTorch.
+    """A block computed slab by slab, in plain PyTorch.
 
     Args:
         product: What computes the products of the feed-forward.
@@ -239,7 +239,7 @@ class SlabBlock(FusedBlock):
     def _convolve(
         self, frames: torch.Tensor, tail: torch.Tensor | None, slab: Slab, above: torch.Tensor | None
     ) -> torch.Tensor:
-        r"""Convolution, and residual, of a slab of `(t, h, w, c)` tokens, as `(num_tokens, c)`."""
+        """Convolution, and residual, of a slab of `(t, h, w, c)` tokens, as `(num_tokens, c)`."""
         rows = slice(max(slab.top - 1, 0), min(slab.bottom + 1, frames.shape[1]))
         current = frames[slab.steps, rows]
         if above is not None:
@@ -286,7 +286,7 @@ class SlabBlock(FusedBlock):
 
 
 class KernelBlock(FusedBlock):
-    r"""A block of whole tensors for GPUs, where launching many small slabs would cost more than memory.
+    """A block of whole tensors for GPUs, where launching many small slabs would cost more than memory.
 
     Args:
         kernels: Operations of `kernels.get("triton")`.
@@ -332,7 +332,7 @@ def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
 
 
 class FusedStack:
-    r"""A chain of blocks; the output of the last one goes through a soft threshold, if there is one."""
+    """A chain of blocks; the output of the last one goes through a soft threshold, if there is one."""
 
     def __init__(self, blocks: LeanVAEBlocks, make_block: MakeBlock, threshold: float | None = None):
         last = len(blocks) - 1
@@ -347,7 +347,7 @@ class FusedStack:
         keeps_input: bool = False,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        r"""Overwrites `hidden_states`, unless told to keep it, and `base`, which is added to the last output."""
+        """Overwrites `hidden_states`, unless told to keep it, and `base`, which is added to the last output."""
         if not self.blocks:
             hidden_states = hidden_states.clone() if keeps_input else hidden_states
             if self.threshold is not None:
@@ -361,7 +361,7 @@ class FusedStack:
 
 
 class PatchMap(NamedTuple):
-    r"""The linear map between the pixels of a patch and the features of a token.
+    """The linear map between the pixels of a patch and the features of a token.
 
     Attributes:
         patch: Size of the patch in pixels, `(time, height, width)`.
@@ -375,7 +375,7 @@ class PatchMap(NamedTuple):
 
 
 def _in_float64(module: nn.Module) -> nn.Module:
-    r"""A copy of a module whose patch projections are in float64, and which has nothing else."""
+    """A copy of a module whose patch projections are in float64, and which has nothing else."""
     shell = copy.copy(module)
     projections = {name: layer for name, layer in module._modules.items() if name.endswith("_proj")}
     shell._modules = {name: copy.deepcopy(layer).double() for name, layer in projections.items()}  # type: ignore[union-attr]
@@ -383,7 +383,7 @@ def _in_float64(module: nn.Module) -> nn.Module:
 
 
 def _patch_maps(vae: Any, embed: bool) -> list[PatchMap]:
-    r"""Maps of the image token and of video tokens, found by applying the layers to each unit vector."""
+    """Maps of the image token and of video tokens, found by applying the layers to each unit vector."""
     geometry = vae.encoder.geometry
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     device = vae.logvar_proj.weight.device
@@ -419,13 +419,13 @@ def _branch_dims(vae: Any) -> list[int]:
 
 
 def _parts(num_steps: int, is_first: bool) -> list[tuple[int, slice]]:
-    r"""Which map the time steps take: 0 of the image, 1 of the video."""
+    """Map that each time step takes: 0 of the image, 1 of the video."""
     parts = [(0, slice(0, 1))] if is_first else []
     return parts + ([(1, slice(int(is_first), num_steps))] if num_steps > int(is_first) else [])
 
 
 class FusedLeanVAE:
-    r"""Prepared weights of a model, and its encoder and decoder for one chunk of one tile.
+    """Prepared weights of a model, and its encoder and decoder for one chunk of one tile.
 
     Args:
         vae: The model; nothing of it is changed.
@@ -480,7 +480,7 @@ class FusedLeanVAE:
         self.max_inner_dim = max((block.inner_dim for stack in stacks for block in stack.blocks), default=1)
 
     def encode(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        r"""Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
+        """Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
         workspace = Workspace(x, self.dtype, self.max_inner_dim)
         branches = self._embed(x, chunk.is_first, workspace)  # (B, t, h, w, dim) each
         if self.separate:
@@ -517,7 +517,7 @@ class FusedLeanVAE:
         return branches
 
     def decode(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        r"""Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
+        """Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
         workspace = Workspace(z, self.dtype, self.max_inner_dim)
         latents = z.permute(0, 2, 3, 4, 1).contiguous()
         tokens = F.linear(latents, self.start, self.start_bias)  # (B, t, h, w, c)
@@ -562,13 +562,13 @@ class FusedLeanVAE:
 
 
 def _first_gradient_step(initial: torch.Tensor, phi: torch.Tensor, step_size: float) -> torch.Tensor:
-    r"""`(c, z)`: initial estimate and first gradient step as one linear map of the latents."""
+    """`(c, z)`: initial estimate and first gradient step as one linear map of the latents."""
     start, sensing = initial.double(), phi.double()
     error = sensing @ start - torch.eye(len(phi), dtype=torch.float64, device=phi.device)  # of the estimate, sensed
     return (start - step_size * sensing.t() @ error).to(initial.dtype)
 
 
 def signature(module: nn.Module) -> tuple:
-    r"""Changes whenever a parameter is moved, cast, loaded or trained."""
+    """Changes whenever a parameter is moved, cast, loaded or trained."""
     parameters = module.parameters()
     return tuple((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in parameters)

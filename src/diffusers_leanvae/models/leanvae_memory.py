@@ -1,4 +1,4 @@
-"""What memory LeanVAE needs for a video, and which tiles and chunks fit into a budget. Arithmetic only.
+"""Prediction of the memory that LeanVAE needs, and choice of tiles and chunks for a budget. Arithmetic only.
 
 The terms are the tensors alive at the peak of `AutoencoderKLLeanVAE._encode` and `._decode` without gradients; they
 are compared with measurements in `results/bench_memory.json` (`benchmarks/memory.py`).
@@ -16,7 +16,7 @@ from .tiling import spans
 
 
 class MemoryPlan(NamedTuple):
-    r"""Sizes for `enable_tiling`, and what they cost.
+    """Sizes for `enable_tiling`, and what they cost.
 
     Attributes:
         tile_sample_min_height: Height of a tile in pixels.
@@ -38,12 +38,12 @@ class MemoryPlan(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        r"""The larger of both predictions."""
+        """The larger of both predictions."""
         return max(self.encode_bytes, self.decode_bytes)
 
 
 class StreamPlan(NamedTuple):
-    r"""Settings of a `StreamingEncoder`, a `StreamingDecoder` or both, and the memory they take.
+    """Settings of a `StreamingEncoder`, a `StreamingDecoder` or both, and the memory they take.
 
     Attributes:
         num_frames_per_step: Frames that pass the network at once; the first step takes one more.
@@ -62,7 +62,7 @@ class StreamPlan(NamedTuple):
 
 
 class OtherMemory(NamedTuple):
-    r"""Bytes that others hold beside network and streams, such as FFmpeg.
+    """Bytes held by others than network and streams, such as FFmpeg.
 
     Attributes:
         fixed: Always.
@@ -79,7 +79,7 @@ class OtherMemory(NamedTuple):
     max_written: int = 0
 
     def after(self, num_written: int | None) -> int:
-        r"""Bytes of the writer after so many frames, `None` for any number."""
+        """Bytes of the writer after a number of frames, `None` for any number."""
         held = self.max_written if num_written is None else min(num_written, self.max_written)
         return 0 if num_written == 0 else self.writer + self.per_written * held
 
@@ -88,7 +88,7 @@ _NOTHING = OtherMemory()
 
 
 class _Cost(NamedTuple):
-    r"""Of one direction, in elements: the peak within a tile, the whole result, states; and the work of halos."""
+    """Demand of one direction, in elements: peak within a tile, the whole result, states; and the work of halos."""
 
     working: int
     result: int
@@ -107,7 +107,7 @@ _PARKED_WORK = 1.0
 
 @dataclass(frozen=True)
 class MemoryModel:
-    r"""The sizes of a model that its memory depends on.
+    """The sizes of a model that its memory depends on.
 
     Attributes:
         dim: Width of the tokens.
@@ -132,7 +132,7 @@ class MemoryModel:
     def plan(
         self, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int, item_bytes: int
     ) -> MemoryPlan:
-        r"""Cost of one choice.
+        """Cost of one choice.
 
         Args:
             shape: `(batch_size, num_frames, height, width)` of the video.
@@ -149,7 +149,7 @@ class MemoryModel:
             elements = cost.working
             if is_chunked:
                 elements += cost.tile_state
-            if is_chunked or is_tiled:  # the whole result, beside a tile's
+            if is_chunked or is_tiled:  # the whole result, in addition to a tile's
                 elements += cost.result
             results.append((elements * item_bytes, cost.overhead))
         (encode_bytes, encode_overhead), (decode_bytes, decode_overhead) = results
@@ -170,7 +170,7 @@ class MemoryModel:
         peak = self._decode_peak if decoding else self._encode_peak
         moments = 2 * self.latent_channels * self._num_latent(num_frames)
         per_position = self._pixels(num_frames) if decoding else moments
-        # Two steps per convolution, and one convolution's new ones beside its old ones.
+        # Two steps per convolution, and one convolution's new ones together with its old ones.
         one_more = 2 * self.dim * area
         return _Cost(
             working=peak(area, num_frames_per_chunk),
@@ -184,7 +184,7 @@ class MemoryModel:
         return (num_frames - 1) // self.ratio_t + 1
 
     def _pixels(self, num_frames: int) -> int:
-        r"""Pixel values over one token position in `num_frames` frames."""
+        """Pixel values over one token position in `num_frames` frames."""
         return self.patch_dim // self.ratio_t * num_frames
 
     def _slice(self, num_tokens: int) -> int:
@@ -217,7 +217,7 @@ class MemoryModel:
         decode: bool = True,
         others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
-        r"""Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
+        """Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
 
         Counted are the frames that wait for a step, the step's result, the network, and the states of the streams.
 
@@ -246,7 +246,7 @@ class MemoryModel:
         peaks, states, overhead = [], 0, 0.0
         for decoding in [False] * encode + [True] * decode:
             # The first step fills the state while it works, and a later one works on one latent frame less: together
-            # they stay below one that does all of the first step's work beside a full state.
+            # they stay below one that does all of the first step's work with a full state.
             cost = self._cost(decoding, (1, num_taken, height, width), tile, num_frames_per_chunk)
             working = cost.working
             if is_tiled:
@@ -270,7 +270,7 @@ class MemoryModel:
         return StreamPlan(num_frames_per_step, layout if is_tiled else None, is_parked, num_bytes, overhead)
 
     def fit(self, shape: tuple[int, int, int, int], item_bytes: int, budget: int) -> MemoryPlan:
-        r"""The plan within `budget` bytes that computes least; with equal work the one with longer chunks.
+        """The plan within `budget` bytes that computes least; with equal work the one with longer chunks.
 
         Raises:
             ValueError: If not even the smallest tiles fit.
@@ -301,7 +301,7 @@ class MemoryModel:
         decode: bool = True,
         others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
-        r"""The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
+        """The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
 
         Args:
             frame: As the arguments up to `item_bytes` of [`stream`].
@@ -346,7 +346,7 @@ class MemoryModel:
         return min(fitting, key=lambda p: (p.overhead, -p.num_frames_per_step, p.num_bytes))
 
     def _tiles(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        r"""Tile sizes to try: as square as the number of rows allows, for a halo costs least around squares."""
+        """Tile sizes to try: as square as the number of rows allows, for a halo costs least around squares."""
         for num_rows in range(1, 65):
             tile_height = self._edge(height, num_rows)
             num_columns = max(round(num_rows * width / height), 1)
@@ -361,7 +361,7 @@ class MemoryModel:
 
 @lru_cache(maxsize=4096)  # `fit` asks for the same edges again and again
 def _computed(size: int, tile: int, halo: int) -> tuple[int, int]:
-    r"""Tokens along one axis that the largest tile computes, and that all compute, with their halos."""
+    """Tokens along one axis that the largest tile computes, and that all compute, with their halos."""
     outer = [span.outer_stop - span.outer_start for span in spans(size, tile, halo)]
     return max(outer), sum(outer)
 
@@ -371,7 +371,7 @@ def _too_small(name: str, least: int, what: str, got: int) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    r"""Bytes that can still be allocated on a device (half of what the system has left on a CPU)."""
+    """Bytes that can still be allocated on a device (half of what the system has left on a CPU)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -11,7 +11,7 @@ from .wavelets import haar_synthesis_2d, haar_synthesis_3d
 
 
 class Subbands(NamedTuple):
-    r"""What the decoder predicts, in the model's internal pixel range (`pixel_factor` times the public one).
+    """Prediction of the decoder, in the model's internal pixel range (`pixel_factor` times the public one).
 
     Attributes:
         image: First frame, `(batch_size, 4 * C, 1, height / 2, width / 2)`, or `None` in a later chunk of a stream.
@@ -34,7 +34,7 @@ def merge_patches(tokens: torch.Tensor, patch_size: tuple[int, int, int]) -> tor
 
 
 def patch_projection(in_dim: int, out_dim: int, norm: bool) -> nn.Sequential:
-    r"""Linear projection of flattened patches, with LayerNorm on both sides if `norm` (ablation 3 of the paper)."""
+    """Linear projection of flattened patches, with LayerNorm on both sides if `norm` (ablation 3 of the paper)."""
     return nn.Sequential(
         nn.LayerNorm(in_dim) if norm else nn.Identity(),
         nn.Linear(in_dim, out_dim),
@@ -43,7 +43,7 @@ def patch_projection(in_dim: int, out_dim: int, norm: bool) -> nn.Sequential:
 
 
 class LeanVAEPatchGeometry(NamedTuple):
-    r"""Everything that follows from the pixel channels, the patch size and the kind of patch embedding."""
+    """Everything that follows from the pixel channels, the patch size and the kind of patch embedding."""
 
     in_channels: int
     patch_size: tuple[int, int, int]
@@ -77,7 +77,7 @@ class LeanVAEPatchGeometry(NamedTuple):
 
 
 def synthesize(subbands: Subbands, pixel_factor: float) -> torch.Tensor:
-    r"""Pixels in the public range of sub-bands in the internal one."""
+    """Pixels in the public range of sub-bands in the internal one."""
     parts = []
     if subbands.image is not None:
         parts.append(haar_synthesis_2d(subbands.image))

@@ -12,7 +12,7 @@ from .tiling import Tile
 
 
 class Chunk:
-    """What all layers of a model are told about the frames they get, and how they remember some for the next chunk.
+    """Description of the frames that layers get, and the place where they remember some for the next chunk.
 
     Layers read what was remembered *before* this chunk, and what they remember goes into a second place, which becomes
     the state of the stream when the whole chunk is done; from then on this object takes nothing more. So a layer that
@@ -118,7 +118,7 @@ WHOLE = Chunk()  # a whole video: nothing precedes it, nothing follows
 
 
 class TemporalCache:
-    """What every causal layer must remember between the chunks of one stream in one direction.
+    """State of one stream in one direction: what every causal layer must remember between chunks.
 
     Pass a fresh `TemporalCache()` with the first chunk and the same object with every later chunk; the model writes
     nothing anywhere else, so streams interleave freely and the memory is freed with the object. With spatial tiling
@@ -156,7 +156,7 @@ class TemporalCache:
     def step(self, num_latent_frames: int) -> Iterator[None]:
         """Around one call of the model: as many latent frames of the stream.
 
-        A call that failed half-way has advanced some layers and not others: the stream refuses to go on.
+        A call that failed half-way has advanced some layers and not others: the stream takes no further chunk.
         """
         if self._is_broken:
             raise ValueError("`cache` must belong to a stream without failed chunks, got one; call `cache.reset()`.")
@@ -264,7 +264,7 @@ def _copied(tail: torch.Tensor, device: torch.device | str | None, dtype: torch.
 
 
 class _Place(NamedTuple):
-    """Where the tensors of a tile lie in a parking file; `tails` are like them, without data."""
+    """Place of a tile's tensors in a parking file; `tails` are like them, without data."""
 
     offset: int
     capacity: int
@@ -301,7 +301,7 @@ class _ParkingFile:
         return {name: self._read(like) for name, like in place.tails.items()}
 
     def _read(self, like: torch.Tensor) -> torch.Tensor:
-        # Read, not mapped: pages of a mapped file would stay beside the tensors that replace them.
+        # Read, not mapped: pages of a mapped file would stay in memory next to the tensors that replace them.
         data = torch.empty(like.numel() * like.itemsize, dtype=torch.uint8)
         if self.file.readinto(data.numpy().data) != data.numel():  # type: ignore[attr-defined]
             raise OSError("The file of a parked stream ends early; was its disk full?")

@@ -14,15 +14,15 @@ class Span(NamedTuple):
     outer_stop: int
 
     def target(self, scale: int = 1) -> slice:
-        """Where the result lies in the whole, `scale` units per token."""
+        """Place of the result in the whole, `scale` units per token."""
         return slice(self.start * scale, self.stop * scale)
 
     def source(self, scale: int = 1) -> slice:
-        """What the tile reads from the whole: itself and its halo, cut at the true borders."""
+        """Part of the whole that the tile reads: itself and its halo, cut at the true borders."""
         return slice(self.outer_start * scale, self.outer_stop * scale)
 
     def crop(self, scale: int = 1) -> slice:
-        """Where the result lies in what the tile computed."""
+        """Place of the result in what the tile computed."""
         return slice((self.start - self.outer_start) * scale, (self.stop - self.outer_start) * scale)
 
 
@@ -38,20 +38,20 @@ class Tile(NamedTuple):
         return f"{self.rows.start}.{self.columns.start}"
 
     def read(self, whole: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        """What the tile needs of a video `(..., height, width)`, as a view, with `scale` elements per token."""
+        """View of the part of a video `(..., height, width)` that the tile needs, with `scale` elements per token."""
         return whole[..., self.rows.source(scale), self.columns.source(scale)]
 
     def crop(self, part: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        """What the tile keeps of what it computed, as a view."""
+        """View of the part that the tile keeps of what it computed."""
         return part[..., self.rows.crop(scale), self.columns.crop(scale)]
 
     def place(self, whole: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        """Where that belongs, as a view."""
+        """View of the place where that belongs."""
         return whole[..., self.rows.target(scale), self.columns.target(scale)]
 
 
 class TileSizes(NamedTuple):
-    """How a video is cut: height and width of a tile in tokens, and latent frames of a chunk; `None` is uncut."""
+    """Sizes of tiles in tokens (height and width) and of chunks in latent frames; `None` is uncut."""
 
     height: int | None = None
     width: int | None = None

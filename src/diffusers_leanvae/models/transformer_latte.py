@@ -43,7 +43,7 @@ PATCH_SIZES = (2, 4, 8)
 
 
 def latte_variant(name: str) -> dict[str, int]:
-    r"""Config of a named size for `LeanVAELatteTransformer3DModel`: `"XL/2"` is size XL with 2 x 2 patches.
+    """Config of a named size for `LeanVAELatteTransformer3DModel`: `"XL/2"` is size XL with 2 x 2 patches.
 
     Args:
         name: One of the sizes S, B, L, XL, a slash, and a patch size of 2, 4, 8.
@@ -64,7 +64,7 @@ def latte_variant(name: str) -> dict[str, int]:
 
 
 class LeanVAELatteAttnProcessor:
-    r"""Self-attention through diffusers' attention backends."""
+    """Self-attention through diffusers' attention backends."""
 
     _attention_backend = None
     _parallel_config = None
@@ -82,7 +82,7 @@ class LeanVAELatteAttnProcessor:
 
 
 class LeanVAELatteAttention(nn.Module, AttentionModuleMixin):
-    r"""Self-attention of `(batch, sequence, dim)`, with biases, without mask."""
+    """Self-attention of `(batch, sequence, dim)`, with biases, without mask."""
 
     _default_processor_cls = LeanVAELatteAttnProcessor
     _available_processors = [LeanVAELatteAttnProcessor]
@@ -105,7 +105,7 @@ class LeanVAELatteAttention(nn.Module, AttentionModuleMixin):
 
 
 class LeanVAELatteBlock(nn.Module):
-    r"""One adaLN-zero block whose attention runs inside each frame, or over the frames at each place."""
+    """One adaLN-zero block whose attention runs inside each frame, or over the frames at each place."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, ff_dim: int, is_temporal: bool):
         super().__init__()
@@ -118,7 +118,7 @@ class LeanVAELatteBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, temb: torch.Tensor, num_frames: int, pos_embed: torch.Tensor | None = None
     ) -> torch.Tensor:
-        r"""Tokens `(B, F * N, D)` under the condition `temb` `(B, D)`; `pos_embed` is added to them first."""
+        """Tokens `(B, F * N, D)` under the condition `temb` `(B, D)`; `pos_embed` is added to them first."""
         if pos_embed is not None:
             hidden_states = hidden_states + pos_embed
         norm_hidden_states, gate_attn, shift, scale, gate_ff = self.norm1(hidden_states, emb=temb)
@@ -134,7 +134,7 @@ class LeanVAELatteBlock(nn.Module):
 
 
 class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    r"""Latte, a latent diffusion transformer for video (arXiv 2401.03048), unconditional or conditional on a class.
+    """Latte, a latent diffusion transformer for video (arXiv 2401.03048), unconditional or conditional on a class.
 
     Blocks come in pairs: attention inside each frame, then attention over the frames at each place. The positions are
     two stored tables, `pos_embed` of a square grid and `temp_embed` of the frames; both are loaded with the weights.
@@ -231,7 +231,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         self._initialize()
 
     def _initialize(self) -> None:
-        r"""The reference's initialisation: zero gates and a zero last layer, so that a fresh model gives exactly 0."""
+        """The reference's initialisation: zero gates and a zero last layer, so that a fresh model gives exactly 0."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
@@ -258,7 +258,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         num_attention_heads: int | None = None,
         **hub_kwargs: Any,
     ) -> "LeanVAELatteTransformer3DModel":
-        r"""Load an original Latte checkpoint; averaged (EMA) weights are preferred.
+        """Load an original Latte checkpoint; averaged (EMA) weights are preferred.
 
         Args:
             pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/ucf-dim4.pt`, or its URL; a folder
@@ -274,14 +274,14 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, hub_kwargs=hub_kwargs)
 
     def enable_cache(self, config: Any) -> None:
-        r"""Reuse outputs of blocks between steps, as diffusers' `CacheMixin` offers it."""
+        """Reuse outputs of blocks between steps, as diffusers' `CacheMixin` offers it."""
         TransformerBlockRegistry.register(LeanVAELatteBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
     # ---- positions --------------------------------------------------------------------------------------------------
 
     def set_position_mode(self, mode: str, temporal_mode: str | None = None) -> None:
-        r"""Choose the positions of inputs that are smaller or larger than the stored tables.
+        """Choose the positions of inputs that are smaller or larger than the stored tables.
 
         Args:
             mode: For height and width:
@@ -298,7 +298,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         self.position_mode, self.temporal_position_mode = mode, temporal_mode
 
     def _spatial_positions(self, height: int, width: int) -> torch.Tensor:
-        r"""Positions `(1, N, D)` of a grid of `height` x `width` patches."""
+        """Positions `(1, N, D)` of a grid of `height` x `width` patches."""
         size = self.grid_size
         if (height, width) == (size, size):
             return self.pos_embed
@@ -327,7 +327,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         return extended.flatten(0, 1).unsqueeze(0)
 
     def _temporal_positions(self, num_frames: int) -> torch.Tensor:
-        r"""Positions `(1, F, D)` of `num_frames` latent frames."""
+        """Positions `(1, F, D)` of `num_frames` latent frames."""
         size = self.temp_embed.shape[1]
         if num_frames == size:
             return self.temp_embed
@@ -388,7 +388,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         num_images: int = 0,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        r"""Predict noise and variance value (or velocity) of noisy latents.
+        """Predict noise and variance value (or velocity) of noisy latents.
 
         Args:
             hidden_states: Noisy normalised latents `(batch_size, in_channels, num_latent_frames, height, width)`,
@@ -396,7 +396,7 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
             timestep: Training step of each sample in 0 .. 1000, `(batch_size,)` or one for all; integers or floats.
             class_labels: Labels `(batch_size,)`, where `num_classes` is the null class; `None` for an unconditional
                 model. With images also `(batch_size, 1 + num_images)`: the label of the video, then of each image.
-            num_images: The last so many frames are images of their own (joint training on images and videos): they
+            num_images: This many frames at the end are images of their own (joint training on images and videos): they
                 pass the spatial blocks only.
             return_dict: Whether to return a `Transformer2DModelOutput` instead of a plain tuple.
 

@@ -1,4 +1,4 @@
-"""What the video autoencoders of this package have in common: public methods, tiles, chunks, streams.
+"""Base class of the video autoencoders of this package: public methods, tiles, chunks, streams.
 
 A model brings its network in up to two parts, `_encode_local` and `_encode_whole` (and back `_decode_whole` and
 `_decode_local`), says how it compresses and how far its local layers reach. Tiles and chunks are exact: every part of
@@ -582,7 +582,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     # ---- what only some models have ---------------------------------------------------------------------------------
 
     def memory_model(self) -> "MemoryModel":
-        """What the memory of the model depends on; `plan` and the functions for files ask it."""
+        """Model of the memory that videos take; `plan` and the functions for files ask it."""
         self.check_predicts_memory("memory_model")
         raise NotImplementedError
 

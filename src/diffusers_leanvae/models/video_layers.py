@@ -10,7 +10,7 @@ from .temporal_cache import WHOLE, Chunk
 
 
 class FrameConv2d(nn.Conv2d):
-    r"""A 2D convolution of every frame."""
+    """A 2D convolution of every frame."""
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         padding: Any = self.padding
@@ -26,10 +26,10 @@ def convolve(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> torch.Tensor:
-    r"""`conv3d`, also of no frames: a stream may have nothing ready yet."""
+    """`conv3d`, also of no frames: a stream may have nothing ready yet."""
     if x.shape[2] > 0:
         return F.conv3d(x, weight, bias, stride, padding, dilation)
-    shape = (*x.shape[:2], weight.shape[2] - 2 * padding[0], *x.shape[3:])  # one frame comes out of so many
+    shape = (*x.shape[:2], weight.shape[2] - 2 * padding[0], *x.shape[3:])  # as many frames as give one
     return F.conv3d(x.new_empty(shape), weight, bias, stride, padding, dilation)[:, :, :0]
 
 
@@ -54,7 +54,7 @@ class LayerChain(nn.ModuleList):
 
 
 def attend_within_frames(qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], size: torch.Size) -> torch.Tensor:
-    r"""Attention with one head over the positions of each frame.
+    """Attention with one head over the positions of each frame.
 
     Args:
         qkv: Queries, keys and values, `(B, T, H * W, c)` each.

@@ -18,7 +18,7 @@ def _synthesize(low: torch.Tensor, high: torch.Tensor, dim: int) -> torch.Tensor
 
 
 def haar_analysis_3d(video: torch.Tensor) -> torch.Tensor:
-    r"""Split a video into eight sub-bands.
+    """Split a video into eight sub-bands.
 
     Args:
         video: Tensor of shape `(batch_size, channels, num_frames, height, width)`, all three sizes even.
@@ -34,7 +34,7 @@ def haar_analysis_3d(video: torch.Tensor) -> torch.Tensor:
 
 
 def haar_synthesis_3d(subbands: torch.Tensor) -> torch.Tensor:
-    r"""Invert [`haar_analysis_3d`]: `(B, 8 * C, T, H, W)` to `(B, C, 2 * T, 2 * H, 2 * W)`."""
+    """Invert [`haar_analysis_3d`]: `(B, 8 * C, T, H, W)` to `(B, C, 2 * T, 2 * H, 2 * W)`."""
     bands = list(subbands.chunk(8, dim=1))
     for dim in (4, 3, 2):
         bands = [_synthesize(low, high, dim) for low, high in zip(bands[::2], bands[1::2], strict=True)]
@@ -42,7 +42,7 @@ def haar_synthesis_3d(subbands: torch.Tensor) -> torch.Tensor:
 
 
 def haar_analysis_2d(image: torch.Tensor) -> torch.Tensor:
-    r"""Split the frames of a video into four sub-bands each, without mixing frames.
+    """Split the frames of a video into four sub-bands each, without mixing frames.
 
     Args:
         image: Tensor of shape `(batch_size, channels, num_frames, height, width)`, height and width even.
@@ -58,7 +58,7 @@ def haar_analysis_2d(image: torch.Tensor) -> torch.Tensor:
 
 
 def haar_synthesis_2d(subbands: torch.Tensor) -> torch.Tensor:
-    r"""Invert [`haar_analysis_2d`]: `(B, 4 * C, T, H, W)` to `(B, C, T, 2 * H, 2 * W)`."""
+    """Invert [`haar_analysis_2d`]: `(B, 4 * C, T, H, W)` to `(B, C, T, 2 * H, 2 * W)`."""
     bands = list(subbands.chunk(4, dim=1))
     for dim in (3, 4):
         bands = [_synthesize(low, high, dim) for low, high in zip(bands[::2], bands[1::2], strict=True)]

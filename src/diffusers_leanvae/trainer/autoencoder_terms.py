@@ -17,7 +17,7 @@ from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 @dataclass
 class Regularization:
-    """What makes latents easier to model; each is off by default. Numbers are weights where nothing else is said."""
+    """Switches that make latents easier to model, all off by default. Numbers are weights unless stated otherwise."""
 
     equivariance_probability: float = 0.0  # EQ-VAE (2502.09509): share of steps that decode transformed latents
     equivariance_in_time: bool = True  # ours: those steps also play half of the clips at twice the speed
@@ -34,7 +34,7 @@ class Regularization:
 
 
 class DecoderTask(NamedTuple):
-    """What the decoder is given, and the videos in `[-1, 1]` that it is to answer."""
+    """Input of the decoder, and the videos in `[-1, 1]` that it should return."""
 
     target: torch.Tensor
     latents: torch.Tensor
@@ -64,7 +64,7 @@ def decoder_task(
 
 @dataclass
 class PerceptualRecipe:
-    """Of `loss.lpips` and `loss.ms_ssim`."""
+    """Settings of `loss.lpips` and `loss.ms_ssim`."""
 
     frames: Literal["reference", "all"] = "reference"  # "reference": the first and one group of four
     vgg16: str = "timm/vgg16.tv_in1k"  # file or Hub repository of the standard weights

@@ -1,7 +1,7 @@
 """Files of a training run that survive a kill at any moment: checkpoints, logs and what it exports.
 
-A checkpoint is written beside and renamed, so that a folder named `step-*` is always whole. A run that resumes drops
-what the killed one logged beyond it.
+A checkpoint is written under another name and renamed, so that a folder named `step-*` is always whole. A run that
+resumes drops what the killed one logged beyond it.
 """
 
 import json
@@ -47,7 +47,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
         folder: Where the run keeps its checkpoints; need not exist.

@@ -1,4 +1,4 @@
-"""What is random in a training step: a function of the seed and of the sample's number alone, on any device."""
+"""Random draws of a training step: a function of the seed and of the sample's number alone, on any device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

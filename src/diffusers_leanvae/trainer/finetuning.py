@@ -65,7 +65,7 @@ class LoraRecipe:
 
 
 def add_lora(vae: AutoencoderKLLeanVAE, recipe: LoraRecipe) -> Any:
-    """Freeze a model and put low-rank adapters beside its linear layers, in place.
+    """Freeze a model and add low-rank adapters to its linear layers, in place.
 
     Args:
         vae: The model; it still works by itself, adapters included.

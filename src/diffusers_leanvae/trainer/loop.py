@@ -241,7 +241,7 @@ class TrainingRun:
             )
 
     def is_due(self, every: int) -> bool:
-        """Return whether something that happens every so many steps, and after the last one, happens now."""
+        """Return whether something that happens every few steps, and after the last one, happens now."""
         is_over = self._is_out_of_time or self.progress.step == self.recipe.num_steps
         return is_over or self.progress.step % every == 0
 

@@ -39,7 +39,7 @@ Pixels are in `[-1, 1]`, videos `(batch_size, {in_channels}, num_frames, height,
 
 ## Training
 
-{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped for want of a finite loss or gradient.
+{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped because a loss or gradient was not finite.
 {losses}
 
 The recipe, with all defaults resolved:
@@ -82,7 +82,7 @@ frames = pipeline({arguments}).frames[0]
 
 ## Training
 
-{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped for want of a finite loss or gradient.
+{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped because a loss or gradient was not finite.
 {losses}
 
 The recipe, with all defaults resolved:

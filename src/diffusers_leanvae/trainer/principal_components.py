@@ -26,7 +26,7 @@ _INITIAL_LOGVAR = -8.0
 
 
 class _Moments:
-    r"""Running mean and covariance of row vectors in float64."""
+    """Running mean and covariance of row vectors in float64."""
 
     def __init__(self) -> None:
         self.count, self.total, self.outer = 0, torch.zeros(()), torch.zeros(())
@@ -47,14 +47,14 @@ class _Moments:
 
 
 def _principal_components(covariance: torch.Tensor, num_components: int) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The first directions `(components, dim)`, orthonormal, and the standard deviation along each."""
+    """The first directions `(components, dim)`, orthonormal, and the standard deviation along each."""
     variance, vectors = torch.linalg.eigh(covariance)
     return vectors.flip(1)[:, :num_components].t(), variance.flip(0)[:num_components].clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iterable[torch.Tensor]) -> None:
-    r"""Set the weights of `vae` in place so that it starts as a linear autoencoder in the principal components.
+    """Set the weights of `vae` in place so that it starts as a linear autoencoder in the principal components.
 
     Args:
         vae: A freshly made model (any configuration whose branches are at least `latent_channels` wide).
@@ -141,7 +141,7 @@ def initialize_from_principal_components(vae: AutoencoderKLLeanVAE, videos: Iter
 
 
 def _patches(vae: AutoencoderKLLeanVAE, frames: torch.Tensor, image: bool) -> torch.Tensor:
-    r"""Rows of patch features; `image` treats every frame as a first frame, in the order of the video's tokens."""
+    """Rows of patch features; `image` treats every frame as a first frame, in the order of the video's tokens."""
     geometry = vae.encoder.geometry
     part = vae.encoder.transform(frames * vae.pixel_factor, image=image)
     patches = split_patches(part, geometry.image_patch if image else geometry.video_patch)

@@ -68,7 +68,7 @@ class RunRecipe:
     num_threads: int | None = None  # CPU threads of each process
     optimizer: OptimizerRecipe = dataclasses.field(default_factory=OptimizerRecipe)
     ema_decay: float  # approached as (1 + step) / (10 + step), so that short runs average over a tenth
-    max_skipped_steps: int = 20  # give up after so many steps in a row without a finite loss and gradient
+    max_skipped_steps: int = 20  # give up after this many steps in a row without a finite loss and gradient
     log_every: int
     # Trackers get what log.jsonl gets.
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = dataclasses.field(default_factory=list)
@@ -105,7 +105,7 @@ def parse_recipe(recipe_class: type[Recipe], description: str | None, arguments:
 
 
 def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    r"""Read a YAML recipe into `recipe_class`.
+    """Read a YAML recipe into `recipe_class`.
 
     Args:
         recipe_class: A dataclass; nested sections are fields whose type is a dataclass. A field without a default must

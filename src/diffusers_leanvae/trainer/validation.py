@@ -1,4 +1,4 @@
-"""Validation during training: figures for all clips, videos and pictures of originals beside reconstructions."""
+"""Validation during training: figures for all clips, videos and pictures of originals next to reconstructions."""
 
 from collections.abc import Iterable
 from fractions import Fraction
@@ -25,7 +25,7 @@ class ValidationClip(NamedTuple):
 
 
 class ValidationScore(NamedTuple):
-    """Figures of one clip, and its middle frame beside the original's: uint8, `(height, 2 * width, 3)`, or `None`."""
+    """Figures of one clip, and its middle frame next to the original's: uint8, `(height, 2 * width, 3)`, or `None`."""
 
     name: str
     psnr: float
@@ -65,7 +65,7 @@ def score_clips(
     Args:
         vae: The autoencoder, on its device.
         clips: What to reconstruct.
-        videos: A folder for the originals beside the reconstructions, as mp4; `None` writes none.
+        videos: A folder for the originals next to the reconstructions, as mp4; `None` writes none.
         num_videos: The number of clips that get a picture and a video.
     """
     scores = []

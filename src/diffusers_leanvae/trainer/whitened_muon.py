@@ -3,7 +3,7 @@
 Why not `torch.optim.Muon` or AdamW: tokens of a video are nearly one direction, their brightness. In the covariance
 of a layer's inputs the first eigenvalue is orders of magnitude above most, and fine detail lives in the small ones.
 A step that is isotropic in the *weights* is too large for the first or nothing for the others: the loss rises until
-the learning rate falls. Here a step is isotropic in what a layer *answers*: of all updates that change the outputs,
+the learning rate falls. Here a step is isotropic in what a layer *outputs*: of all updates that change the outputs,
 for the inputs that there are, by a bounded amount, the one that lowers the loss most.
 """
 
@@ -22,18 +22,18 @@ from ..models.leanvae_blocks import CausalDepthwiseConv3d
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 
-# Inputs are looked at in each of the first steps, then now and then; nothing moves before a few looks.
+# Input covariances are sampled in each of the first steps, then now and then; parameters wait for the first few.
 _NUM_FIRST_LOOKS, _STEPS_PER_LOOK, _LOOKS_BEFORE_MOVING = 8, 20, 4
 _SMALLEST_LOOK_WEIGHT = 0.05  # of the newest look in the running average
 _TOKENS_PER_LOOK = 2  # every second in height and width: the covariance over a convolution's 27 taps is the costliest
 
-# How far outputs move, relative to the learning rate. Hidden units answer around 1, tokens and pixels far smaller; a
+# How far outputs move, relative to the learning rate. Hidden units are around 1, tokens and pixels far smaller; a
 # latent of unit variance is decoded to tokens many times its size.
 _HIDDEN_SCALE, _LATENT_SCALE = 5.0, 0.1
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    r"""The nearest (semi-)orthogonal matrix, roughly: singular vectors kept, singular values within about [0.7, 1.2].
+    """The nearest (semi-)orthogonal matrix, roughly: singular vectors kept, singular values within about [0.7, 1.2].
 
     In float32 (CPUs without bfloat16 arithmetic emulate it, slowly), and on the Gram matrix, with half the operations.
 
@@ -56,7 +56,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_square_root(covariance: torch.Tensor, damping: float) -> torch.Tensor:
-    r"""`(covariance + damping * mean eigenvalue)^(-1/2)` in float32.
+    """`(covariance + damping * mean eigenvalue)^(-1/2)` in float32.
 
     Args:
         covariance: Symmetric, `(..., dim, dim)`; the mean is taken over all matrices of a batch.
@@ -68,7 +68,7 @@ def inverse_square_root(covariance: torch.Tensor, damping: float) -> torch.Tenso
 
 
 class WhitenedMuon(torch.optim.Optimizer):
-    r"""Muon (K. Jordan et al. 2024) on whitened inputs for linear maps, AdamW for the rest.
+    """Muon (K. Jordan et al. 2024) on whitened inputs for linear maps, AdamW for the rest.
 
     With gradient `G` of a layer `y = W x` and `R` the inverse square root of the covariance of its inputs (factor `A`
     of K-FAC, arXiv 1503.05671), the update is `-lr * orthogonalize(G R) R`: outputs change by about `lr`, root mean
@@ -180,13 +180,13 @@ class WhitenedMuon(torch.optim.Optimizer):
     # ---- updates ----------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        r"""Forget gradients, and the inputs seen with them."""
+        """Forget gradients, and the inputs seen with them."""
         super().zero_grad(set_to_none)
         self._seen.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        r"""One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

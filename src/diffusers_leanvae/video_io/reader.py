@@ -51,7 +51,7 @@ OnError = Literal["raise", "stop"]
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header and the first decoded frame say about a file.
+    """Properties of a file, from its header and its first decoded frame.
 
     Attributes:
         path: The file, as given.

@@ -24,7 +24,7 @@ class SeekPoint(NamedTuple):
 
 
 class SeekPoints:
-    """Frames from which decoding is certain to give what it gives from the start, as far as packets were looked at.
+    """Frames from which decoding is certain to give what it gives from the start, as far as packets were read.
 
     The proof: an IDR picture (H.264, HEVC) or a VP9 key frame resets the decoder, and all packets before it are shown
     before it, so its frame index is the number of packets before it. That needs one packet per frame: these codecs in
@@ -48,12 +48,12 @@ class SeekPoints:
     def __init__(self, codec: str, length_size: int) -> None:
         self.found: list[SeekPoint] = []
         self._codec, self._length_size = codec, length_size
-        self._num_packets = 0  # looked at, and as the proof needs them
+        self._num_packets = 0  # read so far, and as the proof needs them
         self._is_whole = False  # whether these are all packets
         self._is_broken = False  # whether the packet after these is not as the proof needs it
 
     def covers(self, index: int) -> bool:
-        """Return whether `find` can answer for frame `index` without looking at more packets."""
+        """Return whether `find` can answer for frame `index` without reading more packets."""
         return index < self._num_packets or self._is_whole or self._is_broken
 
     def find(self, index: int) -> SeekPoint | None:

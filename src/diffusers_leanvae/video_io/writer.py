@@ -336,7 +336,7 @@ class _AudioSource:
             yield packet
 
     def limit(self, written: Fraction, frame_duration: Fraction) -> Fraction | None:
-        """Where the sound of a video of `written` seconds ends: `None`, nowhere, where that is the whole source."""
+        """End of the sound of a video of `written` seconds: `None`, nowhere, where that is the whole source."""
         if self.video_duration is not None and written > self.video_duration - frame_duration:
             return None
         return written
