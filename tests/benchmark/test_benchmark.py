@@ -247,6 +247,14 @@ def test_command_loses_nothing_that_was_measured():
     assert all(row["dtype"] == "float32" for row in rows)
 
 
+def test_command_prints_its_figures_before_it_writes_them(tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--variant", "eager"]
+    result = CliRunner().invoke(app, ["bench", *arguments, "--output", str(tmp_path / "file" / "bench.json")])
+    assert result.exit_code == 1 and result.stderr.startswith("error: ")
+    assert len(json.loads(result.stdout.splitlines()[-1])["rows"]) == 2
+
+
 def test_figures_stay_in_a_row_whose_later_calls_fail():
     (record,) = make_records("x")
     row = summarize(record | {"first": FIRST | {"seconds": 9.0}, "seconds": [], "note": "out of memory"})

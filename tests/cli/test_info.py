@@ -122,6 +122,10 @@ def test_what_is_none_of_these(tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
     assert "must hold valid JSON" in error(tmp_path / "damaged")
+    make_tiny("leanvae").save_pretrained(tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text()) | {"patch_size": "2"}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    assert "must describe an AutoencoderKLLeanVAE" in error(tmp_path / "foreign")
     (tmp_path / "text.mp4").write_text("this is not a video")
     assert "text.mp4" in error(tmp_path / "text.mp4")
     with pytest.raises(ValueError, match="must be a valid safetensors file"):

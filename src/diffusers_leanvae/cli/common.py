@@ -7,6 +7,7 @@ Every module of this folder imports only what is light; the rest is imported ins
 import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,8 +105,8 @@ def sentence_of(error: Exception) -> str:
 
 
 def one_line(error: Any) -> str:
-    """Put the text of an error or warning on one line, at most 400 characters."""
-    return " ".join(str(error).split())[:400]
+    """Put the text of an error or warning on one line of at most 400 characters."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...")
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":

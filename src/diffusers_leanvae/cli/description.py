@@ -149,7 +149,11 @@ def _describe_model(folder: Path) -> dict[str, Any] | None:
     family = FAMILIES.get(class_name, Family(class_name))
     ratios = {}
     if family.ratios is not None:
-        time, space = family.ratios(config)
+        try:
+            time, space = family.ratios(config)
+        except (LookupError, TypeError) as error:
+            name = f"{type(error).__name__}: {error}"
+            raise ValueError(f"`{CONFIG_NAME}` of {str(folder)!r} must describe an {class_name} ({name}).") from None
         ratios = {"temporal_compression_ratio": time, "spatial_compression_ratio": space}
     return {
         "kind": "model",

@@ -150,10 +150,10 @@ def bench(
     finally:  # whatever ends it, what is measured is reported
         rows = [rounds.summarize(record) for record in records if "first" in record or "note" in record]
         result = {"rows": rows, "weights": model}
-        if rows and output is not None:
-            write_result(output, result)
         if rows:
             typer.echo(json.dumps(result))
+        if rows and output is not None:
+            write_result(output, result)
     notes = [row["note"] for row in rows if "note" in row]
     if notes:
         raise ValueError(f"{len(notes)} of {len(rows)} rows could not be measured: {one_line(notes[0])}")
