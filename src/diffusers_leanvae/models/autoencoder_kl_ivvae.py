@@ -16,7 +16,7 @@ from torch import nn
 from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder, check_statistics
-from .video_layers import FrameConv2d, LayerChain, attend_within_frames
+from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 
 
 def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,14 +57,15 @@ class GroupCausalConv3d(nn.Conv3d):
         groups = x.unflatten(2, (-1, group_size))  # (B, c, groups, frames, H, W)
         last = torch.cat((before, groups[:, :, :-1, -1]), dim=2).unsqueeze(3)  # of the group before each
         windows = torch.cat((last, groups, torch.zeros_like(last)), dim=3).transpose(1, 2).flatten(0, 1)
-        return super().forward(windows).unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+        windows = convolve(windows, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
+        return windows.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
-class PointwiseConv3d(nn.Conv3d):
-    """A 1x1x1 convolution, for which time is nothing special."""
+class PlainConv3d(nn.Conv3d):
+    """A convolution that needs nothing of the frames around a group."""
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
-        return super().forward(x)
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
 
 
 class BranchConv3d(nn.Module):
@@ -74,7 +75,7 @@ class BranchConv3d(nn.Module):
         super().__init__()
         self.conv_2d = FrameConv2d(in_channels, out_dim, kernel_size, padding=kernel_size // 2)
         self.conv_3d = (
-            PointwiseConv3d(in_channels, out_dim, 1)
+            PlainConv3d(in_channels, out_dim, 1)
             if kernel_size == 1
             else GroupCausalConv3d(in_channels, out_dim, group_size)
         )
@@ -156,7 +157,7 @@ class IVVAEDownsample(nn.Module):
         super().__init__()
         self.conv_2d = FrameConv2d(dim, dim, 3, stride=2)
         self.conv_3d = FrameConv2d(dim, dim, 3, stride=2)
-        self.time_conv = nn.Conv3d(dim, dim, (2, 1, 1), stride=(2, 1, 1)) if is_temporal else None
+        self.time_conv = PlainConv3d(dim, dim, (2, 1, 1), stride=(2, 1, 1)) if is_temporal else None
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         keyframes, motion = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)  # zeros on the right and below only
@@ -175,7 +176,7 @@ class IVVAEUpsample(nn.Module):
         super().__init__()
         self.conv_2d = FrameConv2d(dim, dim // 2, 3, padding=1)
         self.conv_3d = FrameConv2d(dim, dim // 2, 3, padding=1)
-        self.time_conv = nn.Conv3d(dim, 2 * dim, 1) if is_temporal else None
+        self.time_conv = PlainConv3d(dim, 2 * dim, 1) if is_temporal else None
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
         keyframes, motion = x.chunk(2, dim=1)
@@ -355,9 +356,7 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
         check_statistics(latent_channels, latents_mean, latents_std)
         self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, dropout)
         self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, dropout)
-        for name, module in self.named_modules():
-            if isinstance(module, GroupCausalConv3d):
-                module.name = name
+        self._name_layers(GroupCausalConv3d)
 
         self.in_channels = 3
         self.latent_channels = latent_channels

@@ -365,10 +365,9 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         self.decoder = LeanVAEDecoder(
             geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, pixel_factor
         )
-        for name, module in self.named_modules():
+        for module in self.modules():
             _initialize(module)
-            if isinstance(module, CausalDepthwiseConv3d):
-                module.name = name
+        self._name_layers(CausalDepthwiseConv3d)
 
         self.temporal_compression_ratio = 2 * patch_size[0]
         self.spatial_compression_ratio = 2 * patch_size[1]

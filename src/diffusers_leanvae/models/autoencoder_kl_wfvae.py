@@ -483,9 +483,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
             wavelets,
             layers,
         )
-        for name, module in self.named_modules():
-            if isinstance(module, (CausalConv3d, WFVAETemporalUpsample, WFVAEDecoderFlow, WFVAEDecoder)):
-                module.name = name
+        self._name_layers(CausalConv3d, WFVAETemporalUpsample, WFVAEDecoderFlow, WFVAEDecoder)
 
         self.in_channels = 3
         self.latent_channels = latent_channels

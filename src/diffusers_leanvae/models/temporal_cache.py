@@ -11,6 +11,15 @@ import torch
 from .tiling import Tile
 
 
+class _Slot:
+    """What one layer remembered before a chunk, and what it remembers for the next."""
+
+    def __init__(self, before: torch.Tensor | None) -> None:
+        self.before = before
+        self.after: torch.Tensor | None = None
+        self.is_read = False  # and given away
+
+
 class Chunk:
     """Description of the frames that layers get, and the place where they remember some for the next chunk.
 
@@ -34,9 +43,12 @@ class Chunk:
         self.is_last = is_last
         self.is_open = cache is not None and not is_last  # whether it still takes what layers remember
         self._cache = cache
-        self._before = {} if cache is None else cache.tails
-        self._after: dict[str, torch.Tensor] = {}
         self._has_gradients = torch.is_grad_enabled()
+        self._slots: dict[str, _Slot] = {}
+        if cache is not None:
+            self._slots = {name: _Slot(tail) for name, tail in cache.tails.items()}
+            if not self._has_gradients:
+                cache.tails = {}
 
     def __copy__(self) -> "Chunk":
         return self
@@ -61,11 +73,14 @@ class Chunk:
         if self._cache is None:
             return None
         self._check_gradients()
-        tail = self._before.get(name) if self._has_gradients else self._before.pop(name, None)
-        if tail is None:
+        slot = self._slots.get(name)
+        tail = None if slot is None else slot.before
+        if slot is None or tail is None:
             if not self.is_first and not is_optional:
-                raise ValueError(_OTHER_MODEL if name not in self._after else _TWICE)
+                raise ValueError(_OTHER_MODEL if slot is None or not slot.is_read else _TWICE)
             return None
+        if not self._has_gradients:
+            slot.before, slot.is_read = None, True
         if tail.shape[:time_dim] + tail.shape[time_dim + 1 :] != like.shape[:time_dim] + like.shape[time_dim + 1 :]:
             raise ValueError(
                 f"`cache` must be used with chunks of one shape, got {tuple(like.shape)} after {tuple(tail.shape)} "
@@ -83,7 +98,10 @@ class Chunk:
         """
         if self.is_open:
             self._check_gradients()
-            self._after[name] = frames.clone() if copy else frames
+            slot = self._slots.get(name)
+            if slot is None:
+                slot = self._slots[name] = _Slot(None)
+            slot.after = frames.clone() if copy else frames
 
     @contextmanager
     def tile(self, tile: Tile) -> Iterator["Chunk"]:
@@ -99,7 +117,10 @@ class Chunk:
     def close(self) -> None:
         """Make what was remembered the state of the stream; what no layer asked for stays."""
         if self._cache is not None:
-            self._cache.tails = {} if self.is_last else self._before | self._after
+            tails = {name: slot.before if slot.after is None else slot.after for name, slot in self._slots.items()}
+            self._cache.tails = {} if self.is_last else {k: tail for k, tail in tails.items() if tail is not None}
+            if not self._has_gradients:
+                self._slots = {}  # nobody reads them again, and the state may be on its way to disk
         self.is_open = False
 
     def _check_gradients(self) -> None:

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
 
 from ..conversion.checkpoints import HUB_ARGUMENTS
 from .pretrained import PretrainedModel, load_original
@@ -125,6 +126,12 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         self.tile_sample_min_height = 256
         self.tile_sample_min_width = 256
         self.tiling_budget: int | Literal["auto"] | None = None
+
+    def _name_layers(self, *kinds: type[nn.Module]) -> None:
+        """Give the layers that remember something in a stream their names in it."""
+        for name, module in self.named_modules():
+            if isinstance(module, kinds):
+                module.name = name  # type: ignore[assignment]
 
     # ---- what a model brings ----------------------------------------------------------------------------------------
 
@@ -309,6 +316,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             moments = torch.cat([self._encode(x_slice, True, None) for x_slice in x.split(1)])
         else:
             moments = self._encode(x, True, None)
+        self._refuse_wrong_gradients(moments)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -346,6 +354,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             sample = torch.cat([self._decode(z_slice, True, None) for z_slice in z.split(1)])
         else:
             sample = self._decode(z, True, None)
+        self._refuse_wrong_gradients(sample)
         sample = sample.squeeze(2) if is_image else sample
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -369,6 +378,15 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         reconstruction = self.decode(z, return_dict=False)[0]
         reconstruction = reconstruction.squeeze(2) if sample.ndim == 4 else reconstruction
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction,)
+
+    def _refuse_wrong_gradients(self, output: torch.Tensor) -> None:
+        """Let the backward pass fail where it would go through the empty memory that offloaded weights leave."""
+        if torch.compiler.is_compiling() or not output.requires_grad:
+            return
+        registries = [getattr(module, "_diffusers_hook", None) for module in self.modules()]
+        hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+        if any(hook is not None and hook.group.offload_to_disk_path for hook in hooks):
+            output.register_hook(_refuse_gradient)
 
     # ---- tiles and chunks -------------------------------------------------------------------------------------------
 
@@ -622,3 +640,10 @@ def _in_tiles(height: int, width: int, sizes: TileSizes, halo: int, state: Any) 
             continue
         with state.tile(tile) as part:
             yield tile, part
+
+
+def _refuse_gradient(gradient: torch.Tensor) -> None:
+    raise ValueError(
+        "`offload_to_disk_path` must not be given to `enable_group_offload` for gradients, which need the weights in "
+        "memory."
+    )

@@ -27,6 +27,9 @@ def convolve(
     dilation: tuple[int, ...],
 ) -> torch.Tensor:
     """`conv3d`, also of no frames: a stream may have nothing ready yet."""
+    # A view, since hooks that cast or offload weights after a layer was called replace the data of the parameter
+    # itself, and autograd would find that on its way back.
+    weight = weight.view_as(weight)
     if x.shape[2] > 0:
         return F.conv3d(x, weight, bias, stride, padding, dilation)
     shape = (*x.shape[:2], weight.shape[2] - 2 * padding[0], *x.shape[3:])  # as many frames as give one
