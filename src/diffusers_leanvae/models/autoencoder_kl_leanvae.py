@@ -23,7 +23,15 @@ from torch import nn
 from ..checks import check_choice
 from ..conversion import leanvae
 from ..kernels import get as get_kernels
-from .leanvae_blocks import CausalDepthwiseConv3d, LeanVAEBlocks, slice_elements, slices, works_in_place
+from .leanvae_blocks import (
+    CausalDepthwiseConv3d,
+    LeanVAEBlocks,
+    by_strips,
+    keep,
+    slice_elements,
+    update_tokens,
+    works_in_place,
+)
 from .leanvae_fused import FusedLeanVAE, Product, signature
 from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
@@ -80,15 +88,9 @@ class LeanVAEEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor | None, video: torch.Tensor | None, chunk: Chunk = WHOLE) -> torch.Tensor:
         frames = [part for part in (image, video) if part is not None]
-        strip = 2 * self.geometry.patch_size[1]  # pixels per row of tokens
-        rows = [slice(None)]
-        if works_in_place():  # sub-bands and patches of a strip at a time: they take six times the pixels' memory
-            elements = sum(part[..., :strip, :].numel() for part in frames)
-            height = frames[0].shape[3] // strip
-            rows = [slice(r.start * strip, r.stop * strip) for r in slices(height, 6 * elements, frames[0].device)]
-        embedded = [self._embed(*(None if part is None else part[..., r, :] for part in (image, video))) for r in rows]
-        branches = [torch.cat(strips, dim=2) for strips in zip(*embedded, strict=True)]  # (B, t, h, w, dim) each
-        del embedded
+        height = frames[0].shape[3] // (2 * self.geometry.patch_size[1])
+        elements_per_row = 6 * sum(part.numel() for part in frames) // height
+        branches = list(by_strips(self._embed, (image, video), (3, 2), height, elements_per_row, chunk))
         if self.separate:
             layers = (self.low_layers, self.high_layers)
             branches = [layer(tokens, chunk) for layer, tokens in zip(layers, branches, strict=True)]
@@ -131,19 +133,14 @@ class ISTAIteration(nn.Module):
     ) -> torch.Tensor:
         step_size, threshold = self.step_size.to(phi.dtype), self.threshold.to(phi.dtype)
         error = step_size * (F.linear(hidden_states, phi) - latents)  # (B, t, h, w, z)
-        if not works_in_place():
-            hidden_states = hidden_states - F.linear(error, phi.t())
-            sparse = self.forward_transform(hidden_states, chunk)
-            return hidden_states + self.backward_transform(_soft_threshold(sparse, threshold), chunk)
-        tokens, errors = hidden_states.view(-1, phi.shape[1]), error.view(-1, phi.shape[0])
-        parts = list(slices(tokens.shape[0], 4 * phi.shape[1], tokens.device))
-        for part in parts:
-            tokens[part].sub_(F.linear(errors[part], phi.t()))
-        sparse = self.forward_transform(hidden_states.clone(), chunk)
-        coefficients = sparse.view(-1, phi.shape[1])
-        for part in parts:
-            coefficients[part].copy_(_soft_threshold(coefficients[part], threshold))
-        return hidden_states.add_(self.backward_transform(sparse, chunk))
+        width = 4 * phi.shape[1]
+        hidden_states = update_tokens(
+            lambda tokens, error: tokens - F.linear(error, phi.t()), hidden_states, error, width=width, chunk=chunk
+        )
+        sparse = self.forward_transform(keep(hidden_states, chunk), chunk)
+        sparse = update_tokens(lambda tokens: _soft_threshold(tokens, threshold), sparse, width=width, chunk=chunk)
+        change = self.backward_transform(sparse, chunk)
+        return update_tokens(torch.add, hidden_states, change, width=width, chunk=chunk)
 
 
 def _soft_threshold(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -233,19 +230,13 @@ class LeanVAEDecoder(nn.Module):
             tokens = (self.low_layers(low, chunk), self.high_layers(high, chunk))
         if subbands:
             return self._project(tokens, chunk.is_first)
-        if not works_in_place():
-            return synthesize(self._project(tokens, chunk.is_first), self.pixel_factor)
-        sample: torch.Tensor | None = None
-        height, ratio = hidden_states.shape[2], 2 * self.geometry.patch_size[1]
-        elements_per_row = hidden_states[:, :, 0, :, 0].numel() * self.geometry.video_dim
-        for rows in slices(height, 6 * elements_per_row, hidden_states.device):  # strips, as in the encoder
-            strip = self._project(tuple(part[:, :, rows] for part in tokens), chunk.is_first)
-            pixels = synthesize(strip, self.pixel_factor)
-            if sample is None:
-                sample = pixels.new_empty(*pixels.shape[:3], height * ratio, pixels.shape[4])
-            sample[..., rows.start * ratio : rows.stop * ratio, :] = pixels
-        assert sample is not None
-        return sample
+        height = hidden_states.shape[2]
+        elements_per_row = 6 * hidden_states[:, :, 0, :, 0].numel() * self.geometry.video_dim
+
+        def synthesize_rows(*tokens: torch.Tensor) -> tuple[torch.Tensor]:
+            return (synthesize(self._project(tokens, chunk.is_first), self.pixel_factor),)
+
+        return by_strips(synthesize_rows, tokens, (2, 3), height, elements_per_row, chunk)[0]
 
     def _project(self, tokens: tuple[torch.Tensor, ...], has_image: bool) -> Subbands:
         """Last tokens of each branch, or rows of them, to sub-bands."""
@@ -393,7 +384,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def decode_subbands(self, z: torch.Tensor) -> Subbands:
         """Decode latents `(batch_size, z, t, h, w)` to sub-bands instead of pixels; for the wavelet losses."""
-        return self._decode_local(z, WHOLE, subbands=True)
+        return self._decode_local(z, Chunk(), subbands=True)
 
     def synthesize(self, subbands: Subbands) -> torch.Tensor:
         """Video in `[-1, 1]` of sub-bands; inverse of `analyze`."""
@@ -403,7 +394,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of frames."""
-        if (fused := self._current_fused(x)) is not None:
+        if (fused := self._current_fused(x, chunk)) is not None:
             return fused.encode(x, chunk)
         image, video = (x[:, :, :1], x[:, :, 1:]) if chunk.is_first else (None, x)
         features = self.encoder(image, video if video.shape[2] else None, chunk)  # (B, t, h, w, c)
@@ -412,7 +403,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def _decode_local(self, hidden: torch.Tensor, chunk: Chunk, subbands: bool = False) -> Any:
         """Pixels `(B, C, T, H, W)`, or sub-bands, of latents `(B, z, t, h, w)`."""
-        if not subbands and (fused := self._current_fused(hidden)) is not None:
+        if not subbands and (fused := self._current_fused(hidden, chunk)) is not None:
             return fused.decode(hidden, chunk)
         features = self.bottleneck(hidden.permute(0, 2, 3, 4, 1), chunk, reconstruct=True)  # (B, t, h, w, c)
         return self.decoder(features, chunk, subbands)
@@ -464,12 +455,12 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         """Undo [`fuse`]: free the prepared weights."""
         self._fused = None
 
-    def _current_fused(self, x: torch.Tensor) -> FusedLeanVAE | None:
+    def _current_fused(self, x: torch.Tensor, chunk: Chunk) -> FusedLeanVAE | None:
         """Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers.
 
         Nor where hooks bring the layers' weights to device or dtype of the input only when a layer is called.
         """
-        if self._fused is None or not works_in_place() or torch.is_autocast_enabled(x.device.type):
+        if self._fused is None or not works_in_place(chunk) or torch.is_autocast_enabled(x.device.type):
             return None
         weight = self.logvar_proj.weight
         if weight.device != x.device or weight.dtype != x.dtype:

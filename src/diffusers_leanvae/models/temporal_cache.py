@@ -32,6 +32,11 @@ class Chunk:
     Without gradients nothing is computed again, and what was remembered is given away for good when it is read: the
     old state and the new one are never in memory together.
 
+    Attributes:
+        is_open: Whether it still takes what layers remember.
+        has_gradients: Whether the call that it belongs to has gradients. A checkpointing function may call a layer
+            without them inside such a call, to call it once more later.
+
     Args:
         is_first: Whether the frames start with the first frame of the video.
         is_last: Whether nothing follows; then nothing is remembered.
@@ -41,13 +46,13 @@ class Chunk:
     def __init__(self, is_first: bool = True, is_last: bool = True, cache: "TemporalCache | None" = None) -> None:
         self.is_first = is_first
         self.is_last = is_last
-        self.is_open = cache is not None and not is_last  # whether it still takes what layers remember
+        self.is_open = cache is not None and not is_last
         self._cache = cache
-        self._has_gradients = torch.is_grad_enabled()
+        self.has_gradients = torch.is_grad_enabled()
         self._slots: dict[str, _Slot] = {}
         if cache is not None:
             self._slots = {name: _Slot(tail) for name, tail in cache.tails.items()}
-            if not self._has_gradients:
+            if not self.has_gradients:
                 cache.tails = {}
 
     def __copy__(self) -> "Chunk":
@@ -79,7 +84,7 @@ class Chunk:
             if not self.is_first and not is_optional:
                 raise ValueError(_OTHER_MODEL if slot is None or not slot.is_read else _TWICE)
             return None
-        if not self._has_gradients:
+        if not self.has_gradients:
             slot.before, slot.is_read = None, True
         if tail.shape[:time_dim] + tail.shape[time_dim + 1 :] != like.shape[:time_dim] + like.shape[time_dim + 1 :]:
             raise ValueError(
@@ -119,12 +124,12 @@ class Chunk:
         if self._cache is not None:
             tails = {name: slot.before if slot.after is None else slot.after for name, slot in self._slots.items()}
             self._cache.tails = {} if self.is_last else {k: tail for k, tail in tails.items() if tail is not None}
-            if not self._has_gradients:
+            if not self.has_gradients:
                 self._slots = {}  # nobody reads them again, and the state may be on its way to disk
         self.is_open = False
 
     def _check_gradients(self) -> None:
-        if self._has_gradients and not torch.is_grad_enabled():
+        if self.has_gradients and not torch.is_grad_enabled():
             raise ValueError(
                 "`use_reentrant` must be False for gradient checkpointing of streams and chunks of time, got a layer "
                 "called without gradients inside a call with them."

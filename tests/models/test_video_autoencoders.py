@@ -1,4 +1,4 @@
-"""WF-VAE and IV-VAE behind the interface of LeanVAE: the same behaviour is asked of both, in every configuration."""
+"""LeanVAE, WF-VAE and IV-VAE behind one interface: the same behaviour is asked of all, in every configuration."""
 
 import json
 from pathlib import Path
@@ -8,54 +8,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoModel
+from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
 
-from diffusers_leanvae import AutoencoderKLIVVAE, AutoencoderKLWFVAE, StreamingDecoder, StreamingEncoder, TemporalCache
+from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.wavelets import haar_analysis_3d
 
 
-WF = {"latent_channels": 4, "base_channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 2}
-IV = {"latent_channels": 4, "base_channels": 4, "channel_multipliers": (1, 2, 3, 3)}
-CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "wf": (AutoencoderKLWFVAE, WF),
-    "wf_8x": (AutoencoderKLWFVAE, WF | {"temporal_compression_ratio": 8, "num_encoder_layers": 1}),
-    "wf_nearest": (AutoencoderKLWFVAE, WF | {"temporal_interpolation": "nearest", "use_attention": False}),
-    "wf_flow": (AutoencoderKLWFVAE, WF | {"num_flow_layers": 4, "num_decoder_layers": 1}),
-    "iv": (AutoencoderKLIVVAE, IV),
-    "iv_one_layer": (
-        AutoencoderKLIVVAE,
-        IV | {"num_layers": 1, "channel_multipliers": (1, 1, 1, 2)},
-    ),
-}
 all_cases = pytest.mark.parametrize("case", CASES)
 both = pytest.mark.parametrize("case", ["wf", "iv"])
-
-
-def make(case: str, dtype: torch.dtype = torch.float64, **config: Any) -> Any:
-    torch.manual_seed(0)
-    model_class, settings = CASES[case]
-    vae = model_class(**(settings | config)).eval()
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():  # outputs of order 1, and norms that are not the identity
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            is_scale = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(torch.randn_like(parameter) * scale + float(is_scale))
-    return torch.nn.Module.to(vae, dtype)
-
-
-def make_video(vae: Any, num_groups: int = 2, height: int = 32, width: int = 40, batch_size: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    num_frames = num_groups * vae.temporal_compression_ratio + 1
-    return (torch.rand(batch_size, 3, num_frames, height, width, generator=generator) * 2 - 1).to(vae.dtype)
-
-
-def make_latents(vae: Any, *size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(1, vae.latent_channels, *size, generator=generator).to(vae.dtype)
-
-
-def assert_exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.std() > 0.05  # or there would be nothing to see
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
 
 
 @all_cases
