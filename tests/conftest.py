@@ -63,7 +63,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 # Variables that PyTorch's compiler and Triton set for the processes that they start, and pytest for the present test.
-FOREIGN_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_")
+FOREIGN_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "CUDA_", "CUBLAS_")
 
 
 def _read_environment() -> dict[str, str]:

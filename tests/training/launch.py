@@ -1,17 +1,10 @@
-"""Run training jobs one by one, in forked processes that find everything imported; see `test_train_vae.py`.
+"""Training jobs in processes of their own: what runs there, and how it is killed; `runs.launch` starts this."""
 
-    python launch.py jobs.json
-
-A job is `{"arguments": [...], "num_processes": 2, "kill": null}`, with `"script": "train_lvdm"` for another than
-`train_vae`; `kill` may be `["update", n]`: SIGKILL the last
-process in its n-th update of the averaged weights; or `["save", step]`: SIGKILL it with a half-written checkpoint.
-"""
-
-import json
 import os
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -21,18 +14,49 @@ from diffusers_leanvae.training import train_lvdm, train_vae
 from torch.multiprocessing.spawn import ProcessExitedException
 
 
-def kill_in_update(number: int) -> None:
+def run_jobs(*jobs: dict[str, Any]) -> None:
+    """Run jobs one after the other, each in processes forked from this one, which find everything imported.
+
+    Args:
+        jobs: `{"script": "train_vae", "arguments": [...], "num_processes": 2, "kill": None}`; `kill` may be
+            `["update", n]`: SIGKILL the last process in its n-th update of the averaged weights; or `["save", step]`:
+            SIGKILL it with a half-written checkpoint.
+    """
+    for job in jobs:
+        try:
+            debug_launcher(_run, (job,), job["num_processes"])
+            was_killed = False
+        except ProcessExitedException as error:
+            was_killed = error.signal_name == "SIGKILL"
+            if not was_killed:
+                raise
+        assert was_killed == (job["kill"] is not None), job
+
+
+def _run(job: dict[str, Any]) -> None:
+    is_last = dist.get_rank() == job["num_processes"] - 1
+    if job["kill"] is not None and is_last:
+        moment, number = job["kill"]
+        if moment == "update":
+            EMAModel.step = at_update(number, _kill)
+        else:
+            _kill_in_save(number)
+    {"train_vae": train_vae, "train_lvdm": train_lvdm}[job["script"]].main(job["arguments"])
+
+
+def at_update(number: int, action: Callable[[], Any]) -> Callable[[EMAModel, Any], None]:
+    """Return an `EMAModel.step` that does something before its `number`-th update, counted from 1."""
     step = EMAModel.step
 
-    def killed(self, parameters):
+    def watched(self: EMAModel, parameters: Any) -> None:
         if self.optimization_step == number - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
         step(self, parameters)
 
-    EMAModel.step = killed
+    return watched
 
 
-def kill_in_save(number: int) -> None:
+def _kill_in_save(number: int) -> None:
     save_state = Accelerator.save_state
 
     def half(self, folder):
@@ -40,26 +64,10 @@ def kill_in_save(number: int) -> None:
         if folder.endswith(f"{number:07d}"):
             (Path(folder) / "optimizer.bin").write_bytes(b"")
             (Path(folder) / "custom_checkpoint_0.pkl").unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill()
 
     Accelerator.save_state = half
 
 
-def run(job: dict) -> None:
-    is_last = dist.get_rank() == job["num_processes"] - 1
-    if job["kill"] is not None and is_last:
-        moment, number = job["kill"]
-        {"update": kill_in_update, "save": kill_in_save}[moment](number)
-    {"train_vae": train_vae, "train_lvdm": train_lvdm}[job.get("script", "train_vae")].main(job["arguments"])
-
-
-if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            debug_launcher(run, (job,), job["num_processes"])
-            was_killed = False
-        except ProcessExitedException as error:
-            was_killed = error.signal_name == "SIGKILL"
-            if not was_killed:
-                raise
-        assert was_killed == (job["kill"] is not None), job
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

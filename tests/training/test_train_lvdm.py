@@ -1,9 +1,6 @@
 """The training script of latent diffusion: it runs, it resumes to the same numbers, and leaves a whole pipeline."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +8,20 @@ import diffusers_leanvae.training.train_lvdm as train_lvdm
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from launch import at_update
 from local_hub import LocalHub
+from runs import (
+    Script,
+    assert_same_run,
+    assert_same_training,
+    changed,
+    interrupt,
+    launch,
+    read_log,
+    weights_at,
+)
 from safetensors.torch import load_file
 from tiny import make_tiny
 
@@ -31,9 +38,6 @@ from diffusers_leanvae.video_io import probe_video
 
 
 CONFIGS = sorted(Path(train_lvdm.__file__).resolve().parent.glob("configs/lvdm_*.yaml"))
-SMOKE = Path(train_lvdm.__file__).resolve().parent / "configs" / "lvdm_smoke.yaml"
-LAUNCHER = Path(__file__).parent / "launch.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 PLAIN = ("num_steps=3", "batch_size=4", "validation.num_samples=0")
 # What could disturb resuming: everything that is random, has a state, or changes on the way.
 FULL = (
@@ -60,15 +64,12 @@ FULL = (
     "clip_start_step=6",
     "data.num_clips=6",  # less than two steps: several epochs
 )
-MUON = ("optimizer.name=muon", "num_steps=6", "batch_size=4", "validation.num_samples=0")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    torch.set_num_threads(1)  # the script sets both for its process
-    torch.set_float32_matmul_precision("highest")
-    AcceleratorState._reset_state(reset_partial_state=True)
+# Recipes whose steps do not depend on how they are shared: the last step, and the settings.
+SHARED = {
+    "plain": (3, PLAIN),
+    "full": (8, (*FULL, "num_accumulation_steps=1", "validation.num_samples=0")),
+    "muon": (6, ("optimizer.name=muon", "num_steps=6", "batch_size=4", "validation.num_samples=0")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,96 +79,44 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..
     return folder
 
 
-def arguments(vae: Path, output: Path, *overrides: str) -> list[str]:
-    return [str(SMOKE), f"vae={vae}", f"output={output}", "num_threads=1", *overrides]
-
-
-def train(vae: Path, output: Path, *overrides: str) -> Path:
-    train_lvdm.main(arguments(vae, output, *overrides))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return output
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
-
-
-def weights_at(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / f"checkpoints/step-{step:07d}/model.safetensors")
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {key for key, value in before.items() if not torch.equal(value, after[key])}
-
-
-def assert_same_run(actual: Path, expected: Path) -> None:
-    """Equal to the last bit: weights, averaged weights, optimizer, logs, validation, the export."""
-    newest = "checkpoints/step-0000008"
-    torch.testing.assert_close(weights_at(actual, 8), weights_at(expected, 8), rtol=0, atol=0)
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        ours, theirs = (torch.load(run / newest / name, weights_only=True) for run in (actual, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    for name in ("log.jsonl", "validation.jsonl"):
-        ours, theirs = (without_times(read_json_lines(run / name)) for run in (actual, expected))
-        assert ours == theirs
-    exported = "pipeline/transformer/diffusion_pytorch_model.safetensors"
-    torch.testing.assert_close(load_file(actual / exported), load_file(expected / exported), rtol=0, atol=0)
-    for name in ("pipeline/vae/config.json", "pipeline/model_index.json"):
-        assert (actual / name).read_text() == (expected / name).read_text()
-    for step in ("0000004", "0000008"):
-        ours, theirs = ((run / f"validation/step-{step}.mp4").read_bytes() for run in (actual, expected))
-        assert ours == theirs
+@pytest.fixture(scope="module")
+def script(vae_folder: Path) -> Script:
+    return Script("train_lvdm", "lvdm_smoke.yaml", f"vae={vae_folder}")
 
 
 @pytest.fixture(scope="module")
-def straight(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(vae_folder, tmp_path_factory.mktemp("straight"), *FULL)
+def straight(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script.train(tmp_path_factory.mktemp("straight"), *FULL)
 
 
 @pytest.fixture(scope="module")
-def launched(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that needs processes of its own: a folder of runs."""
     folder = tmp_path_factory.mktemp("launched")
-
-    def job(name: str, *overrides: str, kill: list | None = None) -> dict:
-        settings = arguments(vae_folder, folder / name, *overrides)
-        return {"script": "train_lvdm", "arguments": settings, "num_processes": 2, "kill": kill}
-
-    jobs = [
-        job("straight", *FULL),
-        job("killed", *FULL, kill=["update", 6]),
-        job("killed", *FULL),
-        job("plain", *PLAIN),
-        job("full", *FULL, "num_accumulation_steps=1", "validation.num_samples=0"),
-        job("muon", *MUON),
-    ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(LAUNCHER), str(folder / "jobs.json")]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr
+    launch(
+        folder,
+        script.job(folder / "straight", *FULL),
+        script.job(folder / "killed", *FULL, kill=["update", 6]),
+        script.job(folder / "killed", *FULL),
+        *(script.job(folder / name, *overrides) for name, (_, overrides) in SHARED.items()),
+    )
     return folder
 
 
 # --- It runs, and leaves a pipeline ----------------------------------------------------------------------------------
 
 
-def test_a_fresh_process_loads_the_pipeline_and_generates(straight: Path):
-    script = """
-import sys, torch, diffusers_leanvae
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
-pipeline.set_progress_bar_config(disable=True)
-frames = pipeline(sys.argv[2], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").frames
-print(type(pipeline).__name__, type(pipeline.scheduler).__name__, frames.shape)
-"""
-    command = [sys.executable, "-c", script, str(straight / "pipeline"), CLASS_NAMES[5]]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.strip() == "LeanVAELattePipeline DDPMScheduler (1, 5, 32, 32, 3)"
+def generate(pipeline: DiffusionPipeline) -> np.ndarray:
+    """One video of a class that is called by its name, in two steps."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(CLASS_NAMES[5], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").frames
+
+
+def test_the_pipeline_loads_and_generates(straight: Path):
+    pipeline = DiffusionPipeline.from_pretrained(straight / "pipeline")
+    assert (type(pipeline).__name__, type(pipeline.scheduler).__name__) == ("LeanVAELattePipeline", "DDPMScheduler")
+    frames = generate(pipeline)
+    assert frames.shape == (1, 5, 32, 32, 3) and np.isfinite(frames).all() and frames.std() > 0
 
 
 def test_the_pipeline_is_what_was_trained(straight: Path, vae_folder: Path):
@@ -197,11 +146,11 @@ def _head(step: int, run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_logged_and_shown(straight: Path):
-    log = read_json_lines(straight / "log.jsonl")
+    log = read_log(straight)
     assert [record["step"] for record in log] == list(range(1, 9))
     terms = {"loss", "mse", "vb", "representation", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
     assert set(log[0]) == {"step", "lr", "num_skipped", "num_bad_videos"} | terms
-    records = read_json_lines(straight / "validation.jsonl")
+    records = read_log(straight, "validation")
     assert [record["step"] for record in records] == [4, 8]
     assert list(records[-1]["levels"]) == ["0.3", "0.7"]
     assert records[-1]["loss"] == pytest.approx(sum(records[-1]["levels"].values()) / 2)
@@ -226,7 +175,7 @@ def test_validation_is_of_the_averaged_model_at_fixed_noise(straight: Path):
         noisy = objective.add_noise(latents, noise, timesteps)
         output = pipeline.transformer(noisy, timesteps, labels).sample
     expected = objective.loss(output, latents, noise, timesteps)["loss"].mean().item()
-    (record,) = (record for record in read_json_lines(straight / "validation.jsonl") if record["step"] == 8)
+    (record,) = (record for record in read_log(straight, "validation") if record["step"] == 8)
     assert record["levels"]["0.7"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -236,10 +185,10 @@ def _validation_noise(index: int, shape: torch.Size) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(shape), np.float32))
 
 
-def test_the_pipeline_and_its_card_go_to_the_hub(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_pipeline_and_its_card_go_to_the_hub(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with LocalHub() as server:
         server.connect(monkeypatch)
-        run = train(vae_folder, tmp_path / "run", *PLAIN, "push_to_hub=someone/tiny")
+        run = script.train(tmp_path / "run", *PLAIN, "push_to_hub=someone/tiny")
     files = server.repositories["someone/tiny"]
     folder = run / "pipeline"
     assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -251,21 +200,13 @@ def test_the_pipeline_and_its_card_go_to_the_hub(vae_folder: Path, tmp_path: Pat
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(
-    vae_folder: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    step = EMAModel.step
-
-    def interrupted(self: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-        if self.optimization_step == 6:
-            raise KeyboardInterrupt
-        step(self, parameters)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(EMAModel, "step", interrupted)
-        train(vae_folder, tmp_path, *FULL)
-    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(vae_folder, tmp_path, *FULL)
+        patch.setattr(EMAModel, "step", at_update(7, interrupt))
+        script.train(tmp_path, *FULL)
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    script.train(tmp_path, *FULL)
     assert_same_run(tmp_path, straight)
     assert changed(weights_at(straight, 4), weights_at(straight, 8))
 
@@ -274,22 +215,15 @@ def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "killed", launched / "straight")
 
 
-@pytest.mark.parametrize(("name", "overrides", "last"), [("plain", PLAIN, 3), ("full", FULL, 8), ("muon", MUON, 6)])
-def test_processes_and_accumulation_give_the_same_model(
-    name: str, overrides: tuple[str, ...], last: int, vae_folder: Path, launched: Path, tmp_path: Path
-):
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_and_accumulation_give_the_same_model(name: str, script: Script, launched: Path, tmp_path: Path):
     """A step's samples, noise and gradient do not depend on how they are shared; only the order of sums does."""
-    runs = [
-        train(
-            vae_folder, tmp_path / f"parts-{n}", *overrides, f"num_accumulation_steps={n}", "validation.num_samples=0"
-        )
-        for n in (1, 2)
-    ]
-    first, *others = (weights_at(run, last) for run in (*runs, launched / name))
-    for other in others:
-        torch.testing.assert_close(other, first, rtol=0, atol=2e-4 if name == "muon" else 2e-5)
-    ours, theirs = (read_json_lines(run / "validation.jsonl")[-1] for run in (launched / name, runs[0]))
-    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    step, overrides = SHARED[name]
+    whole, parts = (script.train(tmp_path / f"parts-{n}", *overrides, f"num_accumulation_steps={n}") for n in (1, 2))
+    for run in (parts, launched / name):
+        assert_same_training(run, whole, step, weights=4e-5 if name == "muon" else 4e-6)
+        ours, theirs = (read_log(run, "validation")[-1]["loss"] for run in (run, whole))
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 # --- What a step is made of ------------------------------------------------------------------------------------------
@@ -333,45 +267,41 @@ def cache(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
     folder = tmp_path_factory.mktemp("cache") / "latents"
     encode_dataset(vae, "shapes", folder, clip_size=(5, 32, 32), num_clips=10, batch_size=5, shard_size=4)
-    AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
 @pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "from disk"])
 def test_cached_latents_train_like_those_encoded_on_the_way(
-    in_memory: bool, cache: Path, vae_folder: Path, tmp_path: Path
+    in_memory: bool, cache: Path, script: Script, tmp_path: Path
 ):
     settings = ("num_images=1", "latent_statistics=data", "num_statistics_items=10", *PLAIN)
     cached = ("data.kind=latents", f"data.path={cache}", f"data.cache_gib={4 * in_memory}")
     runs = [
-        train(vae_folder, tmp_path / "cached", *cached, *settings),
-        train(vae_folder, tmp_path / "encoded", "data.num_clips=10", *settings),
+        script.train(tmp_path / "cached", *cached, *settings),
+        script.train(tmp_path / "encoded", "data.num_clips=10", *settings),
     ]
-    ours, theirs = (weights_at(run, 3) for run in runs)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    losses = [[record["loss"] for record in read_json_lines(run / "log.jsonl")] for run in runs]
+    assert_same_training(*runs, 3)
+    losses = [[record["loss"] for record in read_log(run)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     configs = [json.loads((run / "pipeline/vae/config.json").read_text()) for run in runs]
     for name in ("latents_mean", "latents_std"):
         assert configs[0][name] == pytest.approx(configs[1][name], abs=1e-5)
 
 
-def test_a_named_data_set_trains_like_its_cache(clips: Path, vae_folder: Path, tmp_path: Path):
+def test_a_named_data_set_trains_like_its_cache(clips: Path, script: Script, vae_folder: Path, tmp_path: Path):
     for name, label in (("a.mp4", "jump"), ("b.mp4", "run")):
         (tmp_path / "ucf" / label).mkdir(parents=True)
         (tmp_path / "ucf" / label / name).write_bytes((clips / name).read_bytes())
     vae = AutoencoderKLLeanVAE.from_pretrained(vae_folder)
     source, options = f"ucf101:{tmp_path / 'ucf'}", {"clip_size": (5, 32, 32), "num_crops": 3, "stride": 2}
     encode_dataset(vae, source, tmp_path / "latents", batch_size=3, **options)
-    AcceleratorState._reset_state(reset_partial_state=True)
     settings = ("num_classes=2", "validation.data=null", *PLAIN)
     named = ("data.kind=ucf101", f"data.path={tmp_path / 'ucf'}", "data.num_draws=3", "data.stride=2")
     runs = [
-        train(vae_folder, tmp_path / "cached", "data.kind=latents", f"data.path={tmp_path / 'latents'}", *settings),
-        train(vae_folder, tmp_path / "encoded", *named, *settings),
+        script.train(tmp_path / "cached", "data.kind=latents", f"data.path={tmp_path / 'latents'}", *settings),
+        script.train(tmp_path / "encoded", *named, *settings),
     ]
-    ours, theirs = (weights_at(run, 3) for run in runs)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_same_training(*runs, 3)
     assert DiffusionPipeline.from_pretrained(runs[0] / "pipeline").labels == {"jump": 0, "run": 1}
 
 
@@ -417,14 +347,14 @@ def test_features_of_a_vision_transformer_lie_on_the_tokens(tmp_path: Path):
     assert (features[1, 1] - features[0, 1]).abs().amax(-1).argmax() == 2
 
 
-def test_a_vision_transformer_takes_part_in_training(vae_folder: Path, tmp_path: Path):
+def test_a_vision_transformer_takes_part_in_training(script: Script, tmp_path: Path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "encoder")
     settings = ("representation.weight=0.5", "representation.after_block=2", "representation.hidden_dim=8")
-    run = train(vae_folder, tmp_path / "run", f"representation.encoder={tmp_path / 'encoder'}", *settings, *PLAIN)
-    log = read_json_lines(run / "log.jsonl")
+    run = script.train(tmp_path / "run", f"representation.encoder={tmp_path / 'encoder'}", *settings, *PLAIN)
+    log = read_log(run)
     assert all(0 < record["representation"] < 2 for record in log)
     assert changed(_head(2, run), _head(3, run))
 
@@ -432,7 +362,7 @@ def test_a_vision_transformer_takes_part_in_training(vae_folder: Path, tmp_path:
 # --- What goes wrong, and what is skipped ----------------------------------------------------------------------------
 
 
-def test_steps_that_are_not_finite_are_skipped(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_steps_that_are_not_finite_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forward, count = train_lvdm.LatentDiffusionTrainingModule.forward, iter(range(1000))
 
     def poisoned(self, *args):
@@ -440,15 +370,15 @@ def test_steps_that_are_not_finite_are_skipped(vae_folder: Path, tmp_path: Path,
         return output._replace(loss=output.loss * float("inf")) if next(count) == 1 else output
 
     monkeypatch.setattr(train_lvdm.LatentDiffusionTrainingModule, "forward", poisoned)
-    train(vae_folder, tmp_path, *PLAIN, "save_every=1", "keep_checkpoints=3")
-    log = read_json_lines(tmp_path / "log.jsonl")
+    script.train(tmp_path, *PLAIN, "save_every=1", "keep_checkpoints=3")
+    log = read_log(tmp_path)
     assert [record["num_skipped"] for record in log] == [0, 1, 1]
     assert "loss" in log[0] and "loss" not in log[1]
     assert not changed(weights_at(tmp_path, 1), weights_at(tmp_path, 2))
     assert changed(weights_at(tmp_path, 2), weights_at(tmp_path, 3))
 
 
-def test_gradients_are_clipped_from_a_step_on(vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_are_clipped_from_a_step_on(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     norms = []
     step = torch.optim.AdamW.step
 
@@ -458,46 +388,49 @@ def test_gradients_are_clipped_from_a_step_on(vae_folder: Path, tmp_path: Path, 
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    train(vae_folder, tmp_path, *PLAIN, "clip_start_step=2", "optimizer.max_grad_norm=1e-3")
-    log = read_json_lines(tmp_path / "log.jsonl")
+    script.train(tmp_path, *PLAIN, "clip_start_step=2", "optimizer.max_grad_norm=1e-3")
+    log = read_log(tmp_path)
     assert norms[:2] == pytest.approx([record["grad_norm"] for record in log[:2]], rel=1e-4)
     assert min(norms[:2]) > 1e-2 and norms[2] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_a_trained_transformer_goes_on(vae_folder: Path, straight: Path, tmp_path: Path):
+def test_a_trained_transformer_goes_on(script: Script, straight: Path, tmp_path: Path):
     epsilon = ("objective.name=epsilon", "optimizer.learning_rate=0")
-    train(vae_folder, tmp_path, f"init={straight / 'pipeline'}", *epsilon, *PLAIN)
+    script.train(tmp_path, f"init={straight / 'pipeline'}", *epsilon, *PLAIN)
     assert not changed(_exported(straight), _exported(tmp_path))
     assert "fine-tuned from" in (tmp_path / "pipeline/README.md").read_text()
     config = LeanVAELatteTransformer3DModel.load_config(straight / "pipeline/transformer")
     write_original_checkpoint(tmp_path / "original.pt", config, _exported(straight))
-    train(vae_folder, tmp_path / "original", f"init={tmp_path / 'original.pt'}", *epsilon, *PLAIN)
+    script.train(tmp_path / "original", f"init={tmp_path / 'original.pt'}", *epsilon, *PLAIN)
     assert not changed(_exported(straight), _exported(tmp_path / "original"))
     with pytest.raises(ValueError, match="`init` must have `out_channels` 4 for this recipe, got 8"):
-        train(vae_folder, tmp_path / "x", f"init={straight / 'pipeline'}")
+        script.train(tmp_path / "x", f"init={straight / 'pipeline'}")
 
 
-def test_videos_are_encoded_on_the_way_and_time_can_run_out(clips: Path, vae_folder: Path, tmp_path: Path):
+def test_videos_are_encoded_on_the_way_and_time_can_run_out(clips: Path, script: Script, tmp_path: Path):
     settings = ("data.kind=videos", f"data.path={clips}", "num_classes=null", "data.stride=1", "validation.data=null")
-    train(vae_folder, tmp_path, *settings, "max_minutes=0", "mixed_precision=bf16", "save_dtype=float16")
+    script.train(tmp_path, *settings, "max_minutes=0", "mixed_precision=bf16", "save_dtype=float16")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
     assert {x.dtype for x in _exported(tmp_path).values()} == {torch.float16}
     assert DiffusionPipeline.from_pretrained(tmp_path / "pipeline").transformer.config.num_classes is None
 
 
 @pytest.mark.parametrize("family", ["wfvae", "ivvae"])
-def test_any_autoencoder_makes_the_latents(family: str, tmp_path: Path):
+def test_any_autoencoder_makes_the_latents(family: str, script: Script, tmp_path: Path):
     vae = make_tiny(family)
     vae.save_pretrained(tmp_path / "vae")
-    run = train(tmp_path / "vae", tmp_path / "run", "num_steps=2", "batch_size=2", "latent_statistics=data")
+    given = f"vae={tmp_path / 'vae'}"
+    run = script.train(tmp_path / "run", given, "num_steps=2", "batch_size=2", "latent_statistics=data")
+    assert all(np.isfinite(record["loss"]) for record in read_log(run))
+    assert probe_video(next((run / "validation").glob("*.mp4"))).num_frames == 5
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
     assert type(pipeline.vae) is type(vae)
     assert not changed(vae.state_dict(), pipeline.vae.state_dict())
     assert len(pipeline.vae.config["latents_mean"]) == 4 and pipeline.vae.config["scaling_factor"] == 1
-    assert all(np.isfinite(record["loss"]) for record in read_json_lines(run / "log.jsonl"))
-    assert probe_video(next((run / "validation").glob("*.mp4"))).num_frames == 5
+    frames = generate(pipeline)
+    assert frames.shape == (1, 5, 32, 32, 3) and np.isfinite(frames).all() and frames.std() > 0
     with pytest.raises(ValueError, match=f"needs an AutoencoderKLLeanVAE, .* got an {type(vae).__name__}"):
-        train(tmp_path / "vae", tmp_path / "other", "representation.weight=1", "representation.after_block=2")
+        script.train(tmp_path / "other", given, "representation.weight=1", "representation.after_block=2")
 
 
 @pytest.mark.parametrize(
@@ -520,10 +453,10 @@ def test_any_autoencoder_makes_the_latents(family: str, tmp_path: Path):
     ],
 )
 def test_recipes_that_cannot_work_are_refused(
-    overrides: tuple[str, ...], message: str, vae_folder: Path, tmp_path: Path
+    overrides: tuple[str, ...], message: str, script: Script, tmp_path: Path
 ):
     with pytest.raises(ValueError, match=message):
-        train(vae_folder, tmp_path, *overrides)
+        script.train(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -542,8 +475,7 @@ def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.5], ids=["plain", "representation"])
-def test_a_compiled_transformer_trains_alike(weight: float, vae_folder: Path, tmp_path: Path):
+def test_a_compiled_transformer_trains_alike(weight: float, script: Script, tmp_path: Path):
     settings = (*PLAIN, f"representation.weight={weight}", "representation.after_block=2")
-    runs = [train(vae_folder, tmp_path / flag, f"compile={flag}", *settings) for flag in ("false", "true")]
-    first, second = (weights_at(run, 3) for run in runs)
-    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+    runs = [script.train(tmp_path / flag, f"compile={flag}", *settings) for flag in ("false", "true")]
+    assert_same_training(*runs, 3)

@@ -1,6 +1,5 @@
 """The training script: it runs, it resumes to the same numbers, and what goes wrong leaves whole files."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,20 @@ import diffusers_leanvae.training.train_vae as train_vae
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from launch import at_update
 from local_hub import LocalHub
+from runs import (
+    Script,
+    assert_same_run,
+    assert_same_training,
+    changed,
+    interrupt,
+    launch,
+    optimizer_at,
+    read_log,
+    weights_at,
+)
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
@@ -23,10 +33,6 @@ from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.video_io import probe_video
 
 
-SCRIPT = Path(train_vae.__file__).resolve()
-SMOKE = SCRIPT.parent / "configs" / "smoke.yaml"
-LAUNCHER = Path(__file__).parent / "launch.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SMALL_GAN = ("adversarial.weight=0.2", "adversarial.num_layers=1", "adversarial.num_filters=8")
 REGULARISERS = (
     "regularization.equivariance_probability=0.5",
@@ -45,7 +51,13 @@ ADVERSARIAL = (
     "adversarial.lecam_weight=0",
     *SMALL_GAN,
 )
-MUON = ("num_steps=6", "batch_size=4", "optimizer.name=muon")
+# Recipes whose steps do not depend on how they are shared: the last step, and the settings.
+SHARED = {
+    "plain": (3, ("num_steps=3", "batch_size=4")),
+    "muon": (6, ("num_steps=6", "batch_size=4", "optimizer.name=muon")),
+    "regularised": (3, ("num_steps=3", "batch_size=4", *REGULARISERS)),
+    "adversarial": (4, ("batch_size=4", *ADVERSARIAL)),
+}
 # What could disturb resuming: everything that is random, has a state, or changes on the way.
 FULL = (
     "num_steps=8",
@@ -65,102 +77,53 @@ FULL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    torch.set_num_threads(1)  # the script sets both for its process
-    torch.set_float32_matmul_precision("highest")
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def arguments(clips: Path, output: Path, *overrides: str) -> list[str]:
-    return [str(SMOKE), f"data.train={clips}", f"output={output}", "num_threads=1", *overrides]
-
-
-def train(clips: Path, output: Path, *overrides: str) -> Path:
-    train_vae.main(arguments(clips, output, *overrides))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return output
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_times(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
-
-
-def weights_at(run: Path, step: int, number: str = "") -> dict[str, torch.Tensor]:
-    return load_file(run / f"checkpoints/step-{step:07d}/model{number}.safetensors")
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {key for key, value in before.items() if not torch.equal(value, after[key])}
-
-
-def assert_same_run(actual: Path, expected: Path) -> None:
-    """Equal to the last bit: weights, averaged weights, discriminator, optimizers, logs, validation, the export."""
-    newest = "checkpoints/step-0000008"
-    assert sorted(path.name for path in (actual / "checkpoints").iterdir()) == ["step-0000004", "step-0000008"]
-    for name in ("model.safetensors", "model_1.safetensors"):
-        ours, theirs = (load_file(run / newest / name) for run in (actual, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        ours, theirs = (torch.load(run / newest / name, weights_only=True) for run in (actual, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    for name in ("log.jsonl", "validation.jsonl"):
-        ours, theirs = (without_times(read_json_lines(run / name)) for run in (actual, expected))
-        assert ours == theirs
-    ours, theirs = (load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (actual, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert (actual / "vae/config.json").read_text() == (expected / "vae/config.json").read_text()
+@pytest.fixture(scope="module")
+def script(clips: Path) -> Script:
+    return Script("train_vae", "smoke.yaml", f"data.train={clips}")
 
 
 @pytest.fixture(scope="module")
-def straight(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(clips, tmp_path_factory.mktemp("straight"), f"validation.folder={clips}", *FULL)
+def straight(script: Script, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script.train(tmp_path_factory.mktemp("straight"), f"validation.folder={clips}", *FULL)
 
 
 @pytest.fixture(scope="module")
-def launched(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(script: Script, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that needs processes of its own: a folder of runs."""
-    folder = tmp_path_factory.mktemp("launched")
-
-    def job(name: str, *overrides: str, num_processes: int = 2, kill: list | None = None) -> dict:
-        settings = arguments(clips, folder / name, *overrides, f"validation.folder={clips}")
-        return {"arguments": settings, "num_processes": num_processes, "kill": kill}
-
-    jobs = [
-        job("one-killed", *FULL, num_processes=1, kill=["save", 8]),
-        job("two-straight", *FULL),
-        job("two-killed", *FULL, kill=["update", 6]),
-        job("two-killed", *FULL),
-        job("two-plain", "num_steps=3", "batch_size=4"),
-        job("two-regularised", "num_steps=3", "batch_size=4", *REGULARISERS),
-        job("two-muon", *MUON),
-        job("two-adversarial", "batch_size=4", *ADVERSARIAL),
-    ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(LAUNCHER), str(folder / "jobs.json")]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr
+    folder, view = tmp_path_factory.mktemp("launched"), f"validation.folder={clips}"
+    launch(
+        folder,
+        script.job(folder / "one-killed", view, *FULL, num_processes=1, kill=["save", 8]),
+        script.job(folder / "two-straight", view, *FULL),
+        script.job(folder / "two-killed", view, *FULL, kill=["update", 6]),
+        script.job(folder / "two-killed", view, *FULL),
+        *(script.job(folder / f"two-{name}", view, *overrides) for name, (_, overrides) in SHARED.items()),
+    )
     return folder
 
 
 # --- It runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_runs_under_torchrun_and_leaves_a_model(clips: Path, tmp_path: Path):
+def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, tmp_path: Path):
     output = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command = [*launcher, *arguments(clips, output, "num_steps=2", "init=pca")]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script.path),
+    ]
+    command = [*launcher, *script.arguments(output, "num_steps=2", "init=pca")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert finished.returncode == 0, finished.stderr
     assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "log.jsonl", "recipe.yaml", "vae"]
     vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae")
     assert vae.dtype == torch.float32 and len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
-    log = read_json_lines(output / "log.jsonl")
+    log = read_log(output)
     assert [record["step"] for record in log] == [1, 2]
     counters = {"step", "lr", "num_skipped", "num_bad_videos"}
     measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
@@ -169,7 +132,7 @@ def test_the_script_runs_under_torchrun_and_leaves_a_model(clips: Path, tmp_path
 
 def test_validation_and_statistics_are_those_of_the_averaged_model(clips: Path, straight: Path):
     vae = AutoencoderKLLeanVAE.from_pretrained(straight / "vae")
-    (record,) = (record for record in read_json_lines(straight / "validation.jsonl") if record["step"] == 8)
+    (record,) = (record for record in read_log(straight, "validation") if record["step"] == 8)
     assert list(record["clips"]) == list(record["clips_ssim"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
     clip = read_center_clip(clips / "b.mp4", num_frames=5, size=32)[None]
     with torch.no_grad():
@@ -201,17 +164,17 @@ def test_originals_stand_beside_reconstructions(straight: Path):
 
 def test_the_card_tells_of_the_run(straight: Path):
     card = (straight / "vae/README.md").read_text()
-    record = read_json_lines(straight / "validation.jsonl")[-1]
+    record = read_log(straight, "validation")[-1]
     assert f"| b.mp4 | {record['clips']['b.mp4']:.2f} | {record['clips_ssim']['b.mp4']:.4f} |" in card
     assert (
         "8 steps of 4 clips" in card and "  equivariance_probability: 0.5\n" in card and "trained from scratch" in card
     )
 
 
-def test_the_model_and_its_card_go_to_the_hub(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_model_and_its_card_go_to_the_hub(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with LocalHub() as server:
         server.connect(monkeypatch)
-        run = train(clips, tmp_path / "run", "num_steps=1", "push_to_hub=someone/tiny")
+        run = script.train(tmp_path / "run", "num_steps=1", "push_to_hub=someone/tiny")
     files = server.repositories["someone/tiny"]
     assert set(files) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
     assert bytes(files["README.md"]) == (run / "vae/README.md").read_bytes()
@@ -222,30 +185,22 @@ def test_the_model_and_its_card_go_to_the_hub(clips: Path, tmp_path: Path, monke
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(
-    clips: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, clips: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    step = EMAModel.step
-
-    def interrupted(self: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-        if self.optimization_step == 6:
-            raise KeyboardInterrupt
-        step(self, parameters)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(EMAModel, "step", interrupted)
-        train(clips, tmp_path, f"validation.folder={clips}", *FULL)
-    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+        patch.setattr(EMAModel, "step", at_update(7, interrupt))
+        script.train(tmp_path, f"validation.folder={clips}", *FULL)
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 7, "lo')  # what a kill can leave
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(clips, tmp_path, f"validation.folder={clips}", *FULL)
+    script.train(tmp_path, f"validation.folder={clips}", *FULL)
     assert_same_run(tmp_path, straight)
 
 
-def test_a_kill_while_saving_leaves_no_half_checkpoint(clips: Path, straight: Path, launched: Path):
+def test_a_kill_while_saving_leaves_no_half_checkpoint(script: Script, clips: Path, straight: Path, launched: Path):
     output = launched / "one-killed"
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["partial-0000008", "step-0000004"]
-    train(clips, output, f"validation.folder={clips}", *FULL)
+    script.train(output, f"validation.folder={clips}", *FULL)
     assert_same_run(output, straight)
 
 
@@ -253,70 +208,54 @@ def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "two-killed", launched / "two-straight")
 
 
-def test_whitened_muon_resumes_to_the_same_numbers(clips: Path, tmp_path: Path):
+def test_whitened_muon_resumes_to_the_same_numbers(script: Script, tmp_path: Path):
     settings = ("optimizer.name=muon", "optimizer.schedule=constant", "save_every=6")
-    straight = train(clips, tmp_path / "straight", "num_steps=10", *settings)
-    train(clips, tmp_path / "twice", "num_steps=6", *settings)
-    twice = train(clips, tmp_path / "twice", "num_steps=10", *settings)
+    straight = script.train(tmp_path / "straight", "num_steps=10", *settings)
+    script.train(tmp_path / "twice", "num_steps=6", *settings)
+    twice = script.train(tmp_path / "twice", "num_steps=10", *settings)
     torch.testing.assert_close(weights_at(twice, 10), weights_at(straight, 10), rtol=0, atol=0)
     assert changed(weights_at(straight, 6), weights_at(straight, 10))
 
 
-def test_old_checkpoints_go_and_an_older_one_can_be_resumed(clips: Path, tmp_path: Path):
-    train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3")
+def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_path: Path):
+    script.train(tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3")
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
     expected = weights_at(tmp_path, 4)
-    train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3", f"resume={folder / 'step-0000002'}")
+    script.train(tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3", f"resume={folder / 'step-0000002'}")
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
     torch.testing.assert_close(weights_at(tmp_path, 4), expected, rtol=0, atol=0)
-    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="`output` must hold no checkpoints when `resume` is null"):
-        train(clips, tmp_path, "resume=null")
+        script.train(tmp_path, "resume=null")
     with pytest.raises(ValueError, match="`resume` must be 'latest', a checkpoint folder or null, got 'nowhere'"):
-        train(clips, tmp_path, "resume=nowhere")
+        script.train(tmp_path, "resume=nowhere")
 
 
 # --- It does not matter how the work is shared -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("plain", ("num_steps=3",)),
-        ("muon", MUON),
-        ("regularised", ("num_steps=3", *REGULARISERS)),
-        ("adversarial", ADVERSARIAL),
-    ],
-    ids=["plain", "muon", "regularised", "adversarial"],
-)
-def test_processes_and_accumulation_give_the_same_model(
-    name: str, overrides: tuple[str, ...], clips: Path, launched: Path, tmp_path: Path
-):
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_and_accumulation_give_the_same_model(name: str, script: Script, launched: Path, tmp_path: Path):
     """A step's clips, noise and gradient do not depend on how they are shared; only the order of sums does."""
-    runs = [
-        train(clips, tmp_path / f"parts-{n}", "batch_size=4", *overrides, f"num_accumulation_steps={n}")
-        for n in (1, 2)
-    ]
-    last = {"muon": 6, "adversarial": 4}.get(name, 3)
+    step, overrides = SHARED[name]
+    whole, parts = (script.train(tmp_path / f"parts-{n}", *overrides, f"num_accumulation_steps={n}") for n in (1, 2))
+    # Whitening multiplies rounding where inputs hardly vary: measured 3e-4 and 3e-5.
+    bounds = {"gradients": 2e-3, "weights": 2e-4} if name == "muon" else {}
     for number in ("", "_1") if name == "adversarial" else ("",):
-        models = [weights_at(run, last, number) for run in (*runs, launched / f"two-{name}")]
-        # The running means of LeCam, without weight here, count passes.
-        first, *others = ({key: x for key, x in model.items() if "lecam" not in key} for model in models)
-        for other in others:
-            # Whitening multiplies rounding where inputs hardly vary: measured 6e-5, of weights that move by 2.
-            torch.testing.assert_close(other, first, rtol=0, atol=2e-4 if name == "muon" else 5e-6)
-    record = read_json_lines(launched / f"two-{name}/validation.jsonl")[-1]
+        for run in (parts, launched / f"two-{name}"):
+            assert_same_training(run, whole, step, number, **bounds)
+    record = read_log(launched / f"two-{name}", "validation")[-1]
     assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
 
 
 # --- Whose turn it is, and what is trained ---------------------------------------------------------------------------
 
 
-def test_generator_and_discriminator_take_turns(clips: Path, tmp_path: Path):
+def test_generator_and_discriminator_take_turns(script: Script, tmp_path: Path):
     turns = ("adversarial.update=alternate", "adversarial.start_step=1", "adversarial.kind=3d", *SMALL_GAN)
-    train(clips, tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=4", *turns)
-    log = read_json_lines(tmp_path / "log.jsonl")
+    script.train(tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=4", *turns)
+    log = read_log(tmp_path)
     assert ["loss" in record for record in log] == [True, True, False, True]
     assert ["adversarial" in record for record in log] == [False, True, False, True]
     assert ["discriminator" in record for record in log] == [False, False, True, False]
@@ -331,8 +270,7 @@ def is_of_encoder(key: str) -> bool:
 
 def test_the_encoder_can_be_frozen_on_the_way(straight: Path):
     before, after = weights_at(straight, 4), weights_at(straight, 8)
-    optimizer = torch.load(straight / "checkpoints/step-0000008/optimizer.bin", weights_only=True)
-    steps = [int(state["step"]) for state in optimizer["state"].values()]
+    steps = [int(state["step"]) for state in optimizer_at(straight, 8).values()]
     names = list(before)
     assert {True, False} == {is_of_encoder(name) for name in names}
     assert max(steps) == 8 and steps.count(6) == sum(map(is_of_encoder, names))
@@ -340,26 +278,26 @@ def test_the_encoder_can_be_frozen_on_the_way(straight: Path):
 
 
 @pytest.fixture(scope="module")
-def base_model(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(clips, tmp_path_factory.mktemp("base"), "num_steps=1") / "vae"
+def base_model(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return script.train(tmp_path_factory.mktemp("base"), "num_steps=1") / "vae"
 
 
-def test_decoder_tuning_leaves_the_latents_as_they_are(clips: Path, base_model: Path, tmp_path: Path):
-    train(clips, tmp_path, f"init={base_model}", "tune=decoder", "num_steps=2", "freeze_encoder_step=1")
+def test_decoder_tuning_leaves_the_latents_as_they_are(script: Script, base_model: Path, tmp_path: Path):
+    script.train(tmp_path, f"init={base_model}", "tune=decoder", "num_steps=2", "freeze_encoder_step=1")
     before = {f"vae.{key}": x for key, x in load_file(base_model / "diffusion_pytorch_model.safetensors").items()}
     moved = changed(before, weights_at(tmp_path, 2))
     assert not any(map(is_of_encoder, moved))
     assert moved >= {key for key in before if key.startswith(("vae.decoder.", "vae.bottleneck.initial"))}
     assert "fine-tuned from" in (tmp_path / "vae/README.md").read_text()
     with pytest.raises(ValueError, match="`tune` must be 'full' for the new model of `init: spec`, got 'decoder'"):
-        train(clips, tmp_path / "new", "tune=decoder")
+        script.train(tmp_path / "new", "tune=decoder")
 
 
-def test_lora_leaves_adapters_and_a_merged_model(clips: Path, base_model: Path, tmp_path: Path):
+def test_lora_leaves_adapters_and_a_merged_model(script: Script, base_model: Path, tmp_path: Path):
     from peft import PeftModel
 
     settings = ("lora.rank=2", "num_steps=3", "ema_decay=0.5", "optimizer.learning_rate=1e-2")
-    train(clips, tmp_path, f"init={base_model}", "tune=lora", *settings)
+    script.train(tmp_path, f"init={base_model}", "tune=lora", *settings)
     trained = weights_at(tmp_path, 3)
     base = load_file(base_model / "diffusion_pytorch_model.safetensors")
     kept = {key: x for key, x in trained.items() if "lora_" not in key}
@@ -379,33 +317,33 @@ def test_lora_leaves_adapters_and_a_merged_model(clips: Path, base_model: Path, 
         plain = AutoencoderKLLeanVAE.from_pretrained(base_model)(sample).sample
     assert (plain - expected).abs().max() > 1e-4
     with pytest.raises(ValueError, match=r"`lora` must fit the model, got \['nothing'\]"):
-        train(clips, tmp_path / "x", f"init={base_model}", "tune=lora", "lora.targets=[nothing]")
+        script.train(tmp_path / "x", f"init={base_model}", "tune=lora", "lora.targets=[nothing]")
 
 
-def test_a_teacher_lends_latents_and_their_statistics(clips: Path, tmp_path: Path):
+def test_a_teacher_lends_latents_and_their_statistics(script: Script, tmp_path: Path):
     torch.manual_seed(1)
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
     statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
     AutoencoderKLLeanVAE(**tiny, **statistics).save_pretrained(tmp_path / "teacher")
     judged = ("teacher.has_discriminator=true", "sample_posterior=false", "loss.ms_ssim=1.0", *SMALL_GAN)
-    run = train(clips, tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "num_steps=2", *judged)
+    run = script.train(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "num_steps=2", *judged)
     config = AutoencoderKLLeanVAE.load_config(run / "vae")
     assert {name: config[name] for name in statistics} == statistics
     aligned = {"align_pixel", "align_latents", "align_low", "align_high", "align_ms_ssim", "align_adversarial"}
-    log = read_json_lines(run / "log.jsonl")
+    log = read_log(run)
     assert aligned | {"align_discriminator", "align_lecam"} <= set(log[-1])
     assert changed(weights_at(run, 2, "_1"), weights_at(run, 2, "_2"))
     with pytest.raises(ValueError, match="`student` must have the teacher's latents, 4 channels"):
-        train(clips, tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
+        script.train(tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
 
 
-def test_lpips_joins_from_a_file_of_weights(clips: Path, tmp_path: Path):
+def test_lpips_joins_from_a_file_of_weights(script: Script, tmp_path: Path):
     torch.manual_seed(0)
     trunk = {key: value for key, value in LPIPS().state_dict().items() if key.startswith("features.")}
     save_file(trunk, tmp_path / "vgg16.safetensors")
     settings = ("num_steps=1", "loss.lpips=4.0", f"perceptual.vgg16={tmp_path / 'vgg16.safetensors'}")
-    run = train(clips, tmp_path / "run", *settings)
-    (record,) = read_json_lines(run / "log.jsonl")
+    run = script.train(tmp_path / "run", *settings)
+    (record,) = read_log(run)
     weights = asdict(LossWeights(lpips=4.0))
     terms = {name: record[name] for name in weights if name in record}
     assert terms["lpips"] > 0
@@ -446,14 +384,14 @@ def scale_losses_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["gradient", "loss", "fp16"],
 )
 def test_steps_that_are_not_finite_are_skipped(
-    only_loss: bool, precision: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    only_loss: bool, precision: str, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     poison(monkeypatch, {1}, only_loss)
     if precision == "fp16":
         scale_losses_on_cpu(monkeypatch)
     settings = ("num_steps=3", "save_every=1", "keep_checkpoints=3", f"mixed_precision={precision}")
-    train(clips, tmp_path, *settings, *SMALL_GAN)
-    log = read_json_lines(tmp_path / "log.jsonl")
+    script.train(tmp_path, *settings, *SMALL_GAN)
+    log = read_log(tmp_path)
     assert [record["num_skipped"] for record in log] == [0, 1, 1]
     assert "loss" in log[0] and "loss" not in log[1]
     assert not changed(weights_at(tmp_path, 1), weights_at(tmp_path, 2))
@@ -466,25 +404,25 @@ def test_steps_that_are_not_finite_are_skipped(
         assert scales[0] == 2 * scales[1] == 2 * scales[2]
 
 
-def test_too_many_such_steps_stop_the_run(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_many_such_steps_stop_the_run(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     poison(monkeypatch, {1, 2, 3, 4, 5})
     with pytest.raises(RuntimeError, match="the 2 newest steps had no finite loss and gradient"):
-        train(clips, tmp_path, "max_skipped_steps=2")
-    assert [record["step"] for record in read_json_lines(tmp_path / "log.jsonl")] == [1, 2, 3]
+        script.train(tmp_path, "max_skipped_steps=2")
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3]
 
 
-def test_bad_videos_are_counted(clips: Path, tmp_path: Path):
+def test_bad_videos_are_counted(script: Script, clips: Path, tmp_path: Path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes((clips / name).read_bytes())
     (tmp_path / "c.mp4").write_bytes((clips / "a.mp4").read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"Skipping a video.*c\.mp4"):
-        run = train(tmp_path, tmp_path / "run", "num_steps=3", "data.cache_gib=0")
-    counts = [record["num_bad_videos"] for record in read_json_lines(run / "log.jsonl")]
+        run = script.train(tmp_path / "run", f"data.train={tmp_path}", "num_steps=3", "data.cache_gib=0")
+    counts = [record["num_bad_videos"] for record in read_log(run)]
     assert counts == sorted(counts) and 1 <= counts[-1] <= 4  # three steps of two clips: two epochs of three videos
 
 
-def test_out_of_time_saves_and_exports(clips: Path, tmp_path: Path):
-    train(clips, tmp_path, "max_minutes=0", "mixed_precision=bf16", "save_dtype=float16")
+def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
+    script.train(tmp_path, "max_minutes=0", "mixed_precision=bf16", "save_dtype=float16")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
     weights = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -502,10 +440,10 @@ def test_out_of_time_saves_and_exports(clips: Path, tmp_path: Path):
     ids=["lpips", "discriminator", "equivariance", "probability"],
 )
 def test_recipes_that_cannot_work_are_refused(
-    overrides: tuple[str, ...], error: type[Exception], message: str, clips: Path, tmp_path: Path
+    overrides: tuple[str, ...], error: type[Exception], message: str, script: Script, tmp_path: Path
 ):
     with pytest.raises(error, match=message):
-        train(clips, tmp_path, *overrides)
+        script.train(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -514,20 +452,20 @@ def test_recipes_that_cannot_work_are_refused(
     ids=["wandb", "bitsandbytes"],
 )
 def test_a_missing_package_is_named(
-    package: str, extra: str, override: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, extra: str, override: str, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'needs {package}: pip install "diffusers-leanvae\[{extra}\]"'):
-        train(clips, tmp_path, override)
+        script.train(tmp_path, override)
 
 
-def test_trackers_get_what_the_log_gets(clips: Path, tmp_path: Path):
+def test_trackers_get_what_the_log_gets(script: Script, clips: Path, tmp_path: Path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(clips, tmp_path, "num_steps=2", "trackers=[tensorboard]", "validation.every=2", f"validation.folder={clips}")
+    script.train(tmp_path, "num_steps=2", "trackers=[tensorboard]", "validation.every=2", f"validation.folder={clips}")
     events = EventAccumulator(str(tmp_path / "leanvae")).Reload()
-    log = read_json_lines(tmp_path / "log.jsonl")
+    log = read_log(tmp_path)
     for name in ("loss", "l1_pixel", "grad_norm"):
         values = [(event.step, event.value) for event in events.Scalars(name)]
         assert values == [(record["step"], pytest.approx(record[name])) for record in log]
@@ -535,7 +473,6 @@ def test_trackers_get_what_the_log_gets(clips: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_compiled_parts_train_alike(clips: Path, tmp_path: Path):
-    runs = [train(clips, tmp_path / flag, "num_steps=2", f"compile={flag}") for flag in ("false", "true")]
-    first, second = (weights_at(run, 2) for run in runs)
-    torch.testing.assert_close(second, first, rtol=0, atol=1e-5)
+def test_compiled_parts_train_alike(script: Script, tmp_path: Path):
+    runs = [script.train(tmp_path / flag, "num_steps=2", f"compile={flag}") for flag in ("false", "true")]
+    assert_same_training(runs[1], runs[0], 2)
