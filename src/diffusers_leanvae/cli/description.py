@@ -1,32 +1,19 @@
 """Descriptions of files and models from their headers and configs: no weights are read, and torch is not imported."""
 
 import json
-import math
-import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import bundled
+from ..conversion.headers import Header, TensorInfo, read_header
 
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model_index.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 class Family(NamedTuple):
@@ -35,63 +22,33 @@ class Family(NamedTuple):
     Attributes:
         name: Its name in papers.
         ratios: Returns the compression ratios of time and of space for a config; `None` for a model without them.
-        buffers: Tensors in the file that are no parameters.
+        constants: Matches names of tensors in a file that are no parameters; `None` if there are none.
     """
 
     name: str
     ratios: Callable[[dict[str, Any]], tuple[int, ...]] | None = None
-    buffers: tuple[str, ...] = ()
+    constants: str | None = None
 
 
 FAMILIES = {
-    "AutoencoderKLLeanVAE": Family(
-        "LeanVAE", lambda config: (2 * config["patch_size"][0], 2 * config["patch_size"][1])
-    ),
-    "AutoencoderKLWFVAE": Family("WF-VAE", lambda config: (config["temporal_compression_ratio"], 8)),
+    "AutoencoderKLLeanVAE": Family("LeanVAE", lambda config: tuple(2 * size for size in config["patch_size"][:2])),
+    "AutoencoderKLWFVAE": Family("WF-VAE", lambda config: (config["temporal_compression_ratio"], 8), "wavelet_tran"),
     "AutoencoderKLIVVAE": Family("IV-VAE", lambda config: (4, 8)),
-    "LeanVAELatteTransformer3DModel": Family("Latte", buffers=("pos_embed", "temp_embed")),
+    "LeanVAELatteTransformer3DModel": Family("Latte", constants="^(pos|temp)_embed$"),
 }
 
 
-class Header(NamedTuple):
-    """The header of a safetensors file.
-
-    Attributes:
-        tensors: Dtype and shape of each tensor.
-        metadata: Texts that the writer added.
-    """
-
-    tensors: dict[str, tuple[str, list[int]]]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(os.fstat(file.fileno()).st_size, 100 * 2**20):
-                raise ValueError("the header is longer than the file")
-            entries = json.loads(file.read(length))
-            metadata = entries.pop("__metadata__", {})
-            tensors = {name: (str(entry["dtype"]), entry["shape"]) for name, entry in entries.items()}
-            return Header({name: (DTYPES.get(code, code), shape) for name, (code, shape) in tensors.items()}, metadata)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"`path` must be a valid safetensors file, got {str(path)!r}: {error}.") from None
-
-
 def describe(source: str) -> dict[str, Any] | None:
-    """Describe a video, image, latents file, cached data set, model or pipeline, if its header and config tell.
+    """Describe a video, image, latents file, cached data set, model or pipeline by its header and config.
 
     Args:
         source: A path, or the name of a bundled model or pipeline.
 
     Returns:
-        `kind` and what is known, or `None` for anything else, such as an original checkpoint.
+        `kind` and what is known, or `None` for anything else, such as a pickle or a Hub id.
+
+    Raises:
+        ValueError: If a file is damaged, or is not what its name or config says.
     """
     if source in bundled.MODELS:
         return _describe_model(bundled.model_path(source))
@@ -101,12 +58,47 @@ def describe(source: str) -> dict[str, Any] | None:
     path = Path(source)
     if path.is_dir():
         return _describe_folder(path)
-    if path.is_file() and path.suffix.lower() == ".safetensors":
-        header = read_header(path)
-        return _describe_latents(header) if "leanvae" in header.metadata else None
     if path.is_file():
-        return _describe_video(path)
+        return _describe_safetensors(path) if path.suffix.lower() == ".safetensors" else _describe_video(path)
     return None
+
+
+def describe_model(
+    class_name: str, weights: Iterable[tuple[str, int]], config: Mapping[str, Any], num_bytes: int | None = None
+) -> dict[str, Any]:
+    """Describe a model.
+
+    Args:
+        class_name: Its class.
+        weights: Dtype and number of elements of each parameter.
+        config: Its config.
+        num_bytes: Size of its files.
+
+    Raises:
+        ValueError: If the config is not one of such a model.
+    """
+    family = FAMILIES.get(class_name, Family(class_name))
+    dtypes: Counter[str] = Counter()
+    for dtype, count in weights:
+        dtypes[dtype] += count
+    ratios = {}
+    if family.ratios is not None:
+        try:
+            time, space = family.ratios(dict(config))
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"The config must be one of an {class_name}, which this is not ({reason}).") from None
+        ratios = {"temporal_compression_ratio": time, "spatial_compression_ratio": space}
+    return {
+        "kind": "model",
+        "class": class_name,
+        "family": family.name,
+        "num_parameters": dtypes.total(),
+        "dtypes": dict(dtypes),
+        **({} if num_bytes is None else {"num_bytes": num_bytes}),
+        **ratios,
+        "config": {key: value for key, value in config.items() if not key.startswith("_")},
+    }
 
 
 def _describe_video(path: Path) -> dict[str, Any] | None:
@@ -118,9 +110,25 @@ def _describe_video(path: Path) -> dict[str, Any] | None:
     return {"kind": "image" if info["is_image"] else "video", **info}
 
 
-def _describe_latents(header: Header) -> dict[str, Any]:
-    dtype, shape = header.tensors["latents"]
-    return {"kind": "latents", "shape": shape, "dtype": dtype, **json.loads(header.metadata["leanvae"])}
+def _describe_safetensors(path: Path) -> dict[str, Any] | None:
+    header = read_header(path)
+    if "leanvae" not in header.metadata:
+        return _describe_original(path, header)
+    latents = header.tensors["latents"]
+    described = {"kind": "latents", "shape": list(latents.shape), "dtype": latents.dtype}
+    return described | json.loads(header.metadata["leanvae"])
+
+
+def _describe_original(path: Path, header: Header) -> dict[str, Any] | None:
+    from ..conversion import ivvae, latte, leanvae, wfvae
+    from ..conversion.checkpoints import has_anchor
+
+    modules = {module.NAME: module for module in (leanvae, wfvae, ivvae, latte)}
+    for class_name, family in FAMILIES.items():
+        if has_anchor(header.tensors, modules[family.name].ANCHOR):
+            config, tensors = modules[family.name].select_network(path, header.args(), header.tensors)
+            return describe_model(class_name, _parameters(class_name, tensors), config, path.stat().st_size)
+    return None
 
 
 def _describe_folder(folder: Path) -> dict[str, Any] | None:
@@ -144,37 +152,22 @@ def _describe_model(folder: Path) -> dict[str, Any] | None:
     config = _read_json(folder / CONFIG_NAME)
     class_name = config.get("_class_name")
     files = _weight_files(folder)
+    if class_name is None and len(files) == 1:  # an original model that was saved by diffusers' means
+        return _describe_original(files[0], read_header(files[0]))
     if class_name is None or not files:
         return None
-    family = FAMILIES.get(class_name, Family(class_name))
-    ratios = {}
-    if family.ratios is not None:
-        try:
-            time, space = family.ratios(config)
-        except (LookupError, TypeError) as error:
-            name = f"{type(error).__name__}: {error}"
-            raise ValueError(f"`{CONFIG_NAME}` of {str(folder)!r} must describe an {class_name} ({name}).") from None
-        ratios = {"temporal_compression_ratio": time, "spatial_compression_ratio": space}
-    return {
-        "kind": "model",
-        "class": class_name,
-        "family": family.name,
-        **_describe_weights(files, family.buffers),
-        **ratios,
-        "config": {key: value for key, value in config.items() if not key.startswith("_")},
-    }
+    weights = [entry for path in files for entry in _parameters(class_name, read_header(path).tensors)]
+    return describe_model(class_name, weights, config, sum(path.stat().st_size for path in files))
 
 
-def _describe_weights(files: Iterable[Path], buffers: tuple[str, ...]) -> dict[str, Any]:
-    dtypes: Counter[str] = Counter()
-    for path in files:
-        for name, (dtype, shape) in read_header(path).tensors.items():
-            dtypes[dtype] += math.prod(shape) * (name not in buffers)
-    return {
-        "num_parameters": dtypes.total(),
-        "dtypes": dict(dtypes),
-        "num_bytes": sum(path.stat().st_size for path in files),
-    }
+def _parameters(class_name: str, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int]]:
+    """List dtype and number of elements of the parameters among the tensors of a file."""
+    constants = FAMILIES.get(class_name, Family(class_name)).constants
+    return [
+        (tensor.dtype, tensor.numel())
+        for name, tensor in tensors.items()
+        if constants is None or re.search(constants, name) is None
+    ]
 
 
 def _describe_pipeline(folder: Path, elsewhere: dict[str, Path]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Files of models: `convert`, `info`."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, parse_dtype
 from .common import DTYPE_NAMES, one_line
-from .description import FAMILIES, describe
+from .description import describe, describe_model
 
 
 def convert(
@@ -87,24 +86,12 @@ def info(
 
 
 def _describe_loaded(source: str) -> dict[str, Any]:
-    """Describe an autoencoder by loading it: one that is on the Hub, or an original checkpoint."""
+    """Describe an autoencoder by loading it: one that is on the Hub, or in a pickle."""
     from ..loading import load_autoencoder
 
     try:
         vae = load_autoencoder(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"PATH {source!r} cannot be described: {one_line(error)}") from None
-    dtypes: Counter[str] = Counter()
-    for parameter in vae.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    class_name = type(vae).__name__
-    return {
-        "kind": "model",
-        "class": class_name,
-        "family": FAMILIES[class_name].name,
-        "num_parameters": dtypes.total(),
-        "dtypes": dict(dtypes),
-        "temporal_compression_ratio": vae.temporal_compression_ratio,
-        "spatial_compression_ratio": vae.spatial_compression_ratio,
-        "config": {key: value for key, value in vae.config.items() if not key.startswith("_")},
-    }
+    weights = [(str(weight.dtype).removeprefix("torch."), weight.numel()) for weight in vae.parameters()]
+    return describe_model(type(vae).__name__, weights, vae.config)

@@ -4,25 +4,30 @@ Functions of files and dictionaries: no model is imported here. What a family's 
 other modules of this folder.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import safetensors
-import safetensors.torch
-import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..atomic import replace_file
 from ..checks import CHECKPOINT_SUFFIXES
+from .headers import read_header
+
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 # Arguments of `from_single_file` that are `huggingface_hub`'s.
@@ -142,11 +147,7 @@ def read_keys(path: str | Path) -> set[str]:
         raise ValueError(f"`path` must be an original checkpoint, got {str(path)!r}, which is no file.")
     if path.suffix != ".safetensors":
         return set(_read_pickle(path, "meta")[1])
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return set(file.keys())
-    except safetensors.SafetensorError as error:
-        raise _damaged(path, error) from None
+    return set(read_header(path).tensors)
 
 
 def has_anchor(keys: Iterable[str], anchor: str) -> bool:
@@ -175,19 +176,14 @@ def read_config(path: Path, anchor: str) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            return json.loads(metadata.get("args") or metadata.get("config") or "{}"), {
-                key: file.get_tensor(key) for key in file.keys()
-            }
+            return read_header(path).args(), {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"`path` must be a valid safetensors file, got {str(path)!r}: {error}.")
+        raise ValueError(f"`path` must be a valid safetensors file, got {str(path)!r}: {error}.") from None
 
 
 def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    import torch
+
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -216,6 +212,19 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
 
 
 # --- Selecting and renaming ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def named_gaps(path: Path, kind: str) -> Iterator[None]:
+    """Turn the `KeyError` of a missing tensor into a sentence about the file.
+
+    Raises:
+        ValueError: If a tensor is missing.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"`path` must be a complete {kind} checkpoint, got {str(path)!r} without {error}.") from None
 
 
 def select_weights(path: Path, tensors: Mapping[str, torch.Tensor], anchor: str, kind: str) -> dict[str, torch.Tensor]:
@@ -290,6 +299,9 @@ def write_tensors(
         tensors: The weights, which a safetensors file (by the suffix of `path`) gets.
         checkpoint: The content of a torch file, which any other is.
     """
+    import safetensors.torch
+    import torch
+
     path = Path(path)
     with replace_file(path) as partial:
         if path.suffix == ".safetensors":

@@ -3,12 +3,17 @@
 A file is a bare state dict. Functions of files and dictionaries: no model is imported here.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .checkpoints import convert_keys, count_matches, named_gaps, read_tensors, select_weights, write_tensors
 
-from .checkpoints import convert_keys, count_matches, read_tensors, select_weights, write_tensors
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 NAME = "IV-VAE"
@@ -113,6 +118,27 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     return config
 
 
+def select_network(
+    path: Path, args: dict[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
+
+    Args:
+        path: The file.
+        args: Constructor's arguments in it.
+        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
+
+    Returns:
+        Config of an `AutoencoderKLIVVAE`, and the weights under original keys.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    tensors = select_weights(path, tensors, ANCHOR, NAME)
+    with named_gaps(path, NAME):
+        return config_from_original(args, tensors), tensors
+
+
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a file of the original IV-VAE; pickles are opened with `weights_only=True`.
 
@@ -122,13 +148,8 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     Raises:
         ValueError: If the file is no such checkpoint, or a pickle with anything but tensors and plain values inside.
     """
-    path = Path(path)
-    args, tensors = read_tensors(path, NAME)
-    tensors = select_weights(path, tensors, ANCHOR, NAME)
-    try:
-        return config_from_original(args, tensors), from_original(tensors)
-    except KeyError as error:
-        raise ValueError(f"`path` must be a complete IV-VAE checkpoint, got {str(path)!r} without {error}.") from None
+    config, tensors = select_network(Path(path), *read_tensors(Path(path), NAME))
+    return config, from_original(tensors)
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:

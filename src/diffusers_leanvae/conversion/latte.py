@@ -5,15 +5,19 @@ position tables are weights like all others, for averaging has changed them. Fun
 model is imported here.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .checkpoints import count_matches, named_gaps, read_tensors, select_weights, write_tensors
 
-from .checkpoints import count_matches, read_tensors, select_weights, write_tensors
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 NAME = "Latte"
@@ -69,6 +73,8 @@ def _swaps_halves(original_key: str) -> bool:
 
 
 def _swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return torch.cat(tensor.chunk(2)[::-1])
 
 
@@ -103,6 +109,8 @@ def from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def to_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Convert our weights to the original ones, bit for bit; inverse of [`from_original`]."""
+    import torch
+
     num_layers = 2 * count_matches(state_dict, r"transformer_blocks\.(\d+)\..*")
     keys = key_map(num_layers, _LABELS[1] in state_dict)
     _check_keys(state_dict, {name for ours in keys.values() for name in ours})
@@ -154,6 +162,28 @@ def _unwrap(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return unwrapped
 
 
+def select_network(
+    path: Path, args: dict[str, Any], tensors: Mapping[str, Any], num_attention_heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
+
+    Args:
+        path: The file.
+        args: Constructor's arguments in it.
+        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
+        num_attention_heads: See [`config_from_original`]; files that we wrote say it themselves.
+
+    Returns:
+        Config of a `LeanVAELatteTransformer3DModel`, and the weights under original keys.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    tensors = select_weights(path, _unwrap(tensors), ANCHOR, NAME)
+    with named_gaps(path, NAME):
+        return config_from_original(tensors, num_attention_heads or args.get("num_heads")), tensors
+
+
 def read_original_checkpoint(
     path: str | Path, num_attention_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -173,12 +203,8 @@ def read_original_checkpoint(
         ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
     """
     path = Path(path)
-    args, tensors = read_tensors(path, NAME)
-    tensors = select_weights(path, _unwrap(tensors), ANCHOR, NAME)
-    try:
-        return config_from_original(tensors, num_attention_heads or args.get("num_heads")), from_original(tensors)
-    except KeyError as error:
-        raise ValueError(f"`path` must be a complete Latte checkpoint, got {str(path)!r} without {error}.") from None
+    config, tensors = select_network(path, *read_tensors(path, NAME), num_attention_heads)
+    return config, from_original(tensors)
 
 
 def write_original_checkpoint(

@@ -5,13 +5,26 @@ Release file: `{"args": {...}, "state_dict": {...}}`. Training file (Lightning):
 as JSON in its metadata (`args` or `config`). Functions of files and dictionaries: no model is imported here.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .checkpoints import (
+    convert_keys,
+    count_matches,
+    named_gaps,
+    read_config,
+    read_tensors,
+    select_weights,
+    write_tensors,
+)
 
-from .checkpoints import convert_keys, count_matches, read_config, read_tensors, select_weights, write_tensors
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 NAME = "LeanVAE"
@@ -106,6 +119,27 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     return config
 
 
+def select_network(
+    path: Path, args: dict[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
+
+    Args:
+        path: The file.
+        args: Constructor's arguments in it.
+        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
+
+    Returns:
+        Config of an `AutoencoderKLLeanVAE`, and the weights under original keys.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    args, tensors = read_config(path, CONFIG_ANCHOR) | args, select_weights(path, tensors, ANCHOR, NAME)
+    with named_gaps(path, NAME):
+        return config_from_original(args, tensors), tensors
+
+
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a release, Lightning or safetensors file of the original LeanVAE.
 
@@ -118,13 +152,8 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     Raises:
         ValueError: If the file is no such checkpoint, or a pickle with anything else inside.
     """
-    path = Path(path)
-    args, tensors = read_tensors(path, NAME)
-    args, tensors = read_config(path, CONFIG_ANCHOR) | args, select_weights(path, tensors, ANCHOR, NAME)
-    try:
-        return config_from_original(args, tensors), from_original(tensors)
-    except KeyError as error:
-        raise ValueError(f"`path` must be a complete LeanVAE checkpoint, got {str(path)!r} without {error}.") from None
+    config, tensors = select_network(Path(path), *read_tensors(Path(path), NAME))
+    return config, from_original(tensors)
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:

@@ -6,13 +6,18 @@ some files hold, are checked to be what they must be and left out. Functions of 
 imported here.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .checkpoints import count_matches, named_gaps, read_config, read_tensors, select_weights, write_tensors
 
-from .checkpoints import count_matches, read_config, read_tensors, select_weights, write_tensors
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
 
 
 NAME = "WF-VAE"
@@ -136,6 +141,8 @@ def key_map(config: dict[str, Any]) -> dict[str, str]:
 
 def wavelet_constants(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the constants that original files hold, by their keys."""
+    import torch
+
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # sum and difference; in 2D the vertical difference comes first
     bands_2d = 0.5 * torch.einsum("ah,bw->bahw", signs, signs).reshape(4, 1, 1, 2, 2)
     bands_3d = HAAR_3D * torch.einsum("at,bh,cw->abcthw", signs, signs, signs).reshape(8, 1, 1, 2, 2, 2)
@@ -154,6 +161,8 @@ def wavelet_constants(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def from_original(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Rename original keys to ours; every key must be known. Tensors are passed on, at most with another shape."""
+    import torch
+
     names, constants = key_map(config), wavelet_constants(config)
     converted = {}
     for key, tensor in _from_legacy(state_dict).items():
@@ -237,6 +246,27 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     return config
 
 
+def select_network(
+    path: Path, args: dict[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
+
+    Args:
+        path: The file.
+        args: Constructor's arguments in it.
+        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
+
+    Returns:
+        Config of an `AutoencoderKLWFVAE`, and the weights under original keys.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    args, tensors = read_config(path, CONFIG_ANCHOR) | args, select_weights(path, tensors, ANCHOR, NAME)
+    with named_gaps(path, NAME):
+        return config_from_original(args, tensors), tensors
+
+
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a training file, a bare state dict or a safetensors file of the original WF-VAE.
 
@@ -249,14 +279,8 @@ def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str
     Raises:
         ValueError: If the file is no such checkpoint, or a pickle with anything but tensors and plain values inside.
     """
-    path = Path(path)
-    args, tensors = read_tensors(path, NAME)
-    args, tensors = read_config(path, CONFIG_ANCHOR) | args, select_weights(path, tensors, ANCHOR, NAME)
-    try:
-        config = config_from_original(args, tensors)
-        return config, from_original(tensors, config)
-    except KeyError as error:
-        raise ValueError(f"`path` must be a complete WF-VAE checkpoint, got {str(path)!r} without {error}.") from None
+    config, tensors = select_network(Path(path), *read_tensors(Path(path), NAME))
+    return config, from_original(tensors, config)
 
 
 def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
