@@ -104,6 +104,7 @@ import diffusers_leanvae
 assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers_leanvae"]["ModelMixin"]
 assert type(AutoModel.from_pretrained(sys.argv[1])) is AutoencoderKLLeanVAE is diffusers_leanvae.AutoencoderKLLeanVAE
 assert LeanVAELattePipeline is again is diffusers_leanvae.LeanVAELattePipeline
+assert diffusers_leanvae.hub.push_to_hub and diffusers_leanvae.loading.load_autoencoder  # imported nowhere before
 """
     run_python(ORDERS[order] + code, tmp_path)
 

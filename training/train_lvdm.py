@@ -43,6 +43,7 @@ from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.shapes import MovingShapes
+from diffusers_leanvae.generation.pipeline import LatentVideoPipeline
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
 from diffusers_leanvae.loading import load_autoencoder, load_transformer
@@ -233,7 +234,7 @@ class LatentDiffusionTrainingModule(nn.Module):
 def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 0) -> LatentData:
     """Open the samples of training, or of validation."""
     if data.kind == "shapes":
-        items: Any = MovingShapes(*data.clip_size, seed=data.seed, num_clips=data.num_clips)
+        items = MovingShapes(*data.clip_size, seed=data.seed, num_clips=data.num_clips)
     elif data.path is None:
         raise ValueError(f"`data.path` must be given for `data.kind: {data.kind}`, got null.")
     elif data.kind == "latents":
@@ -336,7 +337,7 @@ def build_head(
 
 def build_pipeline(
     recipe: Recipe, vae: VideoAutoencoder, transformer: LeanVAELatteTransformer3DModel, id2label: dict[int, str] | None
-) -> Any:
+) -> LatentVideoPipeline:
     from diffusers_leanvae import LeanVAELattePipeline
 
     scheduler = make_scheduler("flow" if recipe.objective.name == "flow" else "ddpm")

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from diffusers_leanvae.data import ClipDataset, ClipOptions, StepSchedule, open_clip_dataset, pixels_to_sample
-from diffusers_leanvae.latents import measure_statistics
+from diffusers_leanvae.latents import encode_batch, measure_statistics
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
 from diffusers_leanvae.losses.reconstruction import LossWeights, reconstruction_terms
@@ -292,13 +292,6 @@ def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) 
     return (pixels_to_sample(dataset[index].pixels[None].to(device)) for index in range(num_clips))
 
 
-@torch.no_grad()
-def measure_latents(vae: AutoencoderKLLeanVAE, videos: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every latent channel over posterior means."""
-    means = (vae.encode(sample, return_dict=False)[0].mode() for sample in videos)
-    return measure_statistics(means, vae.latent_channels)
-
-
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +431,9 @@ def main(arguments: list[str] | None = None) -> None:
             (run.output / "adapter" / "README.md").unlink(missing_ok=True)  # peft writes an empty template
             averaged = averaged.merge_and_unload()
         if teacher is None or teacher.latents_std is None:
-            mean, std = measure_latents(averaged, training_videos(dataset, recipe.num_statistics_clips, device))
+            videos = training_videos(dataset, recipe.num_statistics_clips, device)
+            latents = (encode_batch(averaged, video) for video in videos)
+            mean, std = measure_statistics(latents, averaged.latent_channels)
             averaged.register_to_config(latents_mean=mean, latents_std=std)
         if recipe.save_dtype != "float32":
             averaged.to(getattr(torch, recipe.save_dtype))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..atomic import commit, replace_file
 
 
@@ -63,11 +65,11 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     return existing[-1] if existing else None
 
 
-def save_checkpoint(accelerator: Any, folder: Path, step: int, keep: int, data_state: dict[str, Any]) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int, data_state: dict[str, Any]) -> None:
     """Write a checkpoint, then drop the oldest; every process calls.
 
     Args:
-        accelerator: An `accelerate.Accelerator` that has prepared, or registered, all that has a state.
+        accelerator: It has prepared, or registered, all that has a state.
         folder: Where the run keeps its checkpoints.
         step: Optimizer steps done.
         keep: The number of checkpoints to keep.

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..data.latent_samples import LatentBatch
+from ..generation.pipeline import LatentVideoPipeline
 from ..losses.diffusion import EpsilonObjective, FlowMatchingObjective
 from ..models.transformer_latte import LeanVAELatteTransformer3DModel
 from ..video_io import write_video
@@ -57,12 +58,18 @@ def measure_losses(
 
 
 def write_samples(
-    pipeline: Any, path: Path, num_samples: int, num_classes: int | None, batch_size: int, fps: int, **options: Any
+    pipeline: LatentVideoPipeline,
+    path: Path,
+    num_samples: int,
+    num_classes: int | None,
+    batch_size: int,
+    fps: int,
+    **options: Any,
 ) -> None:
     """Generate videos, each from a noise of its own that stays the same all over training, and write their grid.
 
     Args:
-        pipeline: A `LeanVAELattePipeline`.
+        pipeline: A pipeline that takes classes, or none.
         path: The video file; missing folders are made.
         num_samples: Number of videos.
         num_classes: Number of classes, of which the videos have some in turn; `None` without classes.

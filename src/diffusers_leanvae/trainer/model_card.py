@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .recipe import dump_recipe
+from ..generation.pipeline import LatentVideoPipeline
+from ..models.video_autoencoder import VideoAutoencoder
+from .recipe import RunRecipe, dump_recipe
 
 
 TEMPLATE = """\
@@ -92,7 +94,7 @@ The recipe, with all defaults resolved:
 """
 
 
-def write_model_card(folder: Path, recipe: Any, vae: Any, run: dict[str, Any]) -> None:
+def write_model_card(folder: Path, recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -> None:
     """Write `README.md` into the folder of a saved model.
 
     Args:
@@ -105,7 +107,7 @@ def write_model_card(folder: Path, recipe: Any, vae: Any, run: dict[str, Any]) -
     folder.joinpath("README.md").write_text(render_model_card(recipe, vae, run), encoding="utf-8")
 
 
-def render_model_card(recipe: Any, vae: Any, run: dict[str, Any]) -> str:
+def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -> str:
     """The text of the card; arguments as of `write_model_card`."""
     is_new = recipe.init in ("spec", "pca")
     repository = recipe.push_to_hub or "path/to/this/folder"
@@ -116,8 +118,8 @@ def render_model_card(recipe: Any, vae: Any, run: dict[str, Any]) -> str:
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
         description="trained from scratch." if is_new else f"fine-tuned from `{recipe.init}`: {tuned}.",
         repository=repository,
-        in_channels=vae.config.in_channels,
-        latent_channels=vae.config.latent_channels,
+        in_channels=vae.in_channels,
+        latent_channels=vae.latent_channels,
         ratio_t=vae.temporal_compression_ratio,
         ratio_s=vae.spatial_compression_ratio,
         num_parameters=sum(parameter.numel() for parameter in vae.parameters()) / 1e6,
@@ -132,7 +134,7 @@ def render_model_card(recipe: Any, vae: Any, run: dict[str, Any]) -> str:
     )
 
 
-def write_pipeline_card(folder: Path, recipe: Any, pipeline: Any, run: dict[str, Any]) -> None:
+def write_pipeline_card(folder: Path, recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any]) -> None:
     """Write `README.md` into the folder of a saved pipeline.
 
     Args:
@@ -144,10 +146,11 @@ def write_pipeline_card(folder: Path, recipe: Any, pipeline: Any, run: dict[str,
     folder.joinpath("README.md").write_text(render_pipeline_card(recipe, pipeline, run), encoding="utf-8")
 
 
-def render_pipeline_card(recipe: Any, pipeline: Any, run: dict[str, Any]) -> str:
+def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any]) -> str:
     """The text of the card of a pipeline; arguments as of `write_pipeline_card`."""
-    vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config.id2label
-    config, side = transformer.config, transformer.config.sample_size * vae.spatial_compression_ratio
+    vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config["id2label"]
+    config, size = transformer.config, transformer.config["sample_size"]
+    side = size * vae.spatial_compression_ratio
     repository = recipe.push_to_hub or "path/to/this/folder"
     label = None if not id2label else json.dumps(next(iter(id2label.values())))
     arguments = [] if label is None else [f"class_labels={label}"]
@@ -160,12 +163,12 @@ def render_pipeline_card(recipe: Any, pipeline: Any, run: dict[str, Any]) -> str
         description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`.",
         repository=repository,
         arguments=", ".join(arguments),
-        num_frames=vae.num_sample_frames(config.num_latent_frames),
+        num_frames=vae.num_sample_frames(config["num_latent_frames"]),
         height=side,
         width=side,
-        channels=config.in_channels,
-        num_latent_frames=config.num_latent_frames,
-        latent_size=f"{config.sample_size}x{config.sample_size}",
+        channels=config["in_channels"],
+        num_latent_frames=config["num_latent_frames"],
+        latent_size=f"{size}x{size}",
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
         ema_decay=recipe.ema_decay,
         scheduler=type(pipeline.scheduler).__name__,
@@ -220,7 +223,7 @@ def _losses(log: dict[str, Any] | None) -> str:
     return f"Means over the steps before step {log['step']}: `{json.dumps(terms)}`."
 
 
-def describe_recipe(recipe: Any) -> dict[str, bool | int | float | str]:
+def describe_recipe(recipe: RunRecipe) -> dict[str, bool | int | float | str]:
     """A recipe as flat names and plain values, as trackers take it."""
     flat: dict[str, bool | int | float | str] = {}
 

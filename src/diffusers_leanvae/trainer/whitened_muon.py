@@ -1,4 +1,4 @@
-"""Muon on whitened inputs for all linear maps of a network, AdamW for the rest, as one optimizer.
+"""The optimizer for LeanVAE: Muon on whitened inputs for all linear maps of the network, AdamW for the rest.
 
 Why not `torch.optim.Muon` or AdamW: tokens of a video are nearly one direction, their brightness. In the covariance
 of a layer's inputs the first eigenvalue is orders of magnitude above most, and fine detail lives in the small ones.
@@ -68,7 +68,10 @@ def inverse_square_root(covariance: torch.Tensor, damping: float) -> torch.Tenso
 
 
 class WhitenedMuon(torch.optim.Optimizer):
-    """Muon (K. Jordan et al. 2024) on whitened inputs for linear maps, AdamW for the rest.
+    """Muon (K. Jordan et al. 2024) on whitened inputs for the linear maps of a LeanVAE, AdamW for the rest.
+
+    It knows the layers of LeanVAE by class and by name. Of any other network it moves the weights of all `nn.Linear`
+    but `adamw_layers` by Muon, which `training/train_lvdm.py` uses for transformers.
 
     With gradient `G` of a layer `y = W x` and `R` the inverse square root of the covariance of its inputs (factor `A`
     of K-FAC, arXiv 1503.05671), the update is `-lr * orthogonalize(G R) R`: outputs change by about `lr`, root mean
@@ -102,8 +105,8 @@ class WhitenedMuon(torch.optim.Optimizer):
         damping: float = 1e-2,
         adamw_layers: Sequence[str] = (),
     ) -> None:
-        kinds: dict[Any, tuple[str, float]] = {}  # what is moved by Muon: how, and its scale
-        self._seen: dict[nn.Parameter, list[torch.Tensor]] = {}  # covariances of inputs since `zero_grad`
+        kinds: dict[torch.Tensor, tuple[str, float]] = {}  # what is moved by Muon: how, and its scale
+        self._seen: dict[torch.Tensor, list[torch.Tensor]] = {}  # covariances of inputs since `zero_grad`
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear) and not name.endswith(("logvar_proj", *adamw_layers)):
                 kinds[layer.weight] = ("matrix", _HIDDEN_SCALE if name.endswith("up_proj") else 1.0)
@@ -131,26 +134,28 @@ class WhitenedMuon(torch.optim.Optimizer):
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
-    def _wants_look(self, layer: nn.Module, weight: Any) -> bool:
+    def _wants_look(self, layer: nn.Module, weight: torch.Tensor) -> bool:
         if torch.compiler.is_compiling() or not (layer.training and weight.requires_grad):
             return False
         num_steps = self.param_groups[0]["num_steps"]
         return num_steps < _NUM_FIRST_LOOKS or num_steps % _STEPS_PER_LOOK == 0
 
     @torch.no_grad()
-    def _look_at_rows(self, layer: nn.Module, weight: Any, inputs: torch.Tensor) -> None:
+    def _look_at_rows(self, layer: nn.Module, weight: torch.Tensor, inputs: torch.Tensor) -> None:
         if self._wants_look(layer, weight):
             rows = inputs.reshape(-1, inputs.shape[-1]).float()
             self._seen.setdefault(weight, []).append(rows.t() @ rows / rows.shape[0])
 
-    def _look_at_linear(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _look_at_linear(self, layer: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
         self._look_at_rows(layer, layer.weight, args[0])
 
-    def _look_at_bottleneck(self, layer: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def _look_at_bottleneck(
+        self, layer: CompressedSensingBottleneck, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
         self._look_at_rows(layer, layer.initial if kwargs.get("reconstruct") else layer.phi, args[0])
 
     @torch.no_grad()
-    def _look_at_depthwise(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _look_at_depthwise(self, layer: CausalDepthwiseConv3d, args: tuple[torch.Tensor, ...]) -> None:
         if not self._wants_look(layer, layer.weight):
             return
         tokens, every = args[0].float(), _TOKENS_PER_LOOK
@@ -163,8 +168,7 @@ class WhitenedMuon(torch.optim.Optimizer):
             for x in range(3)
         ]
         inputs = torch.stack(taps).permute(2, 0, 1).contiguous()  # (c, 27, tokens)
-        weight: Any = layer.weight
-        self._seen.setdefault(weight, []).append(inputs @ inputs.mT / inputs.shape[2])
+        self._seen.setdefault(layer.weight, []).append(inputs @ inputs.mT / inputs.shape[2])
 
     def _whiten(self, looks: list[torch.Tensor], state: dict[str, Any], damping: float) -> None:
         covariance = torch.stack(looks).mean(0)  # one look for each pass of a step
@@ -186,7 +190,7 @@ class WhitenedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
