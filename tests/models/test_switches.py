@@ -103,10 +103,22 @@ def group_offload(level: str, **kwargs: Any) -> Callable[[VideoAutoencoder, Path
     return switch
 
 
+def disk_offload(vae: VideoAutoencoder, folder: Path) -> None:
+    # Some layers in each direction: to read all of them again and again would take most of the time of these tests.
+    for number, name in enumerate(ON_DISK_LAYERS[type(vae).__name__]):
+        (folder / str(number)).mkdir()
+        accelerate.disk_offload(vae.get_submodule(name), str(folder / str(number)), CPU)
+
+
 def cast_layers(vae: VideoAutoencoder, folder: Path) -> None:
     vae.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float64)
 
 
+ON_DISK_LAYERS = {
+    "AutoencoderKLLeanVAE": ("encoder.low_layers", "bottleneck.iterations.0", "decoder.high_layers"),
+    "AutoencoderKLWFVAE": ("encoder.mid", "decoder.flows.0", "decoder.levels.0"),
+    "AutoencoderKLIVVAE": ("encoder.blocks.0", "decoder.blocks.6"),
+}
 SWITCHES: dict[str, Callable[[VideoAutoencoder, Path], Any]] = {
     "none": lambda vae, folder: None,
     "slicing": lambda vae, folder: vae.enable_slicing(),
@@ -117,7 +129,7 @@ SWITCHES: dict[str, Callable[[VideoAutoencoder, Path], Any]] = {
     "layerwise casting": cast_layers,
 }
 ON_DISK: dict[str, Callable[[VideoAutoencoder, Path], Any]] = {
-    "accelerate, disk offload": lambda vae, folder: accelerate.disk_offload(vae, str(folder), CPU),
+    "accelerate, disk offload": disk_offload,
     "group offload, leaf, disk": group_offload("leaf", disk=True),
     "group offload, block, disk": group_offload("block", disk=True),
 }
@@ -187,6 +199,7 @@ ways = pytest.mark.parametrize("way", WAYS)
 def test_outputs_and_gradients(model: str, way: str, switch: str, tmp_path: Path):
     vae = make_vae(model)
     SWITCHES[switch](vae, tmp_path)
+    assert vae.is_gradient_checkpointing == (switch == "gradient checkpointing")
     result = compute(vae, way)
     # Hooks of Accelerate compute with copies of the weights, which keep no gradients.
     assert len(result.gradients) == (2 if "accelerate" in switch else len(plain(model).gradients))
@@ -221,17 +234,17 @@ def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> 
 
 
 class AutocastBounds(NamedTuple):
-    """Four times what was measured: outputs near the whole clip's under autocast, near the exact ones; gradients."""
+    """Four times what was measured with bfloat16."""
 
-    outputs: float = 0.016  # a sum in another order may round to the next number of bfloat16
-    exact: float = 0.045
-    gradients: float = 0.035
+    whole: float  # outputs, from those of the whole clip: a sum in another order may round to the next number
+    exact: float  # outputs, from those in float64
+    gradients: float  # from those in float64
 
 
 AUTOCAST = {
-    "leanvae": AutocastBounds(),
-    "wfvae": AutocastBounds(exact=0.1),
-    "ivvae": AutocastBounds(exact=0.4, gradients=0.07),  # random weights amplify more than trained ones
+    "leanvae": AutocastBounds(whole=0.016, exact=0.053, gradients=0.055),
+    "wfvae": AutocastBounds(whole=0.016, exact=0.06, gradients=0.155),
+    "ivvae": AutocastBounds(whole=0.016, exact=0.11, gradients=0.27),
 }
 
 
@@ -242,10 +255,9 @@ def test_autocast(model: str, way: str):
         result = compute(make_vae(model, torch.float32), way, dtype=torch.float32)
     assert result.moments.dtype == result.sample.dtype == torch.bfloat16
     whole, exact, bounds = plain_autocast(model), plain(model), AUTOCAST[model]
-    assert relative_error([*result[:2]], [*whole[:2]]) <= bounds.outputs
+    assert relative_error([*result[:2]], [*whole[:2]]) <= bounds.whole
     assert 0 < relative_error([*result[:2]], [*exact[:2]]) <= bounds.exact
-    # Exact gradients are no measure here: those of these weights differ by 2e-4 in float32 already.
-    gradients = [[r.gradients[name] for name in exact.gradients] for r in (result, whole)]
+    gradients = [[r.gradients[name] for name in exact.gradients] for r in (result, exact)]
     assert relative_error(*gradients) <= bounds.gradients
 
 
@@ -320,6 +332,7 @@ def test_compiled_blocks(model: str, way: str):
     check(compute(vae, way, has_gradients=False), model)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_a_whole_clip_with_gradients():
     torch.compiler.reset()
     vae = make_vae("ivvae")  # which takes groups of frames one by one without gradients

@@ -117,50 +117,6 @@ def test_stream_of_uneven_chunks_equals_whole(
     assert encoding.num_latent_frames == decoding.num_latent_frames == z.shape[2]
 
 
-@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
-@torch.no_grad()
-def test_interleaved_streams_and_an_image_in_between(make_model: Callable, make_video: Callable, tiled: bool):
-    model = make_model(torch.float64)
-    videos = [make_video(1, 3, 13, 16, 24, dtype=torch.float64, seed=seed) for seed in (1, 2)]
-    image = make_video(1, 3, 32, 8, dtype=torch.float64)
-    wholes, image_alone = [model(video).sample for video in videos], model(image).sample
-    if tiled:
-        model.enable_tiling(8, 8, 5)
-    streams = [(TemporalCache(), TemporalCache()) for _ in videos]
-    outputs: list[list[torch.Tensor]] = [[], []]
-    for start, stop in ((0, 5), (5, 9), (9, 13)):
-        for video, (encoding, decoding), output in zip(videos, streams, outputs, strict=True):
-            z = model.encode(video[:, :, start:stop], cache=encoding).latent_dist.mean
-            output.append(model.decode(z, cache=decoding).sample)
-            assert_exact(model(image).sample, image_alone)
-    for output, whole in zip(outputs, wholes, strict=True):
-        assert_exact(torch.cat(output, dim=2), whole)
-
-
-@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
-@torch.no_grad()
-def test_stream_continues_from_its_state_dict(make_model: Callable, make_video: Callable, tiled: bool):
-    model, video = make_model(torch.float64), make_video(1, 3, 9, 16, 24, dtype=torch.float64)
-    whole = model.encode(video).latent_dist.mean
-    if tiled:
-        model.enable_tiling(8, 8, 5)
-    cache = TemporalCache()
-    first = model.encode(video[:, :, :5], cache=cache).latent_dist.mean
-    state = {key: tensor.clone() for key, tensor in cache.state_dict().items()}
-    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-    restored = TemporalCache()
-    restored.load_state_dict(state)
-    assert restored.num_latent_frames == cache.num_latent_frames == 2
-    assert restored.nbytes() == cache.nbytes() > 0
-    outputs = [
-        model.encode(video[:, :, 5:], cache=c).latent_dist.mean for c in (restored, cache.copy(dtype=torch.float64))
-    ]
-    for second in outputs:
-        assert_exact(torch.cat((first, second), dim=2), whole)
-    cache.reset()
-    assert_exact(model.encode(video, cache=cache).latent_dist.mean, whole)
-
-
 @torch.no_grad()
 def test_cache_does_not_keep_activations_alive(make_model: Callable, make_video: Callable):
     model, cache = make_model(), TemporalCache()
@@ -192,24 +148,6 @@ class TestMisuse:
             model.encode(video[:, :, :5], cache=cache)
         outputs.append(model.encode(video[:, :, 5:], cache=cache).latent_dist.mean)
         assert_exact(torch.cat(outputs, dim=2), model.encode(video).latent_dist.mean)
-
-
-@pytest.mark.parametrize("tiled_first", [False, True])
-@torch.no_grad()
-def test_a_stream_keeps_the_tiling_it_started_with(make_model: Callable, make_video: Callable, tiled_first: bool):
-    model, video = make_model(torch.float64), make_video(1, 3, 9, 16, 24, dtype=torch.float64)
-    z = model.encode(video).latent_dist.mean
-    sample = model.decode(z).sample
-    encoding, decoding = TemporalCache(), TemporalCache()
-    switches = [lambda: model.enable_tiling(8, 8, 5), model.disable_tiling]
-    latents, frames = [], []
-    for switch, chunk in zip(switches if tiled_first else switches[::-1], video.split((5, 4), dim=2), strict=True):
-        switch()
-        latents.append(model.encode(chunk, cache=encoding).latent_dist.mean)
-        frames.append(model.decode(latents[-1], cache=decoding).sample)
-    assert_exact(torch.cat(latents, dim=2), z)
-    assert_exact(torch.cat(frames, dim=2), sample)
-    assert len(encoding.tiles) == len(decoding.tiles) == (6 if tiled_first else 0)
 
 
 @hypothesis.given(size=sizes(40), tile=sizes(12), halo=st.integers(0, 9))

@@ -1,5 +1,7 @@
 """LeanVAE, WF-VAE and IV-VAE behind one interface: the same behaviour is asked of all, in every configuration."""
 
+import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,17 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import AutoModel
+from accelerate.utils import send_to_device
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
-from diffusers_leanvae.models.temporal_cache import Chunk
+from diffusers_leanvae.models.temporal_cache import WHOLE, Chunk, chunks
 from diffusers_leanvae.models.wavelets import haar_analysis_3d
 
 
 all_cases = pytest.mark.parametrize("case", CASES)
-both = pytest.mark.parametrize("case", ["wf", "iv"])
+models = pytest.mark.parametrize("case", ["lean", "wf", "iv"])
 
 
 @all_cases
@@ -76,7 +79,7 @@ def test_output_is_as_late_as_the_model_says(case: str):
     assert vae.num_delayed_frames == (0 if not is_linear else 6 if case == "wf_8x" else 2)
 
 
-@both
+@models
 @torch.no_grad()
 def test_streams_interleave_and_the_model_keeps_nothing(case: str):
     vae = make(case)
@@ -113,17 +116,17 @@ def test_halos_are_what_the_network_reads(case: str):
     # Gradients tell: they have no neighbours to be rounded away against.
     vae = make(case).requires_grad_(False)
     video = make_video(vae, 1, 8, 400).requires_grad_()
-    vae._encode_local(video, Chunk())[..., 25].abs().sum().backward()
+    vae._encode_local(video, WHOLE)[..., 25].abs().sum().backward()
     read = [index for index in range(50) if video.grad[..., 8 * index : 8 * index + 8].any()]
     assert max(25 - read[0], read[-1] - 25) == vae.encoder_halo
     latents = make_latents(vae, 2, 1, 50)
-    hidden = (latents if vae.is_local else vae._decode_whole(latents, Chunk())).requires_grad_()
-    vae._decode_local(hidden, Chunk())[..., 200:208].abs().sum().backward()
+    hidden = (latents if vae.is_local else vae._decode_whole(latents, WHOLE)).requires_grad_()
+    vae._decode_local(hidden, WHOLE)[..., 200:208].abs().sum().backward()
     read = [index for index in range(50) if hidden.grad[..., index].any()]
     assert max(25 - read[0], read[-1] - 25) == vae.decoder_halo
 
 
-@both
+@models
 @torch.no_grad()
 def test_state_of_tiles_may_stay_on_disk(case: str, tmp_path: Path):
     vae = make(case)
@@ -173,23 +176,15 @@ def test_iv_goes_group_by_group_without_gradients():
     assert_exact(torch.cat(parts, dim=2), sample)
 
 
-@both
-def test_training(case: str):
+@all_cases
+def test_gradients_reach_every_parameter_and_every_frame(case: str):
     vae = make(case).train()
-    video = make_video(vae, 1)
-    reference = vae(video).sample
-    reference.square().mean().backward()
-    gradients = {name: parameter.grad for name, parameter in vae.named_parameters()}
-    silent = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
-    # Half of the moments' layer is the log-variance, which the mean does not need; all others have gradients.
+    video = make_video(vae, 1).requires_grad_()
+    posterior = vae.encode(video).latent_dist
+    (vae.decode(posterior.mode()).sample.square().mean() + posterior.logvar.square().mean()).backward()
+    silent = [name for name, parameter in vae.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert not silent
-    vae.zero_grad()
-    vae.enable_gradient_checkpointing()
-    sample = vae(video).sample
-    assert_exact(sample, reference)
-    sample.square().mean().backward()
-    for name, parameter in vae.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name])
+    assert video.grad.abs().amax(dim=(0, 1, 3, 4)).min() > 0
 
 
 @all_cases
@@ -204,20 +199,24 @@ def test_saved_and_loaded_by_diffusers(case: str, tmp_path: Path):
         torch.testing.assert_close(loaded(video).sample, vae(video).sample, rtol=0, atol=0)
 
 
-@both
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.15), (torch.float16, 0.04)], ids=str)
+# Four times what was measured, in bfloat16 and in float16; random weights amplify more than trained ones.
+HALF_PRECISION = {"lean": (0.063, 0.0075), "wf": (0.36, 0.13), "iv": (0.11, 0.012)}
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_half_precision_is_near(case: str, dtype: torch.dtype, limit: float):
+def test_half_precision_is_near(case: str, dtype: torch.dtype):
     vae = make(case)
     video = make_video(vae)
     expected = vae(video).sample
-    actual = vae.to(dtype)(video.to(dtype)).sample
+    actual = torch.nn.Module.to(vae, dtype)(video.to(dtype)).sample
     assert actual.dtype == dtype
     error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert 0 < error < limit  # random weights amplify more than trained ones
+    assert 0 < error < HALF_PRECISION[case][dtype == torch.float16]
 
 
-@both
+@models
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float16], ids=str)
 @torch.no_grad()
 def test_layerwise_casting(case: str, storage: torch.dtype):
@@ -226,47 +225,36 @@ def test_layerwise_casting(case: str, storage: torch.dtype):
     vae.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
     stored = {name: parameter.dtype for name, parameter in vae.named_parameters()}
     assert {dtype for name, dtype in stored.items() if "norm" in name} == {torch.float32}
-    assert {dtype for name, dtype in stored.items() if "norm" not in name} == {storage}
+    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    cast = {f"{name}.weight" for name, layer in vae.named_modules() if isinstance(layer, layers)}
+    assert cast and {stored[name] for name in cast} == {storage}
     for name, parameter in rounded.named_parameters():
         parameter.copy_(parameter.to(stored[name]).to(torch.float32))
     assert torch.equal(vae(video).sample, rounded(video).sample)
 
 
-@both
-@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@models
 @torch.no_grad()
-def test_group_offload(case: str, level: str, tmp_path: Path):
-    vae = make(case, torch.float32)
-    video = make_video(vae, 1)
-    expected, z = vae(video).sample, vae.encode(video).latent_dist.mean
-    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    vae.enable_group_offload(torch.device("cpu"), offload_type=level, offload_to_disk_path=str(tmp_path), **blocks)
-    assert list(tmp_path.iterdir())
-    assert torch.equal(vae(video).sample, expected)
-    assert torch.equal(vae.encode(video).latent_dist.mean, z)  # without `forward`: hooks must run here too
-    assert torch.equal(vae.decode(z).sample, expected)
-
-
-@both
-@torch.no_grad()
-def test_disk_offload(case: str, tmp_path: Path):
+def test_loading_to_disk(case: str, tmp_path: Path):
     vae = make(case, torch.float32)
     video = make_video(vae, 1)
     vae.save_pretrained(tmp_path)
-    device_map = {"encoder": "disk", "decoder": "cpu"}
+    device_map = {name: "cpu" for name, _ in vae.named_children()} | {"encoder": "disk"}
     loaded = type(vae).from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "off")
     assert {parameter.device.type for parameter in loaded.encoder.parameters()} == {"meta"}
     assert torch.equal(loaded(video).sample, vae(video).sample)
 
 
-@both
-def test_compile(case: str):
+@models
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(case: str, backend: str):
+    torch.compiler.reset()
     vae = make(case, torch.float32)
     video = make_video(vae, 1, 16, 16)
     with torch.no_grad():
         expected = vae.encode(video).latent_dist.mean, vae.decode(make_latents(vae, 2, 2, 2)).sample
-        encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend="eager", fullgraph=True)
-        decode = torch.compile(lambda z: vae.decode(z).sample, backend="eager", fullgraph=True)
+        encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
+        decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
         actual = encode(video), decode(make_latents(vae, 2, 2, 2))
     torch.testing.assert_close(actual, expected)
 
@@ -291,32 +279,248 @@ def test_the_wavelet_constant_is_the_reference_s():
     torch.testing.assert_close(subbands[0][:, :3], first.unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).sum((4, 6)) / 2)
 
 
-ERRORS = {
-    "frames": ((1, 3, 3, 16, 16), r"`num_frames` must be 4 \* n \+ 1 \(1, 5, 9, ...\), got 3"),
-    "size": ((1, 3, 5, 16, 20), "`height` and `width` must be positive multiples of 8, got 16 and 20"),
-    "channels": ((1, 4, 5, 16, 16), r"`x` must have shape \(batch_size, 3, num_frames"),
-}
+ILLEGAL_SAMPLES = [
+    ((1, 3, 4, 16, 16), r"`num_frames` must be 4 \* n \+ 1 \(1, 5, 9, \.\.\.\), got 4\."),
+    ((1, 3, 0, 16, 16), r"`num_frames` must be .* got 0\."),
+    ((1, 3, 5, 12, 16), r"`height` and `width` must be positive multiples of 8, got 12 and 16\."),
+    ((1, 3, 5, 16, 0), r"`height` and `width` must be positive multiples of 8, got 16 and 0\."),
+    ((1, 4, 5, 16, 16), r"`x` must have shape \(batch_size, 3, .* got \(1, 4, 5, 16, 16\)\."),
+    ((3, 16, 16), r"`x` must have shape .* got \(3, 16, 16\)\."),
+]
 
 
-@both
-@pytest.mark.parametrize("shape, message", ERRORS.values(), ids=ERRORS)
+@models
+@pytest.mark.parametrize("shape, message", ILLEGAL_SAMPLES, ids=[str(shape) for shape, _ in ILLEGAL_SAMPLES])
 def test_illegal_samples(case: str, shape: tuple[int, ...], message: str):
     vae = make(case)
-    with pytest.raises(ValueError, match=message):
-        vae.encode(torch.zeros(shape, dtype=vae.dtype))
+    for call in (vae.encode, vae):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(shape, dtype=vae.dtype))
 
 
-@both
-def test_other_errors(case: str):
+@models
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 2, 2, 2), (1, 4, 0, 2, 2), (1, 4, 2, 0, 2), (4, 2, 2), (1, 3, 2, 2)], ids=str
+)
+def test_illegal_latents(case: str, shape: tuple[int, ...]):
+    message = r"`z` must have shape \(batch_size, 4, num_latent_frames, latent_height, latent_width\) or .* got \("
     vae = make(case)
-    with pytest.raises(ValueError, match="`z` must have shape"):
-        vae.decode(torch.zeros(1, 4, 0, 2, 2, dtype=vae.dtype))
-    with pytest.raises(ValueError, match="`x` must have the model's dtype torch.float64, got torch.float32"):
-        vae.encode(torch.zeros(1, 3, 1, 16, 16))
-    with pytest.raises(ValueError, match="`tile_sample_min_width` must be a positive multiple of 8, got 12"):
-        vae.enable_tiling(16, 12)
-    with pytest.raises(ValueError, match=r"`num_frames_per_chunk` must be 4 \* n \+ 1 with n >= 1"):
-        vae.enable_tiling(16, 16, 4)
+    with pytest.raises(ValueError, match=message):
+        vae.decode(torch.zeros(shape, dtype=vae.dtype))
+
+
+@models
+def test_illegal_dtypes(case: str):
+    vae = make(case, torch.float32)
+    for call, name, shape in ((vae.encode, "x", (1, 3, 5, 16, 16)), (vae.decode, "z", (1, 4, 2, 2, 2))):
+        for dtype in (torch.float64, torch.bfloat16):
+            with pytest.raises(
+                ValueError, match=rf"`{name}` must have the model's dtype torch\.float32, got {dtype}\."
+            ):
+                call(torch.zeros(shape, dtype=dtype))
+        for dtype in (torch.uint8, torch.int64, torch.complex64):
+            with pytest.raises(ValueError, match=rf"`{name}` must be a floating-point tensor, got {dtype}\."):
+                call(torch.zeros(shape, dtype=dtype))
+
+
+ILLEGAL_TILING = [
+    ({"tile_sample_min_height": 12}, r"`tile_sample_min_height` must be a positive multiple of 8, got 12\."),
+    ({"tile_sample_min_width": 0}, r"`tile_sample_min_width` must be a positive multiple of 8, got 0\."),
+    ({"tile_sample_min_width": -8}, r"`tile_sample_min_width` must be a positive multiple of 8, got -8\."),
+    ({"num_frames_per_chunk": 8}, r"`num_frames_per_chunk` must be 4 \* n \+ 1 with n >= 1 \(5, 9, \.\.\.\), got 8\."),
+    ({"num_frames_per_chunk": 1}, r"`num_frames_per_chunk` must be .* got 1\."),
+    ({"tile_sample_min_num_frames": 8}, r"`num_frames_per_chunk` must be .* got 8\."),
+    ({"num_frames_per_chunk": 5, "tile_sample_min_num_frames": 5}, r"`tile_sample_min_num_frames` must come without"),
+    ({"tile_sample_stride_height": 0}, r"`tile_sample_stride_height` must be a positive number, got 0\."),
+    ({"tile_sample_stride_num_frames": "8"}, r"`tile_sample_stride_num_frames` must be a positive number, got '8'\."),
+    ({"tile_sample_min_height": 64, "budget": 10**9}, r"`budget` and 'auto' must come without tile sizes, got both\."),
+]
+
+
+@models
+@pytest.mark.parametrize("arguments, message", ILLEGAL_TILING, ids=[str(arguments) for arguments, _ in ILLEGAL_TILING])
+def test_illegal_tiling(case: str, arguments: dict[str, Any], message: str):
+    vae = make(case)
+    with pytest.raises(ValueError, match=message):
+        vae.enable_tiling(**arguments)
+    # A refused call leaves the model as it was.
+    assert not vae.use_tiling and vae.tile_sample_min_height == vae.tile_sample_min_width == 256
+
+
+@all_cases
+def test_tiling_takes_the_keywords_of_diffusers(case: str):
+    vae = make(case)
+    ratio = vae.temporal_compression_ratio
+    assert vae.tile_sizes(1, 9, 99, 99) == (None, None, None) or vae.num_frames_per_step is not None
+    vae.enable_tiling(
+        tile_sample_min_height=64,
+        tile_sample_min_width=48,
+        tile_sample_min_num_frames=2 * ratio + 1,
+        tile_sample_stride_height=48,
+        tile_sample_stride_width=32,
+        tile_sample_stride_num_frames=12,
+    )
+    assert vae.tile_sizes(1, 9, 99, 99) == (8, 6, 2)
+    vae.disable_tiling()
+    vae.enable_tiling()  # what is not given stays
+    assert vae.tile_sizes(1, 9, 99, 99) == (8, 6, 2)
+    fresh = make(case)
+    fresh.enable_tiling()
+    assert fresh.tile_sizes(1, 9, 99, 99) == (32, 32, 4)
+
+
+@all_cases
+def test_the_config_answers_to_what_pipelines_read(case: str, tmp_path: Path):
+    vae = make(case, scaling_factor=0.5)
+    ratio, config = vae.temporal_compression_ratio, vae.config
+    assert (config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial) == (4, ratio, 8)
+    assert (config.temporal_compression_ratio, config.spatial_compression_ratio) == (ratio, 8)
+    assert len(config.block_out_channels) == 4 and config.invert_scale_latents is False
+    assert vae.temperal_downsample == ((False, True, True) if ratio == 4 else (True, True, True))
+    # Statistics that are not set are answered to, and stay unset for those who ask for what is set.
+    assert config.latents_mean == [0.0] * 4 and config.latents_std == [2.0] * 4
+    assert config["latents_mean"] is None and config["latents_std"] is None
+    given = make(case, latents_mean=[1.0] * 4, latents_std=[3.0] * 4, scaling_factor=0.5).config
+    assert given.latents_mean == given["latents_mean"] == [1.0] * 4 and given.latents_std == [3.0] * 4
+    vae.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {key for key in stored if not key.startswith("_")} == set(inspect.signature(type(vae)).parameters)
+    assert stored["latents_mean"] is None
+    assert copy.deepcopy(config).z_dim == 4
+
+
+@models
+@pytest.mark.parametrize("is_normalised", [True, False])
+@torch.no_grad()
+def test_a_wan_pipeline_takes_every_model(case: str, is_normalised: bool):
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]
+    vae = make(case, torch.float32, **({"latents_mean": mean, "latents_std": std} if is_normalised else {}))
+    if not is_normalised:
+        vae.register_to_config(scaling_factor=0.5)
+        mean, std = [0.0] * 4, [2.0] * 4
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    assert (pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial) == (4, 8)
+    arguments = {
+        "prompt_embeds": torch.randn(1, 6, 16),
+        "height": 16,
+        "width": 32,
+        "num_frames": 9,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+    }
+    frames, latents = (
+        pipeline(**arguments, generator=torch.Generator().manual_seed(0), output_type=kind).frames
+        for kind in ("pt", "latent")
+    )
+    assert latents.shape == (1, 4, 3, 2, 4) and frames.shape == (1, 9, 3, 16, 32)
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1, 1) for values in (mean, std))
+    expected = (vae.decode(latents * std + mean).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+    assert frames.std() > 0.05
+
+
+@models
+@pytest.mark.parametrize("tiled_first", [False, True])
+@torch.no_grad()
+def test_a_stream_keeps_the_tiling_it_started_with(case: str, tiled_first: bool):
+    vae = make(case)
+    video = make_video(vae, 2, 16, 24)
+    z = vae.encode(video).latent_dist.mean
+    sample = vae.decode(z).sample
+    encoding, decoding = TemporalCache(), TemporalCache()
+    switches = [lambda: vae.enable_tiling(8, 8, 5), vae.disable_tiling]
+    latents, frames = [], []
+    for switch, chunk in zip(switches if tiled_first else switches[::-1], video.split((5, 4), dim=2), strict=True):
+        switch()
+        latents.append(vae.encode(chunk, cache=encoding).latent_dist.mean)
+        decoding.is_last = chunk.shape[2] == 4
+        frames.append(vae.decode(latents[-1], cache=decoding).sample)
+    assert_exact(torch.cat(latents, dim=2), z)
+    assert_exact(torch.cat(frames, dim=2), sample)
+    assert len(encoding.tiles) == len(decoding.tiles) == (6 if tiled_first else 0)
+
+
+@models
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("parked", [False, True])
+@torch.no_grad()
+def test_a_stream_goes_on_from_its_state(case: str, tiled: bool, parked: bool, tmp_path: Path):
+    vae = make(case)
+    latents = make_latents(vae, 5, 2, 3)
+    expected = vae.decode(latents).sample
+    if tiled:
+        vae.enable_tiling(8, 16, 5)
+    directory = tmp_path if parked else None
+    cache = TemporalCache(directory)
+    first = vae.decode(latents[:, :, :2], cache=cache).sample
+    state = {key: tensor.clone() for key, tensor in cache.state_dict().items()}
+    restored = TemporalCache(directory)
+    restored.load_state_dict(state)
+    assert restored.num_latent_frames == 2 and restored.nbytes() == cache.nbytes()
+    vae.disable_tiling()  # the stream knows its tiles
+    for stream in (restored, cache.copy(dtype=vae.dtype), cache):
+        second = vae.decode(latents[:, :, 2:4], cache=stream).sample
+        stream.is_last = True
+        last = vae.decode(latents[:, :, 4:], cache=stream).sample
+        assert_exact(torch.cat((first, second, last), dim=2), expected)
+        assert stream.nbytes() == 0
+        with pytest.raises(ValueError, match="got a stream of another one"):
+            vae.decode(latents[:, :, 4:], cache=stream)
+    cache.reset()
+    assert_exact(vae.decode(latents[:, :, :2], cache=cache).sample, first)
+
+
+def test_hooks_hand_a_chunk_on_as_it_is():
+    chunk = Chunk(cache=TemporalCache(), is_last=False)
+    assert send_to_device((chunk, {"chunk": chunk}), torch.device("meta")) == (chunk, {"chunk": chunk})
+    assert copy.copy(chunk) is chunk and copy.deepcopy([chunk])[0] is chunk
+    assert not hasattr(TemporalCache(), "to")  # which such hooks would call
+
+
+def test_a_chunk_reads_what_was_before_and_changes_nothing_afterwards():
+    cache = TemporalCache()
+    for start, _, chunk in chunks(cache, [(0, 1), (1, 2), (2, 3)], is_first=True, is_last=False):
+        x = torch.full((1, 1, 1, 2, 2), float(start), requires_grad=True)
+        for _ in range(2):  # a layer that is computed again
+            past = chunk.recall("layer", x)
+            assert (past is None) if start == 0 else torch.equal(past, x - 1)
+            chunk.remember("layer", x)
+        if start == 1:
+            second = chunk
+    assert torch.equal(second.recall("layer", x), torch.zeros_like(x))
+    second.remember("layer", x * 0 - 1)
+    assert torch.equal(cache.tails["layer"], torch.full_like(x, 2))
+    # Without gradients what was read is gone, and a second call of the layer would not find it.
+    with torch.no_grad():
+        chunk = Chunk(is_first=False, is_last=False, cache=cache)
+        chunk.recall("layer", x)
+        with pytest.raises(ValueError, match="called once per chunk where gradients are off, got one called twice"):
+            chunk.recall("layer", x)
+        with pytest.raises(ValueError, match="got a stream of another one"):
+            chunk.recall("other layer", x)
+        assert chunk.recall("other layer", x, is_optional=True) is None
+
+
+@models
+def test_chunks_of_another_size(case: str):
+    vae = make(case)
     cache = TemporalCache()
     with torch.no_grad():
         vae.encode(torch.zeros(1, 3, 5, 16, 16, dtype=vae.dtype), cache=cache)
