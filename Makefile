@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine that has Python 3.11 or newer.
-# One environment serves all targets: beside PyTorch, what only tests and checks need is small, and one is simpler.
+# One environment serves all targets: besides PyTorch, what only tests and checks need is small, and one is simpler.
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python3 demo` takes another.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \

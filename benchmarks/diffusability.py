@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoModel
 
 import diffusers_leanvae  # noqa: F401 - makes AutoModel know AutoencoderKLLeanVAE
+from diffusers_leanvae.conversion.headers import WEIGHTS_NAME
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
 from diffusers_leanvae.evaluation.results import sha256, write_result
 from diffusers_leanvae.loading import resolve_bundled
@@ -45,7 +46,7 @@ def main() -> None:
         vae = AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32).eval()
         started = time.perf_counter()
         result = measure_diffusability(vae, train_clips, held_out_clips, protocol, print)
-        weights = folder / "diffusion_pytorch_model.safetensors"
+        weights = folder / WEIGHTS_NAME
         rows.append({"model": model, "weights_sha256": sha256(weights) if weights.is_file() else None} | result)
         rows[-1]["seconds"] = round(time.perf_counter() - started, 1)
         print(f"{model}: {rows[-1]['denoising_loss']}, {rows[-1]['seconds']} s", flush=True)

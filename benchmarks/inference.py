@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from diffusers_leanvae.atomic import replace_file
-from diffusers_leanvae.benchmark.clock import MIB, keep_freed_memory
+from diffusers_leanvae.benchmark.clock import MIB, keep_freed_memory, status_bytes
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import (
     KEYS,
@@ -89,8 +89,7 @@ def limit_memory(num_bytes: int | None) -> None:
         return
     import resource
 
-    with open("/proc/self/status", encoding="ascii") as file:
-        used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+    used = status_bytes("VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + num_bytes, hard))
     Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -193,13 +192,14 @@ class Pool:
 def make_plan(options: argparse.Namespace) -> list[Record]:
     """Records without results, in the order in which they are measured: sizes of the table first."""
     plan: dict[str, Record] = {}
-    for group, sizes in enumerate((options.sizes, options.scaling, options.peer_scaling)):
+    given = {"--sizes": options.sizes, "--scaling": options.scaling, "--peer-scaling": options.peer_scaling}
+    for group, (option, sizes) in enumerate(given.items()):
         for model in options.models:
             is_peer = model in PEERS
             if (group == 1 and model != "LeanVAE-16ch") or (group == 2 and not is_peer):
                 continue
             variants = options.scaling_variants if group == 1 else options.variants
-            for size in (parse_video_size("--sizes", text) for text in sizes):
+            for size in (parse_video_size(option, text) for text in sizes):
                 for dtype in options.peer_dtypes if is_peer else options.dtypes:
                     for num_threads in options.threads:
                         for variant in ["eager"] if is_peer else variants:

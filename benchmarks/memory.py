@@ -29,27 +29,22 @@ from typing import Any
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
+from diffusers_leanvae.benchmark.clock import MIB, status_bytes
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.inference import files, memory
 from diffusers_leanvae.video_io import VideoReader, VideoWriter, iter_video
 
 
-MIB = 2**20
 Row = dict[str, Any]
-
-
-def resident(key: str) -> float:
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
 def measure(work: Callable[[], object]) -> Row:
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # forget the old peak
-    before, cpu = resident("VmRSS"), time.process_time()
+    before, cpu = status_bytes("VmRSS"), time.process_time()
     work()
     return {
-        "peak_mib": round(resident("VmHWM") - before, 1),
+        "peak_mib": round((status_bytes("VmHWM") - before) / MIB, 1),
         "cpu_seconds": round(time.process_time() - cpu, 2),
     }
 
@@ -183,7 +178,7 @@ CASES: dict[str, Callable[[], list[Row]]] = {
 
 
 def predict(rows: list[Row]) -> None:
-    """Beside every row what the planner says of it, and the ratio of its time to the untiled case's."""
+    """Add to every row the planner's prediction and, for a tiled case, its time over the untiled one's."""
     with torch.device("meta"):
         vae = AutoencoderKLLeanVAE(latent_channels=16)
     vae = vae.to_empty(device="cpu")  # never touched, so no memory: slices are those of a CPU

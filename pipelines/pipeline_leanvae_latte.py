@@ -29,7 +29,8 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         vae: Any video autoencoder of this package.
         transformer: The transformer, of as many channels as the latents have.
         scheduler: Any scheduler of diffusers that fits the training. For the original weights see
-            [`~schedulers.make_scheduler`]; for models trained by flow matching, `FlowMatchEulerDiscreteScheduler`.
+            [`generation.schedulers.make_scheduler`]; for models trained by flow matching
+            `FlowMatchEulerDiscreteScheduler`.
         id2label: Name of each class. Several names of one class are separated by commas. Saved with the pipeline.
     """
 

@@ -6,15 +6,30 @@ nothing depends on how a process comes to its imports, tests take it from here; 
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["diffusers_leanvae.inference.distributed", "diffusers_leanvae.inference.files"])
+
+
+def run_python(code: str, *arguments: object, **environment: str) -> str:
+    """Run code in a new interpreter, where nothing is imported yet, and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def start(function: Callable[..., None], *arguments: object, output: Path) -> ForkServerProcess:
@@ -32,8 +47,12 @@ def run_ranks(function: Callable[..., None], *arguments: object, num_processes: 
     """
     files = [output / f"rank-{rank}.txt" for rank in range(num_processes)]
     processes = [start(function, rank, *arguments, output=file) for rank, file in enumerate(files)]
-    for process in processes:
-        process.join()
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            if running.pop(sentinel).exitcode:
+                for process in running.values():  # they would wait for the one that failed
+                    process.terminate()
     assert not any(process.exitcode for process in processes), "\n".join(file.read_text() for file in files)
 
 

@@ -5,9 +5,6 @@ one does everything that needs one, and reports.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from local_hub import LocalHub
+from processes import run_python
 from safetensors.torch import load_file
 from tiny import make_tiny
 
@@ -108,18 +106,6 @@ for name, load in (("original", wfvae.from_pretrained), ("nothing", load_autoenc
         errors[name] = str(error)
 print(json.dumps({"classes": classes, "configs": configs, "errors": errors}))
 """
-
-
-def run_python(code: str, *arguments: object, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 # --- What a fresh process finds, pushes and pulls --------------------------------------------------------------------

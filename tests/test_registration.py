@@ -2,8 +2,6 @@
 
 import ast
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +10,10 @@ import diffusers
 import pytest
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
+from processes import run_python
 
 import diffusers_leanvae
 from diffusers_leanvae import registration
-
-
-def run_python(code: str, *arguments: object) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_the_table_of_diffusers_is_what_we_take_it_for():
@@ -67,7 +58,7 @@ import sys
 import diffusers_leanvae, diffusers_leanvae.cli
 print(*sorted({"av", "diffusers", "huggingface_hub", "numpy", "safetensors", "torch"} & sys.modules.keys()))
 """
-    assert run_python(code) == "\n"
+    assert run_python(code, HF_HUB_OFFLINE="1") == "\n"
 
 
 ORDERS = {
@@ -106,7 +97,7 @@ assert type(AutoModel.from_pretrained(sys.argv[1])) is AutoencoderKLLeanVAE is d
 assert LeanVAELattePipeline is again is diffusers_leanvae.LeanVAELattePipeline
 assert diffusers_leanvae.hub.push_to_hub and diffusers_leanvae.loading.load_autoencoder  # imported nowhere before
 """
-    run_python(ORDERS[order] + code, tmp_path)
+    run_python(ORDERS[order] + code, tmp_path, HF_HUB_OFFLINE="1")
 
 
 def test_a_module_is_told_after_it_has_run(tmp_path, monkeypatch):

@@ -113,8 +113,9 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
     """
     if source in bundled.PIPELINES:
         name = str(source)
-        vae = load_autoencoder(bundled.PIPELINES[name].model, dtype)
-        source, options = bundled.pipeline_path(name), {"vae": vae} | options
+        if "vae" not in options:
+            options["vae"] = load_autoencoder(bundled.PIPELINES[name].model, dtype)
+        source = bundled.pipeline_path(name)
     elif not Path(source).exists() and len(Path(source).parts) != 2:
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
@@ -141,9 +142,7 @@ def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES)
     raise ValueError(f"`path` must be an original checkpoint of {names}, got {str(path)!r} without the keys of any.")
 
 
-def class_of_config(
-    config: dict[str, Any], source: str | Path, classes: ModelClasses = MODEL_CLASSES
-) -> type[PretrainedModel]:
+def class_of_config(config: dict[str, Any], source: str | Path, classes: ModelClasses) -> type[PretrainedModel]:
     """Find the class that a config is of: by its `_class_name`, or by an argument of the original.
 
     Args:

@@ -226,7 +226,7 @@ def test_command_measures_siblings_and_says_what_it_leaves_out(sibling, tmp_path
         (("--size", "32x32"), "`--size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got '32x32'"),
         (("--variant", "faster"), "`--variant` must be one of 'eager', 'fused'"),
         (("--peer", "AutoencoderKL"), "`--peer` must be one of 'AutoencoderKLWan'"),
-        (("--dtype", "int8"), "`--dtype` must be one of 'float32' (fp32)"),
+        (("--dtype", "int8"), "`--dtype` must be auto, float32 (fp32)"),
     ],
 )
 def test_command_refuses_before_it_measures(arguments, message):

@@ -51,7 +51,7 @@ def test_models_are_what_they_are_when_loaded(name, options, tmp_path):
     described = describe(str(tmp_path))
     assert described is not None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert described["class"] == type(model).__name__ and described["family"] == FAMILIES[described["class"]].name
+    assert described["class"] == type(model).__name__ and described["family"] == model.conversion.NAME
     assert described["num_parameters"] == num_parameters and described["dtypes"] == {"float16": num_parameters}
     assert described["num_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not options
@@ -66,7 +66,7 @@ def test_every_family_is_known():
 
 
 ORIGINALS = [(name, ".safetensors") for name in MODELS if name != "leanvae_2x4"]  # the original has one patch size
-ORIGINALS += [("leanvae", ".ckpt"), ("wfvae", ".ckpt"), ("ivvae", ".ckpt")]
+ORIGINALS += [("leanvae", ".ckpt"), ("wfvae", ".ckpt"), ("ivvae", ".ckpt"), ("latte", ".ckpt")]
 
 
 @pytest.mark.parametrize("name, suffix", ORIGINALS)
@@ -85,10 +85,11 @@ def test_an_original_checkpoint_is_described_like_its_folder(name, suffix, tmp_p
     assert from_file == from_folder
 
 
-def test_the_folder_of_an_original_model(tmp_path):
+@pytest.mark.parametrize("name", [{}, {"_class_name": "WFVAEModel"}], ids=["unnamed", "named"])
+def test_the_folder_of_an_original_model(name, tmp_path):
     model, path = make_tiny("wfvae"), tmp_path / "diffusion_pytorch_model.safetensors"
     model.conversion.write_original_checkpoint(path, dict(model.config), model.state_dict())
-    (tmp_path / "config.json").write_text(json.dumps({model.conversion.CONFIG_ANCHOR: 3}))
+    (tmp_path / "config.json").write_text(json.dumps({model.conversion.CONFIG_ANCHOR: 3} | name))
     assert info(tmp_path) == info(path) and info(path)["family"] == "WF-VAE"
 
 

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's"
 def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
     """The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
 
-    With a number of frames it waits there for its signal, which so comes in the middle, however slow the machine is
-    that sends it.
+    It waits for its signal once `waits_at` frames are written (0: never), so that the signal comes in the middle,
+    however slow the machine is.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     write = VideoWriter.write
@@ -63,12 +63,18 @@ def stop_in_the_middle(folder: Path, target: Path, number: signal.Signals) -> tu
     """Send a signal when there are frames in the unfinished file; exit status and what was said."""
     said = folder / "said.txt"
     process = start(reconstruct, folder / "model", 400, folder / "1000.mp4", target, output=said)
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size for path in target.parent.iterdir()):
         assert process.is_alive(), said.read_text()
+        if time.monotonic() > deadline:
+            process.kill()
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, number)
-    process.join()
+    process.join(timeout=300)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return process.exitcode, said.read_text()
 
 

@@ -1,6 +1,7 @@
 """What only AutoencoderKLLeanVAE has; `test_video_autoencoders.py` holds what all models do."""
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.models.leanvae_blocks import LeanVAEBlock
 
 
 ABLATIONS = [
@@ -282,3 +284,16 @@ class TestErrors:
     def test_illegal_config(self, make_model: Callable, config: dict[str, Any], message: str):
         with pytest.raises(ValueError, match=message):
             make_model(**config)
+
+
+def test_a_layer_by_itself_leaves_its_input_alone():
+    # As if the package had first been used where gradients are off.
+    spec = importlib.util.find_spec("diffusers_leanvae.models.temporal_cache")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with torch.no_grad():
+        spec.loader.exec_module(module)
+        tokens = torch.randn(1, 2, 3, 3, 8)
+        before = tokens.clone()
+        assert not torch.equal(LeanVAEBlock(8)(tokens, module.WHOLE), before)
+    assert torch.equal(tokens, before)

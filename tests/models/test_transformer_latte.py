@@ -44,7 +44,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 2e-
 class TestSizes:
     @pytest.mark.parametrize(
         "name, millions",
-        # spec/latte.md section 1, patch size 2, four channels, no labels; the two tables are buffers
+        # The reference's: patch size 2, four channels, no labels; the two tables are buffers
         [("S/2", 32_480_672), ("B/2", 129_547_040), ("L/2", 456_815_648), ("XL/2", 673_681_568)],
     )
     def test_variants(self, name: str, millions: int):

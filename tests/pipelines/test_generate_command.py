@@ -116,7 +116,7 @@ def test_text(text_model: str, tmp_path: Path):
         (("--prompt", "a dog"), "`prompt` must not be given to this pipeline, got one"),
         (("--scheduler", "flow"), "`scheduler` must be one of 'ddpm', 'ddim', 'dpm++' for this model, got 'flow'"),
         (("--num-frames", 8), "`num_frames` must be 4 * n + 1"),
-        (("--dtype", "int8"), "`--dtype` must be one of 'float32'"),
+        (("--dtype", "int8"), "`--dtype` must be auto, float32 (fp32)"),
         (("--image", "nowhere.png"), "nowhere.png"),
         (("--max-memory", "much"), "`max_memory` must be a size"),
     ],

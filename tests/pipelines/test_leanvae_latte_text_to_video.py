@@ -1,11 +1,13 @@
 """The text-to-video pipeline: texts, embeddings, masks, errors; the rest it shares (see the tests beside this)."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
+from diffusers_leanvae.cli.description import describe
 from diffusers_leanvae.latents import normalize_latents
 
 
@@ -102,3 +104,12 @@ def test_errors(text_case, inputs: dict[str, Any], message: str):
 def test_texts_need_an_encoder(text_case):
     with pytest.raises(ValueError, match="`prompt_embeds` must be given to a pipeline without text encoder"):
         text_case.run(text_case.pipeline(tokenizer=None, text_encoder=None))
+
+
+def test_a_description_counts_the_text_encoder(text_case, tmp_path: Path):
+    pipeline = text_case.pipeline()
+    pipeline.save_pretrained(tmp_path)
+    parts = (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+    described = describe(str(tmp_path))
+    assert described is not None
+    assert described["num_parameters"] == sum(weight.numel() for part in parts for weight in part.parameters())

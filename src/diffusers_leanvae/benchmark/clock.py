@@ -22,7 +22,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _resident(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """Return a figure of `/proc/self/status`, such as `VmRSS`, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
@@ -37,7 +38,7 @@ def start_of_peak(device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _resident("VmRSS")
+        return status_bytes("VmRSS")
     except (OSError, AttributeError, TypeError):
         return None
 
@@ -48,7 +49,7 @@ def end_of_peak(before: int | None, device: torch.device) -> int | None:
         return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
-    return _resident("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def keep_freed_memory(is_kept: bool) -> None:

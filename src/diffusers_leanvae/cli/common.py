@@ -117,6 +117,8 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    elif dtype not in (*DTYPES, *DTYPES.values()):
+        raise ValueError(f"`--dtype` must be auto, {DTYPE_NAMES}, got {dtype!r}.")
     torch_dtype = parse_dtype("--dtype", dtype)
     try:
         torch_device = torch.device(device)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import bundled
-from ..conversion.headers import Header, TensorInfo, read_header
+from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, read_header
 
 
-CONFIG_NAME = "config.json"
 INDEX_NAME = "model_index.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS_NAME, "model.safetensors")  # of diffusers, of transformers
 
 
 class Family(NamedTuple):
@@ -148,12 +147,15 @@ def _describe_folder(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _describe_model(folder: Path) -> dict[str, Any] | None:
+def _describe_model(folder: Path, class_name: str | None = None) -> dict[str, Any] | None:
+    """Describe a model in a folder; `class_name` is what its pipeline calls it, where its config does not say."""
     config = _read_json(folder / CONFIG_NAME)
-    class_name = config.get("_class_name")
+    class_name = config.get("_class_name", class_name)
     files = _weight_files(folder)
-    if class_name is None and len(files) == 1:  # an original model that was saved by diffusers' means
-        return _describe_original(files[0], read_header(files[0]))
+    if class_name not in FAMILIES and len(files) == 1:  # perhaps an original that was saved by diffusers' means
+        described = _describe_original(files[0], read_header(files[0]))
+        if described is not None:
+            return described
     if class_name is None or not files:
         return None
     weights = [entry for path in files for entry in _parameters(class_name, read_header(path).tensors)]
@@ -177,7 +179,7 @@ def _describe_pipeline(folder: Path, elsewhere: dict[str, Path]) -> dict[str, An
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[1] is not None:
             place = elsewhere.get(name, folder / name)
-            described = _describe_model(place) if (place / CONFIG_NAME).is_file() else None
+            described = _describe_model(place, value[1]) if (place / CONFIG_NAME).is_file() else None
             components[name] = described or {"class": value[1]}
     counts = [part["num_parameters"] for part in components.values() if "num_parameters" in part]
     labels = index.get("id2label") or {}
@@ -192,10 +194,13 @@ def _describe_pipeline(folder: Path, elsewhere: dict[str, Path]) -> dict[str, An
 
 def _weight_files(folder: Path) -> list[Path]:
     """Find the safetensors files of a model: one, or those that its index names."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    return [folder / WEIGHTS_NAME] if (folder / WEIGHTS_NAME).is_file() else []
+    for weights in WEIGHTS_NAMES:
+        index = folder / f"{weights}.index.json"
+        if index.is_file():
+            return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        if (folder / weights).is_file():
+            return [folder / weights]
+    return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -174,12 +174,12 @@ def encode_dataset(
     """
     import torch.distributed as dist
 
-    from ..data.latent_cache import encode_dataset as encode_clips
+    from ..data import latent_cache
 
     size = parse_video_size("--clip-size", clip_size)
     vae = load_model(model, device, dtype)
     with progress_bar("clips") as bar:
-        latents = encode_clips(
+        latents = latent_cache.encode_dataset(
             vae,
             source,
             target,

@@ -8,6 +8,7 @@ import typer
 
 from .. import bundled
 from ..checks import check_choice, parse_video_size
+from ..conversion.headers import WEIGHTS_NAME
 from .common import Device, Dtype, Model, load_model, one_line, place
 
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from ..benchmark.rounds import Record
     from ..benchmark.subjects import Subject
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 Output = Annotated[
     Path | None,
     typer.Option(help="JSON file to write, with the result and the machine, versions and command it came from."),

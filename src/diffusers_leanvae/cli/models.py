@@ -86,12 +86,12 @@ def info(
 
 
 def _describe_loaded(source: str) -> dict[str, Any]:
-    """Describe an autoencoder by loading it: one that is on the Hub, or in a pickle."""
-    from ..loading import load_autoencoder
+    """Describe a model by loading it: one that is on the Hub, or in a pickle."""
+    from ..loading import load_model
 
     try:
-        vae = load_autoencoder(source)
+        model = load_model(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"PATH {source!r} cannot be described: {one_line(error)}") from None
-    weights = [(str(weight.dtype).removeprefix("torch."), weight.numel()) for weight in vae.parameters()]
-    return describe_model(type(vae).__name__, weights, vae.config)
+    weights = [(str(weight.dtype).removeprefix("torch."), weight.numel()) for weight in model.parameters()]
+    return describe_model(type(model).__name__, weights, model.config)

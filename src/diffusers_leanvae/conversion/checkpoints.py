@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..atomic import replace_file
 from ..checks import CHECKPOINT_SUFFIXES
-from .headers import read_header
+from .headers import CONFIG_NAME, WEIGHTS_NAME, read_header
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
@@ -32,9 +32,6 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read 
 
 # Arguments of `from_single_file` that are `huggingface_hub`'s.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-# In the folder of an original model that was saved by diffusers' means: its arguments and its weights.
-CONFIG_NAME = "config.json"
-SAVED_NAME = "diffusion_pytorch_model.safetensors"
 
 
 # --- Where a checkpoint is -------------------------------------------------------------------------------------------
@@ -101,8 +98,8 @@ def _is_url(text: str) -> bool:
 
 def _choose_checkpoint(names: Iterable[str], folder: str) -> str:
     found = sorted(name for name in names if name.endswith(CHECKPOINT_SUFFIXES))
-    if SAVED_NAME in found:
-        return SAVED_NAME
+    if WEIGHTS_NAME in found:
+        return WEIGHTS_NAME
     if len(found) != 1:
         raise ValueError(f"`reference` must name one checkpoint, got {folder!r} with {', '.join(found) or 'none'}.")
     return found[0]
@@ -289,22 +286,26 @@ def _rename(key: str, source: str, target: str, placeholders: Mapping[str, str])
 
 
 def write_tensors(
-    path: str | Path, args: dict[str, Any], tensors: dict[str, torch.Tensor], checkpoint: dict[str, Any]
+    path: str | Path,
+    args: dict[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    names: tuple[str, ...] = ("state_dict",),
 ) -> None:
     """Write an original checkpoint, complete or not at all.
 
     Args:
         path: The file.
-        args: Constructor's arguments, which a safetensors file gets as metadata.
-        tensors: The weights, which a safetensors file (by the suffix of `path`) gets.
-        checkpoint: The content of a torch file, which any other is.
+        args: Constructor's arguments: metadata of a safetensors file (by the suffix of `path`), `args` in any other.
+        weights: The weights, under original keys.
+        names: Entries of a torch file that hold them; the same tensors twice are written once.
     """
     import safetensors.torch
     import torch
 
     path = Path(path)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     with replace_file(path) as partial:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, partial, metadata={"format": "pt", "args": json.dumps(args)})
         else:
-            torch.save(checkpoint, partial)
+            torch.save({"args": args} | dict.fromkeys(names, tensors), partial)

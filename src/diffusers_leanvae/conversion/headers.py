@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
+# In the folder of a saved model: its config, and its weights if they are one file.
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read 
 
 
 NAME = "IV-VAE"
-# Config values that a file cannot tell and its user may have to.
+# Options of `leanvae convert` that apply: config values that a file cannot tell.
 OPTIONS = ()
 _PLACEHOLDERS = {
     "i": r"\d+",
@@ -164,5 +164,4 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     args |= {"dim_mult": list(config["channel_multipliers"]), "num_res_blocks": config["num_layers"]}
     if config["latents_mean"] is not None:
         args |= {"scale_factor": config["scaling_factor"], "shift_factor": config["latents_mean"][0]}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
-    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})
+    write_tensors(path, args, to_original(state_dict))

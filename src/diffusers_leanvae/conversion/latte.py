@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read 
 
 
 NAME = "Latte"
-# Config values that a file cannot tell and its user may have to.
+# Options of `leanvae convert` that apply: config values that a file cannot tell.
 OPTIONS = ("num_attention_heads",)
 # The sizes of the paper (table 1): name -> blocks, width, heads. No tensor of a checkpoint shows the heads.
 VARIANTS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -218,6 +218,4 @@ def write_original_checkpoint(
         state_dict: Its weights.
     """
     args = {"num_heads": config["num_attention_heads"]}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
-    # The same tensors twice are written once.
-    write_tensors(path, args, tensors, {"args": args, "model": tensors, "ema": tensors})
+    write_tensors(path, args, to_original(state_dict), ("model", "ema"))

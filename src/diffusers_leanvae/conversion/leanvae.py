@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read 
 
 
 NAME = "LeanVAE"
-# Config values that a file cannot tell and its user may have to.
+# Options of `leanvae convert` that apply: config values that a file cannot tell.
 OPTIONS = ("pixel_factor",)
 _PLACEHOLDERS = {
     "i": r"\d+",
@@ -174,5 +174,4 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     args["embedding_dim"] = config["low_freq_dim"] + config["high_freq_dim"]
     args |= {name: config[name] for name in _EXTRA_CONFIG}
     args["patch_size"] = list(args["patch_size"])
-    tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict).items()}
-    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})
+    write_tensors(path, args, to_original(state_dict))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read 
 
 
 NAME = "WF-VAE"
-# Config values that a file cannot tell and its user may have to.
-OPTIONS = ("temporal_interpolation",)
+# Options of `leanvae convert` that apply: config values that a file cannot tell.
+OPTIONS = ()
 # Original argument -> ours.
 CONFIG_MAP = {
     "latent_dim": "latent_channels",
@@ -296,5 +296,4 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
     args |= {original: legal[config["temporal_compression_ratio"] == 8] for original, legal in _LAYERS.items()}
     if config["latents_mean"] is not None and config["latents_std"] is not None:
         args |= {"shift": list(config["latents_mean"]), "scale": [1 / std for std in config["latents_std"]]}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(state_dict, config).items()}
-    write_tensors(path, args, tensors, {"args": args, "state_dict": tensors})
+    write_tensors(path, args, to_original(state_dict, config))

@@ -89,11 +89,6 @@ class ClipDataset(ABC, Dataset[Clip]):
 
     @property
     @abstractmethod
-    def num_cached(self) -> int:
-        """Number of videos and images held in memory."""
-
-    @property
-    @abstractmethod
     def num_skipped(self) -> int:
         """Number of unusable videos and images this process has found; `Clip.num_skipped` covers all workers."""
 
@@ -177,6 +172,7 @@ class TrainingClips(ClipDataset):
 
     @property
     def num_cached(self) -> int:
+        """Number of videos and images held in memory."""
         return sum(len(videos.cache) for videos in self._video_sets)
 
     @property

@@ -114,18 +114,6 @@ def encode_dataset(
     """
     selection = ClipSelection(source, list(clip_size), num_crops, flip, sampling, stride, short_side, num_clips, seed)
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
-    return encode_clips(vae, selection, output, options, num_workers, progress)
-
-
-def encode_clips(
-    vae: VideoAutoencoder,
-    selection: ClipSelection,
-    output: str | Path,
-    options: ShardOptions,
-    num_workers: int = 0,
-    progress: Callable[[int], Any] | None = None,
-) -> LatentFolder:
-    """Encode clips as [`encode_dataset`] does, by the records that its arguments make up."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs

@@ -106,10 +106,6 @@ class VideoStream(ClipDataset):
         # Only blocks that are on disk count.
         return sum(order.videos.num_skipped for order, _ in self._orders.values())
 
-    @property
-    def num_cached(self) -> int:
-        return 0 if self.image_order is None else len(self.image_order.videos.cache)
-
     def locate(self, step: int, position: int) -> tuple[VideoOrder, int, int]:
         is_image_step = self.schedule.is_image_step(step)
         if is_image_step and self.image_order is not None:

@@ -1,8 +1,8 @@
 """Ease of latents for diffusion: the held-out loss of a small denoiser, and the quality of its decoded predictions.
 
 Everything but the autoencoder is fixed: clips, the denoiser and its first weights, the order of the batches, noise and
-noise levels all follow from one seed. A flow-matching denoiser learns from latents normalised per channel. The result
-are two figures, each with its blind spot:
+noise levels all follow from one seed. A flow-matching denoiser learns from latents normalised per channel. It gives
+two figures, each with its blind spot:
 
 - its loss on held-out clips, in the latents' own space: comparable where shapes agree, and blind to what latents lost;
 - PSNR of decoded one-step predictions of held-out latents, in pixels: comparable everywhere, next to the PSNR of the
@@ -126,7 +126,7 @@ def measure_diffusability(
     """Train the denoiser on the latents of some clips and measure it on those of others.
 
     Args:
-        vae: VideoAutoencoderthing with `encode(...).latent_dist` and `decode(...).sample`, in evaluation mode.
+        vae: The autoencoder, on its device, in its dtype, in evaluation mode.
         train_clips: `uint8` clips `(num_clips, 3, num_frames, height, width)`, at least a batch of them.
         held_out_clips: Clips of other videos, of the same size.
         protocol: The fixed settings; figures compare only between runs of the same ones.

@@ -28,7 +28,7 @@ def load_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> Latent
     except ValueError as error:
         raise ValueError(f"`model` {name!r} cannot be loaded: {error}") from None
     if not isinstance(pipeline, LatentVideoPipeline):
-        raise ValueError(f"`model` must be a pipeline on LeanVAE latents, got a {type(pipeline).__name__}.")
+        raise ValueError(f"`model` must be a latent video pipeline of this package, got a {type(pipeline).__name__}.")
     return pipeline.to(device)
 
 
@@ -100,6 +100,7 @@ def generate_videos(
     pipeline = load_pipeline(model, device, dtype)
     if max_memory is not None:
         pipeline.vae.check_predicts_memory("max_memory")
+        pipeline.vae.enable_tiling(budget=max_memory)
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
     if model in bundled.PIPELINES:
@@ -107,8 +108,6 @@ def generate_videos(
     options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
     if image is not None:
         options["image"] = pixels_to_unit(read_video(image, num_frames=1)[0]).permute(0, 3, 1, 2)
-    if max_memory is not None:
-        pipeline.vae.enable_tiling(budget=max_memory)
     argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
 
     batches = []

@@ -1,7 +1,8 @@
 """One video over several processes: each computes a share of the exact tiles, all get the whole result.
 
 Every process of a `torch.distributed` group calls the same function with the same arguments. The network's work and
-its memory are divided; equal to one process up to float rounding (`tests/test_distributed.py`: 1e-10 in float64).
+its memory are divided; equal to one process up to float rounding (1e-10 in float64, as
+`tests/inference/test_distributed.py` checks).
 
     torch.distributed.init_process_group()  # torchrun --nproc-per-node 2 ...
     vae.enable_tiling()
@@ -96,9 +97,8 @@ def _share_tiles(
     items = [slice(i, i + 1) for i in range(len(source))] if vae.use_slicing else [slice(None)]
     num_latent_frames, height, width = latent_size
     sizes = [vae.tile_sizes(1 if vae.use_slicing else len(source), num_latent_frames, height, width)]
-    dist.broadcast_object_list(
-        sizes, group=group, group_src=0, device=source.device
-    )  # what is left of memory may differ among processes
+    # Those of one process for all: free memory, from which sizes may follow, can differ among processes.
+    dist.broadcast_object_list(sizes, group=group, group_src=0, device=source.device)
     compute, scale = (vae.decode_tile, vae.spatial_compression_ratio) if decode else (vae.encode_tile, 1)
     tiles = [
         (tile.place(whole[item], scale), source[item], tile)

@@ -48,7 +48,7 @@ class Excerpt:
         size: What to resize to before encoding: a short side such as `"256"`, or a width and a height as `"640x360"`.
 
     Raises:
-        ValueError: If `size` is not such a text.
+        ValueError: If `size` has neither form.
     """
 
     start: int = 0
@@ -328,10 +328,8 @@ def _decode_frames(source: str | Path, decoder: StreamingDecoder, height: int, w
     with open_latents(source) as (latents, _):
         num_latent_frames = latents.get_shape()[2]
     for begin in range(0, num_latent_frames, decoder.step):
-        with open_latents(source) as (
-            latents,
-            _,
-        ):  # again: what was read of a mapped file stays until it is closed
+        # Opened again for every step: what was read of a mapped file stays in memory until it is closed.
+        with open_latents(source) as (latents, _):
             chunk = latents[:, :, begin : begin + decoder.step].to(decoder.vae.device, decoder.vae.dtype)
         yield from _unit_frames(decoder.push(chunk), height, width)
     yield from _unit_frames(decoder.flush(), height, width)

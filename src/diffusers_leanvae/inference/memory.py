@@ -71,7 +71,8 @@ def plan_streams(
         max_memory: Bytes above the weights for the network, the state of the streams, and all frames that wait or are
             worked on, those inside FFmpeg included.
         num_frames_per_step: Longest step to take.
-        looks_ahead: Whether x264 looks ahead; `None` chooses: not if that took more than an eighth.
+        looks_ahead: Whether x264 looks ahead; `None` chooses: it does if that takes at most an eighth of `max_memory`
+            and the rest fits.
 
     Returns:
         The plan, and whether x264 looks ahead.

@@ -1,14 +1,13 @@
-"""Videos of any length through a LeanVAE in constant memory: push what you have, get what is ready.
+"""Videos of any length through an autoencoder in constant memory: push what you have, get what is ready.
 
 The state is the object's own, so any number of streams may interleave on one model. Chunked results equal those of the
-whole video up to float rounding (`tests/test_streaming.py`: 1e-10 in float64).
+whole video up to float rounding (`tests/inference/test_streaming.py`: 1e-10 in float64).
 """
-
-from typing import Any
 
 import torch
 
 from ..models.temporal_cache import TemporalCache
+from ..models.video_autoencoder import VideoAutoencoder
 
 
 class _Stream:
@@ -20,7 +19,7 @@ class _Stream:
 
     is_delayed = False  # whether something comes out after the last frames went in
 
-    def __init__(self, vae: Any, step: int, cache: TemporalCache):
+    def __init__(self, vae: VideoAutoencoder, step: int, cache: TemporalCache):
         self.vae = vae
         self.step = step
         self.cache = cache
@@ -130,7 +129,7 @@ class StreamingEncoder(_Stream):
 
     def __init__(
         self,
-        vae: Any,
+        vae: VideoAutoencoder,
         num_frames_per_step: int = 16,
         sample_posterior: bool = False,
         generator: torch.Generator | None = None,
@@ -184,7 +183,7 @@ class StreamingDecoder(_Stream):
             that has tiles of its own.
     """
 
-    def __init__(self, vae: Any, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
+    def __init__(self, vae: VideoAutoencoder, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
         if num_latent_frames_per_step < 1:
             raise ValueError(f"`num_latent_frames_per_step` must be positive, got {num_latent_frames_per_step}.")
         self.is_delayed = vae.num_delayed_frames > 0

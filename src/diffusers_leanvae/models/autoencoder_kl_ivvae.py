@@ -15,7 +15,8 @@ from torch import nn
 
 from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
-from .video_autoencoder import Part, VideoAutoencoder, check_statistics
+from .video_autoencoder import Part, VideoAutoencoder
+from .video_config import check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 
 
@@ -250,10 +251,10 @@ class IVVAEEncoder(nn.Module):
         hidden = x if part == "whole" else self._local(x, chunk)
         return hidden if part == "local" else self._whole(hidden, chunk)
 
-    def _local(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+    def _local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         return self.blocks.run(self.conv_in(x, chunk), chunk, stop=self.num_local_blocks)
 
-    def _whole(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+    def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         hidden = self.mid(self.blocks.run(hidden, chunk, start=self.num_local_blocks), chunk)
         moments = self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden))), chunk)
         mean_2d, logvar_2d, mean_3d, logvar_3d = moments.chunk(4, dim=1)
@@ -288,11 +289,11 @@ class IVVAEDecoder(nn.Module):
         hidden = z if part == "local" else self._whole(z, chunk)
         return hidden if part == "whole" else self._local(hidden, chunk)
 
-    def _whole(self, z: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+    def _whole(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         hidden = self.mid(self.conv_in(self.post_quant_conv(z, chunk)), chunk)
         return self.blocks.run(hidden, chunk, stop=self.num_whole_blocks)
 
-    def _local(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+    def _local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         hidden = self.blocks.run(hidden, chunk, start=self.num_whole_blocks)
         keyframes, motion = self.conv_out(F.silu(self.norm_out(hidden)), chunk).chunk(2, dim=1)
         # The first frame of every group is the keyframe branch's, the others are the motion branch's.

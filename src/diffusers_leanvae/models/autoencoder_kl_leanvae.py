@@ -36,7 +36,8 @@ from .leanvae_fused import FusedLeanVAE, Product, signature
 from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
-from .video_autoencoder import VideoAutoencoder, check_statistics
+from .video_autoencoder import VideoAutoencoder
+from .video_config import check_statistics
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 

@@ -23,7 +23,8 @@ from ..checks import check_choice
 from ..conversion import wfvae
 from ..conversion.wfvae import HAAR_3D
 from .temporal_cache import WHOLE, Chunk
-from .video_autoencoder import Part, VideoAutoencoder, check_statistics
+from .video_autoencoder import Part, VideoAutoencoder
+from .video_config import check_statistics
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
 

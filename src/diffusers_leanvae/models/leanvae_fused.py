@@ -10,7 +10,7 @@ What `AutoencoderKLLeanVAE.fuse()` prepares, from the stock state dict, which st
   is in the processor's cache. Slabs go backward in time, so that what a causal convolution reads is not overwritten
   yet, and nothing is concatenated with the state of a stream.
 
-Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/models/test_fused.py`.
+Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/models/test_leanvae_fused.py`.
 """
 
 import copy

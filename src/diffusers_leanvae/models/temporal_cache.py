@@ -141,6 +141,9 @@ _TWICE = (
     "`cache` must be used with layers that are called once per chunk where gradients are off, got one called twice."
 )
 WHOLE = Chunk()  # a whole video: nothing precedes it, nothing follows
+# Of layers that are called by themselves, which leave their input alone; whether this file was first imported where
+# gradients are off must not decide that.
+WHOLE.has_gradients = True
 
 
 class TemporalCache:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -22,6 +21,7 @@ from ..conversion.checkpoints import HUB_ARGUMENTS
 from .pretrained import PretrainedModel, load_original
 from .temporal_cache import Chunk, TemporalCache, chunks
 from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
+from .video_config import VideoAutoencoderConfig
 
 
 if TYPE_CHECKING:
@@ -31,50 +31,6 @@ if TYPE_CHECKING:
 Part = Literal["all", "local", "whole"]
 # Blocks of several widths and kinds are compiled once each, and where a stream is, once for each place in the network.
 RECOMPILE_LIMIT = 256
-
-
-def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
-    for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-        if statistics is not None and len(statistics) != latent_channels:
-            raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
-
-
-class VideoAutoencoderConfig(FrozenDict):
-    """The config, which also answers to the derived names that diffusers' pipelines for videos read.
-
-    Those are attributes only: they are neither items of the config nor stored. `latents_mean` and `latents_std`, where
-    they are not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor` says;
-    the items `config["latents_mean"]` and `config["latents_std"]` are what is set.
-    """
-
-    z_dim: int
-    scale_factor_temporal: int
-    scale_factor_spatial: int
-    temporal_compression_ratio: int
-    spatial_compression_ratio: int
-    block_out_channels: tuple[int, ...]  # pipelines count them: one more than the halvings of the size
-    invert_scale_latents: bool
-
-    @classmethod
-    def of(cls, vae: "VideoAutoencoder") -> Self:
-        """The config of a model, with the names derived from it."""
-        config = cls(vae._internal_dict)
-        ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        derived: dict[str, Any] = {
-            "z_dim": vae.latent_channels,
-            "scale_factor_temporal": ratio_t,
-            "scale_factor_spatial": ratio_s,
-            "temporal_compression_ratio": ratio_t,
-            "spatial_compression_ratio": ratio_s,
-            "block_out_channels": (vae.latent_channels,) * (1 + round(math.log2(ratio_s))),
-            "invert_scale_latents": False,
-        }
-        if config["latents_mean"] is None:
-            derived["latents_mean"] = [0.0] * vae.latent_channels
-        if config["latents_std"] is None:
-            derived["latents_std"] = [1 / config["scaling_factor"]] * vae.latent_channels
-        config.__dict__.update(derived)
-        return config
 
 
 class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
@@ -158,7 +114,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
     @property
     def config(self) -> VideoAutoencoderConfig:
-        return VideoAutoencoderConfig.of(self)
+        ratios = self.temporal_compression_ratio, self.spatial_compression_ratio
+        return VideoAutoencoderConfig.of(self._internal_dict, self.latent_channels, *ratios)
 
     @property
     def temperal_downsample(self) -> tuple[bool, ...]:

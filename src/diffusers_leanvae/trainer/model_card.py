@@ -64,8 +64,8 @@ tags:
 
 # {title}
 
-Generates videos {of_what}: a [Latte](https://arxiv.org/abs/2401.03048) transformer on the latents of a
-[LeanVAE](https://arxiv.org/abs/2503.14325), {description}
+Generates videos {of_what}: a [Latte](https://arxiv.org/abs/2401.03048) transformer on the latents of an
+`{autoencoder}`, {description}
 
 ```python
 import diffusers_leanvae
@@ -160,6 +160,7 @@ def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[s
     return PIPELINE_TEMPLATE.format(
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
         of_what="without a condition" if not id2label else f"of {len(id2label)} classes",
+        autoencoder=type(vae).__name__,
         description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`.",
         repository=repository,
         arguments=", ".join(arguments),

@@ -25,7 +25,7 @@ Recipe = TypeVar("Recipe")
 class OptimizerRecipe:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # "muon": `optimizers.WhitenedMuon`
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # "muon": `whitened_muon.WhitenedMuon`
     learning_rate: float = 5e-5
     adamw_factor: float = 0.1  # with "muon": the learning rate of what is no linear map, relative to `learning_rate`
     final_learning_rate: float = 0.0

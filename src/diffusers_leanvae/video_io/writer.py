@@ -219,9 +219,10 @@ class VideoWriter:
                 options = {"crf": f"{self._crf:g}", "b": "0", "row-mt": "1"}
             else:
                 options = {"crf": f"{self._crf:g}", "preset": self._preset}
-            if codec == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-                # There, x264's macroblock trees use memory that was never written: a file would differ in every call.
-                options["x264-params"] = "asm=avx2"
+            if codec == "libx264":
+                # One file on every processor. x264's own code for AVX-512 even reads memory that was never written, in
+                # its macroblock trees: a file would differ in every call.
+                options["x264-params"] = "cpu-independent=1"
             if codec == "libx265":
                 options["x265-params"] = "log-level=error"
             container = av.open(str(self._partial.absolute()), "w")

@@ -1,0 +1,50 @@
+"""The config of the video autoencoders, and the names derived from it that pipelines of diffusers read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from diffusers.configuration_utils import FrozenDict
+
+
+def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
+    for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+        if statistics is not None and len(statistics) != latent_channels:
+            raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+
+
+class VideoAutoencoderConfig(FrozenDict):
+    """The config, which also answers to the derived names that diffusers' pipelines for videos read.
+
+    Those are attributes only: they are neither items of the config nor stored. `latents_mean` and `latents_std`, where
+    they are not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor` says;
+    the items `config["latents_mean"]` and `config["latents_std"]` are what is set.
+    """
+
+    z_dim: int
+    scale_factor_temporal: int
+    scale_factor_spatial: int
+    temporal_compression_ratio: int
+    spatial_compression_ratio: int
+    block_out_channels: tuple[int, ...]  # pipelines count them: one more than the halvings of the size
+    invert_scale_latents: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], latent_channels: int, ratio_t: int, ratio_s: int) -> Self:
+        """The config of a model, with the names derived from its channels and its ratios of time and space."""
+        config = cls(values)
+        derived: dict[str, Any] = {
+            "z_dim": latent_channels,
+            "scale_factor_temporal": ratio_t,
+            "scale_factor_spatial": ratio_s,
+            "temporal_compression_ratio": ratio_t,
+            "spatial_compression_ratio": ratio_s,
+            "block_out_channels": (latent_channels,) * (1 + round(math.log2(ratio_s))),
+            "invert_scale_latents": False,
+        }
+        if config["latents_mean"] is None:
+            derived["latents_mean"] = [0.0] * latent_channels
+        if config["latents_std"] is None:
+            derived["latents_std"] = [1 / config["scaling_factor"]] * latent_channels
+        config.__dict__.update(derived)
+        return config
