@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e ".[train,test]"
 	@touch $@
 
-demo: $(STAMP)  ## encode and decode the bundled clip with the bundled weights
+demo: $(STAMP)  ## reconstruct the bundled clip and generate a video with the bundled weights
 	@$(BIN)/leanvae demo
 
 # `make test SHUFFLE=17` runs them in another order, drawn from that number.
@@ -62,7 +62,7 @@ wheel-check: $(STAMP)  ## build the wheel, and run the demo from it alone
 	cd build/empty && PYTHONPATH=../wheel ../wheel/bin/leanvae demo
 	cd build/empty && PYTHONPATH=../wheel ../../$(BIN)/python -c "import diffusers_leanvae.training.train_vae as m; assert 'build/wheel' in m.__file__, m.__file__"
 
-tables: $(STAMP)  ## write the tables of README.md and model_card.md from results/
+tables: $(STAMP)  ## write the tables of README.md, model_card.md, docs/ and results/README.md from results/
 	$(BIN)/python scripts/render_tables.py
 
 clean:  ## remove what building and testing left (.venv, runs/ and outputs/ stay)

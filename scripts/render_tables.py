@@ -1,4 +1,4 @@
-"""Write the tables of README.md, model_card.md and results/README.md from results/, and the picture of the README.
+"""Write the tables of README.md, model_card.md, docs/ and results/README.md, and the picture of README.md.
 
     python scripts/render_tables.py            # rewrite the tables (`make tables`)
     python scripts/render_tables.py --check    # change nothing, exit 1 if a table is not what results/ says

@@ -1,4 +1,4 @@
-"""Train a latent video diffusion model on the latents of a LeanVAE. Read it from top to bottom.
+"""Train a latent video diffusion model on the latents of a video autoencoder. Read it from top to bottom.
 
 One process, CPU or GPU:
 

@@ -40,8 +40,8 @@ def test_reference_is_the_block_of_the_model(residual: bool):
     cache, tail = TemporalCache(), None
     operations = kernels.get("eager")
     with torch.no_grad():
-        for _, _, state in chunks(cache, [(0, 2), (2, 5)], is_first=True, is_last=True):
-            chunk = tokens[:, 2:] if state.is_last else tokens[:, :2]
+        for start, stop, state in chunks(cache, [(0, 2), (2, 5)], is_first=True, is_last=True):
+            chunk = tokens[:, start:stop]
             expected = block(chunk.clone(), state)
             output, normed = operations.depthwise_conv_residual_norm(
                 chunk,

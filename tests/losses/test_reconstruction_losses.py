@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers_leanvae.training.train_vae import VAETrainingModule
 from safetensors import safe_open
+from tiny import make_fresh
 
 from diffusers_leanvae.conversion.leanvae import from_original
 from diffusers_leanvae.losses.reconstruction import LossWeights, kl_divergence, log_mse, reconstruction_terms
@@ -19,10 +20,7 @@ GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
 
 def tiny_vae() -> AutoencoderKLLeanVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLLeanVAE(
-        low_freq_dim=8, high_freq_dim=24, num_branch_layers=1, num_fusion_layers=1, num_ista_layers=1
-    )
+    return make_fresh("leanvae", num_fusion_layers=1, num_ista_iterations=2)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden tensors are not at {GOLDEN}")

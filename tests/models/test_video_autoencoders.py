@@ -80,19 +80,25 @@ def test_output_is_as_late_as_the_model_says(case: str):
 
 
 @models
+@pytest.mark.parametrize("tiled", [False, True])
 @torch.no_grad()
-def test_streams_interleave_and_the_model_keeps_nothing(case: str):
+def test_streams_interleave_and_the_model_keeps_nothing(case: str, tiled: bool):
     vae = make(case)
-    latents = make_latents(vae, 4, 2, 3), make_latents(vae, 4, 2, 3) * 0.5
-    decoders = [StreamingDecoder(vae, 1) for _ in latents]
-    parts: list[list[torch.Tensor | None]] = [[], []]
-    for index in range(4):
-        for z, decoder, out in zip(latents, decoders, parts, strict=True):
-            out.append(decoder.push(z[:, :, index : index + 1]))
-            vae.decode(z[:, :, :2])
-    for z, decoder, out in zip(latents, decoders, parts, strict=True):
-        out.append(decoder.flush())
-        assert_exact(torch.cat([part for part in out if part is not None], dim=2), vae.decode(z).sample)
+    ratio = vae.temporal_compression_ratio
+    videos = [sign * make_video(vae, 3, 16, 24) for sign in (1, -1)]
+    samples = [vae.decode(vae.encode(video).latent_dist.mean).sample for video in videos]
+    if tiled:
+        vae.enable_tiling(8, 8, ratio + 1)
+    encoders, decoders = [StreamingEncoder(vae, ratio) for _ in videos], [StreamingDecoder(vae, 1) for _ in videos]
+    outputs: list[list[torch.Tensor | None]] = [[], []]
+    for frames in zip(*(video.split(1, dim=2) for video in videos), strict=True):
+        for frame, encoder, decoder, output in zip(frames, encoders, decoders, outputs, strict=True):
+            if (ready := encoder.push(frame)) is not None:
+                output.append(decoder.push(ready))
+            vae(frame[:, :, 0])  # an image in between
+    for sample, decoder, output in zip(samples, decoders, outputs, strict=True):
+        output.append(decoder.flush())
+        assert_exact(torch.cat([part for part in output if part is not None], dim=2), sample)
 
 
 @all_cases
@@ -199,18 +205,18 @@ def test_saved_and_loaded_by_diffusers(case: str, tmp_path: Path):
         torch.testing.assert_close(loaded(video).sample, vae(video).sample, rtol=0, atol=0)
 
 
-# Four times what was measured, in bfloat16 and in float16; random weights amplify more than trained ones.
-HALF_PRECISION = {"lean": (0.063, 0.0075), "wf": (0.36, 0.13), "iv": (0.11, 0.012)}
+# Four times what was measured, in bfloat16 and in float16: of the arithmetic, as both have the same rounded weights.
+HALF_PRECISION = {"lean": (0.051, 0.0063), "wf": (0.09, 0.012), "iv": (0.075, 0.01)}
 
 
 @models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_half_precision_is_near(case: str, dtype: torch.dtype):
-    vae = make(case)
+    vae = make(case, dtype)
     video = make_video(vae)
-    expected = vae(video).sample
-    actual = torch.nn.Module.to(vae, dtype)(video.to(dtype)).sample
+    exact = torch.nn.Module.to(copy.deepcopy(vae), torch.float64)
+    expected, actual = exact(video.double()).sample, vae(video).sample
     assert actual.dtype == dtype
     error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert 0 < error < HALF_PRECISION[case][dtype == torch.float16]
@@ -246,17 +252,23 @@ def test_loading_to_disk(case: str, tmp_path: Path):
 
 
 @models
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(case: str, backend: str):
     torch.compiler.reset()
     vae = make(case, torch.float32)
     video = make_video(vae, 1, 16, 16)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         expected = vae.encode(video).latent_dist.mean, vae.decode(make_latents(vae, 2, 2, 2)).sample
         encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
         decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
-        actual = encode(video), decode(make_latents(vae, 2, 2, 2))
-    torch.testing.assert_close(actual, expected)
+        for _ in range(2):
+            torch.testing.assert_close((encode(video), decode(make_latents(vae, 2, 2, 2))), expected)
+
+
+@models
+def test_names_for_placement_exist(case: str):
+    vae = make(case)
+    assert {*vae._no_split_modules, *vae._repeated_blocks} <= {type(module).__name__ for module in vae.modules()}
 
 
 @torch.no_grad()

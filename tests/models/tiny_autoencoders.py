@@ -12,7 +12,7 @@ from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lean": ("leanvae", {}),
     "lean_two_iterations": ("leanvae", {"num_ista_iterations": 2, "num_fusion_layers": 1}),
-    "wf": ("wfvae", {}),
+    "wf": ("wfvae", {"decoder_flow_channels": 8}),  # LayerNorm over two is a sign: any rounding may flip it
     "wf_8x": ("wfvae", {"temporal_compression_ratio": 8, "num_encoder_layers": 1}),
     "wf_nearest": ("wfvae", {"temporal_interpolation": "nearest", "use_attention": False}),
     "wf_flow": ("wfvae", {"num_flow_layers": 4, "num_decoder_layers": 1}),
@@ -44,4 +44,4 @@ def make_latents(vae: VideoAutoencoder, *size: int) -> torch.Tensor:
 def assert_exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert that nothing differs but the rounding of float64."""
     assert expected.std() > 0.05  # or there would be nothing to see
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13 * expected.abs().max().item())

@@ -104,9 +104,10 @@ def test_batch_consistent(case):
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpm++", "flow"])
 def test_batch_single_identical(case, scheduler: str):
     pipeline = case.pipeline(scheduler)
-    single = case.run(pipeline)
-    batched = case.run(pipeline, **batch(case, 3))
-    close(batched[0], single[0], atol=6e-5)
+    single = case.run(pipeline, output_type="latent")  # pixels of untrained networks are mostly black or white
+    batched = case.run(pipeline, output_type="latent", **batch(case, 3))
+    relative = 4e-5 if scheduler == "ddpm" else 2e-6  # measured: 9.5e-6, 4e-7
+    close(batched[0], single[0], atol=relative * single.abs().max().item())
 
 
 def test_dict_and_tuple_outputs_equivalent(case):
@@ -129,12 +130,12 @@ def test_save_load_optional_components(text_case, tmp_path: Path):
     given = dict(zip(names, embeds, strict=True)) | {"prompt": None, "negative_prompt": None}
     for name in pipeline._optional_components:
         setattr(pipeline, name, None)
-    close(text_case.run(pipeline, **given), expected, atol=6e-5)
+    close(text_case.run(pipeline, **given), expected, atol=2e-5)
     pipeline.save_pretrained(tmp_path)
     loaded = text_case.pipeline_class.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert all(getattr(loaded, name) is None for name in pipeline._optional_components)
-    close(text_case.run(loaded, **given), expected, atol=6e-5)
+    close(text_case.run(loaded, **given), expected, atol=2e-5)
 
 
 def test_to_dtype(case):
@@ -240,7 +241,7 @@ def test_encode_prompt_works_in_isolation(text_case):
     assert set(given) <= set(inspect.signature(text_case.pipeline_class.__call__).parameters)
     without_text = text_case.pipeline(tokenizer=None, text_encoder=None)
     actual = text_case.run(without_text, **given, prompt=None, negative_prompt=None)
-    close(actual, text_case.run(text_case.pipeline()), atol=6e-5)
+    close(actual, text_case.run(text_case.pipeline()), atol=2e-5)
 
 
 def test_attention_slicing_and_vae_tiling_change_nothing(case):

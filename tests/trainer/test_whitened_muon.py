@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import make_fresh
 from torch import nn
 
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
@@ -23,9 +24,7 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape: 
 
 
 def tiny_vae() -> AutoencoderKLLeanVAE:
-    torch.manual_seed(1)
-    sizes = {"num_branch_layers": 1, "num_fusion_layers": 1, "num_ista_iterations": 1, "num_ista_layers": 1}
-    return AutoencoderKLLeanVAE(low_freq_dim=8, high_freq_dim=24, **sizes).train()
+    return make_fresh("leanvae", seed=1, num_fusion_layers=1)
 
 
 def smooth_clips(seed: int) -> torch.Tensor:

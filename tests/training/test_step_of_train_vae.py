@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers_leanvae.training.train_vae import VAETrainingModule
+from tiny import make_fresh
 from torch import nn
 
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d
@@ -19,10 +20,7 @@ from diffusers_leanvae.trainer.discriminators import AdversarialRecipe
 
 @pytest.fixture
 def vae() -> AutoencoderKLLeanVAE:
-    torch.manual_seed(0)
-    return AutoencoderKLLeanVAE(
-        low_freq_dim=8, high_freq_dim=24, num_branch_layers=1, num_fusion_layers=1, num_ista_layers=1
-    )
+    return make_fresh("leanvae", num_fusion_layers=1, num_ista_iterations=2)
 
 
 @pytest.fixture

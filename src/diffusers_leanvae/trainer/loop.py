@@ -3,7 +3,7 @@
 run = TrainingRun(recipe, "leanvae")
 ...                                                  # data, and models prepared by `run.accelerator`
 run.resume(dataset, ema, [optimizer])
-batches = run.load(dataset, batch_sampler)
+batches = run.load(dataset.batches(run.progress.step, recipe.num_steps))
 for step in run.steps():
     for _ in run.parts(module):
         with run.loading():

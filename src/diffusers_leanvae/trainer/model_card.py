@@ -41,7 +41,8 @@ Pixels are in `[-1, 1]`, videos `(batch_size, {in_channels}, num_frames, height,
 
 ## Training
 
-{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped because a loss or gradient was not finite.
+{steps} steps of {batch_size} clips ({minutes:.0f} minutes since the last start); {num_skipped} steps skipped because a
+loss or gradient was not finite.
 {losses}
 
 The recipe, with all defaults resolved:
@@ -84,7 +85,8 @@ frames = pipeline({arguments}).frames[0]
 
 ## Training
 
-{steps} steps of {batch_size} clips{minutes}; {num_skipped} steps skipped because a loss or gradient was not finite.
+{steps} steps of {batch_size} clips ({minutes:.0f} minutes since the last start); {num_skipped} steps skipped because a
+loss or gradient was not finite.
 {losses}
 
 The recipe, with all defaults resolved:
@@ -101,7 +103,7 @@ def write_model_card(folder: Path, recipe: Any, vae: VideoAutoencoder, run: dict
         folder: The model's folder.
         recipe: The recipe of `train_vae.py`.
         vae: The model.
-        run: `step`, `num_skipped`, `minutes` (of the last start, or `None`), `validation` (the last record of
+        run: As of `TrainingRun.summarize`: `step`, `num_skipped`, `minutes`, `validation` (the last record of
             `validation.jsonl`, or `None`), `log` (that of `log.jsonl`, or `None`).
     """
     folder.joinpath("README.md").write_text(render_model_card(recipe, vae, run), encoding="utf-8")
@@ -112,7 +114,6 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
     is_new = recipe.init in ("spec", "pca")
     repository = recipe.push_to_hub or "path/to/this/folder"
     tuned = {"full": "all weights", "decoder": "the decoder alone", "lora": "low-rank adapters, merged"}[recipe.tune]
-    minutes = "" if run["minutes"] is None else f" ({run['minutes']:.0f} minutes since the last start)"
     return TEMPLATE.format(
         base_model=f"base_model: {recipe.init}\n" if not is_new and recipe.init.count("/") == 1 else "",
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
@@ -127,7 +128,7 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
         figures=_figures(recipe, run["validation"]),
         steps=run["step"],
         batch_size=recipe.batch_size,
-        minutes=minutes,
+        minutes=run["minutes"],
         num_skipped=run["num_skipped"],
         losses=_losses(run["log"]),
         recipe=dump_recipe(recipe),
@@ -156,7 +157,6 @@ def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[s
     arguments = [] if label is None else [f"class_labels={label}"]
     arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
     arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
-    minutes = "" if run["minutes"] is None else f" ({run['minutes']:.0f} minutes since the last start)"
     return PIPELINE_TEMPLATE.format(
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
         of_what="without a condition" if not id2label else f"of {len(id2label)} classes",
@@ -177,7 +177,7 @@ def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[s
         figures=_denoising_losses(run["validation"]),
         steps=run["step"],
         batch_size=recipe.batch_size,
-        minutes=minutes,
+        minutes=run["minutes"],
         num_skipped=run["num_skipped"],
         losses=_losses(run["log"]),
         recipe=dump_recipe(recipe),
