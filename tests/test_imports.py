@@ -35,7 +35,7 @@ PLACES = {folder: place for place, group in enumerate(ORDER) for folder in group
 LEAVES = ORDER[-1]
 # Packages that this project does without, so that nothing comes to depend on them by accident.
 BANNED = {"torchvision", "timm", "lpips", "piqa", "calflops", "decord"}
-IMPORT_NAMES = {"av": "av", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"av": "av", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "pillow": "PIL"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

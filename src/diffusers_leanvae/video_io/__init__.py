@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .containers import VideoError
-from .reader import VideoInfo, VideoReader, iter_video, list_videos, probe_video, read_video
+from .inputs import list_videos
+from .reader import VideoInfo, VideoReader, iter_video, probe_video, read_video
 
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import av
@@ -32,15 +31,15 @@ from av.video.stream import VideoStream
 
 from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
 from .decoding import Damaged, Decoding, RgbConverter, display_matrix
+from .inputs import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from .inputs import VIDEO_EXTENSIONS as VIDEO_EXTENSIONS
+from .inputs import list_videos as list_videos
 from .seeking import SeekPoint, SeekPoints
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
     import torch
 
-
-VIDEO_EXTENSIONS = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # Degrees of a display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y with y pointing down. Others mirror.
 _CLOCKWISE = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}
@@ -79,25 +78,6 @@ class VideoInfo:
     codec: str
     pixel_format: str
     is_image: bool
-
-
-def list_videos(folder: PathLike) -> list[Path]:
-    """List all video and image files below `folder`, sorted by path; hidden files and folders are left out.
-
-    Raises:
-        VideoError: If `folder` is not a folder.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise VideoError(f"`folder` must be an existing folder, got {str(folder)!r}.")
-    known = {*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS}
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in known
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    )
 
 
 def probe_video(path: PathLike) -> VideoInfo:

@@ -1,0 +1,626 @@
+"""Pictures, animations and numbered pictures -> uint8 RGB frames, read by Pillow.
+
+What a pixel is
+- 8-bit RGB. More bits are rounded to 8, 65535 to 255. CMYK, LAB and YCbCr are converted.
+- sRGB: an embedded ICC profile is applied, so that photos in a wide gamut look as in a browser. A profile that cannot
+  be applied is left out. JPEG samples are those of libjpeg, which interpolates subsampled chroma.
+- Upright: the orientation of EXIF, of the TIFF tag or of AVIF is applied.
+- Opaque: transparency is composed over a background, in 8 bits, rounded.
+- Of a TIFF with several pages, the first page is the picture.
+
+Delays of animated GIF, WebP and APNG files of 10 ms or less count as 100 ms, as in browsers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+
+from .containers import PathLike, VideoError
+
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
+    from PIL import Image
+
+
+MAX_PIXELS = 1 << 28  # 16384 x 16384; the largest camera of a phone has 200 million
+
+# Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
+_READERS = {
+    "png": "PngImagePlugin.PngImageFile",
+    "jpeg": "JpegImagePlugin.JpegImageFile",
+    "gif": "GifImagePlugin.GifImageFile",
+    "webp": "WebPImagePlugin.WebPImageFile",
+    "tiff": "TiffImagePlugin.TiffImageFile",
+    "avif": "AvifImagePlugin.AvifImageFile",
+    "jpeg2000": "Jpeg2KImagePlugin.Jpeg2KImageFile",
+    "bmp": "BmpImagePlugin.BmpImageFile",
+    "ppm": "PpmImagePlugin.PpmImageFile",
+    "qoi": "QoiImagePlugin.QoiImageFile",
+    "sgi": "SgiImagePlugin.SgiImageFile",
+    "pcx": "PcxImagePlugin.PcxImageFile",
+    "tga": "TgaImagePlugin.TgaImageFile",
+}
+_PIXEL_FORMATS = {
+    "1": "monob",
+    "L": "gray",
+    "LA": "ya8",
+    "La": "ya8",
+    "P": "pal8",
+    "PA": "pal8",
+    "RGB": "rgb24",
+    "RGBX": "rgb24",
+    "RGBA": "rgba",
+    "RGBa": "rgba",
+    "CMYK": "cmyk",
+    "YCbCr": "yuv444p",
+    "LAB": "lab",
+    "I;16": "gray16le",
+    "I;16L": "gray16le",
+    "I;16N": "gray16le",
+    "I;16B": "gray16be",
+    "I": "gray16le",
+    "F": "grayf32le",
+}
+# Orientations of EXIF: degrees clockwise. The other ones mirror.
+_CLOCKWISE = {3: 180, 6: 90, 8: 270}
+# Of pixels with 16 bits Pillow keeps the high byte. Read with the bytes swapped, it keeps the low one.
+_NATIVE = "L" if sys.byteorder == "little" else "B"
+_SWAPPED = {"L": "B", "B": "L", "N": "B" if _NATIVE == "L" else "L"}
+
+
+def can_read(path: PathLike) -> bool:
+    """Tell by its first bytes whether a file is a picture or animation that `ImageFrames` reads."""
+    return _find_format(Path(path)) is not None
+
+
+class ImageFrames:
+    """The frames of one picture, of one animation, or of a sequence of pictures; a context manager.
+
+    Args:
+        files: One file, or the pictures of a sequence in order.
+        background: Colour that shows where a picture is transparent, RGB in `[0, 255]`.
+        fps: Frame rate of a sequence.
+
+    Attributes:
+        width: Pixels as displayed, after rotation.
+        height: Pixels as displayed, after rotation.
+        num_frames: How many frames there are.
+        times: When each frame is shown, seconds from the first.
+        duration: Seconds for which all frames are shown; `None` for a single picture.
+        is_animated: Whether it is one file of several frames.
+        codec: Name of the format, such as `"png"`.
+        pixel_format: FFmpeg's name, where it has one, of the format of the stored pixels, such as `"rgb24"`.
+        rotation: Degrees clockwise (0, 90, 180, 270) by which stored pixels are turned; already applied.
+        has_alpha: Whether the (first) picture may be transparent in places.
+
+    Raises:
+        VideoError: If the file is no picture, is damaged, or claims more than `MAX_PIXELS` pixels.
+    """
+
+    def __init__(
+        self,
+        files: PathLike | Sequence[PathLike],
+        background: tuple[int, int, int] = (255, 255, 255),
+        fps: Fraction = Fraction(25),
+    ) -> None:
+        if isinstance(files, str | os.PathLike):
+            self._files, is_sequence = [Path(files)], False
+        else:
+            self._files, is_sequence = [Path(file) for file in files], len(files) > 1
+        if not self._files:
+            raise VideoError("`files` must name at least one picture, got none.")
+        if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
+            raise VideoError(f"`background` must be three whole numbers from 0 to 255, got {background!r}.")
+        self._background = background
+        self._picture: _Picture | None = _Picture(self._files[0])
+        first = self._picture
+        self.width, self.height = first.width, first.height
+        self.codec, self.pixel_format = first.codec, first.pixel_format
+        self.rotation, self.has_alpha = first.rotation, first.has_alpha
+        self.is_animated = not is_sequence and len(first.delays) > 1
+        self.duration: Fraction | None = None
+        if is_sequence:
+            self.times = [number / fps for number in range(len(self._files))]
+            self.duration = len(self._files) / fps
+        elif self.is_animated:
+            ends = [Fraction(0)]
+            for delay in first.delays:
+                ends.append(ends[-1] + delay)
+            self.times, self.duration = ends[:-1], ends[-1]
+        else:
+            self.times = [Fraction(0)]
+        self.num_frames = len(self.times)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._picture is not None:
+            self._picture.close()
+        self._picture = None
+
+    def frames_from(self, index: int) -> Iterator[torch.Tensor]:
+        """Read the frames from number `index` on.
+
+        Yields:
+            RGB frames, uint8 in `[0, 255]`, shape `(height, width, 3)`.
+
+        Raises:
+            VideoError: If a file is missing or damaged, or its size is not that of the first.
+        """
+        import torch
+
+        for number in range(index, self.num_frames):
+            if self._picture is None:
+                raise VideoError(f"Cannot read {str(self._files[0])!r}: the reader is closed.")
+            yield torch.from_numpy(self._read(number))
+
+    def _read(self, number: int) -> np.ndarray:
+        if len(self._files) == 1 or number == 0:
+            assert self._picture is not None
+            return self._picture.read(number, self._background)
+        with _Picture(self._files[number]) as picture:
+            if (picture.width, picture.height) != (self.width, self.height):
+                raise VideoError(
+                    f"Cannot read {str(self._files[number])!r}: it has {picture.width}x{picture.height} pixels, "
+                    f"expected {self.width}x{self.height} as in {str(self._files[0])!r}."
+                )
+            return picture.read(0, self._background)
+
+
+class _Picture:
+    """One file that is open: its header, and its frames when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _named_errors(path):
+            codec = _find_format(path, must_be_there=True)
+            if codec is None:
+                raise VideoError(f"Cannot read {str(path)!r}: it is no picture of a known format.")
+            self.codec = codec
+            self.delays: list[Fraction] = []  # of an animation
+            exif = None
+            self._first = 0  # Pillow's number of the first frame
+            _check_size(path, _stored_size(path, codec))
+            if codec == "png":
+                self.delays, exif, is_apart = _walk_png(path)
+                self._first = int(is_apart)
+            module, name = _READERS[codec].split(".")
+            self._file: IO[bytes] = path.open("rb")
+            try:
+                self._reader = getattr(importlib.import_module(f"PIL.{module}"), name)
+                self._image: Image.Image = self._reader(self._file)
+                _check_size(path, self._image.size)
+                if exif is not None:
+                    self._image.info["exif"] = exif
+                self._describe()
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _describe(self) -> None:
+        image = self._image
+        if self.codec == "gif":
+            self.delays = _gif_delays(self.path.read_bytes())
+        elif self.codec == "webp":
+            self.delays = _webp_delays(self.path.read_bytes())
+        elif self.codec == "avif":
+            self.delays = _avif_delays(self.path, image)
+        count = getattr(image, "n_frames", 1) - self._first if len(self.delays) > 1 else 1
+        self.delays = self.delays[:count]
+        self.orientation = _orientation(image, self.codec)
+        self.rotation = _CLOCKWISE.get(self.orientation, 0)
+        self.size = image.size
+        # Pillow turns the pixels of a TIFF by itself, and its size is that of the turned one.
+        self.is_turned = self.codec == "tiff"
+        self.width, self.height = self.size
+        if self.orientation >= 5 and not self.is_turned:
+            self.height, self.width = self.size
+        self.has_alpha = image.has_transparency_data
+        self.pixel_format = _PIXEL_FORMATS.get(image.mode, image.mode.lower())
+        raw_mode = _raw_mode(image)
+        self.white = 65535
+        if self.codec == "tiff":
+            if raw_mode == "I;12":
+                self.white = 4095
+            if getattr(image, "tag_v2", {}).get(262) == 0:  # the tag that says whether zero is white
+                self.white = -self.white
+        if image.mode == "F" or image.mode == "I" and self.codec != "ppm":
+            raise VideoError(
+                f"Cannot read {str(self.path)!r}: its pixels are numbers of which none is white, expected 16 bits."
+            )
+        if _swapped_mode(image) is not None:
+            name = {"RGB": "rgb48", "RGBX": "rgb48", "LA": "ya16", "RGBA": "rgba64"}[raw_mode.split(";")[0]]
+            self.pixel_format = name + ("be" if raw_mode.endswith("B") else "le")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, number: int, background: tuple[int, int, int]) -> np.ndarray:
+        """Read a frame, `(height, width, 3)`."""
+        with _named_errors(self.path):
+            image = self._image
+            wide: np.ndarray | None = None
+            if len(self.delays) > 1:
+                image.seek(number + self._first)
+            elif _swapped_mode(image) is not None:
+                with self.path.open("rb") as file:
+                    wide = _read_wide(image, self._reader(file))
+            image.load()
+            if image.size != self.size:  # a frame of a GIF that lies outside of its screen
+                image = image.crop((0, 0, *self.size))
+            pixels = _compose(image, wide, self.white, background)
+        if not self.is_turned:
+            pixels = _upright(pixels, self.orientation)
+        return np.ascontiguousarray(pixels)
+
+
+# --- What a file is --------------------------------------------------------------------------------------------------
+
+
+def _find_format(path: Path, must_be_there: bool = False) -> str | None:
+    """Return the key of `_READERS` for a file, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        if must_be_there:
+            raise
+        return None
+    signatures = {
+        "png": b"\x89PNG\r\n\x1a\n",
+        "jpeg": b"\xff\xd8\xff",
+        "gif": b"GIF8[79]a",
+        "webp": b"RIFF....WEBP",
+        "tiff": rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
+        # Not Motion JPEG 2000, which begins in the same way.
+        "jpeg2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n....ftyp(?!mjp2)",
+        "bmp": rb"BM.{12}[\x0c-\x7c]\0\0\0",
+        "ppm": rb"P[1-6][\s#]",
+        "qoi": b"qoif",
+        "sgi": rb"\x01\xda[\0\1][\1\2]",
+    }
+    for name, signature in signatures.items():
+        if re.match(signature, head, re.DOTALL):
+            return name
+    if head[4:8] == b"ftyp" and _is_plain_avif(path, head):
+        return "avif"
+    suffix = path.suffix.lower()
+    if suffix == ".pcx" and re.match(rb"\x0a[\x00-\x05]\x01", head):
+        return "pcx"
+    # A Targa file has no signature, but only few first bytes are legal.
+    if suffix in (".tga", ".icb", ".vda", ".vst") and re.match(rb".[\0\1][\1\2\3\x09\x0a\x0b]", head, re.DOTALL):
+        return "tga"
+    return None
+
+
+def _is_plain_avif(path: Path, head: bytes) -> bool:
+    """Tell AVIF from other files of this kind (HEIC, MP4), and from high dynamic range, which FFmpeg has to read."""
+    length = int.from_bytes(head[:4], "big")
+    brands = {head[8:12], *(head[start : start + 4] for start in range(16, min(length, len(head)) - 3, 4))}
+    if not brands & {b"avif", b"avis"}:
+        return False
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    return not any(
+        start[match.end() + 2 : match.end() + 4] in (b"\0\x10", b"\0\x12") for match in re.finditer(b"colrnclx", start)
+    )
+
+
+def _stored_size(path: Path, codec: str) -> tuple[int, int]:
+    """Read the size from a header where Pillow would allocate for it before it can be asked; `(0, 0)` otherwise."""
+    if codec not in ("webp", "avif"):
+        return 0, 0
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    if codec == "webp":
+        if head[12:16] == b"VP8X":
+            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+        return 0, 0  # at most 16384 x 16384
+    sizes = [struct.unpack(">II", head[m.end() + 4 : m.end() + 12]) for m in re.finditer(b"ispe", head[:-12])]
+    return max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise VideoError(
+            f"Cannot read {str(path)!r}: its header claims {size[0]}x{size[1]} pixels, expected at most {MAX_PIXELS}."
+        )
+
+
+def _orientation(image: Image.Image, codec: str) -> int:
+    """Return the orientation as EXIF numbers it, 1 for upright."""
+    if codec == "png" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
+        return 1  # Pillow would decode the picture to look behind it, where `_walk_png` has looked
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever a broken EXIF block leads to, the picture may be good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn all that goes wrong into a `VideoError` that names the file."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of sizes, which are checked here, and of damage that it gets over.
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+            yield
+    except VideoError:
+        raise
+    except FileNotFoundError as error:
+        raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise VideoError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    except MemoryError as error:
+        raise VideoError(f"Cannot read {str(path)!r}: there is not enough memory for its pixels.") from error
+    except Exception as error:  # damaged files lead Pillow to errors of every kind
+        reason = re.sub(r"\s+", " ", str(error)).rstrip(". ") or type(error).__name__
+        raise VideoError(f"Cannot read {str(path)!r}: the picture is damaged or truncated ({reason}).") from error
+
+
+# --- Delays ----------------------------------------------------------------------------------------------------------
+
+
+def _as_browsers(delay: Fraction) -> Fraction:
+    return delay if delay > Fraction(1, 100) else Fraction(1, 10)
+
+
+def _walk_png(path: Path) -> tuple[list[Fraction], bytes | None, bool]:
+    """Check the sums of all chunks, which Pillow does not, and find the delays and the EXIF block.
+
+    Returns:
+        Delays of the frames of an APNG, empty for others; EXIF; whether the first picture is none of them.
+    """
+    delays: list[Fraction] = []
+    exif, is_animated, is_apart, has_data = None, False, False, False
+    with path.open("rb") as file:
+        file.seek(8)
+        while True:
+            head = file.read(8)
+            if len(head) < 8:
+                raise ValueError("it ends before its end is marked")
+            length, kind = struct.unpack(">I4s", head)
+            total, left, data = zlib.crc32(kind), length, b""
+            while left:
+                block = file.read(min(left, 1 << 20))
+                if not block:
+                    raise ValueError("it ends within a chunk")
+                total, left = zlib.crc32(block, total), left - len(block)
+                if kind in (b"fcTL", b"eXIf"):
+                    data += block
+            if file.read(4) != struct.pack(">I", total):
+                raise ValueError(f"the check sum of a chunk {kind.decode('latin-1')!r} is wrong")
+            if kind == b"IEND":
+                return (delays if is_animated else []), exif, is_apart
+            if kind == b"acTL":
+                is_animated = True
+            elif kind == b"IDAT" and not has_data:
+                has_data, is_apart = True, is_animated and not delays
+            elif kind == b"eXIf":
+                exif = b"Exif\0\0" + data
+            elif kind == b"fcTL" and length >= 24:
+                numerator, denominator = struct.unpack(">HH", data[20:24])
+                delays.append(_as_browsers(Fraction(numerator, denominator or 100)))
+
+
+def _gif_delays(data: bytes) -> list[Fraction]:
+    """Find the delays of the frames of a GIF file in its blocks."""
+    delays: list[Fraction] = []
+    place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
+    delay = 0
+    while place < len(data) and data[place] != 0x3B:
+        if data[place] == 0x21:  # an extension
+            if data[place + 1 : place + 3] == b"\xf9\x04":
+                delay = int.from_bytes(data[place + 4 : place + 6], "little")
+            place += 2
+        elif data[place] == 0x2C and place + 9 < len(data):  # a frame
+            delays.append(_as_browsers(Fraction(delay, 100)))
+            delay = 0
+            flags = data[place + 9]
+            place += 11 + (3 << (flags & 7) + 1 if flags & 128 else 0)
+        else:  # as decoders do, go on to what looks like a block
+            place += 1
+            continue
+        while place < len(data) and data[place]:
+            place += 1 + data[place]
+        place += 1
+    return delays
+
+
+def _webp_delays(data: bytes) -> list[Fraction]:
+    """Find the delays of the frames of a WebP file in its chunks."""
+    delays: list[Fraction] = []
+    place = 12
+    while place + 8 <= len(data):
+        length = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"ANMF":
+            delays.append(_as_browsers(Fraction(int.from_bytes(data[place + 20 : place + 23], "little"), 1000)))
+        place += 8 + length + length % 2
+    return delays
+
+
+def _avif_delays(path: Path, image: Image.Image) -> list[Fraction]:
+    """Find the delays of the frames of an AVIF sequence, exactly from FFmpeg's demuxer."""
+    count = getattr(image, "n_frames", 1)
+    if count < 2:
+        return []
+    import av
+
+    options = {"protocol_whitelist": "file"}
+    with av.open(str(path.absolute()), "r", options=options) as container:
+        for stream in container.streams.video:
+            if stream.time_base is None or stream.frames != count:
+                continue
+            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+            times = sorted(int(packet.pts or 0) for packet in packets)
+            if len(times) != count:
+                break
+            last = int(packets[-1].duration or times[-1] - times[-2])
+            steps = [after - before for before, after in zip(times, [*times[1:], times[-1] + last], strict=True)]
+            if min(steps) > 0:
+                return [step * stream.time_base for step in steps]
+            break
+    return [Fraction(1, 25)] * count
+
+
+# --- Pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an orientation of EXIF: first a reflection in the diagonal, then mirroring."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _compose(image: Image.Image, wide: np.ndarray | None, white: int, background: tuple[int, int, int]) -> np.ndarray:
+    """Turn a loaded picture into opaque RGB pixels in sRGB.
+
+    Args:
+        image: The picture.
+        wide: Its pixels with 16 bits, `(height, width, channels)`, where Pillow has only 8 of them.
+        white: The value of white in a grey picture of more than 8 bits; negative where it is black.
+        background: Colour that shows where it is transparent.
+    """
+    from PIL import Image
+
+    profile = image.info.get("icc_profile")
+    if wide is None and image.mode.startswith("I"):
+        wide = np.asarray(image)[..., None].astype(np.int64)
+        wide = np.clip(wide, 0, abs(white)) * 65535 // abs(white)
+        wide = wide if white > 0 else 65535 - wide
+    alpha: np.ndarray | None = None
+    if wide is not None:
+        key = image.info.get("transparency")  # one value, or one of each channel, that is transparent
+        if key is not None:
+            alpha = np.where((wide == np.array(key)).all(axis=-1), 0, 255).astype(np.uint8)
+        narrow = ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 is 255, and halves do not occur
+        if narrow.shape[-1] % 2 == 0:
+            alpha, narrow = narrow[..., -1], narrow[..., :-1]
+        image = Image.fromarray(narrow[..., 0] if narrow.shape[-1] == 1 else np.ascontiguousarray(narrow))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.has_transparency_data and image.mode not in ("LA", "RGBA"):
+        image = image.convert("RGBA")
+    if image.mode in ("LA", "RGBA"):
+        alpha = np.asarray(image.getchannel("A"))
+        image = image.convert(image.mode[:-1])
+    elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    pixels = np.array(_to_srgb(image, profile))
+    if alpha is None or alpha.min() == 255:
+        return pixels
+    weight = alpha[..., None].astype(np.uint16)
+    total = pixels * weight + np.array(background, np.uint16) * (255 - weight) + 128
+    return ((total + (total >> 8)) >> 8).astype(np.uint8)  # division by 255, rounded
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how Pillow will unpack the pixels of an image that is not loaded yet."""
+    modes = {args if isinstance(args := tile[3], str) else args and args[0] for tile in image.tile}  # pyright: ignore
+    mode = modes.pop() if len(modes) == 1 else ""
+    return mode if isinstance(mode, str) else ""
+
+
+def _swapped_mode(image: Image.Image) -> str | None:
+    """Return the mode that brings the low bytes of 16-bit colours, of which Pillow keeps the high ones."""
+    mode = _raw_mode(image)
+    if mode == "LA;16B":
+        return "RGBA"  # four bytes per pixel: both of grey, both of alpha
+    match = re.fullmatch("((?:RGB|RGBA|RGBX);16)([LBN])", mode)
+    return match and match[1] + _SWAPPED[match[2]]
+
+
+def _read_wide(image: Image.Image, again: Image.Image) -> np.ndarray | None:
+    """Read all 16 bits of the colours of a picture that is opened twice; `None` where it has not as many."""
+    mode = _swapped_mode(image)
+    if mode is None:
+        return None
+    again.tile = [  # pyright: ignore
+        tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:]))
+        for tile in again.tile  # pyright: ignore
+    ]
+    again.load()
+    low = np.asarray(again).astype(np.uint16)
+    if mode == "RGBA":
+        return np.stack([low[..., 0] << 8 | low[..., 1], low[..., 2] << 8 | low[..., 3]], axis=-1)
+    image.load()
+    return np.asarray(image).astype(np.uint16) << 8 | low
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert grey, RGB, CMYK or LAB pixels to RGB in sRGB, by the profile where it is for such pixels."""
+    from PIL import Image, ImageCms
+
+    transform = None
+    if image.mode == "LAB":
+        transform = _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
+    elif profile and not _is_srgb(profile, image.mode):
+        transform = _transform(ImageCms.ImageCmsProfile(BytesIO(profile)), image.mode)
+    if transform is None:
+        return image.convert("RGB")
+    converted = Image.new("RGB", image.size)
+    return transform.apply(image, converted)
+
+
+def _transform(profile: Any, mode: str) -> Any:
+    from PIL import ImageCms
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    # What a photograph is shown with: white stays white, and black stays black.
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    return ImageCms.buildTransform(profile, srgb, mode, "RGB", intent, flags)
+
+
+@lru_cache(64)
+def _is_srgb(profile: bytes, mode: str) -> bool:
+    """Tell whether a profile may be left out: it changes nothing, is for other pixels, or cannot be applied."""
+    from PIL import Image, ImageCms
+
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    channels = Image.getmodebands(mode)
+    lattice = np.stack(np.meshgrid(*[levels] * channels), axis=-1).reshape(9, -1, channels)
+    sample = Image.fromarray(np.ascontiguousarray(lattice[..., 0] if channels == 1 else lattice), mode)
+    try:
+        opened = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if cast(Any, opened.profile).xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return True
+        converted = _transform(opened, mode).apply(sample, Image.new("RGB", sample.size))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return True
+    if mode == "CMYK":
+        return False
+    difference = np.asarray(converted).astype(int) - np.asarray(sample.convert("RGB")).astype(int)
+    return int(np.abs(difference).max()) <= 1
