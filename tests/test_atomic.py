@@ -32,6 +32,23 @@ def test_a_file_is_replaced_when_it_is_complete(tmp_path):
         assert target.read_text() == content and names(tmp_path) == ["result.json"]
 
 
+@pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "\u96ea" * 83 + ".mkv", "b" * 243 + ".safetensors"])
+def test_a_name_as_long_as_a_file_system_takes(tmp_path, name):
+    target = tmp_path / name
+    stale = dead_partial(target, "partial")
+    stale.write_text("of a killed process")
+    other = tmp_path / ("c" + name[1:])
+    with replace_file(other) as partial:  # a long name, too, that differs at its start only
+        partial.write_text("")
+        assert stale.exists()
+    with replace_file(target) as partial:
+        partial.write_text("content")
+        assert partial.suffix == target.suffix and len(os.fsencode(partial.name)) <= 255
+        assert not stale.exists() and partial_path(target) != partial_path(other)
+    assert target.read_text() == "content" and names(tmp_path) == sorted([target.name, other.name])
+    assert partial_path(tmp_path / "short.mp4").name.startswith(".short.mp4.partial-")
+
+
 def test_an_error_leaves_the_former_file(tmp_path):
     target = tmp_path / "result.json"
     target.write_text("former")

@@ -6,6 +6,7 @@ before it gets its name, so the same holds for a loss of power.
 """
 
 import glob
+import hashlib
 import os
 import platform
 import re
@@ -78,7 +79,21 @@ def commit(partial: Path, path: Path) -> None:
 
 def partial_path(path: Path, kind: str = "partial", suffix: str = "") -> Path:
     """Return the hidden name, next to `path`, under which this process writes it until it is complete."""
-    return path.with_name(f".{path.name}.{kind}-{platform.node()}-{os.getpid()}{suffix}")
+    return path.with_name(f".{_stem(path.name)}.{kind}-{_machine()}-{os.getpid()}{suffix}")
+
+
+def _stem(name: str) -> str:
+    """Shorten a name to what leaves room for the rest of a hidden one: file systems allow 255 bytes in all."""
+    encoded = os.fsencode(name)
+    room = 255 - len("..partial---") - len(os.fsencode(_machine())) - 10 - 16  # of a process number, of an extension
+    if len(encoded) <= room:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[: room - len(digest) - 1].decode(errors='ignore')}~{digest}"
+
+
+def _machine() -> str:
+    return platform.node()[:64]
 
 
 def remove_stale_partials(path: Path) -> None:
@@ -88,7 +103,7 @@ def remove_stale_partials(path: Path) -> None:
     """
     if os.name != "posix":
         return  # elsewhere there is no harmless way to ask whether a process lives
-    name = f".{glob.escape(path.name)}.*-{glob.escape(platform.node())}-*"
+    name = f".{glob.escape(_stem(path.name))}.*-{glob.escape(_machine())}-*"
     for partial in path.parent.glob(name):
         match = re.search(r"-(\d+)(\.\w+)?$", partial.name)
         try:
