@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from local_hub import LocalHub
+from processes import run_python
 from tiny import make_tiny, make_video
 
 from diffusers_leanvae import (
@@ -23,7 +25,9 @@ from diffusers_leanvae.loading import (
     MODEL_CLASSES,
     load_autoencoder,
     load_diffusion_pipeline,
+    load_model,
     load_transformer,
+    portable_reference,
 )
 from diffusers_leanvae.trainer.finetuning import load_vae
 
@@ -180,6 +184,51 @@ class TestAutoencoders:
         assert is_one_sentence(error)
         for legal in ("'compact-16ch'", "'compact-4ch'", "a folder of `save_pretrained`", "on the Hub", repr(source)):
             assert legal in str(error.value)
+
+    @pytest.mark.parametrize(
+        "source",
+        ["compact16ch", "here/vae", "here/run 1/vae", "here/vae.v2", "../vae/x", "a/../b", "user/name/", "~/vae/x"],
+    )
+    def test_the_hub_is_not_asked_for_what_is_no_id(self, source: str, tmp_path: Path, monkeypatch: Any):
+        (tmp_path / "work" / "here").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "work")
+        with LocalHub() as hub:
+            hub.connect(monkeypatch)
+            for load in (load_autoencoder, load_transformer, load_model, load_diffusion_pipeline):
+                with pytest.raises(ValueError, match="which does not exist") as error:
+                    load(source)
+                assert is_one_sentence(error) and repr(source) in str(error.value)
+        assert hub.unknown == []
+
+    def test_a_name_that_was_perhaps_meant(self):
+        with pytest.raises(ValueError, match="'compact16ch', which does not exist; perhaps 'compact-16ch' is meant"):
+            load_autoencoder("compact16ch")
+        with pytest.raises(ValueError, match="'mini-shape', which does not exist; perhaps 'mini-shapes' is meant"):
+            load_diffusion_pipeline("mini-shape")
+        with pytest.raises(ValueError, match="'xyz', which does not exist[.]$"):
+            load_autoencoder("xyz")
+
+    def test_references_for_later(self, folders: dict, models: dict, tmp_path: Path, monkeypatch: Any):
+        folder = folders[AutoencoderKLLeanVAE]
+        monkeypatch.chdir(folder.parent)
+        assert portable_reference(folder.name) == (str(folder.resolve()), None)
+        assert portable_reference("compact-4ch") == ("compact-4ch", None)
+        address = "https://huggingface.co/user/repo/resolve/main/vae.ckpt"
+        assert portable_reference(address) == (address, None)
+        assert portable_reference("someone/unknown") == ("someone/unknown", None)
+        code = """
+from diffusers_leanvae.loading import load_autoencoder, portable_reference
+name, commit = portable_reference("someone/tiny")
+assert commit is None
+load_autoencoder(name)
+name, commit = portable_reference("someone/tiny")
+load_autoencoder(name, revision=commit)
+print(name, commit)
+"""
+        with LocalHub() as hub:
+            hub.repositories["someone/tiny"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+            said = run_python(code, **hub.environment(tmp_path))
+            assert said.split() == ["someone/tiny", hub.commit_id("someone/tiny")]
 
     def test_other_models_and_files(self, folders: dict, models: dict, tmp_path: Path):
         with pytest.raises(ValueError, match="must hold a model of the class .*LeanVAELatteTransformer3DModel"):

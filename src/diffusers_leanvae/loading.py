@@ -3,12 +3,15 @@
 The class of a model is found from its config or from the keys of its weights; models of other classes are refused.
 """
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from . import bundled
 from .conversion.checkpoints import (
@@ -116,11 +119,11 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         if "vae" not in options:
             options["vae"] = load_autoencoder(bundled.PIPELINES[name].model, dtype)
         source = bundled.pipeline_path(name)
-    elif not Path(source).exists() and len(Path(source).parts) != 2:
+    elif not Path(source).exists() and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
             f"`source` must be a bundled pipeline ({legal}), the folder of one, or a Hub id 'user/repo', got "
-            f"{str(source)!r}, which does not exist."
+            f"{str(source)!r}, which does not exist{_suggestion(source, bundled.PIPELINES)}."
         )
     try:
         return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **options)
@@ -173,8 +176,15 @@ def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> N
     if source not in legal_names and not Path(source).exists() and not is_hub_reference(str(source)):
         raise ValueError(
             f"`{name}` must be {', '.join(map(repr, legal_names))}, a folder of `save_pretrained`, an original "
-            f"checkpoint file, or one of the two on the Hub, got {str(source)!r}, which does not exist."
+            f"checkpoint file, or one of the two on the Hub, got {str(source)!r}, which does not exist"
+            f"{_suggestion(source, legal_names)}."
         )
+
+
+def _suggestion(source: str | Path, names: Iterable[str]) -> str:
+    """Name the one of `names` that was perhaps meant."""
+    near = difflib.get_close_matches(str(source), list(names), n=1, cutoff=0.75)
+    return f"; perhaps {near[0]!r} is meant" if near else ""
 
 
 def resolve_bundled(source: str | Path) -> str | Path:
@@ -182,6 +192,30 @@ def resolve_bundled(source: str | Path) -> str | Path:
     if source in bundled.PIPELINES:
         source = bundled.PIPELINES[str(source)].model
     return bundled.model_path(str(source)) if source in bundled.MODELS else source
+
+
+def portable_reference(source: str | Path) -> tuple[str, str | None]:
+    """Name a model so that it is found again from any folder, and later.
+
+    Args:
+        source: As of [`load_autoencoder`]; it has been loaded.
+
+    Returns:
+        The bundled name, the absolute path, or the Hub reference; and of the last the commit it was loaded from, as
+        `revision` of [`load_autoencoder`], where the cache of the Hub tells.
+    """
+    text = str(source)
+    if source in bundled.MODELS or source in bundled.PIPELINES:
+        return text, None
+    if Path(source).exists():
+        return str(Path(source).resolve()), None
+    if not is_hub_reference(text) or ":" in text:  # an address names its revision
+        return text, None
+    repository = repo_folder_name(repo_id="/".join(text.split("/")[:2]), repo_type="model")
+    try:
+        return text, (Path(constants.HF_HUB_CACHE) / repository / "refs" / "main").read_text().strip() or None
+    except OSError:
+        return text, None
 
 
 def _load(

@@ -87,9 +87,11 @@ def is_hub_reference(text: str) -> bool:
     if url.scheme:
         hosts = {"huggingface.co", "hf.co", urlparse(constants.ENDPOINT).netloc}
         return _is_url(text) and url.netloc in hosts and len(parts) > 4 and parts[2] in ("resolve", "blob")
-    # A missing `folder/file.ckpt` is a mistake and no repository.
+    # A missing `folder/file.ckpt` is a mistake and no repository, and so is what is missing in a folder that is here:
+    # asking the Hub for it would take long where there is no connection.
     is_long_enough = len(parts) > 2 or (len(parts) == 2 and not text.endswith(CHECKPOINT_SUFFIXES))
-    return is_long_enough and not text.startswith(("/", ".", "~"))
+    is_path = text.startswith(("/", ".", "~")) or text.endswith("/") or "\\" in text or ".." in parts
+    return is_long_enough and not is_path and not os.path.isdir(parts[0])
 
 
 def _is_url(text: str) -> bool:
