@@ -74,7 +74,7 @@ PREFIXES = ("", "align_")
 class DataRecipe(ClipOptions):
     """The videos, and what is cut from them; `open_training_data` says more."""
 
-    train: str  # a folder, shards `x/{000..003}.tar`, a URL of shards, or `hub:user/name`
+    train: str  # a folder, a video, shards `x/{000..003}.tar`, a URL of shards, or `hub:user/name`
     image_ratio: float = 0.0  # share of steps on single frames
     image_batch_factor: int = 1  # such a step has this many times more clips
     images: str | None = None  # where single frames come from; null: the videos

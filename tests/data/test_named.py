@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from patterns import drifting_pattern
 
-from diffusers_leanvae.data.named import NamedDataset, number_labels, open_named_dataset
+from diffusers_leanvae.data.metadata import number_labels
+from diffusers_leanvae.data.named import NamedDataset, open_named_dataset
 from diffusers_leanvae.video_io import read_video, write_video
 
 

@@ -1,5 +1,6 @@
 """Sources that `train` may name: folders, lists, tar shards, streams; a stream resumes exactly."""
 
+import gzip
 import io
 import json
 import shutil
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
 from diffusers_leanvae.data.latent_samples import LatentData
-from diffusers_leanvae.data.sources import expand_braces, open_source
+from diffusers_leanvae.data.metadata import find_caption
+from diffusers_leanvae.data.sources import expand_braces, open_source, split_member
 from diffusers_leanvae.data.streams import VideoStream
 from diffusers_leanvae.video_io import write_video
 
@@ -98,7 +100,7 @@ def test_a_damaged_member_is_passed_over(listed: Path, tmp_path: Path):
 
 def test_names_that_lead_nowhere(listed: Path, tmp_path: Path):
     assert expand_braces("a{08..11}/{0..1}.tar")[1:4] == ["a08/1.tar", "a09/0.tar", "a09/1.tar"]
-    with pytest.raises(ValueError, match="`train` must be a folder of videos, .* which is not there"):
+    with pytest.raises(ValueError, match="`train` must be a folder of videos, .*, of which '.*000.tar' is not there"):
         open_source(tmp_path / "{000..001}.tar")
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
@@ -111,6 +113,109 @@ def test_names_that_lead_nowhere(listed: Path, tmp_path: Path):
     shutil.copy(listed / "1.mp4", tmp_path)
     with pytest.raises(ValueError, match="a folder of videos or of tar files, got both"):
         open_source(tmp_path)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("a.mp4", ("a", "mp4")),
+        ("a.front.MP4", ("a", "front.mp4")),
+        ("x.y/a.b.mp4", ("x.y/a", "b.mp4")),
+        ("./a.mp4", ("./a", "mp4")),
+        ("2024-05-01 12.30.05.mp4", ("2024-05-01 12", "30.05.mp4")),
+        ("a", None),
+        ("x.y/a", None),
+        ("._a.mp4", None),
+        ("x/._a.mp4", None),
+        ("x/.hidden", None),
+    ],
+)
+def test_members_are_split_as_webdataset_splits_them(name: str, split: tuple[str, str] | None):
+    assert split_member(name) == split
+
+
+def test_members_that_share_a_key_are_neither_merged_nor_lost(listed: Path, tmp_path: Path):
+    video = (listed / "1.mp4").read_bytes()
+    dotted = [("day 12.30.mp4", video), ("day 12.30.txt", b"half past"), ("day 12.45.mp4", video), ("b.mp4", video)]
+    write_tar(tmp_path / "dots.tar", dotted)
+    with pytest.raises(
+        ValueError, match=r"one video for each key, .* got 'day 12' with '30.mp4' and '45.mp4' in '.*dots"
+    ):
+        open_source(tmp_path / "dots.tar")
+    source = open_source(write_tar(tmp_path / "one.tar", [dotted[0], dotted[1], dotted[3], ("b.txt", b"")]))
+    rows = [source.metadata(number) for number in range(2)]
+    assert [find_caption(row) for row in rows] == ["half past", None]
+    assert rows[0]["file_name"].endswith("one.tar/day 12.30.mp4")
+
+    twice = write_tar(tmp_path / "twice.tar", [("a.mp4", video), ("b.mp4", video), ("a.MP4", video), ("b.mp4", b"")])
+    with pytest.raises(ValueError, match=r"every name once, got 'a.mp4' and 1 others twice in '.*twice.tar'"):
+        open_source(twice)
+
+
+def test_a_film_goes_before_its_picture_and_apart_members_join(listed: Path, tmp_path: Path):
+    video = (listed / "1.mp4").read_bytes()
+    members = [("a.jpg", b"poster"), ("a.mp4", video), ("b.jpg", b"an image"), ("a.txt", "\ufeffsaid".encode())]
+    source = open_source(write_tar(tmp_path / "0.tar", members))
+    assert [source.name(number).rpartition("/")[2] for number in range(2)] == ["a.mp4", "b.jpg"]
+    assert source.metadata(0)["txt"] == "said"
+    with source.open(0) as path:
+        assert path.read_bytes() == video
+
+
+def test_resource_forks_of_a_tar_are_no_examples(listed: Path, tmp_path: Path):
+    video = (listed / "1.mp4").read_bytes()
+    members = [("./._a.mp4", b"Mac OS X"), ("./a.mp4", video), ("__MACOSX/._b.mp4", b"Mac OS X"), ("._a.txt", b"no")]
+    source = open_source(write_tar(tmp_path / "0.tar", members))
+    assert len(source) == 1 and source.metadata(0) == {"file_name": f"{tmp_path}/0.tar/./a.mp4"}
+    (tmp_path / "._0.tar").write_bytes(b"Mac OS X")
+    assert len(open_source(tmp_path)) == 1
+
+
+def test_damaged_metadata_of_a_tar_is_passed_over(listed: Path, tmp_path: Path):
+    members = [("a.mp4", (listed / "1.mp4").read_bytes()), ("a.json", b'{"label": '), ("a.txt", b"said")]
+    source = open_source(write_tar(tmp_path / "0.tar", members))
+    with pytest.warns(UserWarning, match="Skipping metadata: .*a.mp4' has a damaged .json"):
+        assert find_caption(source.metadata(0)) == "said"
+
+
+def test_one_video_is_a_data_set(listed: Path, tmp_path: Path):
+    shutil.copy(listed / "3.mp4", tmp_path / "film.MP4")
+    (tmp_path / "film.txt").write_text("three")
+    data = open_training_data(str(tmp_path / "film.MP4"), batch_size=2, **OPTIONS)
+    assert data.describe() == "1 videos, 0 in memory, 0 skipped"
+    assert data.metadata(0) == {"file_name": "film.MP4", "caption": "three"}
+    folder = open_training_data(str(tmp_path), batch_size=2, **OPTIONS)
+    assert equal(draw(data, 0, 2), draw(folder, 0, 2))
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.TGZ"])
+def test_compressed_shards_are_refused_where_they_cannot_be_indexed(name: str, tmp_path: Path):
+    with tarfile.open(tmp_path / name, "w:gz"):
+        pass
+    for train in (tmp_path / name, tmp_path, f"{tmp_path}/*{name[1:]}"):
+        with pytest.raises(ValueError, match=r"uncompressed tar files, got .*gunzip.*or stream it as 'file:///.*/x\."):
+            open_source(train)
+
+
+def test_files_of_another_kind(listed: Path, tmp_path: Path):
+    (tmp_path / "notes.pdf").touch()
+    for train, reason in {
+        tmp_path / "notes.pdf": "which is a file of another kind",
+        f"{listed}/[0-3].mp4": "which matches '0.mp4'",
+        tmp_path / "absent.mp4": "which is not there",
+        f"{tmp_path}/*.tar": "which is not there",
+    }.items():
+        with pytest.raises(ValueError, match=f"`train` must be a folder of videos, .*, {reason}"):
+            open_source(train)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +308,13 @@ def test_streams_without_videos(tmp_path: Path, datasets):
         open_training_data(f"hub:{tmp_path}", batch_size=1)
     with pytest.raises(ValueError, match="`train` must name tar files when it is a URL"):
         open_training_data("https://example.org/videos.zip", batch_size=1)
+
+
+def test_a_compressed_shard_is_streamed(listed: Path, tmp_path: Path, datasets):
+    members = [(f"{number}.mp4", (listed / f"{number}.mp4").read_bytes()) for number in range(4)]
+    write_tar(tmp_path / "0.tar", members)
+    with open(tmp_path / "0.tar", "rb") as source, gzip.open(tmp_path / "0.tar.gz", "wb") as target:
+        shutil.copyfileobj(source, target)
+    options = {"batch_size": 2, "shuffle_buffer": 2, **OPTIONS}
+    plain, compressed = (open_training_data((tmp_path / name).as_uri(), **options) for name in ("0.tar", "0.tar.gz"))
+    assert equal(draw(plain, 0, 2), draw(compressed, 0, 2))

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..checks import check_choice
 from ..video_io import VideoError
 from .cutting import ClipOptions, VideoSet
-from .named import LABEL_KEYS, NAMED_DATASETS, NamedDataset, Sampling, find_caption, number_labels, open_named_dataset
+from .metadata import LABEL_KEYS, find_caption, number_labels
+from .named import NAMED_DATASETS, NamedDataset, Sampling, open_named_dataset
 from .shapes import MovingShapes
 from .sources import FileSource, open_source
 from .streams import BlockReader, is_stream, open_stream

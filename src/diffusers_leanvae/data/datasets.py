@@ -201,7 +201,8 @@ class VideoFolder(TrainingClips):
     """Random clips of the videos below a folder, for one process; the arguments are those of `open_training_data`.
 
     Args:
-        folder: Searched recursively. With a `metadata.jsonl` in it, its `file_name` entries are the list of videos.
+        folder: Searched recursively. With a metadata file in it (`metadata.jsonl`, `.csv` or `.parquet`), its
+            `file_name` entries are the list of videos.
         clip_sizes: `(num_frames, height, width)` choices; one is drawn for every `batch_size` successive clips.
         batch_size: Clips of a step, which share a size.
         short_side: Scale videos down until the short side is at most this; `None` keeps them as they are.

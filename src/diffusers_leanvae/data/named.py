@@ -6,9 +6,8 @@ faults included; `"exact"` does what was meant. `docs/data.md` compares the two.
 
 import re
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +20,7 @@ from ..checks import check_choice
 from ..video_io import VideoError, VideoReader, list_videos, read_video
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from ..video_io.reader import IMAGE_EXTENSIONS
+from .metadata import find_caption, find_metadata, number_labels, read_caption
 from .sources import FileSource
 
 
@@ -46,7 +46,6 @@ _RULES = {
     "videofolder": _Rules(False, False, "resize_then_crop"),
 }
 NAMED_DATASETS = tuple(_RULES)
-LABEL_KEYS = ("class_label", "label", "cls")  # columns of metadata that may hold the class
 
 
 class NamedClip(NamedTuple):
@@ -140,8 +139,9 @@ def open_named_dataset(
     Args:
         name: `"ucf101"`: video files in a folder per class; `"ffs"` (FaceForensics): video files; `"skytimelapse"`,
             `"taichi"`: any folder that directly holds frames is a video, sorted by the number behind the last `_` of
-            their names; `"videofolder"`: what `metadata.jsonl` lists, with columns `label` and `caption`, or else all
-            video files, of which those in folders belong to the class that the first folder names.
+            their names; `"videofolder"`: what `metadata.jsonl`, `.csv` or `.parquet` lists, with columns `label` and
+            `caption`, or else all video files, of which those in folders belong to the class that the first folder
+            names; the caption of `clip.mp4` is then in `clip.txt`, if there is one.
         folder: Where it lies. Classes are numbered by name.
         num_frames: Frames of a clip.
         size: Height and width of a clip.
@@ -171,39 +171,17 @@ def open_named_dataset(
         if rules.needs_more_than_window and sampling == "reference":
             shortest = num_frames * sample_stride + 1
         videos = _frame_folders(root, shortest)
-    elif name == "videofolder" and (root / "metadata.jsonl").is_file():
+    elif name == "videofolder" and find_metadata(root) is not None:
         videos, class_names = _listed_videos(root)
     else:
         videos, class_names = _class_folders(root, rules.has_classes, name in ("ucf101", "videofolder"))
+        if name == "videofolder":
+            videos = [replace(video, caption=read_caption(video.path)) for video in videos]
     if not videos:
         kind = f"folder of {shortest} frames" if rules.has_frame_folders else "video"
         raise ValueError(f"`folder` must hold at least one {kind} for {name!r}, got none in {str(folder)!r}.")
     flip = rules.is_mirrored if flip is None else flip
     return NamedDataset(name, videos, class_names, num_frames, size, sampling, seed, sample_stride, flip, num_draws)
-
-
-def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:
-    """Number the class labels of rows of metadata, taken from the first of `LABEL_KEYS` in each; names if known.
-
-    Numbers, also written as text, stay as they are; names are numbered in their order.
-
-    Raises:
-        ValueError: If some labels are numbers and some are names, or a number is negative.
-    """
-    found = [next((row[key] for key in LABEL_KEYS if row.get(key) is not None), None) for row in rows]
-    labels = [int(str(label)) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
-    names = sorted({label for label in labels if isinstance(label, str)})
-    if not names and all(label is None or isinstance(label, int) and label >= 0 for label in labels):
-        return [None if label is None else int(label) for label in labels], None
-    for label in labels:
-        if label is not None and not isinstance(label, str):
-            raise ValueError(f"Labels must be all numbers from 0 or all names, got {names[:1] + [label]}.")
-    return [None if label is None else names.index(str(label)) for label in labels], tuple(names)
-
-
-def find_caption(row: dict[str, Any]) -> str | None:
-    """Return the caption in a row of metadata: `caption`, `text` or `txt`."""
-    return next((str(row[key]).strip() for key in ("caption", "text", "txt") if row.get(key) is not None), None)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ def open_training_data(
     """Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
 
     Args:
-        train: A folder (searched recursively; with a `metadata.jsonl` in it, what that lists), uncompressed WebDataset
-            shards (a folder of them, `"shards/{000..003}.tar"` or `"shards/*.tar"`), shards at a URL, or a dataset of
-            the Hub as `"hub:user/name[:config][:split]"` or `"hf://user/name..."`. The last two are streamed, see
-            `VideoStream`.
+        train: A folder (searched recursively; with a `metadata.jsonl`, `.csv` or `.parquet` in it, what that lists),
+            one video, uncompressed WebDataset shards (a folder of them, `"shards/{000..003}.tar"` or
+            `"shards/*.tar"`), shards at a URL, or a dataset of the Hub as `"hub:user/name[:config][:split]"` or
+            `"hf://user/name..."`. The last two are streamed, see `VideoStream`.
         batch_size: Clips of one optimizer step, over all processes and accumulation steps.
         num_accumulation_steps: Batches per step and process.
         rank: This process.

@@ -5,13 +5,15 @@ import json
 import re
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
 from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from .metadata import decode_text, find_metadata, read_caption, read_metadata
 
 
 _MAGIC = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -28,7 +30,7 @@ class VideoSource(Protocol):
         ...
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """Return `file_name` and the columns of `metadata.jsonl`, or the sidecar members of a tar."""
+        """Return `file_name` and the columns of the metadata file, or the caption or other metadata beside it."""
         ...
 
     def open(self, number: int) -> AbstractContextManager[Path]:
@@ -37,18 +39,23 @@ class VideoSource(Protocol):
 
 
 class FileSource:
-    """The videos and images below a folder, or those that its `metadata.jsonl` lists, with its other columns."""
+    """The videos and images below a folder, or those that its metadata file lists, with its other columns.
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"`folder` must be an existing folder of videos, got {str(folder)!r}.")
-        listing = folder / "metadata.jsonl"
-        self.folder = folder
-        self.rows = _listed(listing) if listing.is_file() else None
-        files = list_videos(folder) if self.rows is None else [folder / row["file_name"] for row in self.rows]
-        self.paths = [Path(path) for path in files]
+    A file is a list of one. Without a metadata file, the caption of `clip.mp4` is what `clip.txt` beside it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"`folder` must be an existing folder of videos, got {str(path)!r}.")
+        self.folder = path if path.is_dir() else path.parent
+        listing = find_metadata(path) if path.is_dir() else None
+        self.rows = None if listing is None else read_metadata(listing)
+        if self.rows is not None:
+            self.paths = [path / row["file_name"] for row in self.rows]
+        else:
+            self.paths = list_videos(path) if path.is_dir() else [path]
         if not self.paths:
-            raise ValueError(f"`folder` must hold at least one video, got none in {str(folder)!r}.")
+            raise ValueError(f"`folder` must hold at least one video, got none in {str(path)!r}.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,34 +66,47 @@ class FileSource:
     def metadata(self, number: int) -> dict[str, Any]:
         if self.rows is not None:
             return dict(self.rows[number])
-        return {"file_name": self.paths[number].relative_to(self.folder).as_posix()}
+        path = self.paths[number]
+        caption = read_caption(path)
+        row = {"file_name": path.relative_to(self.folder).as_posix()}
+        return row if caption is None else row | {"caption": caption}
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:
         yield self.paths[number]
 
 
-class TarSource:
-    """WebDataset shards: uncompressed tar files in which the members of one example share the name up to a dot.
+class _Example(NamedTuple):
+    """Members of a shard that belong together: offset and size of each by extension, one of which is the video."""
 
-    The shards are indexed once (headers only), after which any member is one seek away. The video or image of an
-    example is copied to a temporary file while it is read; `.json`, `.txt` and `.cls` members are its metadata.
+    shard: int
+    key: str
+    parts: dict[str, tuple[int, int]]
+    video: str
+
+
+class TarSource:
+    """WebDataset shards: uncompressed tar files in which the members of one example share a key.
+
+    The key of a member is what webdataset takes for it: its name up to the first dot of the last part of its path.
+    What follows is the extension, of which the last suffix says what it is. Hidden members, such as the `._clip.mp4`
+    of macOS, are none.
+
+    The shards are indexed once (headers only), after which any member is one seek away. The video of an example, or
+    else its image, is copied to a temporary file while it is read; `.json`, `.txt` and `.cls` members are its
+    metadata.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = list(shards)
-        self.examples: list[tuple[int, dict[str, tuple[int, int]], str]] = []  # shard, (offset, size) of members, key
+        self.examples: list[_Example] = []
         for number, shard in enumerate(self.shards):
-            members: dict[str, dict[str, tuple[int, int]]] = {}
-            try:
-                with tarfile.open(shard, "r:") as archive:
-                    for member in archive:
-                        key, extension = _key_and_extension(member.name)
-                        if member.isreg() and (extension in _SIDECARS or _is_visual(extension)):
-                            members.setdefault(key, {})[extension] = (member.offset_data, member.size)
-            except (OSError, tarfile.TarError) as error:
-                raise ValueError(f"`train` must name uncompressed tar files, got {str(shard)!r}: {error}.") from error
-            self.examples += [(number, parts, key) for key, parts in members.items() if any(map(_is_visual, parts))]
+            if is_compressed_tar(shard.name):
+                raise ValueError(
+                    f"`train` must name uncompressed tar files, got {str(shard)!r}: unpack it (`gunzip`), or stream "
+                    f"it as '{shard.absolute().as_uri()}'."
+                )
+            self.examples += _index(number, shard)
         if not self.examples:
             raise ValueError(f"`train` must name tar files with at least one video, got none in {len(shards)} files.")
 
@@ -94,55 +114,71 @@ class TarSource:
         return len(self.examples)
 
     def name(self, number: int) -> str:
-        shard, parts, key = self.examples[number]
-        return f"{self.shards[shard]}/{key}.{next(filter(_is_visual, parts))}"
+        shard, key, _, video = self.examples[number]
+        return f"{self.shards[shard]}/{key}.{video}"
 
     def metadata(self, number: int) -> dict[str, Any]:
-        parts = self.examples[number][1]
+        _, _, parts, video = self.examples[number]
         row: dict[str, Any] = {}
-        for extension in filter(_SIDECARS.__contains__, parts):
-            text = self._read(number, extension).decode("utf-8", "replace")
-            value = json.loads(text) if extension == "json" else text
-            row |= value if isinstance(value, dict) else {extension: value}
+        front = video.rpartition(".")[0]  # of "clip.v1.mp4", "clip.v1.txt" is the caption, or else "clip.txt"
+        for kind in _SIDECARS:
+            extension = next((name for name in (f"{front}.{kind}", kind) if name in parts), None)
+            if extension is None:
+                continue
+            text = decode_text(self._read(number, extension))
+            try:
+                value = json.loads(text) if kind == "json" else text
+            except ValueError as error:
+                warnings.warn(f"Skipping metadata: {self.name(number)!r} has a damaged .json: {error}", stacklevel=2)
+                continue
+            row |= value if isinstance(value, dict) else {kind: value}
         return row | {"file_name": self.name(number)}
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:
-        extension = next(filter(_is_visual, self.examples[number][1]))
+        extension = self.examples[number].video
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
-            path = Path(folder, f"video.{extension}")
+            path = Path(folder, f"video.{extension.rpartition('.')[2]}")
             path.write_bytes(self._read(number, extension))
             yield path
 
     def _read(self, number: int, extension: str) -> bytes:
-        shard, parts, _ = self.examples[number]
-        offset, size = parts[extension]
-        with open(self.shards[shard], "rb") as file:
+        example = self.examples[number]
+        offset, size = example.parts[extension]
+        with open(self.shards[example.shard], "rb") as file:
             file.seek(offset)
             return file.read(size)
 
 
 def open_source(train: str | Path) -> VideoSource:
-    """Open the local videos that `train` names: a folder, a folder of tar shards, or tar files as a pattern.
+    """Open the local videos that `train` names: a folder, a video, a folder of tar shards, or tar files as a pattern.
 
     Raises:
-        ValueError: If it names nothing that is there.
+        ValueError: If it names nothing that is there, or a file of another kind.
     """
     path = Path(train)
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
+        shards = sorted(file for file in path.iterdir() if _is_tar(file.name) and file.is_file())
         if not shards:
             return FileSource(path)
         if list_videos(path):
             raise ValueError(f"`train` must be a folder of videos or of tar files, got both in {str(train)!r}.")
         return TarSource(shards)
-    shards = [Path(name) for pattern in expand_braces(str(train)) for name in _matches(pattern)]
-    if not shards or any(shard.suffix != ".tar" or not shard.is_file() for shard in shards):
-        raise ValueError(
-            "`train` must be a folder of videos, tar files such as 'shards/{000..003}.tar' or 'shards/*.tar', or a "
-            f"dataset such as 'hub:user/name', got {str(train)!r}, which is not there."
-        )
-    return TarSource(shards)
+    if path.is_file() and not _is_tar(path.name) and is_visual(path.name):
+        return FileSource(path)
+    files = [Path(name) for pattern in expand_braces(str(train)) for name in _matches(pattern)]
+    missing = [file for file in files if not file.is_file()]
+    if files and not missing and all(_is_tar(file.name) for file in files):
+        return TarSource(files)
+    reason = "which is not there"
+    if files and not missing:
+        reason = "which is a file of another kind" if files == [path] else f"which matches {next(iter(files)).name!r}"
+    elif missing and missing != [path]:
+        reason = f"of which {str(missing[0])!r} is not there"
+    raise ValueError(
+        "`train` must be a folder of videos, a video or image, tar files such as 'shards/{000..003}.tar' or "
+        f"'shards/*.tar', or a dataset such as 'hub:user/name', got {str(train)!r}, {reason}."
+    )
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -159,28 +195,61 @@ def _matches(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern)) if _MAGIC.search(pattern) else [pattern]
 
 
-def _key_and_extension(name: str) -> tuple[str, str]:
-    # As WebDataset has it: "a/b.front.mp4" is the part "front.mp4" of "a/b"; of that the last suffix says what it is.
-    folder, _, base = name.rpartition("/")
-    key, _, rest = base.partition(".")
-    return f"{folder}/{key}" if folder else key, rest.lower()
+def is_compressed_tar(name: str) -> bool:
+    """Tell whether a file is a compressed tar file by its name."""
+    return name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"))
 
 
-def _is_visual(extension: str) -> bool:
-    return f".{extension.rpartition('.')[2]}" in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+def is_visual(name: str) -> bool:
+    """Tell whether a file is a video or an image by its name."""
+    return _is_video(name) or name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _listed(listing: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                Path(row["file_name"])
-                rows.append(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_EXTENSIONS)
+
+
+def _is_tar(name: str) -> bool:
+    return not name.startswith(".") and (name.lower().endswith(".tar") or is_compressed_tar(name))
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """Split the name of a member of a tar file into key and extension as webdataset does; `None` for hidden ones."""
+    if name.rpartition("/")[2].startswith("."):
+        return None
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
+    return None if match is None else (match[1], match[2].lower())
+
+
+def _index(number: int, shard: Path) -> list[_Example]:
+    """List the examples of a shard, in the order of their first members."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    twice: list[str] = []
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                split = split_member(member.name) if member.isreg() else None
+                if split is None:
+                    continue
+                key, extension = split
+                if extension.rpartition(".")[2] in _SIDECARS or is_visual(f".{extension}"):
+                    parts = members.setdefault(key, {})
+                    if extension in parts:
+                        twice.append(f"{key}.{extension}")
+                    parts[extension] = (member.offset_data, member.size)
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"`train` must name uncompressed tar files, got {str(shard)!r}: {error}.") from error
+    if twice:
+        others = f" and {len(twice) - 1} others" if len(twice) > 1 else ""
+        raise ValueError(f"`train` must hold every name once, got {twice[0]!r}{others} twice in {str(shard)!r}.")
+    examples = []
+    for key, parts in members.items():
+        videos = [name for name in parts if _is_video(f".{name}")] or [name for name in parts if is_visual(f".{name}")]
+        if len(videos) > 1:
+            # They would become one example, and all but one be lost.
             raise ValueError(
-                f"Every line of `metadata.jsonl` must be a JSON object with `file_name`, got {error!r} in line "
-                f"{number} of {str(listing)!r}."
-            ) from error
-    return rows
+                f"`train` must hold one video for each key, which is a name up to its first dot, got {key!r} with "
+                f"{' and '.join(map(repr, videos))} in {str(shard)!r}: leave no dots in names but the last."
+            )
+        examples += [_Example(number, key, parts, video) for video in videos]
+    return examples

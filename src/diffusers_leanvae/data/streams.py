@@ -22,7 +22,7 @@ from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .cutting import ClipOptions, VideoOrder, VideoSet
 from .datasets import ClipDataset, make_image_order, wanted_sizes
 from .schedule import ALONE, Share, StepBatches, StepSchedule
-from .sources import FileSource, VideoSource, expand_braces
+from .sources import FileSource, VideoSource, expand_braces, is_compressed_tar
 
 
 _NUM_BATCHES_AHEAD = 64  # a block stays on disk until this many batches were handed out after its last one
@@ -43,7 +43,7 @@ def open_stream(train: str) -> Any:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError('Streaming needs datasets: pip install "diffusers-leanvae[datasets]".') from error
-    if train.endswith(".tar"):
+    if train.endswith(".tar") or is_compressed_tar(train):
         files = expand_braces(train)
         return load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
     name = train.removeprefix("hub:").removeprefix("hf://").removeprefix("datasets/")

@@ -1,0 +1,161 @@
+"""Metadata of videos as people keep them: one `metadata.jsonl`, `.csv` or `.parquet`, or captions in text files."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` looks for them
+CAPTION_KEYS = ("caption", "text", "txt")  # columns that may hold the caption
+LABEL_KEYS = ("class_label", "label", "cls")  # columns that may hold the class
+
+
+def find_metadata(folder: Path) -> Path | None:
+    """Return the metadata file of a folder, if there is one.
+
+    Raises:
+        ValueError: If there are several, of which none can be preferred.
+    """
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise ValueError(f"`folder` must hold one metadata file, got {names} in {str(folder)!r}.")
+    return found[0] if found else None
+
+
+def read_metadata(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metadata file: `file_name` and other columns.
+
+    A CSV file is UTF-8 and has a header. An empty cell is `None`; a column of numbers holds numbers, as `datasets`
+    reads it, but for captions and names.
+
+    Args:
+        path: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`.
+
+    Raises:
+        ValueError: If it cannot be read, or a row has no `file_name`; the message names the row.
+        ImportError: If it is a Parquet file and pyarrow is not installed.
+    """
+    rows = []
+    for place, row in {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}[path.suffix](path):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
+            shown = f"the columns {', '.join(map(str, row))}" if isinstance(row, dict) else repr(row)
+            raise ValueError(
+                f"`{path.name}` must give a `file_name` in every row, got {shown} in {place} of {str(path)!r}."
+            )
+        rows.append(row)
+    return rows
+
+
+def read_caption(video: Path) -> str | None:
+    """Return what `clip.txt` beside `clip.mp4` says, or `None` where there is no such file or it is empty."""
+    try:
+        text = video.with_suffix(".txt").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return decode_text(text) or None
+
+
+def decode_text(content: bytes) -> str:
+    """Decode the text of a person's file: UTF-8, with or without a byte order mark, without space around it."""
+    return content.decode("utf-8-sig", "replace").strip()
+
+
+def find_caption(row: dict[str, Any]) -> str | None:
+    """Return the caption in a row of metadata, the first of `CAPTION_KEYS` that is not empty."""
+    captions = (str(row[key]).strip() for key in CAPTION_KEYS if row.get(key) is not None)
+    return next(filter(None, captions), None)
+
+
+def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:
+    """Number the class labels of rows of metadata, taken from the first of `LABEL_KEYS` in each; names if known.
+
+    Numbers, also written as text, stay as they are; names are numbered in their order. A number may come as `3.0`, and
+    a missing one as NaN: so pandas writes a column of integers with gaps.
+
+    Raises:
+        ValueError: If some labels are numbers and some are names, or a number is negative.
+    """
+    found = [next((row[key] for key in LABEL_KEYS if row.get(key) is not None), None) for row in rows]
+    found = [None if isinstance(label, float) and math.isnan(label) else label for label in found]
+    found = [int(label) if isinstance(label, float) and label.is_integer() else label for label in found]
+    labels = [int(str(label)) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if not names and all(label is None or isinstance(label, int) and label >= 0 for label in labels):
+        return [None if label is None else int(label) for label in labels], None
+    for label in labels:
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"Labels must be all numbers from 0 or all names, got {names[:1] + [label]}.")
+    return [None if label is None else names.index(str(label)) for label in labels], tuple(names)
+
+
+# --- Formats ---------------------------------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Not `splitlines`, which also breaks at separators that JSON allows inside a caption.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"Every line of `{path.name}` must be a JSON object with `file_name`, got {error!r} in line "
+                    f"{number} of {str(path)!r}."
+                ) from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # A caption may be longer than the 128 KiB that the module takes a field for damaged at.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        rows = list(csv.DictReader(io.StringIO(_read_text(path)), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"`{path.name}` must be a CSV file with a header, got {error} in {str(path)!r}.") from error
+    finally:
+        csv.field_size_limit(limit)
+    if any(None in row for row in rows):  # where `DictReader` puts what the header has no column for
+        number = next(number for number, row in enumerate(rows, start=1) if None in row)
+        raise ValueError(
+            f"`{path.name}` must have a column for every cell, got more in row {number} of {str(path)!r}."
+        )
+    columns = {name: [row[name] or None for row in rows] for name in (rows[0] if rows else ())}
+    typed = {name: cells if name in ("file_name", *CAPTION_KEYS) else _typed(cells) for name, cells in columns.items()}
+    for number in range(len(rows)):
+        yield f"row {number + 1}", {name: cells[number] for name, cells in typed.items()}
+
+
+def _typed(cells: list[str | None]) -> list[Any]:
+    """Turn a column of text into numbers where each of its cells is one, written as numbers are."""
+    for kind, pattern in ((int, r"0|-?[1-9]\d{0,17}"), (float, r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")):
+        if all(cell is None or re.fullmatch(pattern, cell) for cell in cells):
+            return [None if cell is None else kind(cell) for cell in cells]
+    return list(cells)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            f'Reading `{path.name}` needs pyarrow: pip install "diffusers-leanvae[datasets]".'
+        ) from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(". ")
+        raise ValueError(f"`{path.name}` must be a Parquet file, got {str(path)!r}: {reason}.") from error
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # with BOM, as spreadsheets write it; newlines become "\n"
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path.name}` must be UTF-8, got {error} in {str(path)!r}.") from error

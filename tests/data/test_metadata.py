@@ -1,0 +1,169 @@
+"""Labels and captions come from whatever file people keep them in, and none gets lost without a word."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_leanvae.data import open_training_data
+from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
+from diffusers_leanvae.data.metadata import find_caption, number_labels, read_caption, read_metadata
+from diffusers_leanvae.data.named import open_named_dataset
+from diffusers_leanvae.data.sources import open_source
+
+
+# What a spreadsheet holds: gaps, separators, quotes and line breaks inside of cells, numbers, a name that is one.
+ROWS: list[dict[str, Any]] = [
+    {"file_name": "b.mp4", "label": 1, "caption": 'one, "two"\nthree', "speed": 0.5, "take": "007"},
+    {"file_name": "a.mp4", "label": 0, "caption": "12", "speed": None, "take": "x"},
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]], mark: str = "") -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text(mark + "\n".join(lines), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], mark: str = "") -> None:
+    def cell(value: Any) -> str:
+        return "" if value is None else '"' + str(value).replace('"', '""') + '"'
+
+    lines = [",".join(rows[0]), *(",".join(map(cell, row.values())) for row in rows)]
+    path.write_bytes((mark + "\r\n".join(lines) + "\r\n").encode())  # as spreadsheets end lines
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with the optional datasets")
+    pyarrow = sys.modules["pyarrow"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS: dict[str, Callable[..., None]] = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+@pytest.fixture(params=WRITERS)
+def listed(request: pytest.FixtureRequest, clips: Path, tmp_path: Path) -> Path:
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / name, tmp_path)
+    shutil.copy(clips / "a.mp4", tmp_path / "unlisted.mp4")
+    WRITERS[request.param](tmp_path / f"metadata.{request.param}", ROWS)
+    return tmp_path
+
+
+def test_every_format_says_the_same(listed: Path):
+    source = open_source(listed)
+    assert [source.metadata(number) for number in range(len(source))] == ROWS
+    data = open_training_data(str(listed), batch_size=1, clip_sizes=[[5, 16, 16]])
+    assert len(data) == 2 and data.metadata(1) == ROWS[1]
+    named = open_named_dataset("videofolder", listed, 5, 16, sample_stride=1)
+    assert [(clip.class_label, clip.caption) for clip in map(named.clip, range(2))] == [
+        (1, ROWS[0]["caption"]),
+        (0, "12"),
+    ]
+    clips = open_clip_list(ClipSelection(str(listed), (5, 16, 16)))
+    assert [(clip.class_label, clip.caption) for clip in clips.read(range(2)) if clip is not None] == [
+        (1, ROWS[0]["caption"]),
+        (0, "12"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(kind: str, tmp_path: Path):
+    WRITERS[kind](tmp_path / f"metadata.{kind}", ROWS, mark="\ufeff")
+    assert read_metadata(tmp_path / f"metadata.{kind}") == ROWS
+
+
+def test_line_separators_inside_a_caption(tmp_path: Path):
+    rows = [{"file_name": "a.mp4", "caption": "one\u2028two\x85three"}]
+    for kind in ("jsonl", "csv"):
+        WRITERS[kind](tmp_path / f"metadata.{kind}", rows)
+        assert read_metadata(tmp_path / f"metadata.{kind}") == rows
+
+
+def test_a_caption_of_any_length(tmp_path: Path):
+    rows = [{"file_name": "a.mp4", "caption": "long " * 50_000}]  # more than the `csv` module takes by itself
+    write_csv(tmp_path / "metadata.csv", rows)
+    assert read_metadata(tmp_path / "metadata.csv") == rows
+
+
+def test_two_metadata_files_are_refused(clips: Path, tmp_path: Path):
+    shutil.copy(clips / "a.mp4", tmp_path)
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.mp4"}])
+    write_csv(tmp_path / "metadata.csv", [{"file_name": "a.mp4"}])
+    for open_folder in (open_source, lambda folder: open_named_dataset("videofolder", folder, 5, 16)):
+        with pytest.raises(ValueError, match=r"must hold one metadata file, got metadata.csv and metadata.jsonl in"):
+            open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.csv",
+            b"path,caption\na.mp4,hello\n",
+            r"`file_name` in every row, got the columns path, caption in row 1",
+        ),
+        ("metadata.csv", b"file_name,caption\na.mp4,x\n,y\n", r"`file_name` in every row, .* in row 2"),
+        ("metadata.csv", b"file_name,caption\na.mp4,x,y\n", r"a column for every cell, got more in row 1"),
+        ("metadata.csv", b'file_name,caption\na.mp4,"x\n', r"must be a CSV file with a header, got "),
+        ("metadata.csv", "file_name\nä.mp4\n".encode("latin-1"), r"`metadata.csv` must be UTF-8, got "),
+        ("metadata.jsonl", b'{"file_name": "a.mp4"}\n{"file', r"must be a JSON object .* in line 2 of"),
+        ("metadata.jsonl", b'["a.mp4"]\n', r"`file_name` in every row, got \['a.mp4'\] in line 1"),
+        ("metadata.parquet", b"PAR1 or something else", r"`metadata.parquet` must be a Parquet file, got "),
+    ],
+)
+def test_what_is_wrong_is_named(name: str, content: bytes, message: str, tmp_path: Path):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow comes with the optional datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_metadata(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "metadata.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r'needs pyarrow: pip install "diffusers-leanvae\[datasets\]"'):
+        open_source(tmp_path)
+
+
+def test_labels_as_pandas_writes_a_column_with_gaps():
+    rows = [{"label": 1.0}, {"label": float("nan")}, {"label": 0.0}]
+    assert number_labels(rows) == ([1, None, 0], None)
+
+
+# --- Captions beside videos ------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_beside_a_video_is_its_caption(clips: Path, tmp_path: Path):
+    for name in ("a", "b", "c", "dots.v1"):
+        shutil.copy(clips / "a.mp4", tmp_path / f"{name}.mp4")
+    (tmp_path / "a.txt").write_text("a surfer\n")
+    (tmp_path / "b.txt").write_bytes("\ufeffein Sörfer".encode())
+    (tmp_path / "c.txt").write_text(" \n")  # as good as none
+    (tmp_path / "dots.v1.txt").write_text("first version")
+    (tmp_path / "README.txt").write_text("of nothing")
+    captions = ["a surfer", "ein Sörfer", None, "first version"]
+
+    source = open_source(tmp_path)
+    rows = [source.metadata(number) for number in range(len(source))]
+    assert [row.get("caption") for row in rows] == [find_caption(row) for row in rows] == captions
+    assert "caption" not in rows[2]
+    named = open_named_dataset("videofolder", tmp_path, 5, 16, sample_stride=1)
+    assert [named.metadata(number)["caption"] for number in range(4)] == captions
+    assert read_caption(tmp_path / "README.mp4") == "of nothing"
+
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.mp4"}, {"file_name": "b.mp4", "caption": "listed"}])
+    source = open_source(tmp_path)
+    assert [find_caption(source.metadata(number)) for number in range(2)] == [None, "listed"]
+
+
+def test_an_empty_caption_is_none():
+    assert find_caption({"caption": " ", "text": None, "txt": "there\n"}) == "there"
+    assert find_caption({"caption": ""}) is None
