@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from ..checks import check_choice
 from ..video_io import VideoError, VideoReader, list_videos, read_video
+from ..video_io.inputs import IMAGE_EXTENSIONS
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
-from ..video_io.reader import IMAGE_EXTENSIONS
 from .metadata import find_caption, find_metadata, number_labels, read_caption
 from .sources import FileSource
 

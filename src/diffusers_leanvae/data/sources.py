@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
-from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .metadata import decode_text, find_metadata, read_caption, read_metadata
 
 

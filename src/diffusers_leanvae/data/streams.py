@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .cutting import ClipOptions, VideoOrder, VideoSet
 from .datasets import ClipDataset, make_image_order, wanted_sizes
 from .schedule import ALONE, Share, StepBatches, StepSchedule
