@@ -77,6 +77,20 @@ def commit(partial: Path, path: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def commit_files(partial: Path, folder: Path) -> None:
+    """Move the files of a complete folder `partial` into an existing folder, replacing those of the same names.
+
+    The folder `partial` is gone afterwards. Each file is replaced in one step, but not all of them together.
+    """
+    files = sorted(partial.iterdir())
+    for file in files:
+        _sync(file)
+    for file in files:
+        os.replace(file, folder / file.name)
+    _sync(folder)
+    partial.rmdir()
+
+
 def partial_path(path: Path, kind: str = "partial", suffix: str = "") -> Path:
     """Return the hidden name, next to `path`, under which this process writes it until it is complete."""
     return path.with_name(f".{_stem(path.name)}.{kind}-{_machine()}-{os.getpid()}{suffix}")

@@ -97,7 +97,7 @@ class TestWriter:
     def test_illegal_arguments(self, tmp_path: Path):
         for name, options, message in [
             ("a.xyz", {}, r"one of \.mp4, .*got '\.xyz'"),
-            ("a.webm", {}, "`codec` must be one of libvpx-vp9"),
+            ("a.webm", {"codec": "libx264"}, "`codec` must be one of libvpx-vp9"),
             ("a.mp4", {"crf": 52}, "`crf` must be 0 to 51"),
             ("a.mp4", {"preset": "warp"}, "`preset` must be"),
             ("no/a.mp4", {}, "does not exist"),
@@ -113,7 +113,7 @@ class TestWriter:
 
 
 class TestAudio:
-    @pytest.mark.parametrize(("source", "audio_codec"), [("s.mp4", "aac"), ("s.mkv", "flac"), ("s.ts", "mp2")])
+    @pytest.mark.parametrize(("source", "audio_codec"), [("s.mp4", "aac"), ("s.mkv", "mp3"), ("s.ts", "mp2")])
     def test_copied_bit_for_bit(self, tmp_path: Path, source: str, audio_codec: str):
         frames = moving_picture(40)
         path = encode(tmp_path / source, frames, audio_codec=audio_codec)
@@ -153,6 +153,7 @@ class TestAudio:
 
     def test_silent_source(self, tmp_path: Path):
         path = encode(tmp_path / "s.mp4", moving_picture(3))
-        with pytest.warns(UserWarning, match="no audio stream"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             write_video(tmp_path / "out.mp4", moving_picture(3), 25, audio_from=path)
         assert not probe_video(tmp_path / "out.mp4").has_audio

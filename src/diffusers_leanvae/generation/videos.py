@@ -11,8 +11,8 @@ from .. import bundled
 from ..checks import check_choice
 from ..loading import load_diffusion_pipeline
 from ..video_io import VideoWriter, read_video
+from ..video_io.formats import CONTAINERS
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
-from ..video_io.writer import WRITABLE_VIDEO
 from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 
@@ -119,7 +119,7 @@ def generate_videos(
         batches += pipeline(**given, generator=generator, output_type="latent", return_dict=False, **options)
     latents = torch.cat(batches)
 
-    if output.suffix.lower() in WRITABLE_VIDEO:
+    if output.suffix.lower() in CONTAINERS:
         output.parent.mkdir(parents=True, exist_ok=True)
         _write(pipeline, latents, output, fps, crf)
         return [output]

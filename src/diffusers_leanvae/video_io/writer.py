@@ -1,72 +1,82 @@
 """uint8 RGB tensors `(num_frames, height, width, 3)` -> video and image files, with the sound of another file."""
 
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
 import av
 import numpy as np
 import torch
-from av.audio.stream import AudioStream
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
 from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
-from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from ..atomic import commit, partial_path, remove_stale_partials
-from .containers import PathLike, VideoError, open_input
+from ..atomic import commit, commit_files, partial_path, remove_stale_partials
+from .containers import PathLike, VideoError
+from .formats import CODECS, PRESETS, check_output, find_output, is_rgb
+from .sound import Accompaniment
 
 
-# Writable extensions, each with the codecs that its container really holds and players accept.
-WRITABLE_VIDEO: dict[str, tuple[str, ...]] = {
-    ".mp4": ("libx264", "libx265", "libvpx-vp9"),
-    ".mkv": ("libx264", "libx265", "libvpx-vp9", "ffv1"),
-    ".mov": ("libx264", "libx265"),
-    ".webm": ("libvpx-vp9",),
-}
-# Extension -> codec, pixel format, encoder options. JPEG keeps full chroma and FFmpeg's best quality step.
-WRITABLE_IMAGE: dict[str, tuple[str, str, dict[str, str]]] = {
-    ".png": ("png", "rgb24", {}),
-    ".jpg": ("mjpeg", "yuvj444p", {"qmin": "1", "qmax": "1"}),
-    ".jpeg": ("mjpeg", "yuvj444p", {"qmin": "1", "qmax": "1"}),
-    ".webp": ("libwebp", "bgra", {"lossless": "1"}),
-}
-
-_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-_COLORSPACES = {"bt709": 1, "bt470bg": 5}  # AVColorSpace
+_COLORSPACES = {"bt709": 1, "bt601": 5}  # AVColorSpace
 # Chroma is averaged over the pixels that share it, which is what the reader, repeating it, takes it to be.
 _SCALE = "flags=area+accurate_rnd+full_chroma_int:out_color_matrix={}:out_range={}"
+# Players show a GIF's frame of less than two ticks for ten ticks.
+_MIN_GIF_TICKS = 2
 
 
 class VideoWriter:
-    """Write uint8 RGB frames to a video file, or one frame to an image file; a context manager.
+    """Write uint8 RGB frames to a video file, to images or to standard output; a context manager.
 
     The file appears under its name only when the writer is closed without an error: until then frames go to a hidden
-    file in the same folder, which is removed when anything fails, and an older file of that name is kept.
+    file in the same folder, which is removed when anything fails, and an older file of that name is kept. Images of a
+    sequence get their names together at the end.
 
     Colours are BT.709, limited range, and tagged so. Even sizes are stored as 4:2:0. A size with an odd side is stored
-    as 4:4:4, which keeps every pixel but is played by fewer players. `codec="ffv1"` (`.mkv` only) stores RGB without
-    any loss, as do `.png` and `.webp`.
+    as 4:4:4, which keeps every pixel but is played by fewer players. Nothing is lost with `codec="ffv1"` (`.mkv`),
+    which stores RGB, and in `.png`, `.apng`, `.bmp`, `.tif` and `.webp`.
 
     Args:
-        path: The file to write. `.mp4`, `.mkv`, `.mov` or `.webm` for a video; `.png`, `.jpg`, `.jpeg` or `.webp` for
-            an image, which takes exactly one frame and ignores all other arguments but `overwrite`.
-        fps: Constant frame rate in frames per second, more than 0. A `Fraction` is kept exactly, a float becomes the
-            nearest fraction with a denominator up to 1001.
-        codec: `"libx264"`, `"libx265"`, `"libvpx-vp9"` (the only one for `.webm`) or `"ffv1"`.
-        crf: Constant quality, 0 (best) to 51, or to 63 for VP9; unused by `ffv1`.
-        preset: Speed preset of x264 and x265, `"ultrafast"` to `"veryslow"`; unused by the other codecs.
-        audio_from: A file whose first audio stream is copied packet by packet, re-encoded (with a warning) only where
-            the container cannot hold its codec. It keeps its place in time relative to that file's first frame. It is
-            cut at the end of the written video, unless all of the source's frames were written: then nothing is cut.
-        overwrite: Whether an existing file may be replaced.
+        path: What to write.
+
+            - `.mp4`, `.m4v`, `.mkv`, `.mov` or `.webm`: a video, with sound.
+            - `.gif`, `.webp` or `.apng`: an animation. A palette is made for every frame of a GIF, whose frames last
+              at least 20 ms; those that come sooner are left out. `.webp` takes a single frame for a still image.
+            - `.y4m`: uncompressed, for other programs. BT.601 below 720 lines and 1280 columns, BT.709 from there on,
+              as programs take it, since the format has no tag for it.
+            - `.png`, `.jpg`, `.jpeg`, `.bmp`, `.tif` or `.tiff`: an image, which takes exactly one frame.
+            - A pattern such as `"f_%04d.png"`, or a folder (a name that ends in `/`, or that exists as one), which
+              gets `000001.png` and so on: a sequence of images with numbers from 1. Images that a longer sequence of
+              that name left are removed.
+            - `"-"`: standard output, as it comes, for another program. When that one has seen enough, the `with`
+              block ends without an error. A named pipe works alike.
+        fps: Frame rate in frames per second, more than 0. A `Fraction` is kept exactly, a float becomes the nearest
+            fraction with a denominator up to 1001.
+        codec: `"libx264"` (default of `.mp4`, `.mkv` and `.mov`), `"libx265"`, `"libvpx-vp9"` (default of `.webm`),
+            `"libsvtav1"`, `"ffv1"` (`.mkv`) or `"prores_ks"` (`.mov`); unused by animations and images.
+        crf: Constant quality, 0 (best) to 51, or to 63 for VP9 and AV1; by default 16, or 18 for AV1. With
+            `"libx264"`, 0 stores pixels of `pixel_format` without loss. For an animated `.webp`, 0 (the default) to
+            100, where 0 is without loss. Unused by others.
+        preset: Speed preset of x264, x265 and SVT-AV1, `"ultrafast"` to `"veryslow"`; unused by the other codecs.
+        pixel_format: FFmpeg's name of how pixels are stored, such as `"yuv444p"` or `"yuv420p10le"`; for `"libx264"`
+            also `"rgb24"`.
+        pixel_aspect_ratio: Width of a pixel divided by its height, for players; kept in videos.
+        audio_from: A file whose sound tracks, subtitles, chapters and metadata are written too. Sound is copied packet
+            by packet, and re-encoded only where the container cannot hold its codec. One warning says what was
+            re-encoded and what was left out. It keeps its place in time relative to that file's first frame. It is
+            cut at the end of the written video, unless the last frame of the source was reached: then nothing is cut.
+        audio_start: Seconds from the first frame of `audio_from` to the first frame written. Sound before it is cut.
+        overwrite: Whether existing files may be replaced.
+        container: For `"-"`, `"mkv"` (default), `"webm"` or `"y4m"`.
 
     Raises:
         VideoError: If the extension, codec, rate or quality is not legal, the folder does not exist, the file exists
@@ -78,70 +88,79 @@ class VideoWriter:
         path: PathLike,
         fps: Fraction | float,
         *,
-        codec: str = "libx264",
-        crf: float = 16,
+        codec: str | None = None,
+        crf: float | None = None,
         preset: str = "medium",
+        pixel_format: str | None = None,
+        pixel_aspect_ratio: Fraction = Fraction(1),
         audio_from: PathLike | None = None,
+        audio_start: Fraction = Fraction(0),
         overwrite: bool = True,
+        container: str | None = None,
     ) -> None:
+        options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pixel_format, "container": container}
+        check_output(path, overwrite=overwrite, **options)
         self.path = Path(path)
         self.num_frames = 0
-        suffix = self.path.suffix.lower()
-        if suffix not in WRITABLE_VIDEO and suffix not in WRITABLE_IMAGE:
-            legal = ", ".join([*WRITABLE_VIDEO, *WRITABLE_IMAGE])
-            raise VideoError(f"Cannot write {str(path)!r}: the extension must be one of {legal}, got {suffix!r}.")
-        self._is_image = suffix in WRITABLE_IMAGE
-        if not self._is_image and codec not in WRITABLE_VIDEO[suffix]:
-            legal = ", ".join(WRITABLE_VIDEO[suffix])
-            raise VideoError(
-                f"Cannot write {str(path)!r}: `codec` must be one of {legal} for {suffix}, got {codec!r}."
-            )
-        max_crf = 63 if codec == "libvpx-vp9" else 51
-        if not 0 <= crf <= max_crf:
-            raise VideoError(f"`crf` must be 0 to {max_crf} for {codec}, got {crf}.")
-        if preset not in _PRESETS:
-            raise VideoError(f"`preset` must be one of {', '.join(_PRESETS)}, got {preset!r}.")
+        self._output = find_output(path, **options)
+        if preset not in PRESETS:
+            raise VideoError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
         if not 0 < fps < 100000:
             raise VideoError(f"`fps` must be more than 0 and less than 100000, got {fps}.")
-        if self.path.is_dir():
-            raise VideoError(f"Cannot write {str(path)!r}: it is a folder.")
-        if not self.path.parent.is_dir():
-            raise VideoError(f"Cannot write {str(path)!r}: the folder {str(self.path.parent)!r} does not exist.")
-        if not overwrite and self.path.exists():
-            raise VideoError(f"Cannot write {str(path)!r}: it exists and `overwrite` is false.")
+        if not pixel_aspect_ratio > 0:
+            raise VideoError(f"`pixel_aspect_ratio` must be more than 0, got {pixel_aspect_ratio}.")
+        if audio_start < 0:
+            raise VideoError(f"`audio_start` must be 0 or more, got {audio_start}.")
         self._fps = Fraction(fps).limit_denominator(1001) if isinstance(fps, float) else Fraction(fps)
-        self._codec, self._crf, self._preset = codec, crf, preset
-        remove_stale_partials(self.path)
-        self._partial = partial_path(self.path, "partial", suffix)
+        self._preset, self._aspect = preset, Fraction(pixel_aspect_ratio)
+        self._is_image = self._output.kind in ("image", "sequence")
+        self._partial: Path | None = None  # a hidden file, or a folder for images of a sequence
+        self._num_images = 0
+        if self._output.kind != "stream":
+            self._partial = self._hidden_path()
         self._resources = ExitStack()
         self._container: OutputContainer | None = None
-        self._stream: VideoStream
+        self._encoder: VideoStream | VideoCodecContext | None = None
         self._graph: Graph
         self._size = (0, 0)  # height, width
-        self._audio: _AudioSource | None = None
+        self._timing: _Timing | None = None
+        self._ended = Fraction(0)  # seconds, of the frames so far
+        self._sound: Accompaniment | None = None
         self._closed = False
+        self._is_broken = False  # a pipe whose reader went away
         if audio_from is not None and not self._is_image:
-            self._audio = self._resources.enter_context(_open_audio(audio_from))
+            self._sound = self._resources.enter_context(Accompaniment.open(audio_from, Fraction(audio_start)))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> bool:
         if exc_type is None:
             self.close()
         else:
             self.abort()
+        return self._is_broken and exc_type is not None and issubclass(exc_type, BrokenPipeError)
 
-    def write(self, frames: torch.Tensor | np.ndarray) -> None:
+    def write(
+        self,
+        frames: torch.Tensor | np.ndarray,
+        times: Sequence[Fraction] | None = None,
+        end: Fraction | None = None,
+    ) -> None:
         """Append frames.
 
         Args:
             frames: RGB, uint8 in `[0, 255]`, shape `(n, height, width, 3)`, on any device. The first call fixes
                 `height` and `width` (any size); `n` may be 0.
+            times: Seconds from the start of the written video to each frame, ascending, for a variable rate; all
+                calls give them, or none. Without them the frames follow each other at the rate `fps`. Images of a
+                sequence have no times. `.y4m` has no variable rate, so there frames are repeated and left out.
+            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`.
 
         Raises:
-            VideoError: If dtype, shape or size is not that, or the frames cannot be encoded or stored. The file is
-                given up then.
+            VideoError: If dtype, shape, size or times are not that, or the frames cannot be encoded or stored. The
+                file is given up then.
+            BrokenPipeError: If the reader of a pipe has seen enough; the `with` statement takes it for the end.
         """
         if self._closed:
             raise VideoError(f"Cannot write to {str(self.path)!r}: the writer is closed.")
@@ -151,15 +170,19 @@ class VideoWriter:
                 raise VideoError(f"`frames` must be uint8 in [0, 255], got {array.dtype}.")
             if array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
                 raise VideoError(f"`frames` must have shape (n, height, width, 3), got {tuple(array.shape)}.")
-            if self._container is not None and array.shape[1:3] != self._size:
+            if self._encoder is not None and array.shape[1:3] != self._size:
                 raise VideoError(f"`frames` must be {self._size} (height, width) as before, got {array.shape[1:3]}.")
-            if self._is_image and self.num_frames + len(array) > 1:
+            if self._output.kind == "image" and self.num_frames + len(array) > 1:
                 raise VideoError(f"Cannot write {str(self.path)!r}: an image file holds one frame, got more.")
+            if times is not None and len(times) != len(array):
+                raise VideoError(f"`times` must be one for each of {len(array)} frames, got {len(times)}.")
             with self._named_errors():
-                if self._container is None and len(array):
-                    self._container = self._open(*array.shape[1:3])
-                for image in array:
-                    self._write_one(image)
+                if self._encoder is None and len(array):
+                    self._open(*array.shape[1:3], is_variable=times is not None)
+                for index, image in enumerate(array):
+                    self._write_one(image, None if times is None else times[index])
+            if end is not None:
+                self._ended = max(self._ended, Fraction(end))
         except BaseException:
             self.abort()
             raise
@@ -173,15 +196,23 @@ class VideoWriter:
         if self._closed:
             return
         try:
-            if self._container is None:
+            if self._encoder is None or self._timing is None:
                 raise VideoError(f"Cannot write {str(self.path)!r}: no frame was written.")
             with self._named_errors():
-                self._container.mux(self._stream.encode(None))
-                if self._audio is not None:
-                    self._mux_audio(self._audio.limit(self.num_frames / self._fps, 1 / self._fps))
+                for pts, frame, duration in self._timing.finish(self._ended):
+                    self._encode(pts, frame, duration)
+                self._graph.vpush(None)
+                self._encode_waiting()
+                self._store(self._encoder.encode(None))
+                if self._sound is not None and self._container is not None:
+                    for packet in self._sound.rest(self._ended, 1 / self._fps):
+                        self._container.mux(packet)
                 self._resources.close()
-                commit(self._partial, self.path)
+                self._commit()
             self._closed = True
+            self._warn()
+        except BrokenPipeError:  # after the last frame there is nothing that it could stop
+            pass
         finally:
             self.abort()
 
@@ -193,160 +224,294 @@ class VideoWriter:
         try:
             with self._named_errors():
                 self._resources.close()
-        except VideoError:  # a container that never got its header cannot be closed properly, and need not be
+        except (VideoError, BrokenPipeError):  # a container that never got its header cannot be closed properly
             pass
-        self._partial.unlink(missing_ok=True)
+        if self._partial is None:
+            return
+        if self._partial.is_dir():
+            shutil.rmtree(self._partial, ignore_errors=True)
+        else:
+            self._partial.unlink(missing_ok=True)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
+        except BrokenPipeError:
+            self._is_broken = True
+            raise
         except (FFmpegError, OSError) as error:
             raise VideoError(f"Cannot write {str(self.path)!r}: {error}.") from error
 
-    def _open(self, height: int, width: int) -> OutputContainer:
-        suffix = self.path.suffix.lower()
-        if self._is_image:
-            codec, pixel_format, options = WRITABLE_IMAGE[suffix]
-            # "update" makes the image writer take "%" in a name as it is.
-            container = av.open(str(self._partial.absolute()), "w", format="image2", options={"update": "1"})
+    def _hidden_path(self) -> Path:
+        """Return where to write until all is there, after removing what killed processes left."""
+        path = self.path
+        if self._output.kind == "sequence" and path.is_dir():
+            path = path / "images"  # inside, since the folder itself may lie on a disk of its own
+        remove_stale_partials(path)
+        return partial_path(path, "partial", "" if self._output.kind == "sequence" else self._output.suffix)
+
+    def _warn(self) -> None:
+        """Say in one line what is not as in the source."""
+        notes = [] if self._sound is None else self._sound.notes()
+        if self._timing is not None and self._timing.num_left_out:
+            notes.append(f"left out: {self._timing.num_left_out} frames, since GIF has at most 50 a second")
+        if notes:
+            warnings.warn(f"{str(self.path)!r}: {'; '.join(notes)}.", stacklevel=4)
+
+    # --- Opening --------------------------------------------------------------------------------------------------
+
+    def _open(self, height: int, width: int, is_variable: bool) -> None:
+        output = self._output
+        kind = CODECS[output.codec]
+        pixel_format = output.pixel_format or kind.pixel_format(height, width)
+        held = output.container
+        if held is None:
+            encoder = av.CodecContext.create(output.codec, "w")
+            assert isinstance(encoder, VideoCodecContext) and self._partial is not None
+            encoder.options = self._codec_options(pixel_format)
+            if output.kind == "sequence":
+                self._partial.mkdir()
+            context = encoder
         else:
-            codec, options = self._codec, {}
-            pixel_format = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
-            if codec == "ffv1":
-                pixel_format = "bgr0"
-            elif codec == "libvpx-vp9":
-                options = {"crf": f"{self._crf:g}", "b": "0", "row-mt": "1"}
-            else:
-                options = {"crf": f"{self._crf:g}", "preset": self._preset}
-            if codec == "libx264":
-                # One file on every processor. x264's own code for AVX-512 even reads memory that was never written, in
-                # its macroblock trees: a file would differ in every call.
-                options["x264-params"] = "cpu-independent=1"
+            target = str(self._partial.absolute()) if self._partial is not None else _pipe_address(self.path)
+            # Tracks without a packet for a second, such as subtitles, hold back the others no longer.
+            options = {"max_interleave_delta": "1000000"} if self._sound is not None else {}
+            container = av.open(target, "w", format=held.muxer, container_options=options)
+            self._container = self._resources.enter_context(container)
+            name = _encoder_name(output.codec, pixel_format)
+            encoder = container.add_stream(name, rate=self._fps, options=self._codec_options(pixel_format))
+            assert isinstance(encoder, VideoStream)
+            context = encoder.codec_context
+            if output.codec == "libx265" and held.muxer != "matroska":
+                context.codec_tag = "hvc1"  # the tag without which Apple's players refuse the file
+        context.width, context.height, context.pix_fmt = width, height, pixel_format
+        self._timing = _Timing.choose(self._fps, held.muxer if held is not None else None, is_variable)
+        context.time_base = self._timing.time_base
+        if held is None:
+            context.framerate = self._fps
+        else:
+            encoder.time_base = self._timing.time_base
+        if self._aspect != 1:
+            context.sample_aspect_ratio = self._aspect
+        # JPEG is BT.601, full range, by definition. Y4M has no tag, so it gets what programs take for granted.
+        is_full = output.codec == "mjpeg"
+        is_601 = is_full or (output.codec == "rawvideo" and height < 720 and width < 1280)
+        matrix = "bt601" if is_601 else "bt709"
+        nodes: list[tuple[str, str]] = []
+        if not is_rgb(pixel_format):
+            context.colorspace, context.color_range = _COLORSPACES[matrix], 2 if is_full else 1
+            if not self._is_image and not is_601:
+                context.color_primaries = context.color_trc = 1  # BT.709
+            nodes = [("scale", _SCALE.format(matrix, "pc" if is_full else "tv"))]
+        self._graph = _build_graph(height, width, pixel_format, nodes, self._timing.time_base)
+        self._encoder, self._size = encoder, (height, width)
+        if self._sound is not None and self._container is not None and held is not None:
+            self._sound.attach(self._container, held)
+            self._timing.lead = ceil(self._sound.lead / self._timing.time_base)
+            self._sound.delay = self._timing.lead * self._timing.time_base
+
+    def _codec_options(self, pixel_format: str) -> dict[str, str]:
+        codec, crf = self._output.codec, self._output.crf
+        if codec in ("libx264", "libx265"):
+            options = {"crf": f"{crf:g}", "preset": self._preset}
             if codec == "libx265":
-                options["x265-params"] = "log-level=error"
-            container = av.open(str(self._partial.absolute()), "w")
-        self._resources.enter_context(container)
-        stream = container.add_stream(codec, rate=self._fps, options=options)
-        assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        stream.time_base = 1 / self._fps
-        if codec == "libx265" and suffix != ".mkv":
-            stream.codec_context.codec_tag = "hvc1"  # the tag without which Apple's players refuse the file
-        # JPEG is BT.601, full range, by definition.
-        matrix, tagged = ("bt601", "bt470bg") if codec == "mjpeg" else ("bt709", "bt709")
-        value_range = "pc" if codec == "mjpeg" else "tv"
-        is_rgb = pixel_format in ("rgb24", "bgra", "bgr0")
-        if not is_rgb:
-            stream.codec_context.colorspace = _COLORSPACES[tagged]
-            stream.codec_context.color_range = 2 if value_range == "pc" else 1
-            if not self._is_image:
-                stream.codec_context.color_primaries = stream.codec_context.color_trc = 1  # BT.709
-        self._graph = Graph()
-        source = self._graph.add_buffer(
-            width=width, height=height, format=VideoFormat("rgb24"), time_base=1 / self._fps
-        )
-        convert = [] if is_rgb else [self._graph.add("scale", _SCALE.format(matrix, value_range))]
-        last = self._graph.add("format", pixel_format)
-        self._graph.link_nodes(source, *convert, last, self._graph.add("buffersink")).configure()
-        self._stream, self._size = stream, (height, width)
-        if self._audio is not None:
-            self._audio.attach(container)
-        return container
+                return options | {"x265-params": "log-level=error"}
+            if crf == 0 and "10" in pixel_format:
+                options["qp"] = options.pop("crf")  # at 10 bits, a quality of 0 is not yet without loss
+            # One file on every processor. x264's own code for AVX-512 even reads memory that was never written, in
+            # its macroblock trees: a file would differ in every call.
+            return options | {"x264-params": "cpu-independent=1"}
+        if codec == "libvpx-vp9":
+            return {"crf": f"{crf:g}", "b": "0", "row-mt": "1"}
+        if codec == "libsvtav1":
+            return {"crf": f"{crf:g}", "preset": f"{PRESETS[self._preset]}"}
+        if codec == "prores_ks":
+            return {"profile": "4444" if pixel_format.startswith("yuv444") else "hq", "vendor": "apl0"}
+        if codec == "mjpeg":
+            return {"qmin": "1", "qmax": "1"}  # FFmpeg's best quality step
+        if codec == "libwebp":
+            return {"lossless": "1"} if not crf else {"lossless": "0", "quality": f"{100 - crf:g}"}
+        return {}
 
-    def _write_one(self, image: np.ndarray) -> None:
-        assert self._container is not None
+    # --- Frames ---------------------------------------------------------------------------------------------------
+
+    def _write_one(self, image: np.ndarray, time: Fraction | None) -> None:
+        assert self._timing is not None
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        frame.pts, frame.time_base = self.num_frames, 1 / self._fps
-        self._graph.vpush(frame)
-        self._container.mux(self._stream.encode(self._graph.vpull()))
+        for pts, ready, duration in self._timing.push(frame, time):
+            self._encode(pts, ready, duration)
         self.num_frames += 1
-        if self._audio is not None:  # in step with the video, or the muxer would hold all of it back
-            self._mux_audio(self.num_frames / self._fps)
+        self._ended = self._timing.ended
 
-    def _mux_audio(self, until: Fraction | None) -> None:
-        assert self._container is not None and self._audio is not None
-        for packet in self._audio.packets_before(until):
-            self._container.mux(packet)
+    def _encode(self, pts: int, frame: VideoFrame, duration: int | None) -> None:
+        assert self._timing is not None
+        frame.pts, frame.time_base = pts, self._timing.time_base
+        if duration is not None:
+            frame.duration = duration
+        self._graph.vpush(frame)
+        self._encode_waiting()
 
-
-class _AudioSource:
-    """The packets of a file's first audio stream, in time relative to that file's first video frame."""
-
-    def __init__(self, container: InputContainer, path: PathLike) -> None:
-        self.path, self.container = path, container
-        self.stream: AudioStream | None = next(iter(container.streams.audio), None)
-        self.waiting: list[Packet] = []
-        self.packets: Iterator[Packet] = iter(())
-        self.video_duration: Fraction | None = None
-        self.origin = Fraction(0)
-        if self.stream is None:
-            warnings.warn(f"{str(path)!r} has no audio stream; the video is written without sound.", stacklevel=4)
-        videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        reference = videos[0] if videos else self.stream
-        if reference is not None and reference.time_base is not None:
-            self.origin = (reference.start_time or 0) * reference.time_base
-            if videos and reference.duration is not None:
-                self.video_duration = reference.duration * reference.time_base
-            elif videos and container.duration is not None:
-                self.video_duration = Fraction(container.duration, av.time_base)
-
-    def attach(self, output: OutputContainer) -> None:
-        """Add the audio stream to `output`, as it is or (where `output` cannot hold it) as AAC or Opus."""
-        if self.stream is None:
-            return
-        codec = self.stream.codec_context.codec.canonical_name
-        if codec in output.supported_codecs:
-            self.packets = self._copy(output.add_stream_from_template(self.stream))
-            return
-        encoder = "libopus" if output.format.name == "webm" else "aac"
-        warnings.warn(
-            f"The audio of {str(self.path)!r} is re-encoded: {output.format.name} holds no {codec}.", stacklevel=6
-        )
-        target = output.add_stream(encoder, rate=48000 if encoder == "libopus" else self.stream.rate)
-        assert isinstance(target, AudioStream)
-        # Mono stays mono; all else becomes stereo. Encoders refuse a bare "2 channels", as AVI files have it.
-        target.layout = "mono" if self.stream.layout.nb_channels == 1 else "stereo"
-        self.packets = self._encode(target)
-
-    def _copy(self, target: AudioStream) -> Iterator[Packet]:
-        assert self.stream is not None
-        for packet in self.container.demux(self.stream):
-            if packet.size:  # the last one is empty and only means the end
-                shift = round(self.origin / packet.time_base)
-                packet.pts = None if packet.pts is None else packet.pts - shift
-                packet.dts = None if packet.dts is None else packet.dts - shift
-                packet.stream = target
-                yield packet
-
-    def _encode(self, target: AudioStream) -> Iterator[Packet]:
-        assert self.stream is not None
-        for frame in self.container.decode(self.stream):
-            if frame.pts is not None and frame.time_base is not None:
-                frame.pts -= round(self.origin / frame.time_base)
-            yield from target.encode(frame)
-        yield from target.encode(None)
-
-    def packets_before(self, until: Fraction | None) -> Iterator[Packet]:
-        """Yield the packets not yet yielded that start before `until` seconds; `None` yields all."""
-        while packet := self.waiting.pop() if self.waiting else next(self.packets, None):
-            time = packet.pts if packet.pts is not None else packet.dts
-            if until is not None and time is not None and time * packet.time_base >= until:
-                self.waiting.append(packet)
+    def _encode_waiting(self) -> None:
+        assert self._encoder is not None
+        while True:
+            try:
+                frame = self._graph.vpull()
+            except (BlockingIOError, EOFError):
                 return
-            yield packet
+            self._store(self._encoder.encode(frame))
 
-    def limit(self, written: Fraction, frame_duration: Fraction) -> Fraction | None:
-        """End of the sound of a video of `written` seconds: `None`, nowhere, where that is the whole source."""
-        if self.video_duration is not None and written > self.video_duration - frame_duration:
-            return None
-        return written
+    # --- Storing --------------------------------------------------------------------------------------------------
+
+    def _store(self, packets: Sequence[Packet]) -> None:
+        for packet in packets:
+            if self._container is None:
+                self._num_images += 1
+                self._image_file(self._num_images).write_bytes(bytes(packet))
+                continue
+            time = Fraction(packet.dts or 0) * packet.time_base
+            self._container.mux(packet)
+            if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
+                for other in self._sound.packets_before(time):
+                    self._container.mux(other)
+
+    def _image_file(self, number: int) -> Path:
+        assert self._partial is not None
+        return self._partial / self._output.image_path(number).name if self._partial.is_dir() else self._partial
+
+    def _commit(self) -> None:
+        if self._partial is None:
+            return
+        if self._output.kind != "sequence":
+            commit(self._partial, self.path)
+            return
+        folder = self._output.image_path(1).parent
+        if not folder.exists():
+            commit(self._partial, folder)
+            return
+        former = self._output.existing_images()
+        commit_files(self._partial, folder)
+        for number, file in former.items():
+            if number > self._num_images or number < 1:
+                file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _open_audio(path: PathLike) -> Iterator[_AudioSource]:
-    with open_input(path) as container:
-        yield _AudioSource(container, path)
+class _Timing:
+    """Time stamps of frames, in ticks; one frame is held back where its duration must be known.
+
+    Attributes:
+        time_base: Seconds per tick.
+        lead: Ticks before the first frame.
+        num_left_out: Frames that were left out since they came too soon for the format.
+        ended: Seconds from the first frame to the end of the last one.
+    """
+
+    def __init__(self, fps: Fraction, time_base: Fraction, mode: str, min_ticks: int = 1) -> None:
+        self.time_base = time_base
+        self.lead = 0
+        self.num_left_out = 0
+        self.ended = Fraction(0)
+        self._fps, self._mode, self._min_ticks = fps, mode, min_ticks
+        self._count = 0
+        self._last_time = Fraction(0)
+        self._held: tuple[int, VideoFrame] | None = None  # with its tick
+
+    @classmethod
+    def choose(cls, fps: Fraction, muxer: str | None, has_times: bool) -> Self:
+        """Choose the ticks for a format."""
+        if muxer is None:
+            return cls(fps, 1 / fps, "images")
+        if muxer == "gif":
+            return cls(fps, Fraction(1, 100), "variable", _MIN_GIF_TICKS)
+        if muxer == "webp":
+            return cls(fps, Fraction(1, 1000), "variable")
+        if muxer == "yuv4mpegpipe":
+            return cls(fps, 1 / fps, "repeated")
+        if has_times:  # multiples of 1 / fps are exact, and nothing is off by more than 0.05 ms
+            return cls(fps, Fraction(1, fps.numerator * ceil(Fraction(10000, fps.numerator))), "variable")
+        return cls(fps, 1 / fps, "constant")
+
+    def push(self, frame: VideoFrame, time: Fraction | None) -> list[tuple[int, VideoFrame, int | None]]:
+        """Take a frame, and return those that are ready, with time stamp and duration."""
+        if time is None and self._mode == "variable" and self.time_base.denominator > 1000:
+            raise VideoError("`times` must come with every call or with none, got None after others.")
+        if time is not None and self._mode == "constant":
+            raise VideoError("`times` must come with every call or with none, got some after none.")
+        if time is None or self._mode == "images":
+            time = self._count / self._fps
+        elif time < 0 or (self._count and time <= self._last_time):
+            raise VideoError(f"`times` must ascend from 0, got {float(time):g} s.")
+        self._last_time = time
+        self.ended = time + 1 / self._fps
+        self._count += 1
+        if self._mode in ("constant", "images"):
+            return [(self._count - 1 + self.lead, frame, None)]
+        tick = round(time / self.time_base)
+        if self._mode == "repeated":
+            ready = self._repeated(tick)
+            self._held = (ready[-1][0] + 1 if ready else self._held[0] if self._held else 0, frame)
+            return ready
+        if self._held is None:
+            self._held = (tick, frame)
+            return []
+        before, held = self._held
+        if tick < before + self._min_ticks:
+            if self._min_ticks > 1:
+                self.num_left_out += 1
+                return []
+            tick = before + 1
+        self._held = (tick, frame)
+        return [(before + self.lead, held, tick - before)]
+
+    def finish(self, end: Fraction) -> list[tuple[int, VideoFrame, int | None]]:
+        """Return the frames held back, where all end after `end` seconds."""
+        if self._held is None:
+            return []
+        tick, frame = self._held
+        last = max(round(end / self.time_base), tick + self._min_ticks)
+        if self._mode == "repeated":
+            return self._repeated(last)
+        return [(tick + self.lead, frame, last - tick)]
+
+    def _repeated(self, until: int) -> list[tuple[int, VideoFrame, int | None]]:
+        """Return the frame held back as often as it is seen before tick `until`."""
+        if self._held is None:
+            return []
+        tick, frame = self._held
+        return [(number, frame, None) for number in range(tick, until)]
+
+
+def _build_graph(
+    height: int, width: int, pixel_format: str, nodes: list[tuple[str, str]], time_base: Fraction
+) -> Graph:
+    """Build the conversion of an RGB frame to what the encoder takes."""
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=time_base)
+    sink = graph.add("buffersink")
+    if pixel_format == "pal8":
+        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+        used = graph.add("paletteuse", "new=1:dither=sierra2_4a")
+        source.link_to(split)
+        split.link_to(palette, 0, 0)
+        split.link_to(used, 1, 0)
+        palette.link_to(used, 0, 1)
+        used.link_to(sink)
+        graph.configure()
+        return graph
+    convert = [graph.add(name, arguments) for name, arguments in nodes]
+    graph.link_nodes(source, *convert, graph.add("format", pixel_format), sink).configure()
+    return graph
+
+
+def _encoder_name(codec: str, pixel_format: str) -> str:
+    """Return FFmpeg's name of the encoder."""
+    if codec == "libx264" and is_rgb(pixel_format):
+        return "libx264rgb"
+    return "wrapped_avframe" if codec == "rawvideo" else codec
+
+
+def _pipe_address(path: Path) -> str:
+    return "pipe:1" if str(path) == "-" else str(path.absolute())
 
 
 def write_video(path: PathLike, frames: torch.Tensor | np.ndarray, fps: Fraction | float, **options: Any) -> None:

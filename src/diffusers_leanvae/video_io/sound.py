@@ -1,0 +1,634 @@
+"""Sound, subtitles, chapters and metadata of a file, on their way into another file.
+
+Everything keeps its place in time relative to the first video frame of its file. Sound is copied packet by packet
+where the container holds its codec, and else encoded again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, cast
+
+import av
+import numpy as np
+from av.audio.codeccontext import AudioCodecContext
+from av.audio.frame import AudioFrame
+from av.audio.layout import AudioLayout
+from av.audio.resampler import AudioResampler
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Discard, Disposition, Stream
+from av.subtitles.stream import SubtitleStream
+from av.subtitles.subtitle import SubtitleSet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from ..atomic import replace_file
+from .containers import PathLike, VideoError, named_errors, open_input
+from .formats import CONTAINERS, Container
+
+
+# Sound that begins earlier before the first frame than this is kept, and the picture begins later for it.
+_MIN_LEAD = Fraction(1, 10)
+# Decoded sound this far from where its time stamp says is moved there: silence is put in, or samples are dropped.
+_MAX_DRIFT = Fraction(15, 1000)
+# Sound that a decoder needs before the first that is heard; an edit list hides it.
+_PREROLL = Fraction(5, 100)
+# Silence between two pieces of sound after the last frame that still belongs to the file.
+_MAX_TAIL_GAP = 10
+
+_TEXT_CODECS = ("mov_text", "subrip", "webvtt", "ass", "ssa", "text")
+# Needed by encoders of subtitles; decoders that have been opened give one of their own.
+_ASS_HEADER = b"""[Script Info]
+ScriptType: v4.00+
+PlayResX: 384
+PlayResY: 288
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize, PrimaryColour, SecondaryColour, OutlineColour, BackColour, Bold, Italic, Underline, \
+StrikeOut, ScaleX, ScaleY, Spacing, Angle, BorderStyle, Outline, Shadow, Alignment, MarginL, MarginR, MarginV, Encoding
+Style: Default,Arial,16,&Hffffff,&Hffffff,&H0,&H0,0,0,0,0,100,100,0,0,1,1,0,2,10,10,10,0
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+"""
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+_BIT_RATES = {
+    "aac": {1: 96000, 2: 192000, 6: 384000, 8: 512000},
+    "libopus": {1: 96000, 2: 160000, 6: 320000, 8: 448000},
+}
+# Metadata that describe the file and not what is in it.
+_FILE_KEYS = re.compile(
+    r"encoder|software|major_brand|minor_version|compatible_brands|duration(-\w+)?|timecode|rotate|vendor_id|creation_time-\w+"
+    r"|bps(-\w+)?|number_of_(frames|bytes)(-\w+)?|_statistics_.*",
+    re.IGNORECASE,
+)
+_DEFAULT_NAMES = {"SoundHandler", "SubtitleHandler", "VideoHandler", "Core Media Audio", ""}
+# All that FFmpeg writes into a QuickTime file in places where players look.
+_QUICKTIME_KEYS = frozenset(
+    "title artist album_artist composer album date comment genre copyright grouping lyrics description synopsis show "
+    "episode_id network keywords episode_sort season_number media_type hd_video gapless_playback compilation track "
+    "disc creation_time".split()
+)
+
+
+class _Track(Protocol):
+    """One stream of the source on its way into the output."""
+
+    def push(self, packet: Packet) -> Iterator[Packet]:
+        """Take a packet of the source, and yield what is ready for the output."""
+        ...
+
+    def before(self, until: Fraction) -> Iterator[Packet]:
+        """Yield what was held back and begins before `until` seconds."""
+        ...
+
+    def finish(self, until: Fraction | None) -> Iterator[Packet]:
+        """Yield all that was held back and begins before `until`, and end."""
+        ...
+
+
+class Accompaniment:
+    """What a file holds besides its pictures, in time relative to a frame of it.
+
+    Attributes:
+        lead: Seconds of sound before that frame that are to be kept; 0 after a cut.
+        delay: Seconds from the start of the output to that frame, `lead` or somewhat more; set it before the first
+            packet.
+    """
+
+    def __init__(self, container: InputContainer, path: PathLike, start: Fraction) -> None:
+        self.path, self._container = path, container
+        self._start = start
+        self._video = find_pictures(container)
+        self._sounds = list(container.streams.audio)
+        self._first_frame = _first_frame_time(path, self._video, self._sounds)
+        self.zero = self._first_frame + start
+        self.lead = self.delay = Fraction(0)
+        if start == 0 and self._video is not None:
+            times = [_start_time(stream) for stream in self._sounds]
+            lead = max((self.zero - time for time in times if time is not None), default=Fraction(0))
+            self.lead = lead if lead >= _MIN_LEAD else Fraction(0)
+        self._tracks: dict[int, _Track] = {}
+        self._packets: Iterator[Packet] = iter(())
+        self._waiting: deque[Packet] = deque()
+        self._last_video = Fraction(-1)  # of the source, in seconds after `zero`
+        self._left_out: Counter[str] = Counter()
+        self._encoded: Counter[str] = Counter()
+        self._damage: str | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: PathLike, start: Fraction) -> Iterator[Self]:
+        """Open a file; `start` is the time after its first frame that becomes 0."""
+        with open_input(path) as container:
+            yield cls(container, path, start)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether something before the first frame is left out on purpose."""
+        return self._start > 0
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is anything to write."""
+        streams = self._container.streams
+        return bool(self._sounds or streams.subtitles or self._container.chapters())
+
+    def attach(self, output: OutputContainer, held: Container) -> None:
+        """Add tracks to `output`, which must not have begun, and chapters and metadata."""
+        used: list[Stream] = [] if self._video is None else [self._video]
+        for stream in self._container.streams:
+            if stream is self._video:
+                continue
+            track = self._add_track(stream, output, held)
+            if track is not None:
+                self._tracks[stream.index] = track
+                used.append(stream)
+        for stream in self._container.streams:
+            if stream not in used:
+                stream.discard = Discard.all
+        if self._tracks:
+            self._packets = self._demux(used)
+        self._copy_metadata(output, held)
+        if held.sound_encoder is not None:
+            output.set_chapters(self._chapters(None))
+
+    def _add_track(self, stream: Stream, output: OutputContainer, held: Container) -> _Track | None:
+        codec = _codec_name(stream)
+        track: _Track | None = None
+        target: Stream | None = None
+        if isinstance(stream, AudioStream):
+            if held.sound_encoder is None or stream.codec_context is None:
+                self._left_out[f"sound track ({codec})"] += 1
+                return None
+            is_pcm = codec.startswith("pcm_")
+            if held.holds_sound(codec) and not is_pcm:
+                target = output.add_stream_from_template(stream)
+                track = _CopiedTrack(self, target, hides_preroll=held.muxer in ("mp4", "mov"))
+            else:  # PCM becomes the same PCM, cut at the sample
+                encoder = codec if is_pcm and held.holds_sound(codec) else held.sound_encoder
+                sound = _add_encoder(output, encoder, stream)
+                target, track = sound, _EncodedTrack(self, stream, sound)
+                if encoder != codec:
+                    self._encoded[f"sound track ({codec} to {encoder.removeprefix('lib')})"] += 1
+        elif isinstance(stream, SubtitleStream):
+            if codec in held.subtitles:
+                target = output.add_stream_from_template(stream)
+                track = _CopiedTrack(self, target, hides_preroll=False)
+            elif held.subtitle_encoder is not None and codec in _TEXT_CODECS:
+                text = output.add_stream(held.subtitle_encoder)
+                assert isinstance(text, SubtitleStream)
+                text.codec_context.subtitle_header = stream.codec_context.subtitle_header or _ASS_HEADER
+                text.time_base = Fraction(1, 1000)
+                target, track = text, _TextTrack(self, stream, text)
+            else:
+                self._left_out[f"subtitle track ({codec})"] += 1
+        elif stream.type == "attachment" and held.muxer == "matroska":
+            output.add_stream_from_template(stream)
+        elif stream.type == "video":
+            is_cover = bool(stream.disposition & Disposition.attached_pic)
+            self._left_out["cover picture" if is_cover else "video track"] += 1
+        elif not (stream.type == "data" and self._container.chapters()):
+            self._left_out[f"{stream.type} track"] += 1
+        if target is not None:
+            _copy_tags(stream, target, held)
+        return track
+
+    def _copy_metadata(self, output: OutputContainer, held: Container) -> None:
+        metadata = {key: value for key, value in self._container.metadata.items() if not _FILE_KEYS.fullmatch(key)}
+        if held.sound_encoder is None:
+            lost = list(metadata)
+        elif held.muxer in ("mp4", "mov"):
+            lost = [key for key in metadata if key.lower() not in _QUICKTIME_KEYS]
+        else:
+            lost = []
+        if lost:
+            self._left_out[f"metadata ({', '.join(lost)})"] += 1
+        output.metadata.update({key: value for key, value in metadata.items() if key not in lost})
+
+    def _chapters(self, end: Fraction | None) -> list[Any]:
+        """Return the chapters after `zero`, in milliseconds of the output."""
+        chapters: list[Any] = []
+        for chapter in self._container.chapters():
+            unit = chapter["time_base"] or Fraction(1, 1000)
+            begin, stop = (chapter[key] * unit - self.zero for key in ("start", "end"))
+            if stop <= 0 or (end is not None and begin >= end):
+                continue
+            stop = stop if end is None else min(stop, end)
+            begin, stop = (round((max(time, Fraction(0)) + self.delay) * 1000) for time in (begin, stop))
+            chapters.append(
+                {
+                    "id": len(chapters) + 1,
+                    "start": begin,
+                    "end": stop,
+                    "time_base": Fraction(1, 1000),
+                    "metadata": chapter["metadata"],
+                }
+            )
+        return chapters
+
+    def _demux(self, streams: list[Stream]) -> Iterator[Packet]:
+        try:
+            for packet in self._container.demux(*streams):
+                if packet.size:  # those at the end are empty
+                    yield packet
+        except FFmpegError as error:
+            self._damage = error.strerror or str(error)
+
+    def time_of(self, packet: Packet) -> Fraction | None:
+        """Return the time of a packet of the source, in seconds after the frame that counts."""
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        return None if stamp is None else stamp * packet.time_base - self.zero
+
+    def packets_before(self, until: Fraction) -> Iterator[Packet]:
+        """Yield the packets not yet yielded that begin before `until` seconds of the output."""
+        until -= self.delay
+        while True:
+            packet = self._waiting.popleft() if self._waiting else next(self._packets, None)
+            if packet is None:
+                break
+            if self._video is not None and packet.stream_index == self._video.index:
+                self._last_video = max(self._last_video, self.time_of(packet) or Fraction(-1))
+                continue
+            time = self.time_of(packet)
+            if time is not None and time >= until:
+                self._waiting.appendleft(packet)
+                break
+            yield from self._tracks[packet.stream_index].push(packet)
+        for track in self._tracks.values():
+            yield from track.before(until)
+
+    def rest(self, end: Fraction, frame_duration: Fraction) -> Iterator[Packet]:
+        """Yield all that is left for a video of `end` seconds.
+
+        That is what begins before `end`; or everything, where no frame of the source comes after those written.
+        """
+        yield from self.packets_before(end + self.delay)
+        is_whole = self._video is not None and self._is_at_end(end - frame_duration / 2)
+        if is_whole:
+            for packet in self._waiting:
+                yield from self._tracks[packet.stream_index].push(packet)
+        for track in self._tracks.values():
+            yield from track.finish(None if is_whole else end)
+
+    def everything(self) -> Iterator[Packet]:
+        """Yield all that is left, however long it is."""
+        for packet in self._packets:
+            if self._video is None or packet.stream_index != self._video.index:
+                yield from self._tracks[packet.stream_index].push(packet)
+        for track in self._tracks.values():
+            yield from track.finish(None)
+
+    def _is_at_end(self, time: Fraction) -> bool:
+        """Tell whether the source has no frame after `time`; its other packets wait then."""
+        assert self._video is not None
+        if self._last_video >= time:
+            return False
+        for packet in self._packets:
+            if packet.stream_index != self._video.index:
+                self._waiting.append(packet)
+            elif (shown := self.time_of(packet)) is not None and shown >= time:
+                return False
+        return True
+
+    def notes(self) -> list[str]:
+        """Return what is not as in the source, for a warning."""
+        notes = []
+        for verb, things in (("re-encoded", self._encoded), ("left out", self._left_out)):
+            if things:
+                notes.append(f"{verb}: {', '.join(_counted(thing, number) for thing, number in things.items())}")
+        if self._damage is not None:
+            notes.append(f"the sound of {str(self.path)!r} ends early: {self._damage}")
+        return notes
+
+
+class _CopiedTrack:
+    """Packets as they are, at other times."""
+
+    def __init__(self, source: Accompaniment, target: Stream, hides_preroll: bool) -> None:
+        self._source, self._target = source, target
+        self._hides_preroll = hides_preroll
+        self._last_dts: int | None = None
+
+    def push(self, packet: Packet) -> Iterator[Packet]:
+        time = self._source.time_of(packet)
+        if time is None:
+            return
+        begin = -self._source.lead
+        duration = Fraction(packet.duration or 0) * packet.time_base
+        if self._source.is_cut:
+            begin -= _PREROLL if self._hides_preroll else 0
+            if time + duration <= begin:
+                return
+        elif time + duration < begin - _MIN_LEAD:
+            return
+        shift = round((self._source.zero - self._source.delay) / packet.time_base)
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        assert stamp is not None
+        packet.pts = packet.dts = stamp - shift
+        if self._last_dts is not None and packet.dts <= self._last_dts:
+            packet.pts = packet.dts = self._last_dts + 1
+        self._last_dts = packet.dts
+        packet.stream = self._target
+        yield packet
+
+    def before(self, until: Fraction) -> Iterator[Packet]:
+        del until
+        yield from ()
+
+    def finish(self, until: Fraction | None) -> Iterator[Packet]:
+        del until
+        yield from ()
+
+
+class _EncodedTrack:
+    """Sound that is decoded, put where its time stamps say, cut at the sample and encoded."""
+
+    def __init__(self, source: Accompaniment, stream: AudioStream, target: AudioStream) -> None:
+        self._source, self._stream, self._target = source, stream, target
+        self._form: _Form | None = None  # of the first frame, to which others are converted
+        self._convert: tuple[_Form, AudioResampler] | None = None
+        self._pieces: deque[tuple[int, np.ndarray]] = deque()  # first sample after `zero`, samples (channels, n)
+        self._position: int | None = None  # after the last sample of the pieces
+        self._written: int | None = None  # after the last sample encoded
+
+    def push(self, packet: Packet) -> Iterator[Packet]:
+        try:
+            frames = cast("list[AudioFrame]", packet.decode())
+        except FFmpegError:
+            frames = []  # what is damaged is silent
+        for frame in frames:
+            self._take(frame)
+        yield from ()
+
+    def before(self, until: Fraction) -> Iterator[Packet]:
+        yield from self._encode(until)
+
+    def finish(self, until: Fraction | None) -> Iterator[Packet]:
+        if until is None:
+            for frame in self._stream.decode(None):
+                self._take(frame)
+        yield from self._encode(until)
+        yield from self._target.encode(None)
+
+    def _take(self, frame: AudioFrame) -> None:
+        if frame.pts is None or frame.time_base is None or not frame.samples:
+            return
+        time = frame.pts * frame.time_base - self._source.zero
+        form = _Form.of(frame)
+        self._form = self._form or form
+        if form == self._form:
+            self._add(time, [frame])
+            return
+        if self._convert is None or self._convert[0] != form:
+            resampler = AudioResampler(self._form.format, self._form.layout, self._form.rate)
+            self._convert = form, resampler
+        self._add(time, self._convert[1].resample(frame))
+
+    def _add(self, time: Fraction, frames: list[AudioFrame]) -> None:
+        assert self._form is not None
+        rate = self._form.rate
+        first = round(time * rate)
+        if self._position is None:
+            self._position = min(first, round(-self._source.lead * rate))
+            floor = round(-self._source.lead * rate)
+        else:
+            floor = self._position
+            if abs(first - floor) <= _MAX_DRIFT * rate:
+                first = floor
+        for frame in frames:
+            samples = self._form.samples(frame)
+            skipped = min(max(floor - first, 0), samples.shape[1])
+            first += skipped
+            if skipped < samples.shape[1]:
+                self._pieces.append((first, samples[:, skipped:]))
+                first += samples.shape[1] - skipped
+                self._position = first
+
+    def _encode(self, until: Fraction | None) -> Iterator[Packet]:
+        if self._form is None:
+            return
+        rate = self._form.rate
+        limit = None if until is None else round(until * rate)
+        while self._pieces:
+            first, samples = self._pieces[0]
+            begin = first if self._written is None else self._written
+            stop = first if begin < first else first + samples.shape[1]
+            if limit is None and stop == first and stop - begin > _MAX_TAIL_GAP * rate:
+                break
+            stop = min(stop, begin + rate, stop if limit is None else limit)
+            if stop <= begin:
+                break
+            if begin < first:
+                samples = np.full((samples.shape[0], stop - begin), self._form.silence, samples.dtype)
+            else:
+                self._pieces.popleft()
+                samples, left = samples[:, : stop - begin], samples[:, stop - begin :]
+                if left.shape[1]:
+                    self._pieces.appendleft((stop, left))
+            frame = self._form.frame(samples)
+            frame.pts = begin + round(self._source.delay * rate)
+            self._written = stop
+            yield from self._target.encode(frame)
+
+
+class _Form(NamedTuple):
+    """How samples of decoded sound are stored."""
+
+    format: str  # planar
+    layout: str
+    rate: int
+
+    @classmethod
+    def of(cls, frame: AudioFrame) -> Self:
+        return cls(frame.format.planar.name, _plain_layout(frame.layout), frame.sample_rate)
+
+    @property
+    def silence(self) -> int:
+        return 128 if self.format == "u8p" else 0
+
+    def samples(self, frame: AudioFrame) -> np.ndarray:
+        """Return the samples of a frame, `(channels, n)`."""
+        array = frame.to_ndarray()
+        return array if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels).T
+
+    def frame(self, samples: np.ndarray) -> AudioFrame:
+        """Make a frame of samples `(channels, n)`."""
+        array = cast(Any, np.ascontiguousarray(samples))
+        frame = AudioFrame.from_ndarray(array, format=self.format, layout=self.layout)
+        frame.sample_rate, frame.time_base = self.rate, Fraction(1, self.rate)
+        return frame
+
+
+class _TextTrack:
+    """Subtitles of text that are decoded and encoded as another kind of text."""
+
+    def __init__(self, source: Accompaniment, stream: SubtitleStream, target: SubtitleStream) -> None:
+        self._source, self._stream, self._target = source, stream, target
+
+    def push(self, packet: Packet) -> Iterator[Packet]:
+        time = self._source.time_of(packet)
+        duration = Fraction(packet.duration or 0) * packet.time_base
+        if time is None or time + duration <= 0:
+            return
+        try:
+            subtitle = self._stream.decode2(packet)
+        except FFmpegError:
+            return
+        rects: Any = () if subtitle is None else subtitle.rects
+        texts = [rect.ass for rect in rects if hasattr(rect, "ass")]
+        begin = max(time, Fraction(0))
+        shown = round((time + duration - begin) * 1000)  # milliseconds
+        for text in texts[:1]:
+            coded: Packet = self._target.codec_context.encode_subtitle(SubtitleSet.create(text, 0, shown))
+            coded.pts = coded.dts = round((begin + self._source.delay) * 1000)
+            coded.duration, coded.time_base = shown, Fraction(1, 1000)
+            coded.stream = self._target
+            yield coded
+
+    def before(self, until: Fraction) -> Iterator[Packet]:
+        del until
+        yield from ()
+
+    def finish(self, until: Fraction | None) -> Iterator[Packet]:
+        del until
+        yield from ()
+
+
+def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fraction | None) -> bool:
+    """Copy sound, subtitles, chapters and metadata of a video into a Matroska file of their own.
+
+    The file has one black picture at the time of the first frame, by which `VideoWriter(audio_from=target)` finds the
+    place of everything else.
+
+    Args:
+        source: The video.
+        target: The file to write; replaced if it exists.
+        start: Seconds from the first frame of `source` to the frame that counts as the first.
+        end: Seconds from the first frame of `source` to the end; `None` takes everything.
+
+    Returns:
+        Whether there was anything to copy; if not, nothing is written.
+
+    Raises:
+        VideoError: If `source` cannot be read or `target` cannot be written.
+    """
+    held = CONTAINERS[".mkv"]
+    with Accompaniment.open(source, start) as streams:
+        if not streams.has_any:
+            return False
+        with replace_file(Path(target)) as partial, named_errors(source):
+            with av.open(str(partial.absolute()), "w", format=held.muxer) as output:
+                marker = output.add_stream("ffv1", rate=1000)
+                assert isinstance(marker, VideoStream)
+                marker.width = marker.height = 16
+                marker.pix_fmt, marker.time_base = "gray", Fraction(1, 1000)
+                streams.attach(output, held)
+                streams.delay = Fraction(ceil(streams.lead * 1000), 1000)
+                frame = VideoFrame.from_ndarray(np.zeros((16, 16), np.uint8), format="gray")
+                frame.pts, frame.time_base = round(streams.delay * 1000), Fraction(1, 1000)
+                output.mux(marker.encode(frame))
+                output.mux(marker.encode(None))
+                packets = streams.everything() if end is None else streams.rest(end - start, Fraction(1, 100))
+                for packet in packets:
+                    output.mux(packet)
+    return True
+
+
+# --- Streams of the source -------------------------------------------------------------------------------------------
+
+
+def find_pictures(container: InputContainer) -> VideoStream | None:
+    """Return the video stream that counts, which is no cover picture."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    return videos[0] if videos else None
+
+
+def _first_frame_time(path: PathLike, video: VideoStream | None, sounds: list[AudioStream]) -> Fraction:
+    """Return the time that the container gives to the first frame, or where there is none, to the first sound."""
+    if video is None:
+        return next((time for sound in sounds if (time := _start_time(sound)) is not None), Fraction(0))
+    header = _start_time(video) or Fraction(0)
+    with open_input(path) as container:  # once more, so that the first is read from its start
+        stream = cast(VideoStream, container.streams[video.index])
+        try:
+            for frame in container.decode(stream):
+                if frame.pts is not None and frame.time_base is not None:
+                    return frame.pts * frame.time_base
+                return header
+        except FFmpegError:
+            pass
+    return header
+
+
+def _start_time(stream: Stream) -> Fraction | None:
+    if stream.start_time is None or stream.time_base is None:
+        return None
+    return stream.start_time * stream.time_base
+
+
+def _codec_name(stream: Stream) -> str:
+    context = cast(Any, stream).codec_context
+    return "unknown" if context is None else context.codec.canonical_name
+
+
+def _plain_layout(layout: AudioLayout) -> str:
+    """Return the name of a layout; one that names no speakers, as AVI files have it, gets the usual ones."""
+    if "channels" in layout.name and layout.nb_channels in _LAYOUTS:
+        return _LAYOUTS[layout.nb_channels]
+    return layout.name
+
+
+def _add_encoder(output: OutputContainer, name: str, stream: AudioStream) -> AudioStream:
+    """Add a sound stream with the nearest layout and rate that an encoder takes."""
+    codec = av.Codec(name, "w")
+    rates, formats = codec.audio_rates, [audio_format.name for audio_format in codec.audio_formats or []]
+    rate = stream.rate if not rates or stream.rate in rates else 48000
+    count = stream.layout.nb_channels
+    for layout in dict.fromkeys([_plain_layout(stream.layout), _LAYOUTS.get(count, "stereo"), "stereo"]):
+        trial = av.CodecContext.create(name, "w")
+        assert isinstance(trial, AudioCodecContext)
+        sample_format = stream.format.name if stream.format and stream.format.name in formats else formats[0]
+        if name == "flac" and stream.format and stream.format.name not in ("u8", "u8p", "s16", "s16p"):
+            sample_format = "s32"
+        trial.layout, trial.rate, trial.format, trial.time_base = layout, rate, sample_format, Fraction(1, rate)
+        try:
+            trial.open()
+        except (FFmpegError, ValueError):
+            continue
+        target = output.add_stream(name, rate=rate)
+        assert isinstance(target, AudioStream)
+        target.layout, target.format, target.time_base = layout, sample_format, Fraction(1, rate)
+        if name in _BIT_RATES:
+            channels = target.layout.nb_channels
+            target.bit_rate = _BIT_RATES[name].get(channels, 64000 * channels)
+        return target
+    raise VideoError(f"Cannot write the sound of {stream.container.name!r}: {name} takes no {count} channels.")
+
+
+def _copy_tags(stream: Stream, target: Stream, held: Container) -> None:
+    """Copy language, title and the like, and the disposition."""
+    tags = {key: value for key, value in stream.metadata.items() if not _FILE_KEYS.fullmatch(key)}
+    if tags.get("handler_name", "").strip() in _DEFAULT_NAMES:
+        tags.pop("handler_name", None)
+    if held.muxer in ("mp4", "mov"):
+        if "title" in tags:
+            tags.setdefault("handler_name", tags["title"])
+    target.metadata.update(tags)
+    target.disposition = stream.disposition
+
+
+def _counted(thing: str, number: int) -> str:
+    if thing.startswith("metadata"):
+        return thing
+    noun, _, detail = thing.partition(" (")
+    return f"{number} {noun}{'s' if number > 1 else ''}" + (f" ({detail}" if detail else "")
