@@ -56,6 +56,8 @@ class LocalHub(ThreadingHTTPServer):
     def connect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Make this one the Hub of the running process, whose client has read its variables long ago."""
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name, value in CREDENTIALS.items():

@@ -26,9 +26,9 @@ from .containers import PathLike, VideoError
 # `.avs`) or has no header (`.yuv`).
 VIDEO_EXTENSIONS = tuple(
     """
-    .264 .265 .266 .3g2 .3gp .3gp2 .3gpp .amv .apv .asf .av1 .avc .avi .cavs .dif .divx .dnxhd .drc .dv .dvr-ms .evc
-    .f4v .flc .fli .flv .gxf .h261 .h263 .h264 .h265 .h266 .hevc .insv .ismv .ivf .lrv .m1v .m2p .m2t .m2ts .m2v .m4v
-    .mj2 .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mp4v .mpe .mpeg .mpg .mpv .mts .mxf .nsv .nut .nuv .obu .ogm .ogv .ogx
+    .264 .265 .266 .3g2 .3gp .3gp2 .3gpp .amv .apv .asf .av1 .avc .avi .cavs .dif .divx .dnxhd .drc .dv .dvr-ms .f4v
+    .flc .fli .flv .gxf .h261 .h263 .h264 .h265 .h266 .hevc .insv .ismv .ivf .lrv .m1v .m2p .m2t .m2ts .m2v .m4v
+    .mj2 .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mp4v .mpe .mpeg .mpg .mpv .mts .mxf .nut .nuv .obu .ogm .ogv .ogx
     .qt .rm .rmvb .swf .tod .tp .trp .ts .vc1 .vob .vro .vvc .webm .wm .wmv .wtv .xvid .y4m
     """.split()
 )
@@ -193,7 +193,7 @@ def local_file(source: PathLike) -> Iterator[Path]:
         if address.startswith("hf://"):
             yield _from_hub(name, address)
             return
-        extension = Path(unquote(urlsplit(address).path)).suffix
+        extension = Path(unquote(re.sub("^[a-z]+://[^/?#]*|[?#].*", "", address))).suffix
     elif name == "-" or Path(name).is_fifo():
         address, extension = "", Path(name).suffix
     else:
@@ -225,7 +225,8 @@ class _Failure(Exception):
 
 def _unreadable(source: str, reason: str) -> VideoError:
     shown = re.sub(r"(?<=://)[^/@]*@", "", source)  # a password in the address is for the server only
-    return VideoError(f"Cannot read {shown!r}: {reason.rstrip('.')}.")
+    reason = re.sub(r"\s+", " ", reason).rstrip(". ")
+    return VideoError(f"Cannot read {shown!r}: {reason}.")
 
 
 def _copy_pipe(name: str, target: IO[bytes]) -> None:
@@ -244,7 +245,6 @@ def _copy_pipe(name: str, target: IO[bytes]) -> None:
 
 def _download(address: str, target: IO[bytes]) -> None:
     """Copy what a web server has at an address, all of it or an error."""
-    request = _request(address)
     # Only HTTP, also after a redirection: never FTP or local files, which the default opener knows too.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -258,7 +258,7 @@ def _download(address: str, target: IO[bytes]) -> None:
     ):
         opener.add_handler(handler())
     try:
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with opener.open(_request(address), timeout=TIMEOUT) as response:
             headers = response.headers
             if headers.get_content_type() == "text/html" and "Content-Type" in headers:
                 raise _Failure("the address leads to a web page, expected a video or image file")
@@ -343,7 +343,5 @@ def _from_hub(name: str, address: str) -> Path:
     except EntryNotFoundError as error:
         raise _unreadable(name, f"the {kind} has no file {uri.path_in_repo!r}") from error
     except Exception as error:  # huggingface_hub lets errors of its HTTP client, of checks and of the disk through
-        raise _unreadable(
-            name, f"the download failed ({str(error).splitlines()[0] or type(error).__name__})"
-        ) from error
+        raise _unreadable(name, f"the download failed ({error or type(error).__name__})") from error
     return Path(found)

@@ -610,9 +610,8 @@ def _is_srgb(profile: bytes, mode: str) -> bool:
     from PIL import Image, ImageCms
 
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    channels = Image.getmodebands(mode)
-    lattice = np.stack(np.meshgrid(*[levels] * channels), axis=-1).reshape(9, -1, channels)
-    sample = Image.fromarray(np.ascontiguousarray(lattice[..., 0] if channels == 1 else lattice), mode)
+    lattice = np.stack(np.meshgrid(*[levels] * Image.getmodebands(mode)), axis=-1)
+    sample = Image.frombytes(mode, (lattice[..., 0].size, 1), lattice.tobytes())
     try:
         opened = ImageCms.ImageCmsProfile(BytesIO(profile))
         if cast(Any, opened.profile).xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
