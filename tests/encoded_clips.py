@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 import pytest
 import torch
@@ -65,9 +66,18 @@ def encode(
 
 
 def reference(path: Path) -> torch.Tensor:
-    """All frames in order, as PyAV's plain loop gives them."""
+    """All frames of an untagged small clip in order, as PyAV's plain loop and FFmpeg's exact conversion give them."""
+    exact = "flags=accurate_rnd+full_chroma_int+neighbor:in_color_matrix=bt601:in_range=tv"
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+        images = []
+        for frame in container.decode(video=0):
+            graph = av.filter.Graph()
+            source = graph.add_buffer(template=container.streams.video[0])
+            nodes = [graph.add("scale", exact), graph.add("format", "gbrp"), graph.add("buffersink")]
+            graph.link_nodes(source, *nodes).configure()
+            graph.vpush(frame)
+            images.append(torch.from_numpy(graph.vpull().to_ndarray()))
+    return torch.stack(images)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

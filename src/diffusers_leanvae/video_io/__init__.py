@@ -4,17 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 from .containers import VideoError
 from .inputs import list_videos
-from .reader import VideoInfo, VideoReader, iter_video, probe_video, read_video
+from .reader import TimedFrames, VideoInfo, VideoReader, iter_video, probe_video, read_video
+from .timing import at_constant_rate
 
 
 if TYPE_CHECKING:
     from .writer import VideoWriter, write_video
 
 __all__ = [
+    "TimedFrames",
     "VideoError",
     "VideoInfo",
     "VideoReader",
     "VideoWriter",
+    "at_constant_rate",
     "iter_video",
     "list_videos",
     "probe_video",

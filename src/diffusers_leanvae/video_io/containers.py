@@ -16,14 +16,26 @@ from av.video.stream import VideoStream
 PathLike = str | os.PathLike[str]
 
 
+MAX_PIXELS = 1 << 28  # of a frame: 16384 x 16384; the largest camera of a phone has 200 million
+
+
 class VideoError(ValueError):
     """A file cannot be read or written, or a range, size or option is not legal for it; the message says which."""
 
 
+class Unsupported(Exception):
+    """A file is well, but of a kind that is not supported; the message is half a sentence: its ... is ..."""
+
+
 @contextmanager
-def open_input(path: PathLike) -> Iterator[InputContainer]:
-    """Open a file for reading; everything that goes wrong, now or in the body, is a `VideoError` naming the file."""
-    file = Path(path)
+def open_input(path: PathLike, name: PathLike | None = None) -> Iterator[InputContainer]:
+    """Open a file for reading; everything that goes wrong, now or in the body, is a `VideoError` naming the file.
+
+    Args:
+        path: The file.
+        name: What to call it, if not by its path.
+    """
+    file, path = Path(path), path if name is None else name
     with named_errors(path):
         if not file.exists():
             raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.")
@@ -34,7 +46,9 @@ def open_input(path: PathLike) -> Iterator[InputContainer]:
         # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
         # expanded, and the whitelist keeps a playlist that calls itself a video off the network. Tags in a foreign
         # encoding are no reason to refuse a video.
-        options = {"protocol_whitelist": "file"} | ({"pattern_type": "none"} if "%" in file.name else {})
+        options = {"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+        if "%" in file.name:
+            options["pattern_type"] = "none"
         with av.open(str(file.absolute()), "r", options=options, metadata_errors="replace") as container:
             yield container
 
@@ -44,6 +58,8 @@ def named_errors(path: PathLike) -> Iterator[None]:
     """Turn errors of FFmpeg and of the file system into a `VideoError` that names the file."""
     try:
         yield
+    except Unsupported as error:
+        raise VideoError(f"Cannot read {str(path)!r}: {error}.") from error
     except (FFmpegError, OSError) as error:
         reason = f"{getattr(error, 'strerror', None) or error}".rstrip(".")
         raise VideoError(
@@ -66,6 +82,13 @@ def find_video_stream(container: InputContainer, path: PathLike) -> VideoStream:
     stream = streams[0]
     if cast(Any, stream).codec_context is None:
         raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.")
-    stream.codec_context.options = {"err_detect": "crccheck+explode"}  # report damage instead of concealing it
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        raise VideoError(
+            f"Cannot read {str(path)!r}: its header claims {context.width}x{context.height} pixels, expected at most "
+            f"{MAX_PIXELS}."
+        )
+    # Report damage instead of concealing it, and allocate nothing for a size that comes up later.
+    context.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
     stream.thread_type = "AUTO"
     return stream

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer, Type
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from .color import LUMA_WEIGHTS, Color, color_of, to_sdr, yuv_to_rgb
+from .containers import Unsupported
+
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import numpy as np
     import torch
+
+Matrix = tuple[int, int, int, int]
+
+_EXACT = "flags=accurate_rnd+full_chroma_int+neighbor"
 
 
 class Damaged(Exception):
     """The stream cannot be decoded any further; the message says why."""
+
+
+class CutOff(Exception):
+    """The file ends before this packet.
+
+    Attributes:
+        dts: When it would be decoded, in the ticks of the stream.
+    """
+
+    def __init__(self, dts: int) -> None:
+        super().__init__(dts)
+        self.dts = dts
 
 
 class Decoding:
@@ -75,19 +99,23 @@ class Decoding:
 def _decode(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield frames in presentation order; raise `Damaged` after the last one that is certainly good."""
     try:
-        for packet in packets:
-            if packet.is_corrupt:
-                break
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise Damaged("the decoder marks the frame as corrupt")
-                yield frame
-        else:
-            return
-        # Cut off inside a packet. What the decoder still holds is good, but only up to this packet's decoding time is
-        # it certain that no frame in between is missing.
+        try:
+            for packet in packets:
+                if packet.is_corrupt:
+                    dts = packet.dts
+                    break
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        raise Damaged("the decoder marks the frame as corrupt")
+                    yield frame
+            else:
+                return
+        except CutOff as cut:
+            dts = cut.dts
+        # Cut off, inside a packet or before one. What the decoder still holds is good, but only up to this packet's
+        # decoding time is it certain that no frame in between is missing.
         for frame in stream.decode(None):
-            if frame.pts is None or packet.dts is None or frame.pts >= packet.dts:
+            if frame.pts is None or dts is None or frame.pts >= dts:
                 break
             yield frame
     except FFmpegError as error:
@@ -95,80 +123,270 @@ def _decode(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFra
     raise Damaged("the file is truncated or a packet is damaged")
 
 
-class RgbConverter:
-    """Decoded frames -> upright, progressive RGB tensors, through a filter graph that is built when the first comes.
+class Picture:
+    """A decoded, progressive frame that is still to become RGB.
 
-    The graph and not `frame.to_ndarray("rgb24")`: for more than 8 bits that one resamples chroma in another way than
-    FFmpeg's filters and torchcodec do. Up to one frame stays inside while the source is interlaced; `push(None)`
-    brings it out.
+    Attributes:
+        matrix: Its display matrix, as `display_matrix` returns it.
+        height: Of the upright picture.
+        width: Of the upright picture.
     """
 
-    def __init__(self) -> None:
-        self.graph: Graph | None = None
-        self.key: tuple[Any, ...] = ()
-        self.interlaced = False
+    def __init__(self, frame: VideoFrame, matrix: Matrix, color: Color, converter: RgbConverter) -> None:
+        self._frame, self._color, self.matrix, self._converter = frame, color, matrix, converter
+        size = frame.height, frame.width
+        self.height, self.width = size if matrix[0] else size[::-1]
 
-    def push(self, frame: VideoFrame | None) -> list[torch.Tensor]:
-        images: list[torch.Tensor] = []
+    def write(self, target: torch.Tensor) -> None:
+        """Write RGB, uint8 `(height, width, 3)`, upright, alpha composed over the background."""
+        a, b, c, d = self.matrix
+        if a:
+            flips = (d < 0, a < 0)
+        else:
+            target = target.transpose(0, 1)
+            flips = (c < 0, b < 0)
+        view = target.numpy()  # which can be flipped without a copy
+        self._converter.convert(self._frame, self._color, view[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1])
+
+
+class Progressive:
+    """Decoded frames -> progressive ones of planar formats, through a filter graph where one is needed.
+
+    One frame out for one frame in. Up to one frame stays inside while the source is interlaced; `push(None)` brings it
+    out.
+    """
+
+    def __init__(self, converter: RgbConverter) -> None:
+        self._converter = converter
+        self._graph: Graph | None = None
+        self._key: tuple[Any, ...] = ()
+        self._interlaced = False
+
+    def push(self, frame: VideoFrame | None) -> list[Picture]:
         if frame is None:
             return self._flush()
-        self.interlaced = self.interlaced or frame.interlaced_frame
-        key = (frame.format.name, frame.colorspace, frame.color_range, display_matrix(frame), self.interlaced)
-        if key != self.key:
-            images += self._flush()
-            self.key = key
-            self.graph = self._build(frame)
-        assert self.graph is not None
-        self.graph.vpush(frame)
-        return images + self._pull()
+        self._interlaced = self._interlaced or frame.interlaced_frame
+        matrix, color = display_matrix(frame), color_of(frame)
+        planar = planar_format(frame.format, color)
+        if color.matrix == "grey" and not planar.startswith("gray"):
+            color = replace(color, matrix="rgb")
+        if not self._interlaced and planar == frame.format.name:
+            return [*self._flush(), Picture(frame, matrix, color, self._converter)]
+        pictures: list[Picture] = []
+        key = (frame.format.name, matrix, color, self._interlaced)
+        if self._graph is None or key != self._key:
+            pictures += self._flush()
+            nodes = []
+            if self._interlaced:
+                nodes.append(("bwdif", "mode=send_frame:deint=interlaced"))
+            if planar != frame.format.name:
+                # Range and matrix are named so that they stay: samples are only laid out anew.
+                same = "in_range=pc:out_range=pc:in_color_matrix=bt709:out_color_matrix=bt709"
+                nodes += [("scale", f"{same}:{_EXACT}"), ("format", planar)]
+            self._key, self._graph = key, make_graph(frame, *nodes)
+        self._graph.vpush(frame)
+        return pictures + self._pull()
 
-    def _build(self, frame: VideoFrame) -> Graph:
-        graph = Graph()
-        source = graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
-        )
-        nodes = [source, graph.add("format", "rgb24"), graph.add("buffersink")]
-        if self.interlaced:
-            nodes.insert(1, graph.add("bwdif", "mode=send_frame:deint=interlaced"))
-        graph.link_nodes(*nodes).configure()
-        return graph
-
-    def _flush(self) -> list[torch.Tensor]:
-        if self.graph is None:
+    def _flush(self) -> list[Picture]:
+        if self._graph is None:
             return []
-        self.graph.vpush(None)
-        images = self._pull()
-        self.graph = None
-        return images
+        self._graph.vpush(None)
+        pictures = self._pull()
+        self._graph = None
+        return pictures
 
-    def _pull(self) -> list[torch.Tensor]:
-        import torch
-
-        assert self.graph is not None
-        images: list[torch.Tensor] = []
+    def _pull(self) -> list[Picture]:
+        assert self._graph is not None
+        pictures: list[Picture] = []
         while True:
             try:
-                frame = self.graph.vpull()
+                frame = self._graph.vpull()
             except (BlockingIOError, EOFError):
-                return images
-            a, b, c, d = self.key[3]
-            pixels = torch.from_numpy(frame.to_ndarray())
-            if a:
-                flips = [0] * (d < 0) + [1] * (a < 0)
+                return pictures
+            pictures.append(Picture(frame, self._key[1], self._key[2], self._converter))
+
+
+class RgbConverter:
+    """Frames of `Progressive` -> 8-bit RGB, within half a level of what their matrix says, rounded.
+
+    8 to 16 bits of luma and chroma of limited range, and 8 bits of full range, are what swscale does exactly, with
+    `accurate_rnd`; the nearest chroma sample is taken, so that reading what was written from averaged chroma gives the
+    same. Everything else is computed in float32: full range above 8 bits, RGB above 8 bits, grey of limited range,
+    other primaries and transfer curves.
+
+    Args:
+        background: The RGB colour over which alpha is composed.
+    """
+
+    def __init__(self, background: tuple[int, int, int]) -> None:
+        self._background = background
+        self._graph: Graph | None = None
+        self._key: tuple[Any, ...] = ()
+
+    def convert(self, frame: VideoFrame, color: Color, target: np.ndarray) -> None:
+        """Write RGB into `target`, uint8 `(height, width, 3)`, of any strides."""
+        if frame.format.name in ("rgb24", "rgba"):
+            pixels = packed_pixels(frame)
+            if pixels.shape[2] == 4:
+                self._compose(pixels[..., :3], pixels[..., 3], 8, target)
             else:
-                pixels = pixels.transpose(0, 1)
-                flips = [0] * (b < 0) + [1] * (c < 0)
-            images.append(pixels.flip(flips) if flips else pixels)
+                target[...] = pixels
+            return
+        depth = frame.format.components[0].bits
+        planes = planes_of(frame)
+        alpha = planes.pop() if frame.format.components[-1].is_alpha else None
+        if color.matrix == "grey" and depth == 8 and color.is_full and not color.is_foreign:
+            rgb = planes[0][..., None]
+        elif _is_exact_in_swscale(color, depth, planes):
+            rgb = packed_pixels(self._scale(frame, color))
+        else:
+            rgb = _convert_in_float(planes, depth, color)
+        if alpha is None:
+            target[...] = rgb
+        else:
+            self._compose(rgb, alpha, depth, target)
+
+    def _scale(self, frame: VideoFrame, color: Color) -> VideoFrame:
+        key = (frame.format.name, frame.width, frame.height, color)
+        if self._graph is None or key != self._key:
+            arguments = f"in_color_matrix={color.matrix}:in_range={'pc' if color.is_full else 'tv'}:{_EXACT}"
+            # By way of GBRP: the conversion to packed RGB is six times as slow. Interleaving takes swscale less time
+            # than it takes NumPy.
+            self._graph = make_graph(
+                frame, ("scale", arguments), ("format", "gbrp"), ("scale", "flags=neighbor"), ("format", "rgb24")
+            )
+            self._key = key
+        self._graph.vpush(frame)
+        return self._graph.vpull()
+
+    def _compose(self, rgb: np.ndarray, alpha: np.ndarray, depth: int, target: np.ndarray) -> None:
+        import numpy as np
+
+        weight = (alpha.astype(np.float32) / (2**depth - 1))[..., None]
+        background = np.array(self._background, dtype=np.float32)
+        target[...] = np.rint(background + (rgb.astype(np.float32) - background) * weight).astype(np.uint8)
 
 
-def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """The display matrix's `(a, b, c, d)` as signs, for a multiple of 90 degrees, with or without mirroring."""
-    data: Any = cast(Any, frame.side_data).get("DISPLAYMATRIX")
+def _is_exact_in_swscale(color: Color, depth: int, planes: list[np.ndarray]) -> bool:
+    if color.matrix not in LUMA_WEIGHTS or color.is_foreign or (color.is_full and depth > 8):
+        return False
+    if color.is_full:
+        return True
+    # swscale's integers overflow from twice white on, which only samples outside the legal range reach: then bright
+    # blue would come out black.
+    red, blue = LUMA_WEIGHTS[color.matrix]
+    unit = 1 << (depth - 8)
+    reach = max(
+        (int(plane.max()) / unit - 128) / 112 * (1 - weight) for plane, weight in ((planes[1], blue), (planes[2], red))
+    )
+    return reach < 0.9 or (int(planes[0].max()) / unit - 16) / 219 + reach < 1.99
+
+
+def _convert_in_float(planes: list[np.ndarray], depth: int, color: Color) -> np.ndarray:
+    import torch
+
+    samples = [torch.from_numpy(plane.astype("int32")) for plane in planes]
+    if color.matrix == "rgb":
+        green, blue, red = samples
+        signal = torch.stack((red, green, blue)).float().div_(2**depth - 1)
+    else:
+        height, width = samples[0].shape
+        for index in range(1, len(samples)):
+            plane = samples[index]
+            plane = plane.repeat_interleave(-(-height // plane.shape[0]), 0)
+            samples[index] = plane.repeat_interleave(-(-width // plane.shape[1]), 1)[:height, :width]
+        y, u, v = samples if len(samples) == 3 else (samples[0], None, None)
+        signal = yuv_to_rgb(y, u, v, depth, color)
+    return to_sdr(signal, color).mul_(255).round_().byte().permute(1, 2, 0).numpy()
+
+
+def planar_format(format: VideoFormat, color: Color) -> str:
+    """Return the name of the format in which a frame is converted: its own, or one with the same samples."""
+    name, depth = format.name, format.components[0].bits
+    has_alpha = format.components[-1].is_alpha or format.has_palette
+    is_deep = depth > 8 or "f32" in name or "f16" in name
+    if color.matrix == "rgb":
+        if is_deep or color.is_foreign:
+            depth = {8: 8, 10: 10, 12: 12, 14: 14}.get(depth, 16)
+            return ("gbrap" if has_alpha else "gbrp") + (f"{depth}le" if depth > 8 else "")
+        return "rgba" if has_alpha else "rgb24"
+    if color.matrix == "grey":
+        if has_alpha:
+            return "gbrap16le" if is_deep else "rgba"
+        return name if not is_deep or (name.endswith("le") and "f" not in name) else "gray16le"
+    if format.is_planar and name.startswith("yuv") and "msb" not in name and (depth == 8 or name.endswith("le")):
+        return name
+    across, down = format.chroma_width(16), format.chroma_height(16)
+    sampling = {(8, 8): "420", (8, 16): "422", (16, 16): "444", (4, 16): "411", (16, 8): "440", (4, 4): "410"}
+    depth = {8: 8, 9: 9, 10: 10, 12: 12, 14: 14}.get(depth, 16)
+    return f"yuv{'a' if has_alpha else ''}{sampling[across, down]}p" + (f"{depth}le" if depth > 8 else "")
+
+
+def make_graph(frame: VideoFrame, *nodes: tuple[str, str]) -> Graph:
+    """Return a graph of filters, given as names and arguments, one after the other, for frames such as this one."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
+    )
+    graph.link_nodes(source, *(graph.add(*node) for node in nodes), graph.add("buffersink")).configure()
+    return graph
+
+
+def packed_pixels(frame: VideoFrame) -> np.ndarray:
+    """Return a view of a packed 8-bit frame, `(height, width, channels)`."""
+    import numpy as np
+
+    channels = len(frame.format.components)
+    plane = frame.planes[0]
+    rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
+    return rows[: frame.height, : frame.width * channels].reshape(frame.height, frame.width, channels)
+
+
+def planes_of(frame: VideoFrame) -> list[np.ndarray]:
+    """Return views of the planes of a planar frame, uint8 or uint16."""
+    import numpy as np
+
+    dtype = np.dtype("<u2" if frame.format.components[0].bits > 8 else np.uint8)
+    return [
+        np.frombuffer(cast(Any, plane), dtype).reshape(-1, plane.line_size // dtype.itemsize)[
+            : plane.height, : plane.width
+        ]
+        for plane in frame.planes
+    ]
+
+
+def display_matrix(frame: VideoFrame) -> Matrix:
+    """The display matrix's `(a, b, c, d)` as signs, for a multiple of 90 degrees, with or without mirroring.
+
+    Raises:
+        Unsupported: If the picture is to be turned by another angle.
+    """
+    data = _matrix_bytes(frame)
     if data is None:
         return 1, 0, 0, 1
-    a, b, _, c, d = struct.unpack_from("5i", bytes(data))
+    a, b, _, c, d = struct.unpack_from("5i", data)
     if a == b == c == d == 0:
         return 1, 0, 0, 1
-    if abs(a) >= abs(b):
+    # A hundredth is half a degree, and what is left of a sine that was rounded.
+    if max(abs(b), abs(c)) <= 0.01 * min(abs(a), abs(d)):
         return (-1 if a < 0 else 1), 0, 0, (-1 if d < 0 else 1)
-    return 0, (-1 if b < 0 else 1), (-1 if c < 0 else 1), 0
+    if max(abs(a), abs(d)) <= 0.01 * min(abs(b), abs(c)):
+        return 0, (-1 if b < 0 else 1), (-1 if c < 0 else 1), 0
+    angle = math.degrees(math.atan2(b, a)) % 360
+    raise Unsupported(f"its picture is to be turned by {angle:.1f} degrees, and only multiples of 90 are supported")
+
+
+def _matrix_bytes(frame: VideoFrame) -> bytes | None:
+    # Not `frame.side_data`, which keeps a reference to itself in the frame: a cycle, so that megabytes would wait for
+    # Python's collector.
+    try:
+        known = cast(Any, SideDataContainer)(frame)
+    except ValueError:
+        # PyAV's table of types lags FFmpeg's, and one that it does not know (EXIF, the view of spatial video) makes
+        # everything unreadable. FFmpeg itself removes those.
+        foreign = sorted(set(range(64)) - {kind.value for kind in Type})
+        graph = make_graph(frame, *(("sidedata", f"mode=delete:type={number}") for number in foreign))
+        graph.vpush(frame)
+        known = cast(Any, SideDataContainer)(graph.vpull())
+    data = known.get("DISPLAYMATRIX")
+    return None if data is None else bytes(data)

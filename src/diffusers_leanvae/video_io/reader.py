@@ -1,70 +1,115 @@
-"""Video and image files -> uint8 RGB tensors `(num_frames, height, width, 3)`, read by PyAV or (faster) torchcodec.
+"""Video and image files -> uint8 RGB tensors `(num_frames, height, width, 3)`.
 
 What a decoded pixel is
-- 8-bit RGB as FFmpeg's own `format=rgb24` filter gives it, which is bit for bit what torchcodec gives. The tagged
-  matrix and range are used; an untagged file counts as BT.601, limited range, at every size (swscale's rule). More
-  than 8 bits are scaled to 8; high dynamic range is not tone-mapped; an alpha channel is dropped, not composited.
-- Upright: the display matrix (rotation and mirroring) is applied. Sample aspect ratio is not: one stored sample is
-  one pixel.
+- 8-bit RGB, BT.709 SDR, within half a level of what the tags of the file mean, rounded and without bias: matrix and
+  range as tagged, an untagged file is BT.709 from HD sizes on and BT.601 below; HDR (PQ, HLG) is tone-mapped, wide
+  gamut converted. `color` says how. More than 8 bits are rounded to 8. Stored RGB of 8 bits comes out bit for bit.
+- Subsampled chroma is taken from the nearest sample, so that what is written from averaged chroma and read again stays
+  the same, however often.
+- Opaque: alpha is composed over a background, white by default.
+- Upright: the display matrix (multiples of 90 degrees, mirroring) is applied; other angles are refused.
+- One stored sample is one pixel, or pixels are made square (`square_pixels`); `VideoInfo.pixel_aspect_ratio` tells.
 - Progressive: frames flagged as interlaced go through `bwdif`, one frame out for one frame in.
 
+Pictures, animations and sequences of pictures are read by Pillow (`stills`), everything else by FFmpeg.
+
 Frame `i` is the `i`-th frame the decoder puts out, in presentation order. Nothing is doubled or dropped to make the
-frame rate constant: a variable-rate file yields its frames, and `VideoInfo.fps` is their average rate.
+frame rate constant: a variable-rate file yields its frames. `VideoInfo.fps` is their average rate,
+`VideoReader.timed_frames` gives their times, and `timing.at_constant_rate` makes a constant rate of them.
 """
 
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
-from collections.abc import Iterator
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from .color import color_of
 from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
-from .decoding import Damaged, Decoding, RgbConverter, display_matrix
-from .inputs import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
-from .inputs import VIDEO_EXTENSIONS as VIDEO_EXTENSIONS
-from .inputs import list_videos as list_videos
+from .decoding import CutOff, Damaged, Decoding, Matrix, Picture, Progressive, RgbConverter, display_matrix
+from .inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence, list_frames, list_videos, local_file
 from .seeking import SeekPoint, SeekPoints
+from .stills import ImageFrames, can_read
+from .timing import Clock, frame_rate, is_variable
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
     import torch
 
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "VIDEO_EXTENSIONS",
+    "TimedFrames",
+    "VideoInfo",
+    "VideoReader",
+    "iter_video",
+    "list_videos",
+    "probe_video",
+    "read_video",
+]
 
 # Degrees of a display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y with y pointing down. Others mirror.
 _CLOCKWISE = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}
+# How far to look ahead for time stamps where the container has no table of them.
+_NUM_AHEAD, _BYTES_AHEAD = 64, 1 << 22
 
-Backend = Literal["pyav", "torchcodec"]
+Source = PathLike | Sequence[PathLike]
 OnError = Literal["raise", "stop"]
+
+
+class TimedFrames(NamedTuple):
+    """Frames and when each is shown.
+
+    Attributes:
+        pixels: RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)`.
+        times: `n` times in seconds from the first frame of the file on, strictly increasing.
+    """
+
+    pixels: torch.Tensor
+    times: list[Fraction]
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Properties of a file, from its header and its first decoded frame.
+    """Properties of a file, from its header, its first packets and its first decoded frame.
 
     Attributes:
         path: The file, as given.
-        width: Pixels as displayed, after rotation.
-        height: Pixels as displayed, after rotation.
+        width: Pixels as displayed, after rotation, and after pixels were made square if that was asked for.
+        height: Pixels as displayed, likewise.
         fps: Average frame rate in frames per second, exact (`Fraction(30000, 1001)`); 25 for a still image.
         num_frames: Frame count of the header, `None` where it has none. A header can be wrong: count what is read.
         duration: Seconds as in the header, `None` where it has none and for still images.
         rotation: Degrees clockwise (0, 90, 180, 270) by which stored frames are turned; already applied to `width`,
             `height` and to every frame read.
-        has_audio: Whether there is an audio stream.
+        audio_codecs: Name of the codec of each audio stream.
         codec: Name of the video codec, such as `"h264"`.
         pixel_format: FFmpeg's name of the stored pixel format, such as `"yuv420p10le"`.
         is_image: Whether the file is an image (still or animated) and not a video.
+        pixel_aspect_ratio: Width of a pixel by its height, as displayed.
+        matrix: Colour matrix as stored: `"bt709"`, `"bt601"`, `"bt2020"`, `"rgb"`, `"grey"`, ...; by the rule where
+            there is no tag.
+        primaries: FFmpeg's name of the stored colour primaries, `"bt709"` where there is no tag.
+        transfer: FFmpeg's name of the stored transfer curve, such as `"smpte2084"`; `"bt709"` where there is no tag.
+        color_range: `"limited"` or `"full"`.
+        is_variable_rate: Whether frames come at unequal times, as far as the table of samples (MP4, MOV) or the first
+            packets tell.
     """
 
     path: str
@@ -74,13 +119,36 @@ class VideoInfo:
     num_frames: int | None
     duration: float | None
     rotation: int
-    has_audio: bool
+    audio_codecs: tuple[str, ...]
     codec: str
     pixel_format: str
     is_image: bool
+    pixel_aspect_ratio: Fraction = Fraction(1)
+    matrix: str = "bt709"
+    primaries: str = "bt709"
+    transfer: str = "bt709"
+    color_range: str = "limited"
+    is_variable_rate: bool = False
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is an audio stream."""
+        return bool(self.audio_codecs)
+
+    @property
+    def display_size(self) -> tuple[int, int]:
+        """Width and height with square pixels: one of them is enlarged, and stays even if it was."""
+        ratio = self.pixel_aspect_ratio
+        if ratio >= 1:
+            return _enlarged(self.width, ratio), self.height
+        return self.width, _enlarged(self.height, 1 / ratio)
 
 
-def probe_video(path: PathLike) -> VideoInfo:
+def _enlarged(edge: int, ratio: Fraction) -> int:
+    return 2 * round(edge * ratio / 2) if edge % 2 == 0 else round(edge * ratio)
+
+
+def probe_video(path: Source) -> VideoInfo:
     """Read the header and decode the first frame of a video or image.
 
     Raises:
@@ -91,15 +159,19 @@ def probe_video(path: PathLike) -> VideoInfo:
 
 
 def read_video(
-    path: PathLike, start: int = 0, num_frames: int | None = None, backend: Backend = "pyav"
+    path: Source,
+    start: int = 0,
+    num_frames: int | None = None,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> tuple[torch.Tensor, VideoInfo]:
     """Read frames `start` to `start + num_frames` of a video or image into memory.
 
     Args:
-        path: A video or image file.
+        path: See `VideoReader`.
         start: Index of the first frame, from 0.
         num_frames: How many frames at most; `None` reads to the end. Fewer come back where the file ends earlier.
-        backend: See `VideoReader`.
+        background: See `VideoReader`.
 
     Returns:
         RGB frames, uint8 in `[0, 255]`, shape `(num_frames, height, width, 3)`, and what `probe_video` returns.
@@ -107,37 +179,37 @@ def read_video(
     Raises:
         VideoError: As `iter_video`; damaged data always raises.
     """
-    with VideoReader(path, backend) as video:
+    with VideoReader(path, background=background) as video:
         return video.read(start, _stop(start, num_frames)), video.info
 
 
 def iter_video(
-    path: PathLike,
+    path: Source,
     start: int = 0,
     num_frames: int | None = None,
     chunk_size: int = 16,
-    backend: Backend = "pyav",
     on_error: OnError = "raise",
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Iterator[torch.Tensor]:
     """Stream frames `start` to `start + num_frames` of a video or image, holding one chunk in memory.
 
     Args:
-        path: A video or image file. It is opened and its first frame decoded before this function returns.
+        path: See `VideoReader`. It is opened and its first frame decoded before this function returns.
         start: Index of the first frame, from 0.
         num_frames: How many frames at most; `None` reads to the end. The file may end earlier.
         chunk_size: See `VideoReader.frames`.
-        backend: See `VideoReader`.
         on_error: See `VideoReader.frames`.
+        background: See `VideoReader`.
 
     Yields:
         RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)` with `1 <= n <= chunk_size`.
 
     Raises:
         VideoError: As `VideoReader` and `VideoReader.frames`.
-        ImportError: If `backend="torchcodec"` and torchcodec is not installed.
     """
     stop = _stop(start, num_frames)
-    video = VideoReader(path, backend)
+    video = VideoReader(path, background=background)
     chunks = video.frames(start, stop, chunk_size=chunk_size, on_error=on_error)
 
     def until_closed() -> Iterator[torch.Tensor]:
@@ -154,7 +226,7 @@ def _stop(start: int, num_frames: int | None) -> int | None:
 
 
 class VideoReader:
-    """A video or image file that is opened once: its header, and any range of its frames; a context manager.
+    """A video or image that is opened once: its header, and any range of its frames; a context manager.
 
         with VideoReader("clip.mp4") as video:
             clip = video.read(100, 117)
@@ -166,43 +238,57 @@ class VideoReader:
     proven of any, it starts over, for which it opens the file again.
 
     Args:
-        path: A video or image file. It is opened, and its first frame decoded, at once.
-        backend: `"torchcodec"` is faster at random access and gives the same pixels. It repairs damaged data without
-            a word, so `on_error` says nothing there; interlaced or mirrored files and images are read by PyAV anyway.
+        source: A video or image file; `"-"`, a named pipe, or an address (`inputs.local_file`); the pictures of one
+            video as a pattern (`"f_%04d.png"`), as the folder that they are in, or as a list, at 25 frames per second.
+            It is opened, and its first frame decoded, at once.
+        square_pixels: Resize frames whose pixels are not square to `VideoInfo.display_size`.
+        background: RGB colour in `[0, 255]` over which alpha is composed.
 
     Attributes:
         info: What the header and the first frame say.
 
     Raises:
-        VideoError: If the file is missing, empty, not a video or image, or its first frame cannot be decoded.
-        ImportError: If `backend="torchcodec"` and torchcodec is not installed.
+        VideoError: If the file is missing, empty, not a video or image, of a kind that is not supported, or its first
+            frame cannot be decoded.
     """
 
-    def __init__(self, path: PathLike, backend: Backend = "pyav") -> None:
-        if backend not in ("pyav", "torchcodec"):
-            raise VideoError(f"`backend` must be 'pyav' or 'torchcodec', got {backend!r}.")
-        self._path = path
+    def __init__(
+        self,
+        source: Source,
+        *,
+        square_pixels: bool = False,
+        background: tuple[int, int, int] = (255, 255, 255),
+    ) -> None:
+        if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
+            raise VideoError(f"`background` must be three integers from 0 to 255, got {background!r}.")
+        self._name = os.fspath(source) if isinstance(source, str | os.PathLike) else os.fspath(source[0])
+        self._background = background
+        self._files = ExitStack()  # a temporary copy of what is no file
         self._resources = ExitStack()
+        self._file: Path
+        self._images: ImageFrames | None = None  # which then replaces all below
         self._container: InputContainer
         self._stream: VideoStream
         self._decoding: Decoding | None = None  # `None` while the file stands at no known frame
         self._first_packet: SeekPoint | None = None
-        self._torchcodec: Any = None  # class of decoders, if it is to read this file
-        self._torchcodec_decoder: Any = None
+        self._seek_points: SeekPoints | None = None
+        self._first_stamp: int | None = None
         self._num_frames: int | None = None
         self._num_ranges = 0
         self._is_closed = False
         try:
-            with named_errors(path):
-                frame = self._open()
-            self.info = _describe(path, self._container, self._stream, frame)
-            is_alone = len(self._container.streams.video) == 1 and not self.info.is_image
-            # What torchcodec reads alike, and where seeking may be exact.
-            is_plain = is_alone and not frame.interlaced_frame and display_matrix(frame) in _CLOCKWISE
-            self._seek_points = SeekPoints.of(self._container, self._stream) if is_plain else None
-            if backend == "torchcodec":
-                decoder_class = _import_torchcodec()
-                self._torchcodec = decoder_class if is_plain else None
+            with named_errors(self._name):
+                files = self._find_images(source)
+                if files is not None:
+                    self._images = self._files.enter_context(ImageFrames(files, background=background))
+                    self.info = _describe_images(self._name, self._images)
+                else:
+                    self._open_video()
+            self._stored_size = self.info.height, self.info.width
+            self._is_resized = square_pixels and self.info.display_size != (self.info.width, self.info.height)
+            if square_pixels:
+                width, height = self.info.display_size
+                self.info = replace(self.info, width=width, height=height, pixel_aspect_ratio=Fraction(1))
         except BaseException:
             self.close()
             raise
@@ -216,8 +302,9 @@ class VideoReader:
     def close(self) -> None:
         """Close the file."""
         self._is_closed = True
-        self._decoding = self._torchcodec_decoder = None
+        self._decoding = None
         self._resources.close()
+        self._files.close()
 
     def frames(
         self, start: int = 0, stop: int | None = None, *, chunk_size: int = 16, on_error: OnError = "raise"
@@ -233,12 +320,19 @@ class VideoReader:
                 just ends early in both cases.
 
         Yields:
-            RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)` with `1 <= n <= chunk_size`.
+            RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)`.
 
         Raises:
             VideoError: If `start` lies beyond the end of the file, or (with `on_error="raise"`) its data are damaged
                 or its frame size changes; the message then names the index of the frame reached.
         """
+        chunks = self.timed_frames(start, stop, chunk_size=chunk_size, on_error=on_error)
+        return (chunk.pixels for chunk in chunks)
+
+    def timed_frames(
+        self, start: int = 0, stop: int | None = None, *, chunk_size: int = 16, on_error: OnError = "raise"
+    ) -> Iterator[TimedFrames]:
+        """Stream frames as `frames` does, with their times; see `timing.Clock` for what is made of time stamps."""
         if start < 0:
             raise VideoError(f"`start` must be 0 or more, got {start}.")
         if stop is not None and stop <= start:
@@ -248,17 +342,19 @@ class VideoReader:
         if on_error not in ("raise", "stop"):
             raise VideoError(f"`on_error` must be 'raise' or 'stop', got {on_error!r}.")
         if self._is_closed:
-            raise VideoError(f"Cannot read {str(self._path)!r}: the reader is closed.")
+            raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
         self._num_ranges += 1
-        if self._torchcodec is not None:
-            return self._chunks_by_torchcodec(start, stop, chunk_size)
-        return self._chunks(self._images(start, stop, on_error, self._num_ranges), chunk_size)
+        if self._images is not None:
+            frames = self._drawn_frames(self._images, start, stop, on_error)
+        else:
+            frames = self._decoded_frames(start, stop, on_error)
+        return self._chunks(frames, None if stop is None else stop - start, chunk_size, self._num_ranges)
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read frames `start` to `stop` into memory, as one tensor; see `frames`."""
-        import torch
-
-        return torch.cat(list(self.frames(start, stop)))
+        frames, *rest = self.frames(start, stop, chunk_size=sys.maxsize)
+        assert not rest
+        return frames
 
     def count_frames(self) -> int:
         """Return the number of frames in the header, which can be wrong, or count them where it has none."""
@@ -266,93 +362,214 @@ class VideoReader:
             self._num_frames = self.info.num_frames or sum(len(frames) for frames in self.frames())
         return self._num_frames
 
-    @staticmethod
-    def _chunks(images: Iterator[torch.Tensor], chunk_size: int) -> Iterator[torch.Tensor]:
-        import torch
+    # --- Frames ------------------------------------------------------------------------------------------------------
 
-        while chunk := list(itertools.islice(images, chunk_size)):
-            yield torch.stack(chunk)
+    def _chunks(
+        self,
+        frames: Iterator[tuple[Picture | torch.Tensor, Fraction]],
+        total: int | None,
+        chunk_size: int,
+        number: int,
+    ) -> Iterator[TimedFrames]:
+        """Write every frame once, into its chunk."""
+        from .pixels import resize_frames
 
-    def _images(self, start: int, stop: int | None, on_error: OnError, number: int) -> Iterator[torch.Tensor]:
-        converter = RgbConverter()
-        # Deinterlacing looks one frame back, so one more is converted on the left; `out` counts what leaves the
-        # converter.
+        left = total
+        while left is None or left > 0:
+            size = chunk_size if left is None else min(left, chunk_size)
+            times: list[Fraction] = []
+            buffer: torch.Tensor | None = None
+            for frame, time in itertools.islice(frames, size):
+                if buffer is None or len(times) == len(buffer):
+                    buffer = self._room(buffer, size)
+                if isinstance(frame, Picture):
+                    with named_errors(self._name):
+                        frame.write(buffer[len(times)])
+                else:
+                    buffer[len(times)] = frame
+                times.append(time)
+            if buffer is None:
+                return
+            if len(times) < len(buffer):  # a copy, so that what is kept of few frames is not the room for many
+                buffer = buffer[: len(times)].clone()
+            if self._is_resized:
+                buffer = resize_frames(buffer, self.info.height, self.info.width).contiguous()
+            yield TimedFrames(buffer, times)
+            del buffer
+            if left is not None:
+                left -= len(times)
+            if left != 0 and (self._is_closed or self._num_ranges != number):
+                raise VideoError(f"Cannot read on in {self._name!r}: the reader was closed, or another range begun.")
+
+    def _room(self, full: torch.Tensor | None, size: int) -> torch.Tensor:
+        """Return room for up to `size` frames, fewer if a file may be much shorter, with those of a full one."""
+        height, width = self._stored_size
+        if full is not None:
+            room = _new_frames(min(size, 2 * len(full)), height, width)
+            room[: len(full)] = full
+            return room
+        expected = min(self.info.num_frames or 0, (1 << 30) // (3 * height * width))
+        return _new_frames(min(size, max(expected, 16)), height, width)
+
+    def _drawn_frames(
+        self, images: ImageFrames, start: int, stop: int | None, on_error: OnError
+    ) -> Iterator[tuple[Picture | torch.Tensor, Fraction]]:
+        if start >= images.num_frames:
+            raise self._beyond_end(images.num_frames, start)
+        frames = images.frames_from(start)
+        for index in range(start, images.num_frames if stop is None else min(stop, images.num_frames)):
+            try:
+                yield next(frames), images.times[index]
+            except VideoError:
+                if on_error == "raise":
+                    raise
+                return
+
+    def _decoded_frames(
+        self, start: int, stop: int | None, on_error: OnError
+    ) -> Iterator[tuple[Picture | torch.Tensor, Fraction]]:
+        progressive = Progressive(RgbConverter(self._background))
+        clock = Clock(self.info.fps, self._stream.time_base, self._first_stamp, self.info.is_variable_rate)
+        # Deinterlacing looks one frame back, so one more is converted on the left; `out` counts what comes out.
         out = first_fed = max(0, start - 1)
+        times: deque[Fraction] = deque()
         damage: Damaged | None = None
-        with named_errors(self._path):
+        with named_errors(self._name):
             decoding = self._go_to(first_fed)
             try:
-                for frame in decoding.frames_from(first_fed):
-                    for image in converter.push(frame):
+                for index, frame in enumerate(decoding.frames_from(first_fed), first_fed):
+                    times.append(clock.time(index, _stamp(frame)))
+                    for picture in progressive.push(frame):
+                        time = times.popleft()
                         if out >= start:
-                            yield image
-                            if self._is_closed or self._num_ranges != number:
-                                raise VideoError(
-                                    f"Cannot read on in {str(self._path)!r}: the reader was closed, or another range "
-                                    "begun."
-                                )
+                            yield picture, time
                         out += 1
                         if out == stop:
                             return
             except Damaged as error:
                 damage = error
-        for image in converter.push(None):
+        for picture in progressive.push(None):
+            time = times.popleft()
             if out >= start:
-                yield image
+                yield picture, time
             out += 1
             if out == stop:
                 return
         index = decoding.next_index
         if damage is not None and on_error == "raise":
             raise VideoError(
-                f"Cannot read {str(self._path)!r} past frame {index}: {damage}; `on_error='stop'` ends before it."
+                f"Cannot read {self._name!r} past frame {index}: {damage}; `on_error='stop'` ends before it."
             )
         if index <= start:
-            raise VideoError(
-                f"`start` must be less than the number of frames of {str(self._path)!r}, {index}, got {start}."
-            )
+            raise self._beyond_end(index, start)
 
-    def _chunks_by_torchcodec(self, start: int, stop: int | None, chunk_size: int) -> Iterator[torch.Tensor]:
-        try:
-            if self._torchcodec_decoder is None:
-                path = os.fspath(self._path)
-                self._torchcodec_decoder = self._torchcodec(path, dimension_order="NHWC", seek_mode="exact")
-            decoder, total = self._torchcodec_decoder, len(self._torchcodec_decoder)
-            if start >= total:
+    def _beyond_end(self, num_frames: int, start: int) -> VideoError:
+        return VideoError(
+            f"`start` must be less than the number of frames of {self._name!r}, {num_frames}, got {start}."
+        )
+
+    # --- Opening and seeking -----------------------------------------------------------------------------------------
+
+    def _find_images(self, source: Source) -> Path | list[Path] | None:
+        """Return the picture, or the pictures, that `source` names; `None` for a video, whose file is then known."""
+        if not isinstance(source, str | os.PathLike):
+            return [Path(file) for file in source]
+        sequence = find_sequence(source)
+        if sequence is not None:
+            return sequence
+        if Path(source).is_dir():
+            files = list_frames(source)
+            if not files:
                 raise VideoError(
-                    f"`start` must be less than the number of frames of {str(self._path)!r}, {total}, got {start}."
+                    f"Cannot read {self._name!r}: it is a folder without pictures, expected a video or image "
+                    "file, or a folder of the frames of one video."
                 )
-            stop = total if stop is None else min(total, stop)
-            for first in range(start, stop, chunk_size):
-                yield decoder.get_frames_in_range(first, min(first + chunk_size, stop)).data
-        except (RuntimeError, IndexError) as error:
-            raise VideoError(f"Cannot read {str(self._path)!r} with torchcodec: {error}") from error
+            return files
+        self._file = self._files.enter_context(local_file(source))
+        # A stream of JPEG pictures begins as one of them does.
+        is_stream = self._file.suffix.lower() in (".mjpg", ".mjpeg")
+        return self._file if can_read(self._file) and not is_stream else None
 
-    def _open(self) -> VideoFrame:
-        """Open the file, for the first time or again, and return its first frame, which the decoding still has."""
+    def _open_video(self) -> None:
         self._open_container()
-        self._decoding = Decoding(self._packets(), self._stream, 0)
+        stamps, packets = self._look_ahead()
+        frame = self._start(packets)
+        self._first_stamp = _stamp(frame)
+        matrix = display_matrix(frame)
+        self.info = _describe(self._name, self._container, self._stream, frame, matrix, stamps)
+        # Where seeking may be exact.
+        is_alone = len(self._container.streams.video) == 1 and not self.info.is_image
+        if is_alone and not frame.interlaced_frame and matrix in _CLOCKWISE:
+            self._seek_points = SeekPoints.of(self._container, self._stream)
+
+    def _start(self, packets: Iterator[Packet]) -> VideoFrame:
+        """Decode from the start on, and return the first frame, which the decoding still has."""
+        self._decoding = Decoding(packets, self._stream, 0)
         try:
             frame = next(self._decoding.frames_from(0), None)
         except Damaged as damage:
-            raise VideoError(
-                f"Cannot read {str(self._path)!r}: its first frame cannot be decoded ({damage})."
-            ) from damage
+            raise VideoError(f"Cannot read {self._name!r}: its first frame cannot be decoded ({damage}).") from damage
         if frame is None:
-            raise VideoError(f"Cannot read {str(self._path)!r}: it holds no video frame.")
+            raise VideoError(f"Cannot read {self._name!r}: it holds no video frame.")
         return frame
 
     def _open_container(self) -> None:
         self._decoding = None
         self._resources.close()
-        self._container = self._resources.enter_context(open_input(self._path))
-        self._stream = find_video_stream(self._container, self._path)
+        self._container = self._resources.enter_context(open_input(self._file, self._name))
+        self._stream = find_video_stream(self._container, self._name)
 
-    def _packets(self) -> Iterator[Packet]:
+    def _look_ahead(self) -> tuple[list[int], Iterator[Packet]]:
+        """Return ordered time stamps, all or the first ones, and the packets from the first on."""
+        packets = self._packets(0)
+        if _has_sample_table(self._container):
+            return sorted(entry.timestamp for entry in self._stream.index_entries if not entry.is_discard), packets
+        seen: list[Packet] = []
+        error: FFmpegError | CutOff | None = None
+        is_whole = False
+        try:
+            for packet in packets:
+                seen.append(packet)
+                is_whole = not packet.size
+                if len(seen) == _NUM_AHEAD or sum(packet.size for packet in seen) > _BYTES_AHEAD:
+                    break
+        except (FFmpegError, CutOff) as caught:
+            error = caught
+        stamps = sorted({packet.pts for packet in seen if packet.pts is not None})
+        if not is_whole:
+            # Frames that are shown before the last of these may still be to come.
+            last = max((packet.dts for packet in seen if packet.dts is not None), default=None)
+            stamps = stamps[:-16] if last is None else [stamp for stamp in stamps if stamp <= last]
+
+        nothing = Packet()
+
+        def replay() -> Iterator[Packet]:
+            for index in range(len(seen)):
+                yield seen[index]
+                seen[index] = nothing
+            if error is not None:
+                raise error
+            yield from packets
+
+        return stamps, replay()
+
+    def _packets(self, number: int) -> Iterator[Packet]:
+        """Yield the packets from the present one, which has this number, on; raise `CutOff` where some are lost."""
         for packet in self._container.demux(self._stream):
             if self._first_packet is None:
                 self._first_packet = SeekPoint.of(0, packet)
+            if not packet.size and packet.pts is None and packet.dts is None:  # the end
+                self._check_end(number)
+            number += 1
             yield packet
+
+    def _check_end(self, num_packets: int) -> None:
+        # FFmpeg takes a file that ends between two packets for a whole one.
+        entries = self._stream.index_entries
+        if _has_sample_table(self._container) and num_packets < len(entries):
+            lost = entries[num_packets]
+            if lost.pos + lost.size > self._file.stat().st_size:
+                raise CutOff(lost.timestamp)
 
     def _go_to(self, index: int) -> Decoding:
         """Return a decoding that still has frame `index` to give."""
@@ -366,7 +583,8 @@ class VideoReader:
                 return decoding
         if point is not None and (decoding := self._seek(point)):
             return decoding
-        self._open()
+        self._open_container()
+        self._start(self._packets(0))
         assert self._decoding is not None
         return self._decoding
 
@@ -375,7 +593,7 @@ class VideoReader:
         self._decoding = None
         try:
             self._container.seek(point.pts, stream=self._stream)
-            decoding = Decoding(self._packets(), self._stream, point.index)
+            decoding = Decoding(self._packets(point.index), self._stream, point.index)
             frame = next(decoding.frames_from(point.index), None)
         except (Damaged, FFmpegError):
             return None
@@ -398,46 +616,94 @@ class VideoReader:
         """Return the packets from a seek point on, or all if seeking leads elsewhere, and the number of the first."""
         try:
             self._container.seek(point.pts, stream=self._stream)
-            packets = self._packets()
+            packets = self._packets(point.index)
             packet = next(packets, None)
             if packet is not None and SeekPoint.of(point.index, packet) == point:
                 return itertools.chain([packet], packets), point.index
         except FFmpegError:
             pass
         self._open_container()
-        return self._packets(), 0
+        return self._packets(0), 0
 
 
-def _import_torchcodec() -> Any:
-    try:
-        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as error:  # RuntimeError: installed, but it finds no FFmpeg libraries
-        raise ImportError(
-            '`backend="torchcodec"` needs torchcodec and the FFmpeg libraries of the system: '
-            'pip install "diffusers-leanvae[torchcodec]".'
-        ) from error
-    return VideoDecoder
+def _stamp(frame: VideoFrame) -> int | None:
+    return frame.dts if frame.pts is None else frame.pts
 
 
-def _describe(path: PathLike, container: InputContainer, stream: VideoStream, frame: VideoFrame) -> VideoInfo:
+def _codec_name(sound: AudioStream) -> str:
+    context = cast(Any, sound).codec_context  # `None` without a decoder
+    return "unknown" if context is None else context.codec.canonical_name
+
+
+def _has_sample_table(container: InputContainer) -> bool:
+    return "mp4" in container.format.name.split(",")
+
+
+def _new_frames(count: int, height: int, width: int) -> torch.Tensor:
+    """Return memory for frames, not initialised."""
+    import torch
+
+    size = count * height * width * 3
+    if size < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, height, width, 3, dtype=torch.uint8)
+    # In large pages: giving out small ones, of which a frame has thousands, takes longer than filling them.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(count, height, width, 3)
+
+
+def _describe_images(name: str, images: ImageFrames) -> VideoInfo:
+    steps = {after - before for before, after in itertools.pairwise(images.times)}
+    return VideoInfo(
+        path=name,
+        width=images.width,
+        height=images.height,
+        fps=Fraction(25) if not images.duration else images.num_frames / Fraction(images.duration),
+        num_frames=images.num_frames,
+        duration=None if images.duration is None else float(images.duration),
+        rotation=images.rotation,
+        audio_codecs=(),
+        codec=images.codec,
+        pixel_format=images.pixel_format,
+        is_image=images.num_frames == 1 or images.is_animated,
+        matrix="grey" if images.pixel_format.startswith(("gray", "ya")) else "rgb",
+        color_range="full",
+        is_variable_rate=len(steps) > 1,
+    )
+
+
+def _describe(
+    name: str, container: InputContainer, stream: VideoStream, frame: VideoFrame, matrix: Matrix, stamps: list[int]
+) -> VideoInfo:
     is_still = container.format.name.endswith("_pipe") or container.format.name == "image2"
     duration: float | None = None
     if not is_still and stream.duration is not None and stream.time_base is not None:
         duration = float(stream.duration * stream.time_base)
     elif not is_still and container.duration is not None:
         duration = container.duration / av.time_base
-    matrix = display_matrix(frame)
-    width, height = frame.width, frame.height
+    num_frames = stream.frames or None
+    if num_frames and _has_sample_table(container):
+        num_frames = len(stamps) or num_frames  # without those that an edit list leaves out
+    ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
+    ratio = Fraction(ratio) if Fraction(1, 16) <= ratio <= 16 else Fraction(1)  # others are no pixels
+    is_upright = bool(matrix[0])
+    color = color_of(frame)
     return VideoInfo(
-        path=os.fspath(path),
-        width=width if matrix[0] else height,
-        height=height if matrix[0] else width,
-        fps=Fraction(25) if is_still else stream.average_rate or stream.guessed_rate or Fraction(25),
-        num_frames=1 if is_still else stream.frames or None,
+        path=name,
+        width=frame.width if is_upright else frame.height,
+        height=frame.height if is_upright else frame.width,
+        fps=Fraction(25) if is_still else frame_rate(stream, stamps),
+        num_frames=1 if is_still else num_frames,
         duration=duration,
         rotation=_CLOCKWISE.get(matrix, 0),
-        has_audio=bool(container.streams.audio),
+        audio_codecs=tuple(_codec_name(sound) for sound in container.streams.audio),
         codec=stream.codec_context.codec.canonical_name,
         pixel_format=frame.format.name,
         is_image=is_still or container.format.name in ("gif", "apng", "webp", "webp_anim"),
+        pixel_aspect_ratio=ratio if is_upright else 1 / ratio,
+        matrix=color.matrix,
+        primaries=color.primaries,
+        transfer=color.transfer,
+        color_range="full" if color.is_full else "limited",
+        is_variable_rate=not is_still and is_variable(stream, stamps),
     )

@@ -9,6 +9,8 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from .decoding import CutOff
+
 
 class SeekPoint(NamedTuple):
     """A frame's index, and time, place in the file and size of its packet, which tell the packet from all others."""
@@ -81,7 +83,7 @@ class SeekPoints:
                 if is_reset:
                     self.found.append(SeekPoint.of(number, packet))
                 self._num_packets += 1
-        except FFmpegError:
+        except (FFmpegError, CutOff):
             self._is_broken = True
 
     def _is_reset(self, packet: Packet) -> bool:

@@ -28,34 +28,30 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 
-import numpy as np
-
-from .containers import PathLike, VideoError
+from .containers import MAX_PIXELS, PathLike, VideoError
 
 
-if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
+    import numpy as np
     import torch
     from PIL import Image
 
 
-MAX_PIXELS = 1 << 28  # 16384 x 16384; the largest camera of a phone has 200 million
-
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
 _READERS = {
-    "png": "PIL.PngImagePlugin.PngImageFile",
-    "jpeg": "PIL.JpegImagePlugin.JpegImageFile",
-    "gif": "PIL.GifImagePlugin.GifImageFile",
-    "webp": "PIL.WebPImagePlugin.WebPImageFile",
-    "tiff": "PIL.TiffImagePlugin.TiffImageFile",
-    "avif": "PIL.AvifImagePlugin.AvifImageFile",
-    "jpeg2000": "PIL.Jpeg2KImagePlugin.Jpeg2KImageFile",
-    "bmp": "PIL.BmpImagePlugin.BmpImageFile",
-    "ppm": "PIL.PpmImagePlugin.PpmImageFile",
-    "qoi": "PIL.QoiImagePlugin.QoiImageFile",
-    "sgi": "PIL.SgiImagePlugin.SgiImageFile",
-    "pcx": "PIL.PcxImagePlugin.PcxImageFile",
-    "heif": "pillow_heif.HeifImageFile",
-    "tga": "PIL.TgaImagePlugin.TgaImageFile",
+    "png": "PngImagePlugin.PngImageFile",
+    "jpeg": "JpegImagePlugin.JpegImageFile",
+    "gif": "GifImagePlugin.GifImageFile",
+    "webp": "WebPImagePlugin.WebPImageFile",
+    "tiff": "TiffImagePlugin.TiffImageFile",
+    "avif": "AvifImagePlugin.AvifImageFile",
+    "jpeg2000": "Jpeg2KImagePlugin.Jpeg2KImageFile",
+    "bmp": "BmpImagePlugin.BmpImageFile",
+    "ppm": "PpmImagePlugin.PpmImageFile",
+    "qoi": "QoiImagePlugin.QoiImageFile",
+    "sgi": "SgiImagePlugin.SgiImageFile",
+    "pcx": "PcxImagePlugin.PcxImageFile",
+    "tga": "TgaImagePlugin.TgaImageFile",
 }
 _PIXEL_FORMATS = {
     "1": "monob",
@@ -206,9 +202,10 @@ class _Picture:
             if codec == "png":
                 self.delays, exif, is_apart = _walk_png(path)
                 self._first = int(is_apart)
-            self._reader = _import_reader(path, codec)
+            module, name = _READERS[codec].split(".")
             self._file: IO[bytes] = path.open("rb")
             try:
+                self._reader = getattr(importlib.import_module(f"PIL.{module}"), name)
                 self._image: Image.Image = self._reader(self._file)
                 _check_size(path, self._image.size)
                 if exif is not None:
@@ -245,10 +242,6 @@ class _Picture:
                 self.white = 4095
             if getattr(image, "tag_v2", {}).get(262) == 0:  # the tag that says whether zero is white
                 self.white = -self.white
-        if image.info.get("nclx_profile", {}).get("transfer_characteristics") in (16, 18):  # of HEIF
-            raise VideoError(
-                f"Cannot read {str(self.path)!r}: pictures of high dynamic range in HEIF are not supported."
-            )
         if image.mode == "F" or image.mode == "I" and self.codec != "ppm":
             raise VideoError(
                 f"Cannot read {str(self.path)!r}: its pixels are numbers of which none is white, expected 16 bits."
@@ -268,6 +261,8 @@ class _Picture:
 
     def read(self, number: int, background: tuple[int, int, int]) -> np.ndarray:
         """Read a frame, `(height, width, 3)`."""
+        import numpy as np
+
         with _named_errors(self.path):
             image = self._image
             wide: np.ndarray | None = None
@@ -313,8 +308,8 @@ def _find_format(path: Path, must_be_there: bool = False) -> str | None:
     for name, signature in signatures.items():
         if re.match(signature, head, re.DOTALL):
             return name
-    if head[4:8] == b"ftyp":
-        return _find_heif(path, head)
+    if head[4:8] == b"ftyp" and _is_plain_avif(path, head):
+        return "avif"
     suffix = path.suffix.lower()
     if suffix == ".pcx" and re.match(rb"\x0a[\x00-\x05]\x01", head):
         return "pcx"
@@ -324,28 +319,17 @@ def _find_format(path: Path, must_be_there: bool = False) -> str | None:
     return None
 
 
-def _find_heif(path: Path, head: bytes) -> str | None:
-    """Tell AVIF and HEIF pictures from other files of this kind: videos, and AVIF that FFmpeg must map to SDR."""
+def _is_plain_avif(path: Path, head: bytes) -> bool:
+    """Tell AVIF from other files of this kind (HEIC, MP4), and from high dynamic range, which FFmpeg has to read."""
     length = int.from_bytes(head[:4], "big")
     brands = {head[8:12], *(head[start : start + 4] for start in range(16, min(length, len(head)) - 3, 4))}
     if not brands & {b"avif", b"avis"}:
-        # FFmpeg would take the first of the tiles of which these consist for the picture.
-        return "heif" if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1") else None
+        return False
     with path.open("rb") as file:
         start = file.read(1 << 16)
-    transfers = [start[match.end() + 2 : match.end() + 4] for match in re.finditer(b"colrnclx", start)]
-    return None if b"\0\x10" in transfers or b"\0\x12" in transfers else "avif"  # PQ and HLG
-
-
-def _import_reader(path: Path, codec: str) -> Any:
-    module, _, name = _READERS[codec].rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise VideoError(
-            f"Cannot read {str(path)!r}: pictures of this kind need pillow-heif: "
-            'pip install "diffusers-leanvae[heif]".'
-        ) from error
+    return not any(
+        start[match.end() + 2 : match.end() + 4] in (b"\0\x10", b"\0\x12") for match in re.finditer(b"colrnclx", start)
+    )
 
 
 def _stored_size(path: Path, codec: str) -> tuple[int, int]:
@@ -529,6 +513,7 @@ def _compose(image: Image.Image, wide: np.ndarray | None, white: int, background
         white: The value of white in a grey picture of more than 8 bits; negative where it is black.
         background: Colour that shows where it is transparent.
     """
+    import numpy as np
     from PIL import Image
 
     profile = image.info.get("icc_profile")
@@ -580,6 +565,8 @@ def _swapped_mode(image: Image.Image) -> str | None:
 
 def _read_wide(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     """Read all 16 bits of the colours of a picture that is opened twice; `None` where it has not as many."""
+    import numpy as np
+
     mode = _swapped_mode(image)
     if mode is None:
         return None
@@ -597,15 +584,17 @@ def _read_wide(image: Image.Image, again: Image.Image) -> np.ndarray | None:
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert grey, RGB, CMYK or LAB pixels to RGB in sRGB, by the profile where it is for such pixels."""
-    if image.mode != "LAB" and (not profile or _is_srgb(profile, image.mode)):
-        return image if image.mode == "RGB" else image.convert("RGB")
     from PIL import Image, ImageCms
 
+    transform = None
     if image.mode == "LAB":
-        opened = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    else:
-        opened = ImageCms.ImageCmsProfile(BytesIO(profile or b""))
-    return _transform(opened, image.mode).apply(image, Image.new("RGB", image.size))
+        transform = _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
+    elif profile and not _is_srgb(profile, image.mode):
+        transform = _transform(ImageCms.ImageCmsProfile(BytesIO(profile)), image.mode)
+    if transform is None:
+        return image.convert("RGB")
+    converted = Image.new("RGB", image.size)
+    return transform.apply(image, converted)
 
 
 def _transform(profile: Any, mode: str) -> Any:
@@ -620,6 +609,7 @@ def _transform(profile: Any, mode: str) -> Any:
 @lru_cache(64)
 def _is_srgb(profile: bytes, mode: str) -> bool:
     """Tell whether a profile may be left out: it changes nothing, is for other pixels, or cannot be applied."""
+    import numpy as np
     from PIL import Image, ImageCms
 
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)

@@ -1,0 +1,134 @@
+"""Time: the frame rate of a file, the time of each frame, and a constant rate made of any."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from av.video.stream import VideoStream
+
+
+if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+    import torch
+
+_NO_CLAIM = Fraction(25)  # where nothing tells the rate
+_MAX_RATE = 1000  # frames per second that a header may claim without time stamps that say so
+_USUAL_RATES = [Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)]
+_USUAL_RATES += [Fraction(rate) for rate in (12, 15, 24, 25, 30, 48, 50, 60, 100, 120, 240)]
+
+
+def frame_rate(stream: VideoStream, stamps: list[int]) -> Fraction:
+    """Return the average frame rate of a stream.
+
+    A header is believed unless its rate is more than 1.5 times, or less than two thirds of, what `stamps` say, the
+    ordered time stamps of the first frames: raw DV claims 60000 frames per second.
+    """
+    claims = [rate for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
+    tick = stream.time_base
+    if tick is None or len(stamps) < 2:
+        return next((rate for rate in claims if rate <= _MAX_RATE), _NO_CLAIM)
+    measured = 1 / ((stamps[-1] - stamps[0]) * Fraction(tick) / (len(stamps) - 1))
+    for claim in claims:
+        if measured * 2 / 3 <= claim <= measured * 3 / 2:
+            return Fraction(claim)
+    usual = min(_USUAL_RATES, key=lambda rate: abs(rate - measured))
+    error = max(Fraction(2, stamps[-1] - stamps[0]), Fraction(1, 1000))  # of the measurement, relative
+    return usual if abs(usual - measured) <= error * measured else measured
+
+
+def is_variable(stream: VideoStream, stamps: list[int]) -> bool:
+    """Return whether frames come at unequal times, as far as their ordered time stamps tell.
+
+    Two ticks or a millisecond, but not half a frame, are taken for rounding.
+    """
+    tick = stream.time_base
+    if tick is None or len(stamps) < 3:
+        return False
+    span, count = stamps[-1] - stamps[0], len(stamps) - 1
+    steps = [after - before for before, after in itertools.pairwise(stamps)]
+    usual = sorted(steps)[count // 2]
+    bound = min(max(2, Fraction(1, 1000) / tick), Fraction(span, 2 * count))
+    return any(
+        abs(step - usual) > bound or abs((stamp - stamps[0]) * count - index * span) > bound * count
+        for index, (stamp, step) in enumerate(zip(stamps, steps, strict=False))
+    )
+
+
+class Clock:
+    """Times of frames in seconds from the first frame of the file on, strictly increasing.
+
+    Containers round time stamps to their ticks, Matroska to milliseconds. A time that is within a tick of a multiple
+    of `1 / fps` is taken for that multiple, unless the rate is variable. Frames without a time stamp, or with that of
+    the frame before, follow the frame before at the average rate.
+
+    Args:
+        fps: Average rate.
+        tick: Seconds per unit of time stamps.
+        first: Time stamp of the first frame of the file.
+        is_variable: Whether times are kept as they are.
+    """
+
+    def __init__(self, fps: Fraction, tick: Fraction | None, first: int | None, is_variable: bool) -> None:
+        self._fps, self._tick, self._first, self._is_variable = fps, tick, first, is_variable
+        self._last: Fraction | None = None
+
+    def time(self, index: int, stamp: int | None) -> Fraction:
+        """Return the time of a frame; within one range, frames must come in their order."""
+        if stamp is None or self._first is None or self._tick is None:
+            time = index / self._fps if self._last is None else self._last + 1 / self._fps
+        else:
+            time = (stamp - self._first) * self._tick
+            if not self._is_variable:
+                exact = round(time * self._fps) / self._fps
+                if abs(exact - time) <= self._tick and (self._last is None or exact > self._last):
+                    time = exact
+            if self._last is not None and time <= self._last:
+                time = self._last + 1 / self._fps
+        self._last = time
+        return time
+
+
+def at_constant_rate(
+    frames: Iterable[tuple[torch.Tensor, Fraction]], fps: Fraction | int, last_duration: Fraction | None = None
+) -> Iterator[torch.Tensor]:
+    """Repeat and drop frames to make their rate constant, as FFmpeg's `fps` filter does with `round=near`.
+
+    Args:
+        frames: Frames and their times in seconds, in their order; the frames may be of any kind.
+        fps: Frames per second to come out.
+        last_duration: Seconds for which the last frame is shown; the time between the last two by default.
+
+    Yields:
+        The frame of each multiple of `1 / fps`, the first at the time of the first frame.
+
+    Raises:
+        ValueError: If `fps` is not positive.
+    """
+    if fps <= 0:
+        raise ValueError(f"`fps` must be more than 0, got {fps}.")
+    held: torch.Tensor | None = None
+    time = step = Fraction(0)
+    place = 0  # of the next frame to come out
+    for frame, start in frames:
+        begin = _nearest(start * fps)
+        if held is None:
+            place = begin
+        else:
+            step = start - time
+            for _ in range(place, begin):
+                yield held
+            place = max(place, begin)
+        held, time = frame, start
+    if held is None:
+        return
+    duration = last_duration if last_duration is not None else step or 1 / Fraction(fps)
+    for _ in range(place, max(_nearest((time + duration) * fps), place)):
+        yield held
+
+
+def _nearest(value: Fraction) -> int:
+    """Round to the nearest integer, halves away from zero."""
+    whole = int(abs(value) + Fraction(1, 2))
+    return whole if value >= 0 else -whole
