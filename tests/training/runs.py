@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ class Script:
         AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran before
         self.module.main(self.arguments(output, *overrides))
         return output
+
+    def torchrun(self, output: Path, *overrides: str, num_processes: int = 2) -> str:
+        """Run the script as people do, `torchrun --nproc_per_node 2 train_vae.py ...`, and return what it prints."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        command = [sys.executable, *launcher, str(self.path), *self.arguments(output, *overrides)]
+        finished = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout + finished.stderr
 
     def job(self, output: Path, *overrides: str, num_processes: int = 2, kill: list | None = None) -> dict[str, Any]:
         """A job for `launch`; `kill` as of `run_jobs`."""

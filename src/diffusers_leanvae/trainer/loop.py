@@ -44,6 +44,7 @@ from ..data.datasets import ClipDataset
 from ..data.latent_samples import LatentData
 from ..data.schedule import Share, StepBatches
 from ..hub import upload_folder
+from ..launching import start_accelerator
 from .checkpoints import (
     Progress,
     append_json,
@@ -81,16 +82,16 @@ class TrainingRun:
     def __init__(self, recipe: RunRecipe, name: str, find_unused_parameters: bool = False) -> None:
         self._started = time.monotonic()
         self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
-        if recipe.num_threads is not None:
-            torch.set_num_threads(recipe.num_threads)
         torch.set_float32_matmul_precision("high")
         check_trackers(recipe.trackers)
-        self.accelerator = Accelerator(
+        self.accelerator = start_accelerator(
             mixed_precision=recipe.mixed_precision or "no",
             log_with=list(recipe.trackers) or None,
             project_dir=self.output,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
+        if recipe.num_threads is not None:  # after Accelerate, which has a number of its own for several processes
+            torch.set_num_threads(recipe.num_threads)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.share = Share(
             self.accelerator.process_index, self.accelerator.num_processes, recipe.num_accumulation_steps

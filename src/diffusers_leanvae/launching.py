@@ -1,0 +1,54 @@
+"""The processes of a job, as `torchrun` and `accelerate launch` start them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:  # an optional package
+    from accelerate import Accelerator
+
+# Where torchrun, and MPI by its several makers, say how many processes there are.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start_accelerator(**options: Any) -> Accelerator:
+    """Start Accelerate in every process of a job, on the processor where there is no GPU for them.
+
+    By itself Accelerate connects processes without a GPU only if it is told that they are to do without: `torchrun`
+    would run as many jobs, each as its own first process, in one folder.
+
+    Args:
+        options: Of `Accelerator`.
+
+    Raises:
+        ImportError: If accelerate is not installed.
+        RuntimeError: If there are more processes than Accelerate has connected.
+    """
+    from accelerate import Accelerator
+
+    asked = max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
+    # `accelerate launch` says so much where it was asked for several processes, and starts one: without GPUs it leaves
+    # them to MPI.
+    names = os.environ.keys()
+    is_alone = "MASTER_ADDR" in names and "ACCELERATE_MIXED_PRECISION" in names and names.isdisjoint(_WORLD_SIZES)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if asked > 1 and (found is None or found.type == "mps"):  # of which no machine has two
+        options["cpu"] = True
+    accelerator = Accelerator(**options)
+    if accelerator.num_processes < asked:
+        raise RuntimeError(
+            f"Accelerate must connect the {asked} processes of this job, got {accelerator.num_processes}: it has no "
+            f"way to do so for {found}."
+        )
+    if is_alone and accelerator.num_processes == 1:
+        warnings.warn(
+            "This is a job of one process: without GPUs `accelerate launch` starts one, however many it is asked for; "
+            "`torchrun --nproc_per_node N` starts N.",
+            stacklevel=2,
+        )
+    return accelerator
