@@ -60,7 +60,13 @@ from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
 from diffusers_leanvae.trainer.recipe import RunRecipe, parse_recipe
-from diffusers_leanvae.trainer.validation import load_validation_clips, score_clips, summarize, write_picture
+from diffusers_leanvae.trainer.validation import (
+    gather_failures,
+    load_validation_clips,
+    score_clips,
+    summarize,
+    write_picture,
+)
 
 
 # Of the terms of the reconstruction, and of the decoding of a teacher's latents; each has a discriminator of its own.
@@ -317,7 +323,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     run.say(f"data: {dataset.describe()}")
     view = recipe.validation
-    validation_clips = load_validation_clips(view.folder, view.num_frames, view.size, run.share)
+    validation = load_validation_clips(view.folder, view.num_frames, view.size, run.share)
+    failed = gather_failures(validation)
+    if failed:
+        run.say(f"validation: {len(failed)} files cannot be used and are left out: {', '.join(failed)}")
 
     # --- Model -------------------------------------------------------------------------------------------------------
     vae = build_vae(recipe).to(device).train()
@@ -360,9 +369,9 @@ def main(arguments: list[str] | None = None) -> None:
         ema.copy_to(averaged.parameters())
         folder = run.output / "validation" / f"step-{progress.step:07d}"
         averaged_vae = averaged.get_base_model() if recipe.tune == "lora" else averaged
-        scores = gather_object(score_clips(averaged_vae, validation_clips, folder, view.num_videos))
+        scores = gather_object(score_clips(averaged_vae, validation.clips, folder, view.num_videos))
         if run.is_main:
-            figures = summarize(scores)
+            figures = summarize(scores, failed)
             run.log_validation(figures)
             write_picture(folder.with_suffix(".png"), scores)
             run.say(f"step {progress.step}: validation PSNR {figures['psnr_frame_mean_rgb']:.3f} dB")

@@ -113,7 +113,7 @@ def test_statistics_index_and_settings_of_the_folder(cache: LatentFolder):
     assert cache.statistics["num_items"] == 10
     np.testing.assert_allclose(cache.statistics["mean"], latents.mean(1), rtol=0, atol=1e-9)
     np.testing.assert_allclose(cache.statistics["std"], latents.std(1, correction=0), rtol=0, atol=1e-9)
-    assert cache.index["shape"] == [4, 2, 2, 3] and cache.index["num_skipped"] == 0
+    assert cache.index["shape"] == [4, 2, 2, 3] and (cache.index["num_skipped"], cache.index["skipped"]) == (0, [])
     assert [shard["num_items"] for shard in cache.index["shards"]] == [4, 4, 2]
     assert (
         cache.settings["vae"]["config"]["latent_channels"] == 4 and len(cache.settings["vae"]["weights_sha256"]) == 64
@@ -206,7 +206,8 @@ def test_crops_and_mirrors_of_a_folder(vae, videos: Path, tmp_path: Path):
     options = {"num_crops": 2, "stride": 2, "seed": 7, **SIZE}
     with pytest.warns(UserWarning, match="Skipping a video"):
         both = encode_dataset(vae, str(videos), tmp_path / "both", flip="both", **options)
-    assert len(both) == 12 and both.index["num_skipped"] == 2 and both.class_names == ("even", "odd")
+    assert both.index["num_skipped"] == 2 and both.index["skipped"] == ["3.mkv#0", "3.mkv#1"]
+    assert len(both) == 12 and both.class_names == ("even", "odd")
     assert [both[index].class_label for index in range(0, 12, 4)] == [0, 1, 0]
     assert [both.name(index) for index in range(4)] == ["0.mkv#0", "0.mkv#0#mirrored", "0.mkv#1", "0.mkv#1#mirrored"]
     assert both[6].caption == "no 1"
@@ -266,6 +267,49 @@ def test_named_data_sets(vae, videos: Path, tmp_path: Path):
         clip = clips[index]
         assert cached[index].class_label == clip.class_label == int(index >= 2)
         torch.testing.assert_close(cached[index].latents, encode(vae, clip.pixels), rtol=0, atol=1.5e-5)
+
+
+def test_bad_files_of_tar_shards_streams_and_named_data_sets(vae, videos: Path, tmp_path: Path):
+    good = [(videos / f"{number}.mkv").read_bytes() for number in range(2)]
+    contents = [good[0], b"nothing", good[0][:200], good[1]]
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number, content in enumerate(contents):
+            member = tarfile.TarInfo(f"{number}.mkv")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "ffs").mkdir()
+    for number, content in enumerate(contents):
+        (tmp_path / "ffs" / f"{number}.mkv").write_bytes(content)
+    size = {**SIZE, "clip_size": (5, 16, 16), "stride": 1}
+    for source, prefix, options in (
+        (f"{tmp_path}/*.tar", f"{tmp_path}/0.tar/", {}),
+        (f"ffs:{tmp_path / 'ffs'}", "", {"flip": "none"}),
+        ((tmp_path / "0.tar").as_uri(), "", {"num_clips": 4}),
+    ):
+        with pytest.warns(UserWarning, match="Skipping a video"):
+            found = encode_dataset(vae, source, tmp_path / "out" / source[:3], **size, **options)
+        is_stream = source.startswith("file:")
+        skipped = [f"{number}#0" if is_stream else f"{prefix}{number}.mkv#0" for number in (1, 2)]
+        assert len(found) == 2 and found.index["num_skipped"] == 2 and found.index["skipped"] == skipped
+
+
+def test_unusable_videos_of_a_named_data_set_are_counted(videos: Path, tmp_path: Path):
+    for number in range(3):
+        (tmp_path / f"{2 * number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    for number in (1, 3):
+        (tmp_path / f"{number}.mkv").write_bytes(b"nothing")
+    items = open_named_dataset("ffs", tmp_path, 5, 16, sample_stride=1, flip=False)
+    data = LatentData(items, has_latents=False)
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        held_out = list(data.first(5, 1))
+    assert [batch.index.tolist() for batch in held_out] == [[0], [2], [4]]  # no other stands in for them
+    assert [batch.num_skipped for batch in held_out] == [0, 1, 1]
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        (held_out,) = data.first(5, 8)
+    assert held_out.index.tolist() == [0, 2, 4] and held_out.num_skipped == 2
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        batch = data.__getitems__(range(5))  # in training the next one does
+    assert len(batch.videos) == 5 and batch.num_skipped == 2
 
 
 def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):

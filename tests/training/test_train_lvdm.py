@@ -137,6 +137,13 @@ def test_the_pipeline_is_what_was_trained(straight: Path, vae_folder: Path):
     assert config.scaling_factor == 1.0
 
 
+def test_the_script_runs_under_torchrun_as_one_job(script: Script, tmp_path: Path):
+    said = script.torchrun(tmp_path / "run", "num_steps=1", "batch_size=2", "validation.num_samples=0")
+    assert said.count("data: ") == 1  # of which the first process speaks
+    states = sorted(path.name for path in (tmp_path / "run/checkpoints/step-0000001").glob("random_states_*"))
+    assert states == ["random_states_0.pkl", "random_states_1.pkl"]
+
+
 def _exported(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
 
@@ -152,7 +159,7 @@ def test_what_is_logged_and_shown(straight: Path):
     assert set(log[0]) == {"step", "lr", "num_skipped", "num_bad_videos"} | terms
     records = read_log(straight, "validation")
     assert [record["step"] for record in records] == [4, 8]
-    assert list(records[-1]["levels"]) == ["0.3", "0.7"]
+    assert list(records[-1]["levels"]) == ["0.3", "0.7"] and records[-1]["num_failed"] == 0
     assert records[-1]["loss"] == pytest.approx(sum(records[-1]["levels"].values()) / 2)
     video = probe_video(straight / "validation/step-0000008.mp4")
     assert (video.num_frames, video.height, video.width, video.fps) == (5, 32, 64, 8)

@@ -1,7 +1,6 @@
 """The training script: it runs, it resumes to the same numbers, and what goes wrong leaves whole files."""
 
-import os
-import subprocess
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -105,22 +104,37 @@ def launched(script: Script, clips: Path, tmp_path_factory: pytest.TempPathFacto
 # --- It runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, tmp_path: Path):
-    output = tmp_path / "run"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script.path),
+def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, clips: Path, tmp_path: Path):
+    output, videos = tmp_path / "run", tmp_path / "validation"
+    shutil.copytree(clips, videos)
+    shutil.copy(clips / "b.mp4", videos / "b.mov")
+    (videos / "a-bad.mp4").write_bytes(b"not a video")
+    said = script.torchrun(output, "num_steps=2", "init=pca", f"validation.folder={videos}")
+    assert said.count("data: ") == 1  # one job, of which the first process speaks
+    states = sorted(path.name for path in (output / "checkpoints/step-0000002").glob("random_states_*"))
+    assert states == ["random_states_0.pkl", "random_states_1.pkl"]
+    assert said.count("validation: 1 files cannot be used and are left out: a-bad.mp4") == 1
+    assert [(record["step"], record["num_failed"]) for record in read_log(output, "validation")] == [(0, 1), (2, 1)]
+    (record, _) = read_log(output, "validation")
+    assert list(record["clips"]) == ["a.mp4", "b.mov", "b.mp4", "nested/c.mp4"] and list(record["failed"]) == [
+        "a-bad.mp4"
     ]
-    command = [*launcher, *script.arguments(output, "num_steps=2", "init=pca")]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "log.jsonl", "recipe.yaml", "vae"]
+    assert record["clips"]["b.mov"] == record["clips"]["b.mp4"]
+    shown = output / "validation/step-0000000"
+    assert sorted(path.relative_to(shown).as_posix() for path in shown.rglob("*.mp4")) == [
+        "a.mp4",
+        "b.mov.mp4",
+        "b.mp4",
+        "nested/c.mp4",
+    ]
+    assert {path.name for path in output.iterdir()} == {
+        "checkpoints",
+        "log.jsonl",
+        "recipe.yaml",
+        "vae",
+        "validation",
+        "validation.jsonl",
+    }
     vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae")
     assert vae.dtype == torch.float32 and len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
     log = read_log(output)

@@ -33,7 +33,10 @@ def evaluate(
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Measure PSNR (dB) and SSIM of reconstructions over a folder of videos, clip by clip."""
+    """Measure PSNR (dB) and SSIM of reconstructions over a folder of videos, clip by clip.
+
+    Files that cannot be read, or are too short, are named, counted and left out of the mean.
+    """
     from ..evaluation.reconstruction import evaluate_reconstruction, round_scores
     from ..evaluation.results import sha256, write_result
     from ..loading import resolve_bundled
@@ -44,6 +47,9 @@ def evaluate(
     result = evaluate_reconstruction(vae, folder, num_frames, size, typer.echo)
     psnr, ssim = result["psnr_frame_mean_rgb"], result["ssim_frame_mean_rgb"]
     typer.echo(f"{'mean':<28} PSNR {psnr:6.2f} dB  SSIM {ssim:.4f}")
+    if result["num_failed"]:
+        total = result["num_failed"] + result["num_videos"]
+        typer.echo(f"{result['num_failed']} of {total} files failed: {', '.join(result['failed'])}", err=True)
     if output is not None:
         weights = Path(resolve_bundled(model)) / WEIGHTS_NAME
         checksum = sha256(weights) if weights.is_file() else None

@@ -1,7 +1,6 @@
 """Finite lists of numbered clips, cut from any source, as `encode_dataset` encodes them."""
 
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..checks import check_choice
-from ..video_io import VideoError
 from .cutting import ClipOptions, VideoSet
 from .metadata import LABEL_KEYS, find_caption, number_labels
 from .named import NAMED_DATASETS, NamedDataset, Sampling, open_named_dataset
@@ -77,6 +75,10 @@ class ClipList(Protocol):
     class_names: tuple[str, ...] | None
 
     def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """Return the name of a clip: its video and the number of its cut."""
+        ...
 
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
         """Yield the clips of ascending numbers, in order."""
@@ -147,6 +149,9 @@ class _MapClips(Dataset[SourceClip | None]):
     def __getitem__(self, number: int) -> SourceClip | None:
         raise NotImplementedError
 
+    def name(self, number: int) -> str:
+        raise NotImplementedError
+
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
         yield from DataLoader(self, sampler=numbers, batch_size=None, num_workers=self.num_workers)
 
@@ -157,7 +162,10 @@ class _ShapeClips(_MapClips):
         self.shapes = shapes
 
     def __getitem__(self, number: int) -> SourceClip:
-        return SourceClip(*self.shapes[number], f"shapes-{self.shapes.seed}#{number}")
+        return SourceClip(*self.shapes[number], self.name(number))
+
+    def name(self, number: int) -> str:
+        return f"shapes-{self.shapes.seed}#{number}"
 
 
 class _NamedClips(_MapClips):
@@ -166,13 +174,11 @@ class _NamedClips(_MapClips):
         self.clips = clips
 
     def __getitem__(self, number: int) -> SourceClip | None:
-        try:
-            clip = self.clips.clip(number)
-        except VideoError as error:
-            warnings.warn(f"Skipping a video: {error}", stacklevel=2)
-            return None
-        draw = number % self.clips.num_draws
-        return SourceClip(*clip, f"{self.clips.metadata(number)['file_name']}#{draw}")
+        clip = self.clips.clip_or_none(number)
+        return None if clip is None else SourceClip(*clip, self.name(number))
+
+    def name(self, number: int) -> str:
+        return f"{self.clips.metadata(number)['file_name']}#{number % self.clips.num_draws}"
 
 
 class _FileClips(_MapClips):
@@ -189,12 +195,16 @@ class _FileClips(_MapClips):
         self.num_crops, self.seed = selection.num_crops, selection.seed
 
     def __getitem__(self, number: int) -> SourceClip | None:
-        video, crop = divmod(number, self.num_crops)
+        video = number // self.num_crops
         pixels = _cut(self.videos, video, [self.seed, number])
         if pixels is None:
             return None
-        row = self.videos.source.metadata(video)
-        return SourceClip(pixels, self.labels[video], find_caption(row), f"{row['file_name']}#{crop}")
+        caption = find_caption(self.videos.source.metadata(video))
+        return SourceClip(pixels, self.labels[video], caption, self.name(number))
+
+    def name(self, number: int) -> str:
+        video, crop = divmod(number, self.num_crops)
+        return f"{self.videos.source.metadata(video)['file_name']}#{crop}"
 
 
 class _StreamClips:
@@ -218,11 +228,14 @@ class _StreamClips:
     def __len__(self) -> int:
         return self.num_clips
 
+    def name(self, number: int) -> str:
+        example, crop = divmod(number, self.num_crops)
+        return f"{example}#{crop}"
+
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
         opened, videos = -1, None
         for number in numbers:
-            example, crop = divmod(number, self.num_crops)
-            block, place = divmod(example, _BLOCK_SIZE)
+            block, place = divmod(number // self.num_crops, _BLOCK_SIZE)
             if videos is None or block != opened:
                 opened = block
                 videos = VideoSet(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
@@ -235,7 +248,7 @@ class _StreamClips:
             (label,), names = number_labels([row])
             if names is not None:
                 raise ValueError(f"Labels of a stream must be numbers, got {names[0]!r}.")
-            yield SourceClip(pixels, label, find_caption(row), f"{example}#{crop}")
+            yield SourceClip(pixels, label, find_caption(row), self.name(number))
 
 
 def _cut(videos: VideoSet, number: int, seed: list[int]) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ import torch
 from ..atomic import replace_file
 from ..checks import check_choice, parse_dtype
 from ..latents import encode_batch, measure_statistics
+from ..launching import start_accelerator
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
@@ -115,7 +116,6 @@ def encode_dataset(
     selection = ClipSelection(source, list(clip_size), num_crops, flip, sampling, stride, short_side, num_clips, seed)
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
     try:
-        from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise ImportError('Encoding needs accelerate: pip install "diffusers-leanvae[train]".') from error
@@ -130,7 +130,7 @@ def encode_dataset(
         "vae": _describe(vae),
     }
     # A process may have to wait for the slowest one's last shard.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
     folder = Path(output)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -242,9 +242,13 @@ def _finish(folder: Path, paths: list[Path], clips: ClipList, is_doubled: bool) 
 
     mean, std = measure_statistics(batches(), first.shape[0])
     statistics = {"mean": mean, "std": std, "num_items": sum(counts)}
+    num_skipped = len(clips) - sum(counts) // (2 if is_doubled else 1)
+    encoded = {row["name"] for shard in shards for row in shard.rows}
+    names = map(clips.name, range(len(clips))) if num_skipped else ()
     index = {
         "num_items": sum(counts),
-        "num_skipped": len(clips) - sum(counts) // (2 if is_doubled else 1),
+        "num_skipped": num_skipped,
+        "skipped": [name for name in names if name not in encoded],
         "shape": list(first.shape),
         "class_names": None if clips.class_names is None else list(clips.class_names),
         "shards": [{"file_name": path.name, "num_items": count} for path, count in zip(paths, counts, strict=True)],

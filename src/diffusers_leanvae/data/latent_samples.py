@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .datasets import ClipDataset
+from .named import NamedDataset
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 
 
@@ -63,7 +64,7 @@ class LatentData(Dataset[LatentBatch]):
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
         self.stored: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if has_latents and len(items) * items[0].latents.nbytes <= in_memory_gib * 2**30:
-            self.stored = self._read(range(len(items)))
+            self.stored = self._read(range(len(items)))[:2]
 
     def describe(self) -> str:
         """Describe the data in a few words, for a log."""
@@ -85,27 +86,42 @@ class LatentData(Dataset[LatentBatch]):
             clips = [self.items[index] for index in indices]
             pixels = torch.stack([clip.pixels for clip in clips])
             return LatentBatch(pixels, None, None, torch.tensor(indices), sum(clip.num_skipped for clip in clips))
-        videos, labels = self._get([self.order(index) for index in indices])
+        videos, labels, num_skipped = self._get([self.order(index) for index in indices])
         images = None
         if self.num_images:
             others = [item for index in indices for item in self._images_of(index)]
-            clips, image_labels = self._get(others)
+            clips, image_labels, num_skipped_images = self._get(others)
+            num_skipped += num_skipped_images
             images = clips[:, :, :1]
             if labels is not None and image_labels is not None:
                 labels = torch.cat((labels[:, None], image_labels.view(-1, self.num_images)), dim=1)
-        return LatentBatch(videos, images, labels, torch.tensor(indices), 0)
+        return LatentBatch(videos, images, labels, torch.tensor(indices), num_skipped)
 
     def first(self, num_items: int, batch_size: int) -> Iterator[LatentBatch]:
-        """Yield the first items in their own order, in batches, for validation and statistics."""
+        """Yield the first items in their own order, in batches, for validation and statistics.
+
+        Unusable videos of a named data set are left out; no other item stands in for them.
+        """
         if self.has_own_order:
             for start in range(0, num_items, batch_size):
                 yield self.__getitems__(range(start, min(start + batch_size, num_items)))
             return
         num_items = min(num_items, len(self.items))
+        num_skipped = 0
         for start in range(0, num_items, batch_size):
-            indices = range(start, min(start + batch_size, num_items))
-            videos, labels = self._get(list(indices))
-            yield LatentBatch(videos, None, labels, torch.tensor(indices), 0)
+            indices = list(range(start, min(start + batch_size, num_items)))
+            if isinstance(self.items, NamedDataset):
+                clips = {index: self.items.clip_or_none(index) for index in indices}
+                num_skipped += sum(clip is None for clip in clips.values())
+                clips = {index: clip for index, clip in clips.items() if clip is not None}
+                if not clips:
+                    continue  # the next batch tells
+                videos, labels = self._stack(list(clips.values()), list(clips))
+                indices = list(clips)
+            else:
+                videos, labels, _ = self._get(indices)
+            yield LatentBatch(videos, None, labels, torch.tensor(indices), num_skipped)
+            num_skipped = 0
 
     def batches(self, batch_size: int, start_step: int, num_steps: int, share: Share = ALONE) -> StepBatches:
         """Return the `batch_sampler` of a process, from `start_step` until before `num_steps`."""
@@ -130,19 +146,25 @@ class LatentData(Dataset[LatentBatch]):
     def _images_of(self, index: int) -> list[int]:
         return np.random.default_rng([self.seed, 21, index]).integers(len(self.items), size=self.num_images).tolist()
 
-    def _get(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _get(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         if self.stored is None:
             return self._read(items)
         chosen = torch.tensor(items)
         latents, labels = self.stored
-        return latents[chosen], None if labels is None else labels[chosen]
+        return latents[chosen], None if labels is None else labels[chosen], 0
 
-    def _read(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        read = [self.items[item] for item in items]
+    def _read(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        if isinstance(self.items, NamedDataset):
+            found = [self.items.find(item) for item in items]
+            return *self._stack([clip for clip, _ in found], items), sum(num_skipped for _, num_skipped in found)
+        return *self._stack([self.items[item] for item in items], items), 0
+
+    def _stack(self, read: Sequence[Any], items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         values = torch.stack([item.latents if self.has_latents else item.pixels for item in read])
         if not self.has_labels:
             return values, None
         labels = [item.class_label for item in read]
         if None in labels:
-            raise ValueError(f"`class_label` must be known of every item, got None for item {labels.index(None)}.")
+            number = items[labels.index(None)]
+            raise ValueError(f"`class_label` must be known of every item, got None for item {number}.")
         return values, torch.tensor(labels)

@@ -32,7 +32,7 @@ class LatentFolder(Dataset[LatentItem]):
         class_names: Names of the classes, or `None`.
         statistics: `mean` and `std`, a number per channel, and `num_items`.
         settings: The settings it was built with, and the config and checksum of the autoencoder.
-        index: `num_items`, `num_skipped`, `shape` and `shards`.
+        index: `num_items`, `num_skipped` and as `skipped` the names of those clips, `shape` and `shards`.
 
     Raises:
         ValueError: If the folder holds no finished cache.

@@ -76,14 +76,25 @@ class NamedDataset(Dataset[NamedClip]):
 
     def __getitem__(self, index: int) -> NamedClip:
         """Return the clip of an index, or, with a warning, of the next video that can be used."""
+        return self.find(index)[0]
+
+    def find(self, index: int) -> tuple[NamedClip, int]:
+        """Return the clip of an index, or, with a warning, of the next video that can be used; and how many cannot."""
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
         for attempt in range(len(self)):
-            try:
-                return self.clip((index + attempt) % len(self))
-            except VideoError as error:
-                warnings.warn(f"Skipping a video: {error}", stacklevel=2)
+            clip = self.clip_or_none((index + attempt) % len(self))
+            if clip is not None:
+                return clip, attempt
         raise ValueError(f"`folder` must hold at least one usable video, got {len(self.videos)} that are not.")
+
+    def clip_or_none(self, index: int) -> NamedClip | None:
+        """Return the clip of an index, or, with a warning, `None` if its video cannot be used."""
+        try:
+            return self.clip(index)
+        except VideoError as error:
+            warnings.warn(f"Skipping a video: {error}", stacklevel=2)
+            return None
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return `file_name`, `class_label`, `class_name` and `caption` of the video of a clip."""

@@ -1,6 +1,7 @@
 """Reconstruction quality of an autoencoder, clip by clip: the protocol of every published PSNR and SSIM."""
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ def evaluate_reconstruction(
     """PSNR and SSIM of the reconstructions of the videos of a folder.
 
     Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop,
-    scored by [`score_clip`]; then the mean over clips.
+    scored by [`score_clip`]; then the mean over clips. Files that cannot be read, or are too short, are passed over
+    and named.
 
     Args:
         vae: The autoencoder, on its device, in its dtype.
@@ -60,26 +62,52 @@ def evaluate_reconstruction(
         progress: Called with a line per clip.
 
     Returns:
-        `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos`, `num_frames`, `resolution`, `dtype`, and
-        `clips` with the same two metrics for each. Nothing is rounded; [`round_scores`] does, for a file.
+        `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos` (those scored), `num_failed`, `num_frames`,
+        `resolution`, `dtype`, `clips` with the same two metrics for each, and `failed` with what was wrong with each
+        of the others. Nothing is rounded; [`round_scores`] does, for a file.
+
+    Raises:
+        ValueError: If there is no video, or none that can be read.
     """
-    clips = {}
-    for path in list_videos(folder):
-        score = score_clip(vae, read_center_clip(path, num_frames, size))
+    clips, failed = {}, {}
+    paths = list_videos(folder)
+    for path in paths:
         name = path.relative_to(folder).as_posix()
-        clips[name] = {"psnr_frame_mean_rgb": score.psnr, "ssim_frame_mean_rgb": score.ssim}
+        try:
+            clip = read_center_clip(path, num_frames, size)
+        except Exception as error:  # whatever a foreign file does to the reader, the others are still to be scored
+            failed[name] = reason_of(error)
+            line = f"{name:<28} failed: {failed[name]}"
+        else:
+            score = score_clip(vae, clip)
+            clips[name] = {"psnr_frame_mean_rgb": score.psnr, "ssim_frame_mean_rgb": score.ssim}
+            line = f"{name:<28} PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}"
         if progress is not None:
-            progress(f"{name:<28} PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}")
-    if not clips:
+            progress(line)
+    if not paths:
         raise ValueError(f"`folder` must hold at least one video, got none in {str(folder)!r}.")
+    if not clips:
+        raise ValueError(f"`folder` must hold at least one usable video, got {describe_failures(failed)}")
     return {
         **{name: sum(clip[name] for clip in clips.values()) / len(clips) for name in next(iter(clips.values()))},
         "num_videos": len(clips),
+        "num_failed": len(failed),
         "num_frames": num_frames,
         "resolution": size,
         "dtype": str(vae.dtype).removeprefix("torch."),
         "clips": clips,
+        "failed": failed,
     }
+
+
+def reason_of(error: Exception) -> str:
+    """Put on one line why a file could not be read."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+
+
+def describe_failures(failed: Mapping[str, str]) -> str:
+    """Count files that failed, in words, with what was wrong with the first."""
+    return f"{len(failed)} that failed, the first of them: {next(iter(failed.values()))}"
 
 
 def round_scores(result: dict[str, Any]) -> dict[str, Any]:

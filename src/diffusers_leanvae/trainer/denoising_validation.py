@@ -34,10 +34,16 @@ def measure_losses(
         seed: Of the run; noise follows from it and from an item's number.
 
     Returns:
-        The mean of every term over levels and the items of all processes, and the loss at each level as `levels`.
+        The mean of every term over levels and the items of all processes, the loss at each level as `levels`, and as
+        `num_failed` the number of unusable videos that were passed over.
+
+    Raises:
+        ValueError: If there is no item.
     """
     sums: list[dict[str, Any]] = []
+    num_failed = 0
     for batch in batches:
+        num_failed += batch.num_skipped
         latents = batch.videos
         noise = draw_step(batch.index.tolist(), latents.shape[1:], seed, stream=11, device=latents.device).noise
         labels = None if batch.class_labels is None else batch.class_labels.to(latents.device)
@@ -47,14 +53,19 @@ def measure_losses(
             output = transformer(noisy, timesteps, labels, return_dict=False)[0]
             terms = objective.loss(output, latents, noise, timesteps)
             sums.append({"level": level, "count": len(latents)} | {name: x.sum().item() for name, x in terms.items()})
-    sums = gather_object(sums)
+    sums, num_failed = gather_object(sums), sum(gather_object([num_failed]))
+    if not sums:
+        raise ValueError("`validation.data` must hold at least one usable item, got none.")
     count = sum(record["count"] for record in sums)
     names = [name for name in sums[0] if name not in ("level", "count")]
     levels = {}
     for level in noise_levels:
         rows = [record for record in sums if record["level"] == level]
         levels[str(level)] = sum(row["loss"] for row in rows) / sum(row["count"] for row in rows)
-    return {name: sum(record[name] for record in sums) / count for name in names} | {"levels": levels}
+    return {name: sum(record[name] for record in sums) / count for name in names} | {
+        "num_failed": num_failed,
+        "levels": levels,
+    }
 
 
 def write_samples(
