@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -153,7 +154,7 @@ class TestFormats:
             "text.png": b"no picture at all",
             "empty.png": b"",
             "clip.mp4": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(40),
-            "photo.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40),
+            "film.heic": b"\0\0\0\x18ftyphevc\0\0\0\0msf1hevc" + bytes(40),
             "film.mj2": b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypmjp2" + bytes(40),
             "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
         }.items():
@@ -166,15 +167,37 @@ class TestFormats:
         with pytest.raises(VideoError, match="the file does not exist"):
             ImageFrames(tmp_path / "missing.png")
 
+    def test_heic_without_its_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        path = tmp_path / "photo.heic"
+        for brand in (b"heic", b"mif1"):
+            path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(40))
+            assert can_read(path)  # or FFmpeg would take a tile for the picture
+            with pytest.raises(VideoError, match=r"need pillow-heif: pip install \"diffusers-leanvae\[heif\]\"\.$"):
+                ImageFrames(path)
+
+    def test_heic(self, tmp_path: Path):
+        heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
+        pixels = np.asarray(Image.fromarray(noise(5, 8)).resize((160, 100), Image.Resampling.BICUBIC))
+        heif.from_bytes("RGB", (160, 100), pixels.tobytes()).save(tmp_path / "x.heic", quality=100, chroma=444)
+        with ImageFrames(tmp_path / "x.heic") as frames:
+            assert (frames.codec, frames.pixel_format, frames.rotation) == ("heif", "rgb24", 0)
+        assert np.abs(read(tmp_path / "x.heic").astype(int) - pixels).max() <= 20  # measured 5
+        content = (tmp_path / "x.heic").read_bytes()
+        (tmp_path / "x.heic").write_bytes(content[: len(content) // 2])
+        with pytest.raises(VideoError, match="Cannot read"):
+            read(tmp_path / "x.heic")
+
     def test_high_dynamic_range_is_left_to_ffmpeg(self, tmp_path: Path):
-        Image.fromarray(noise()).save(tmp_path / "x.avif")
-        content = (tmp_path / "x.avif").read_bytes()
-        place = content.index(b"colrnclx") + 8
-        assert can_read(tmp_path / "x.avif")
-        for transfer in (16, 18):  # PQ and HLG
-            changed = content[: place + 2] + struct.pack(">H", transfer) + content[place + 4 :]
-            (tmp_path / "hdr.avif").write_bytes(changed)
-            assert not can_read(tmp_path / "hdr.avif")
+        for suffix in (".avif", ".png"):
+            Image.fromarray(noise()).save(tmp_path / f"x{suffix}")
+        avif, png = (tmp_path / "x.avif").read_bytes(), (tmp_path / "x.png").read_bytes()
+        place = avif.index(b"colrnclx") + 10
+        for transfer in (13, 16, 18):  # sRGB, PQ and HLG
+            changed = avif[:place] + struct.pack(">H", transfer) + avif[place + 2 :]
+            (tmp_path / "x.avif").write_bytes(changed)
+            (tmp_path / "x.png").write_bytes(png[:33] + png_chunk(b"cICP", bytes([9, transfer, 0, 1])) + png[33:])
+            assert can_read(tmp_path / "x.avif") == can_read(tmp_path / "x.png") == (transfer == 13)
 
 
 class TestOrientation:

@@ -36,8 +36,8 @@ VIDEO_EXTENSIONS = tuple(
 # (`.exr`, `.hdr`, `.pfm`) are not searched for.
 IMAGE_EXTENSIONS = tuple(
     """
-    .apng .avif .avifs .bmp .dib .gif .icb .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pcx .pgm .png
-    .pnm .ppm .qoi .sgi .tga .tif .tiff .vda .vst .webp
+    .apng .avif .avifs .bmp .dib .gif .heic .heif .hif .icb .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo
+    .pbm .pcx .pgm .png .pnm .ppm .qoi .sgi .tga .tif .tiff .vda .vst .webp
     """.split()
 )
 

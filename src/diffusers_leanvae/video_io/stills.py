@@ -39,19 +39,20 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
 _READERS = {
-    "png": "PngImagePlugin.PngImageFile",
-    "jpeg": "JpegImagePlugin.JpegImageFile",
-    "gif": "GifImagePlugin.GifImageFile",
-    "webp": "WebPImagePlugin.WebPImageFile",
-    "tiff": "TiffImagePlugin.TiffImageFile",
-    "avif": "AvifImagePlugin.AvifImageFile",
-    "jpeg2000": "Jpeg2KImagePlugin.Jpeg2KImageFile",
-    "bmp": "BmpImagePlugin.BmpImageFile",
-    "ppm": "PpmImagePlugin.PpmImageFile",
-    "qoi": "QoiImagePlugin.QoiImageFile",
-    "sgi": "SgiImagePlugin.SgiImageFile",
-    "pcx": "PcxImagePlugin.PcxImageFile",
-    "tga": "TgaImagePlugin.TgaImageFile",
+    "png": "PIL.PngImagePlugin.PngImageFile",
+    "jpeg": "PIL.JpegImagePlugin.JpegImageFile",
+    "gif": "PIL.GifImagePlugin.GifImageFile",
+    "webp": "PIL.WebPImagePlugin.WebPImageFile",
+    "tiff": "PIL.TiffImagePlugin.TiffImageFile",
+    "avif": "PIL.AvifImagePlugin.AvifImageFile",
+    "jpeg2000": "PIL.Jpeg2KImagePlugin.Jpeg2KImageFile",
+    "bmp": "PIL.BmpImagePlugin.BmpImageFile",
+    "ppm": "PIL.PpmImagePlugin.PpmImageFile",
+    "qoi": "PIL.QoiImagePlugin.QoiImageFile",
+    "sgi": "PIL.SgiImagePlugin.SgiImageFile",
+    "pcx": "PIL.PcxImagePlugin.PcxImageFile",
+    "heif": "pillow_heif.HeifImageFile",
+    "tga": "PIL.TgaImagePlugin.TgaImageFile",
 }
 _PIXEL_FORMATS = {
     "1": "monob",
@@ -202,10 +203,9 @@ class _Picture:
             if codec == "png":
                 self.delays, exif, is_apart = _walk_png(path)
                 self._first = int(is_apart)
-            module, name = _READERS[codec].split(".")
+            self._reader = _import_reader(path, codec)
             self._file: IO[bytes] = path.open("rb")
             try:
-                self._reader = getattr(importlib.import_module(f"PIL.{module}"), name)
                 self._image: Image.Image = self._reader(self._file)
                 _check_size(path, self._image.size)
                 if exif is not None:
@@ -242,6 +242,10 @@ class _Picture:
                 self.white = 4095
             if getattr(image, "tag_v2", {}).get(262) == 0:  # the tag that says whether zero is white
                 self.white = -self.white
+        if image.info.get("nclx_profile", {}).get("transfer_characteristics") in (16, 18):  # of HEIF
+            raise VideoError(
+                f"Cannot read {str(self.path)!r}: pictures of high dynamic range in HEIF are not supported."
+            )
         if image.mode == "F" or image.mode == "I" and self.codec != "ppm":
             raise VideoError(
                 f"Cannot read {str(self.path)!r}: its pixels are numbers of which none is white, expected 16 bits."
@@ -307,9 +311,9 @@ def _find_format(path: Path, must_be_there: bool = False) -> str | None:
     }
     for name, signature in signatures.items():
         if re.match(signature, head, re.DOTALL):
-            return name
-    if head[4:8] == b"ftyp" and _is_plain_avif(path, head):
-        return "avif"
+            return None if name == "png" and _is_high_dynamic_range(path, rb"\0\0\0\x04cICP.(.)") else name
+    if head[4:8] == b"ftyp":
+        return _find_heif(path, head)
     suffix = path.suffix.lower()
     if suffix == ".pcx" and re.match(rb"\x0a[\x00-\x05]\x01", head):
         return "pcx"
@@ -319,17 +323,31 @@ def _find_format(path: Path, must_be_there: bool = False) -> str | None:
     return None
 
 
-def _is_plain_avif(path: Path, head: bytes) -> bool:
-    """Tell AVIF from other files of this kind (HEIC, MP4), and from high dynamic range, which FFmpeg has to read."""
+def _find_heif(path: Path, head: bytes) -> str | None:
+    """Tell AVIF and HEIF pictures from other files of this kind."""
     length = int.from_bytes(head[:4], "big")
     brands = {head[8:12], *(head[start : start + 4] for start in range(16, min(length, len(head)) - 3, 4))}
     if not brands & {b"avif", b"avis"}:
-        return False
+        # FFmpeg would take the first of the tiles of which these consist for the picture.
+        return "heif" if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1") else None
+    return None if _is_high_dynamic_range(path, rb"colrnclx..\0(.)") else "avif"
+
+
+def _is_high_dynamic_range(path: Path, mark: bytes) -> bool:
+    """Tell pictures that FFmpeg has to read, as they are mapped like videos, by the number after a mark: PQ or HLG."""
     with path.open("rb") as file:
-        start = file.read(1 << 16)
-    return not any(
-        start[match.end() + 2 : match.end() + 4] in (b"\0\x10", b"\0\x12") for match in re.finditer(b"colrnclx", start)
-    )
+        return bool({b"\x10", b"\x12"} & set(re.findall(mark, file.read(1 << 16), re.DOTALL)))
+
+
+def _import_reader(path: Path, codec: str) -> Any:
+    module, _, name = _READERS[codec].rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise VideoError(
+            f"Cannot read {str(path)!r}: pictures of this kind need pillow-heif: "
+            'pip install "diffusers-leanvae[heif]".'
+        ) from error
 
 
 def _stored_size(path: Path, codec: str) -> tuple[int, int]:
@@ -584,17 +602,15 @@ def _read_wide(image: Image.Image, again: Image.Image) -> np.ndarray | None:
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert grey, RGB, CMYK or LAB pixels to RGB in sRGB, by the profile where it is for such pixels."""
+    if image.mode != "LAB" and (not profile or _is_srgb(profile, image.mode)):
+        return image if image.mode == "RGB" else image.convert("RGB")
     from PIL import Image, ImageCms
 
-    transform = None
     if image.mode == "LAB":
-        transform = _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB")
-    elif profile and not _is_srgb(profile, image.mode):
-        transform = _transform(ImageCms.ImageCmsProfile(BytesIO(profile)), image.mode)
-    if transform is None:
-        return image.convert("RGB")
-    converted = Image.new("RGB", image.size)
-    return transform.apply(image, converted)
+        opened = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    else:
+        opened = ImageCms.ImageCmsProfile(BytesIO(profile or b""))
+    return _transform(opened, image.mode).apply(image, Image.new("RGB", image.size))
 
 
 def _transform(profile: Any, mode: str) -> Any:
