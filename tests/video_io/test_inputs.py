@@ -323,7 +323,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append((self.path, dict(self.headers)))
         path = self.path.split("?")[0]
-        if path.startswith("/clip") or "%20" in path:
+        if path == "/clip.png":
+            self.begin(200, Content_Length="14")
+            self.wfile.write(b"\x89PNG\r\n\x1a\nbroken")
+        elif path.startswith("/clip") or "%20" in path:
             self.begin(200, Content_Length=str(len(CONTENT)), Content_Type="video/mp4")
             self.wfile.write(CONTENT)
         elif path in REDIRECTIONS:
@@ -453,6 +456,11 @@ class TestWeb:
         for address in ("http://127.0.0.1:port/a.mp4", "http://[::1/a.mp4", "http://a\x00b/a.mp4"):
             with pytest.raises(VideoError, match="^Cannot read 'http"), local_file(address):
                 pass
+
+    def test_messages_name_the_address(self, server: Server):
+        for place in ("/clip.png", "/clip.mp4"):  # a damaged picture, and nothing at all
+            with pytest.raises(VideoError, match=f"^Cannot read '{server.url}{place}'"):
+                read_video(server.url + place)
 
     def test_no_video_makes_ffmpeg_open_the_network(self, tmp_path: Path, server: Server):
         playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{server.url}/clip.ts\n#EXT-X-ENDLIST\n"

@@ -280,7 +280,9 @@ class VideoReader:
             with named_errors(self._name):
                 files = self._find_images(source)
                 if files is not None:
-                    self._images = self._files.enter_context(ImageFrames(files, background=background))
+                    self._images = self._files.enter_context(
+                        ImageFrames(files, background=background, name=self._name)
+                    )
                     self.info = _describe_images(self._name, self._images)
                 else:
                     self._open_video()

@@ -94,6 +94,7 @@ class ImageFrames:
         files: One file, or the pictures of a sequence in order.
         background: Colour that shows where a picture is transparent, RGB in `[0, 255]`.
         fps: Frame rate of a sequence.
+        name: What messages call a single file; its path by default.
 
     Attributes:
         width: Pixels as displayed, after rotation.
@@ -116,6 +117,7 @@ class ImageFrames:
         files: PathLike | Sequence[PathLike],
         background: tuple[int, int, int] = (255, 255, 255),
         fps: Fraction = Fraction(25),
+        name: str | None = None,
     ) -> None:
         if isinstance(files, str | os.PathLike):
             self._files, is_sequence = [Path(files)], False
@@ -126,7 +128,8 @@ class ImageFrames:
         if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
             raise VideoError(f"`background` must be three whole numbers from 0 to 255, got {background!r}.")
         self._background = background
-        self._picture: _Picture | None = _Picture(self._files[0])
+        self._name = str(self._files[0]) if name is None or is_sequence else name
+        self._picture: _Picture | None = _Picture(self._files[0], self._name)
         first = self._picture
         self.width, self.height = first.width, first.height
         self.codec, self.pixel_format = first.codec, first.pixel_format
@@ -170,14 +173,14 @@ class ImageFrames:
 
         for number in range(index, self.num_frames):
             if self._picture is None:
-                raise VideoError(f"Cannot read {str(self._files[0])!r}: the reader is closed.")
+                raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
             yield torch.from_numpy(self._read(number))
 
     def _read(self, number: int) -> np.ndarray:
         if len(self._files) == 1 or number == 0:
             assert self._picture is not None
             return self._picture.read(number, self._background)
-        with _Picture(self._files[number]) as picture:
+        with _Picture(self._files[number], str(self._files[number])) as picture:
             if (picture.width, picture.height) != (self.width, self.height):
                 raise VideoError(
                     f"Cannot read {str(self._files[number])!r}: it has {picture.width}x{picture.height} pixels, "
@@ -189,25 +192,26 @@ class ImageFrames:
 class _Picture:
     """One file that is open: its header, and its frames when they are asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self.path = path
-        with _named_errors(path):
+        self.name = name
+        with _named_errors(name):
             codec = _find_format(path, must_be_there=True)
             if codec is None:
-                raise VideoError(f"Cannot read {str(path)!r}: it is no picture of a known format.")
+                raise VideoError(f"Cannot read {name!r}: it is no picture of a known format.")
             self.codec = codec
             self.delays: list[Fraction] = []  # of an animation
             exif = None
             self._first = 0  # Pillow's number of the first frame
-            _check_size(path, _stored_size(path, codec))
+            _check_size(name, _stored_size(path, codec))
             if codec == "png":
                 self.delays, exif, is_apart = _walk_png(path)
                 self._first = int(is_apart)
-            self._reader = _import_reader(path, codec)
+            self._reader = _import_reader(name, codec)
             self._file: IO[bytes] = path.open("rb")
             try:
                 self._image: Image.Image = self._reader(self._file)
-                _check_size(path, self._image.size)
+                _check_size(name, self._image.size)
                 if exif is not None:
                     self._image.info["exif"] = exif
                 self._describe()
@@ -243,12 +247,10 @@ class _Picture:
             if getattr(image, "tag_v2", {}).get(262) == 0:  # the tag that says whether zero is white
                 self.white = -self.white
         if image.info.get("nclx_profile", {}).get("transfer_characteristics") in (16, 18):  # of HEIF
-            raise VideoError(
-                f"Cannot read {str(self.path)!r}: pictures of high dynamic range in HEIF are not supported."
-            )
+            raise VideoError(f"Cannot read {self.name!r}: pictures of high dynamic range in HEIF are not supported.")
         if image.mode == "F" or image.mode == "I" and self.codec != "ppm":
             raise VideoError(
-                f"Cannot read {str(self.path)!r}: its pixels are numbers of which none is white, expected 16 bits."
+                f"Cannot read {self.name!r}: its pixels are numbers of which none is white, expected 16 bits."
             )
         if _swapped_mode(image) is not None:
             name = {"RGB": "rgb48", "RGBX": "rgb48", "LA": "ya16", "RGBA": "rgba64"}[raw_mode.split(";")[0]]
@@ -267,7 +269,7 @@ class _Picture:
         """Read a frame, `(height, width, 3)`."""
         import numpy as np
 
-        with _named_errors(self.path):
+        with _named_errors(self.name):
             image = self._image
             wide: np.ndarray | None = None
             if len(self.delays) > 1:
@@ -339,14 +341,13 @@ def _is_high_dynamic_range(path: Path, mark: bytes) -> bool:
         return bool({b"\x10", b"\x12"} & set(re.findall(mark, file.read(1 << 16), re.DOTALL)))
 
 
-def _import_reader(path: Path, codec: str) -> Any:
-    module, _, name = _READERS[codec].rpartition(".")
+def _import_reader(name: str, codec: str) -> Any:
+    module, _, reader = _READERS[codec].rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), reader)
     except ImportError as error:
         raise VideoError(
-            f"Cannot read {str(path)!r}: pictures of this kind need pillow-heif: "
-            'pip install "diffusers-leanvae[heif]".'
+            f'Cannot read {name!r}: pictures of this kind need pillow-heif: pip install "diffusers-leanvae[heif]".'
         ) from error
 
 
@@ -364,10 +365,10 @@ def _stored_size(path: Path, codec: str) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(name: str, size: tuple[int, int]) -> None:
     if size[0] * size[1] > MAX_PIXELS:
         raise VideoError(
-            f"Cannot read {str(path)!r}: its header claims {size[0]}x{size[1]} pixels, expected at most {MAX_PIXELS}."
+            f"Cannot read {name!r}: its header claims {size[0]}x{size[1]} pixels, expected at most {MAX_PIXELS}."
         )
 
 
@@ -383,7 +384,7 @@ def _orientation(image: Image.Image, codec: str) -> int:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(name: str) -> Iterator[None]:
     """Turn all that goes wrong into a `VideoError` that names the file."""
     try:
         with warnings.catch_warnings():
@@ -393,14 +394,14 @@ def _named_errors(path: Path) -> Iterator[None]:
     except VideoError:
         raise
     except FileNotFoundError as error:
-        raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.") from error
+        raise VideoError(f"Cannot read {name!r}: the file does not exist.") from error
     except (PermissionError, IsADirectoryError) as error:
-        raise VideoError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+        raise VideoError(f"Cannot read {name!r}: {error.strerror}.") from error
     except MemoryError as error:
-        raise VideoError(f"Cannot read {str(path)!r}: there is not enough memory for its pixels.") from error
+        raise VideoError(f"Cannot read {name!r}: there is not enough memory for its pixels.") from error
     except Exception as error:  # damaged files lead Pillow to errors of every kind
         reason = re.sub(r"\s+", " ", str(error)).rstrip(". ") or type(error).__name__
-        raise VideoError(f"Cannot read {str(path)!r}: the picture is damaged or truncated ({reason}).") from error
+        raise VideoError(f"Cannot read {name!r}: the picture is damaged or truncated ({reason}).") from error
 
 
 # --- Delays ----------------------------------------------------------------------------------------------------------
