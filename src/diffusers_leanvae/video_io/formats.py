@@ -73,13 +73,13 @@ _YUV_10 = ("yuv420p10le", "yuv444p10le", "yuv422p10le")
 _YUV_12 = ("yuv420p12le", "yuv444p12le", "yuv422p12le")
 
 CODECS: dict[str, Codec] = {
-    "libx264": Codec((*_YUV_8, *_YUV_10, "gray", "rgb24"), crf=16, max_crf=51),
-    "libx265": Codec((*_YUV_8, *_YUV_10, *_YUV_12, "gray", "gbrp"), crf=16, max_crf=51),
+    "libx264": Codec((*_YUV_8, *_YUV_10, "rgb24"), crf=16, max_crf=51),
+    "libx265": Codec((*_YUV_8, *_YUV_10, *_YUV_12, "gbrp"), crf=16, max_crf=51),
     "libvpx-vp9": Codec((*_YUV_8, "gbrp"), crf=16, max_crf=63),
     "libsvtav1": Codec(("yuv420p", "yuv420p10le"), crf=18, max_crf=63),
-    "ffv1": Codec(("bgr0", *_YUV_8, *_YUV_10, *_YUV_12, "gbrp10le", "gbrp12le", "gray", "gray16le")),
+    "ffv1": Codec(("bgr0", *_YUV_8, *_YUV_10, *_YUV_12, "gbrp10le", "gbrp12le")),
     "prores_ks": Codec(("yuv422p10le", "yuv444p10le")),
-    "rawvideo": Codec((*_YUV_8, "gray")),
+    "rawvideo": Codec(_YUV_8),
     "gif": Codec(("pal8",)),
     "apng": Codec(("rgb24",)),
     "libwebp": Codec(("bgra",), crf=0, max_crf=100),

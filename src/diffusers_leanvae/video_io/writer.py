@@ -1,5 +1,6 @@
 """uint8 RGB tensors `(num_frames, height, width, 3)` -> video and image files, with the sound of another file."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
 from .containers import PathLike, VideoError
-from .formats import CODECS, PRESETS, check_output, find_output, is_rgb
+from .formats import CODECS, PRESETS, check_output, find_output, is_rgb, is_subsampled
+from .matroska import ROOM, set_pixel_aspect_ratio
 from .sound import Accompaniment
 
 
@@ -126,6 +128,7 @@ class VideoWriter:
         self._timing: _Timing | None = None
         self._ended = Fraction(0)  # seconds, of the frames so far
         self._sound: Accompaniment | None = None
+        self._last_packet: Packet | None = None  # held back at a variable rate
         self._closed = False
         self._is_broken = False  # a pipe whose reader went away
         if audio_from is not None and not self._is_image:
@@ -204,10 +207,13 @@ class VideoWriter:
                 self._graph.vpush(None)
                 self._encode_waiting()
                 self._store(self._encoder.encode(None))
+                self._store_last()
                 if self._sound is not None and self._container is not None:
                     for packet in self._sound.rest(self._ended, 1 / self._fps):
                         self._container.mux(packet)
                 self._resources.close()
+                if self._aspect != 1 and self._has_display_size and self._partial is not None:
+                    set_pixel_aspect_ratio(self._partial, self._aspect)
                 self._commit()
             self._closed = True
             self._warn()
@@ -243,6 +249,12 @@ class VideoWriter:
         except (FFmpegError, OSError) as error:
             raise VideoError(f"Cannot write {str(self.path)!r}: {error}.") from error
 
+    @property
+    def _has_display_size(self) -> bool:
+        """Whether the pixel aspect ratio is written by a display size, afterwards."""
+        held = self._output.container
+        return self._output.kind == "file" and held is not None and held.muxer in ("matroska", "webm")
+
     def _hidden_path(self) -> Path:
         """Return where to write until all is there, after removing what killed processes left."""
         path = self.path
@@ -265,6 +277,11 @@ class VideoWriter:
         output = self._output
         kind = CODECS[output.codec]
         pixel_format = output.pixel_format or kind.pixel_format(height, width)
+        if output.codec == "libx265" and any(side < 48 and side % 16 for side in (height, width)):
+            # x265 writes beyond its memory there (seen with 33x47 and 34x48).
+            raise VideoError(f"`codec` libx265 needs a height and width of at least 48, got {height} and {width}.")
+        if is_subsampled(pixel_format) and ((width % 2) or (height % 2 and "420" in pixel_format)):
+            raise VideoError(f"`pixel_format` {pixel_format} needs even sizes, got height {height} and width {width}.")
         held = output.container
         if held is None:
             encoder = av.CodecContext.create(output.codec, "w")
@@ -294,6 +311,8 @@ class VideoWriter:
             encoder.time_base = self._timing.time_base
         if self._aspect != 1:
             context.sample_aspect_ratio = self._aspect
+            if self._has_display_size:
+                encoder.metadata["title"] = ROOM
         # JPEG is BT.601, full range, by definition. Y4M has no tag, so it gets what programs take for granted.
         is_full = output.codec == "mjpeg"
         is_601 = is_full or (output.codec == "rawvideo" and height < 720 and width < 1280)
@@ -304,12 +323,17 @@ class VideoWriter:
             if not self._is_image and not is_601:
                 context.color_primaries = context.color_trc = 1  # BT.709
             nodes = [("scale", _SCALE.format(matrix, "pc" if is_full else "tv"))]
+            if not is_601:
+                nodes.append(("setparams", "colorspace=bt709:color_primaries=bt709:color_trc=bt709"))  # for ProRes
         self._graph = _build_graph(height, width, pixel_format, nodes, self._timing.time_base)
         self._encoder, self._size = encoder, (height, width)
         if self._sound is not None and self._container is not None and held is not None:
             self._sound.attach(self._container, held)
             self._timing.lead = ceil(self._sound.lead / self._timing.time_base)
             self._sound.delay = self._timing.lead * self._timing.time_base
+        if output.codec == "libsvtav1":
+            with _quiet_svt():
+                context.open()
 
     def _codec_options(self, pixel_format: str) -> dict[str, str]:
         codec, crf = self._output.codec, self._output.crf
@@ -325,7 +349,11 @@ class VideoWriter:
         if codec == "libvpx-vp9":
             return {"crf": f"{crf:g}", "b": "0", "row-mt": "1"}
         if codec == "libsvtav1":
-            return {"crf": f"{crf:g}", "preset": f"{PRESETS[self._preset]}"}
+            preset = f"{PRESETS[self._preset]}"
+            return {
+                "preset": preset,
+                "svtav1-params": f"crf={crf:g}",
+            }  # as option of its own, 0 would mean the default
         if codec == "prores_ks":
             return {"profile": "4444" if pixel_format.startswith("yuv444") else "hq", "vendor": "apl0"}
         if codec == "mjpeg":
@@ -368,12 +396,28 @@ class VideoWriter:
             if self._container is None:
                 self._num_images += 1
                 self._image_file(self._num_images).write_bytes(bytes(packet))
-                continue
-            time = Fraction(packet.dts or 0) * packet.time_base
-            self._container.mux(packet)
-            if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
-                for other in self._sound.packets_before(time):
-                    self._container.mux(other)
+            elif self._timing is not None and self._timing.is_variable:
+                self._last_packet, packet = packet, self._last_packet
+                self._mux(packet)
+            else:
+                self._mux(packet)
+
+    def _mux(self, packet: Packet | None) -> None:
+        if packet is None or self._container is None:
+            return
+        time = Fraction(packet.dts or 0) * packet.time_base
+        self._container.mux(packet)
+        if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
+            for other in self._sound.packets_before(time):
+                self._container.mux(other)
+
+    def _store_last(self) -> None:
+        """Store the packet held back so that the video, whose length is counted by decoding times, ends in time."""
+        packet = self._last_packet
+        if packet is not None and packet.pts is not None and self._timing is not None:
+            packet.dts = packet.pts
+            packet.duration = self._timing.end_tick - packet.pts
+        self._mux(packet)
 
     def _image_file(self, number: int) -> Path:
         assert self._partial is not None
@@ -404,6 +448,7 @@ class _Timing:
         lead: Ticks before the first frame.
         num_left_out: Frames that were left out since they came too soon for the format.
         ended: Seconds from the first frame to the end of the last one.
+        end_tick: Tick at which the last frame ends, once it is known.
     """
 
     def __init__(self, fps: Fraction, time_base: Fraction, mode: str, min_ticks: int = 1) -> None:
@@ -411,10 +456,16 @@ class _Timing:
         self.lead = 0
         self.num_left_out = 0
         self.ended = Fraction(0)
+        self.end_tick = 0
         self._fps, self._mode, self._min_ticks = fps, mode, min_ticks
         self._count = 0
         self._last_time = Fraction(0)
         self._held: tuple[int, VideoFrame] | None = None  # with its tick
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether packets say how long a frame lasts."""
+        return self._mode == "variable"
 
     @classmethod
     def choose(cls, fps: Fraction, muxer: str | None, has_times: bool) -> Self:
@@ -471,6 +522,7 @@ class _Timing:
         last = max(round(end / self.time_base), tick + self._min_ticks)
         if self._mode == "repeated":
             return self._repeated(last)
+        self.end_tick = last + self.lead
         return [(tick + self.lead, frame, last - tick)]
 
     def _repeated(self, until: int) -> list[tuple[int, VideoFrame, int | None]]:
@@ -498,9 +550,21 @@ def _build_graph(
         used.link_to(sink)
         graph.configure()
         return graph
-    convert = [graph.add(name, arguments) for name, arguments in nodes]
-    graph.link_nodes(source, *convert, graph.add("format", pixel_format), sink).configure()
+    nodes = [("format", pixel_format)] if not nodes else [nodes[0], ("format", pixel_format), *nodes[1:]]
+    graph.link_nodes(source, *[graph.add(name, arguments) for name, arguments in nodes], sink).configure()
     return graph
+
+
+@contextmanager
+def _quiet_svt() -> Iterator[None]:
+    """Keep SVT-AV1 from writing its settings to the standard error output."""
+    former = os.environ.get("SVT_LOG")
+    os.environ["SVT_LOG"] = former or "1"  # errors only
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["SVT_LOG"]
 
 
 def _encoder_name(codec: str, pixel_format: str) -> str:
