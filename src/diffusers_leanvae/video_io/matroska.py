@@ -2,7 +2,6 @@
 
 import zlib
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 
 
@@ -50,13 +49,13 @@ def _rebuilt(track: bytes, aspect: Fraction) -> bytes:
 
 
 def _display_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
-    """Return a width and height in square pixels, not smaller; of just that ratio if it takes a tenth more at most."""
+    """Return a width and height in square pixels, of just that ratio where it is near the size of the picture."""
+    shown = (Fraction(width), height / aspect) if aspect < 1 else (width * aspect, Fraction(height))
     shape = width * aspect / height
-    smallest = (width, height / aspect) if aspect < 1 else (width * aspect, height)
-    scale = ceil(Fraction(smallest[1]) / shape.denominator)
-    if scale * shape.denominator <= smallest[1] * Fraction(11, 10):
+    scale = round(shown[1] / shape.denominator)
+    if abs(scale * shape.denominator - shown[1]) <= shown[1] / 8:
         return scale * shape.numerator, scale * shape.denominator
-    return round(smallest[0]), round(smallest[1])
+    return round(shown[0]), round(shown[1])
 
 
 def _elements(content: bytes) -> list[tuple[bytes, bytes]]:

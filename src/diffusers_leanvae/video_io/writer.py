@@ -311,7 +311,7 @@ class VideoWriter:
             encoder.time_base = self._timing.time_base
         if self._aspect != 1:
             context.sample_aspect_ratio = self._aspect
-            if self._has_display_size:
+            if self._has_display_size and isinstance(encoder, VideoStream):
                 encoder.metadata["title"] = ROOM
         # JPEG is BT.601, full range, by definition. Y4M has no tag, so it gets what programs take for granted.
         is_full = output.codec == "mjpeg"
