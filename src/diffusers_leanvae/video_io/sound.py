@@ -42,6 +42,8 @@ _MIN_LEAD = Fraction(1, 10)
 _MAX_DRIFT = Fraction(15, 1000)
 # Sound that a decoder needs before the first that is heard; an edit list hides it.
 _PREROLL = Fraction(5, 100)
+# Sound before a cut that is decoded all the same, since a decoder remembers some.
+_WARM_UP = 1
 # Silence between two pieces of sound after the last frame that still belongs to the file.
 _MAX_TAIL_GAP = 10
 
@@ -170,12 +172,13 @@ class Accompaniment:
             if held.sound_encoder is None or stream.codec_context is None:
                 self._left_out[f"sound track ({codec})"] += 1
                 return None
-            is_pcm = codec.startswith("pcm_")
-            if held.holds_sound(codec) and not is_pcm:
+            # What is without loss can be cut at the sample, whatever the size of its packets.
+            is_exact = codec.startswith("pcm_") or (codec == "flac" and self.is_cut)
+            if held.holds_sound(codec) and not is_exact:
                 target = output.add_stream_from_template(stream)
                 track = _CopiedTrack(self, target, hides_preroll=held.muxer in ("mp4", "mov"))
-            else:  # PCM becomes the same PCM, cut at the sample
-                encoder = codec if is_pcm and held.holds_sound(codec) else held.sound_encoder
+            else:
+                encoder = codec if is_exact and held.holds_sound(codec) else held.sound_encoder
                 sound = _add_encoder(output, encoder, stream)
                 target, track = sound, _EncodedTrack(self, stream, sound)
                 if encoder != codec:
@@ -362,6 +365,9 @@ class _EncodedTrack:
         self._written: int | None = None  # after the last sample encoded
 
     def push(self, packet: Packet) -> Iterator[Packet]:
+        time = self._source.time_of(packet)
+        if self._source.is_cut and time is not None and time < -_WARM_UP:
+            return
         try:
             frames = cast("list[AudioFrame]", packet.decode())
         except FFmpegError:
@@ -398,13 +404,9 @@ class _EncodedTrack:
         assert self._form is not None
         rate = self._form.rate
         first = round(time * rate)
-        if self._position is None:
-            self._position = min(first, round(-self._source.lead * rate))
-            floor = round(-self._source.lead * rate)
-        else:
-            floor = self._position
-            if abs(first - floor) <= _MAX_DRIFT * rate:
-                first = floor
+        floor = round(-self._source.lead * rate) if self._position is None else self._position
+        if self._position is not None and abs(first - floor) <= _MAX_DRIFT * rate:
+            first = floor
         for frame in frames:
             samples = self._form.samples(frame)
             skipped = min(max(floor - first, 0), samples.shape[1])
