@@ -7,6 +7,7 @@ any work is done.
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -160,7 +161,7 @@ PRESETS: dict[str, int] = {
     "veryslow": 2,
 }
 
-_NUMBER = re.compile(r"%(0?)(\d*)d")
+_NUMBER = re.compile(r"%(0?[1-9]\d?)?d")
 _MAX_NAME_BYTES = 255
 
 
@@ -189,29 +190,35 @@ class Output:
 
     def image_path(self, number: int) -> Path:
         """Return the file of image `number` of a sequence."""
-        if self.path.suffix.lower() != self.suffix:
+        if self.is_folder:
             return self.path / f"{number:06d}{self.suffix}"
-        zero, width = _NUMBER.findall(self.path.name)[0]
-        return self.path.with_name(_NUMBER.sub(lambda _: f"{number:{zero}{width}d}", self.path.name))
+        return self.path.with_name(_numbered(self.path.name, lambda match: f"{number:{match[1] or ''}d}"))
 
     def existing_images(self) -> dict[int, Path]:
         """Return the images of a sequence that exist, by number."""
-        folder = self.image_path(1).parent
-        if not folder.is_dir():
-            return {}
-        before, after = self.image_path(1).name, ""
-        if self.path.suffix.lower() == self.suffix:
-            before, after = _NUMBER.split(self.path.name)[0], _NUMBER.split(self.path.name)[3]
-        else:
-            before, after = "", self.suffix
+        folder = self.path if self.is_folder else self.path.parent
+        name = f"\0{self.suffix}" if self.is_folder else _numbered(self.path.name, lambda _: "\0")
+        pattern = re.compile("([0-9]+)".join(map(re.escape, name.split("\0"))))
         found = {}
-        for file in folder.iterdir():
-            name = file.name
-            number = name[len(before) : len(name) - len(after)]
-            if name.startswith(before) and name.endswith(after) and number.isascii() and number.isdigit():
-                if self.image_path(int(number)).name == name:
-                    found[int(number)] = file
+        for file in folder.iterdir() if folder.is_dir() else ():
+            match = pattern.fullmatch(file.name)
+            if match and self.image_path(int(match[1])).name == file.name:
+                found[int(match[1])] = file
         return found
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a sequence is named by its folder and not by a pattern."""
+        return not _is_pattern(self.path.name)
+
+
+def _numbered(name: str, number: Callable[[re.Match[str]], str]) -> str:
+    """Put a number into a pattern, where `%%` stands for a percent sign."""
+    return "%".join(_NUMBER.sub(number, piece) for piece in name.split("%%"))
+
+
+def _is_pattern(name: str) -> bool:
+    return sum(len(_NUMBER.findall(piece)) for piece in name.split("%%")) == 1
 
 
 def is_rgb(pixel_format: str) -> bool:
@@ -228,7 +235,7 @@ def is_sequence(path: PathLike) -> bool:
     """Tell whether an output is a sequence of images: a pattern such as `f_%04d.png`, or a folder."""
     path = os.fspath(path)
     suffix = Path(path).suffix.lower()
-    if len(_NUMBER.findall(Path(path).name)) == 1 and suffix in IMAGES:
+    if _is_pattern(Path(path).name) and suffix in IMAGES:
         return True
     return path.endswith(("/", os.sep)) or (suffix not in {*CONTAINERS, *IMAGES} and Path(path).is_dir())
 

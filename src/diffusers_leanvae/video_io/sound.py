@@ -34,6 +34,7 @@ from av.video.stream import VideoStream
 from ..atomic import replace_file
 from .containers import PathLike, VideoError, named_errors, open_input
 from .formats import CONTAINERS, Container
+from .inputs import local_file
 
 
 # Sound that begins earlier before the first frame than this is kept, and the picture begins later for it.
@@ -73,6 +74,8 @@ _FILE_KEYS = re.compile(
     r"|bps(-\w+)?|number_of_(frames|bytes)(-\w+)?|_statistics_.*",
     re.IGNORECASE,
 )
+# QuickTime files name some languages by their other code.
+_MACINTOSH_LANGUAGES = {"deu": "ger", "nld": "dut", "zho": "chi", "ell": "gre", "isl": "ice"}
 _DEFAULT_NAMES = {"SoundHandler", "SubtitleHandler", "VideoHandler", "Core Media Audio", ""}
 # All that FFmpeg writes into a QuickTime file in places where players look.
 _QUICKTIME_KEYS = frozenset(
@@ -103,8 +106,8 @@ class Accompaniment:
 
     Attributes:
         lead: Seconds of sound before that frame that are to be kept; 0 after a cut.
-        delay: Seconds from the start of the output to that frame, `lead` or somewhat more; set it before the first
-            packet.
+        delay: Seconds from the start of the output to that frame, `lead` or somewhat more.
+        overhangs: Whether subtitles or chapters go on after the end; known after `rest`.
     """
 
     def __init__(self, container: InputContainer, path: PathLike, start: Fraction) -> None:
@@ -119,6 +122,7 @@ class Accompaniment:
             times = [_start_time(stream) for stream in self._sounds]
             lead = max((self.zero - time for time in times if time is not None), default=Fraction(0))
             self.lead = lead if lead >= _MIN_LEAD else Fraction(0)
+        self.overhangs = False
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Packet] = iter(())
         self._waiting: deque[Packet] = deque()
@@ -130,9 +134,9 @@ class Accompaniment:
     @classmethod
     @contextmanager
     def open(cls, path: PathLike, start: Fraction) -> Iterator[Self]:
-        """Open a file; `start` is the time after its first frame that becomes 0."""
-        with open_input(path) as container:
-            yield cls(container, path, start)
+        """Open a file, or whatever `local_file` takes; `start` is the time after its first frame that becomes 0."""
+        with local_file(path) as file, open_input(file) as container:
+            yield cls(container, file, start)
 
     @property
     def is_cut(self) -> bool:
@@ -161,8 +165,12 @@ class Accompaniment:
         if self._tracks:
             self._packets = self._demux(used)
         self._copy_metadata(output, held)
+
+    def begin(self, output: OutputContainer, held: Container, delay: Fraction) -> None:
+        """Say where the first frame is in the output; comes after `attach` and before the first packet."""
+        self.delay = delay
         if held.sound_encoder is not None:
-            output.set_chapters(self._chapters(None))
+            self._set_chapters(output)
 
     def _add_track(self, stream: Stream, output: OutputContainer, held: Container) -> _Track | None:
         codec = _codec_name(stream)
@@ -186,13 +194,13 @@ class Accompaniment:
         elif isinstance(stream, SubtitleStream):
             if codec in held.subtitles:
                 target = output.add_stream_from_template(stream)
-                track = _CopiedTrack(self, target, hides_preroll=False)
+                track = _SubtitleTrack(self, target)
             elif held.subtitle_encoder is not None and codec in _TEXT_CODECS:
                 text = output.add_stream(held.subtitle_encoder)
                 assert isinstance(text, SubtitleStream)
                 text.codec_context.subtitle_header = stream.codec_context.subtitle_header or _ASS_HEADER
                 text.time_base = Fraction(1, 1000)
-                target, track = text, _TextTrack(self, stream, text)
+                target, track = text, _SubtitleTrack(self, text, stream)
             else:
                 self._left_out[f"subtitle track ({codec})"] += 1
         elif stream.type == "attachment" and held.muxer == "matroska":
@@ -218,26 +226,21 @@ class Accompaniment:
             self._left_out[f"metadata ({', '.join(lost)})"] += 1
         output.metadata.update({key: value for key, value in metadata.items() if key not in lost})
 
-    def _chapters(self, end: Fraction | None) -> list[Any]:
-        """Return the chapters after `zero`, in milliseconds of the output."""
-        chapters: list[Any] = []
+    def _chapter_times(self) -> Iterator[tuple[Fraction, Fraction, dict[str, str]]]:
+        """Yield begin and end, in seconds after `zero`, and metadata of the chapters that end after it."""
         for chapter in self._container.chapters():
             unit = chapter["time_base"] or Fraction(1, 1000)
-            begin, stop = (chapter[key] * unit - self.zero for key in ("start", "end"))
-            if stop <= 0 or (end is not None and begin >= end):
-                continue
-            stop = stop if end is None else min(stop, end)
-            begin, stop = (round((max(time, Fraction(0)) + self.delay) * 1000) for time in (begin, stop))
-            chapters.append(
-                {
-                    "id": len(chapters) + 1,
-                    "start": begin,
-                    "end": stop,
-                    "time_base": Fraction(1, 1000),
-                    "metadata": chapter["metadata"],
-                }
-            )
-        return chapters
+            begin, end = chapter["start"] * unit - self.zero, chapter["end"] * unit - self.zero
+            if end > 0:
+                yield max(begin, Fraction(0)), end, chapter["metadata"]
+
+    def _set_chapters(self, output: OutputContainer) -> None:
+        chapters: list[Any] = []
+        for number, (begin, end, metadata) in enumerate(self._chapter_times(), 1):
+            start, stop = (round((time + self.delay) * 1000) for time in (begin, end))
+            times = {"id": number, "start": start, "end": stop, "time_base": Fraction(1, 1000)}
+            chapters.append(times | {"metadata": metadata})
+        output.set_chapters(chapters)
 
     def _demux(self, streams: list[Stream]) -> Iterator[Packet]:
         try:
@@ -277,6 +280,10 @@ class Accompaniment:
         """
         yield from self.packets_before(end + self.delay)
         is_whole = self._video is not None and self._is_at_end(end - frame_duration / 2)
+        if not is_whole:
+            last_chapter = max((stop for _, stop, _ in self._chapter_times()), default=Fraction(0))
+            shown = [track.shown_until for track in self._tracks.values() if isinstance(track, _SubtitleTrack)]
+            self.overhangs = max([last_chapter, *shown]) > end + Fraction(1, 1000)
         if is_whole:
             for packet in self._waiting:
                 yield from self._tracks[packet.stream_index].push(packet)
@@ -471,31 +478,35 @@ class _Form(NamedTuple):
         return frame
 
 
-class _TextTrack:
-    """Subtitles of text that are decoded and encoded as another kind of text."""
+class _SubtitleTrack:
+    """Subtitles, as they are or, with `decoder`, as another kind of text.
 
-    def __init__(self, source: Accompaniment, stream: SubtitleStream, target: SubtitleStream) -> None:
-        self._source, self._stream, self._target = source, stream, target
+    Attributes:
+        shown_until: Seconds after `zero` to the end of the last one.
+    """
+
+    def __init__(self, source: Accompaniment, target: Stream, decoder: SubtitleStream | None = None) -> None:
+        self._source, self._target, self._decoder = source, target, decoder
+        self.shown_until = Fraction(0)
 
     def push(self, packet: Packet) -> Iterator[Packet]:
         time = self._source.time_of(packet)
         duration = Fraction(packet.duration or 0) * packet.time_base
-        if time is None or time + duration <= 0:
+        if time is None or (time < 0 and time + duration <= 0):
             return
-        try:
-            subtitle = self._stream.decode2(packet)
-        except FFmpegError:
-            return
-        rects: Any = () if subtitle is None else subtitle.rects
-        texts = [rect.ass for rect in rects if hasattr(rect, "ass")]
         begin = max(time, Fraction(0))
-        shown = round((time + duration - begin) * 1000)  # milliseconds
-        for text in texts[:1]:
-            coded: Packet = self._target.codec_context.encode_subtitle(SubtitleSet.create(text, 0, shown))
-            coded.pts = coded.dts = round((begin + self._source.delay) * 1000)
-            coded.duration, coded.time_base = shown, Fraction(1, 1000)
-            coded.stream = self._target
-            yield coded
+        shown = time + duration - begin
+        self.shown_until = max(self.shown_until, begin + shown)
+        if self._decoder is not None:
+            text = _as_text(packet, self._decoder, cast(SubtitleStream, self._target), shown)
+            if text is None:
+                return
+            packet = text
+            packet.time_base = Fraction(1, 1000)
+        packet.pts = packet.dts = round((begin + self._source.delay) / packet.time_base)
+        packet.duration = round(shown / packet.time_base)
+        packet.stream = self._target
+        yield packet
 
     def before(self, until: Fraction) -> Iterator[Packet]:
         del until
@@ -504,6 +515,53 @@ class _TextTrack:
     def finish(self, until: Fraction | None) -> Iterator[Packet]:
         del until
         yield from ()
+
+
+def _as_text(packet: Packet, decoder: SubtitleStream, encoder: SubtitleStream, shown: Fraction) -> Packet | None:
+    """Encode the text of a packet again; `None` where it holds none."""
+    try:
+        subtitle = decoder.decode2(packet)
+    except FFmpegError:
+        return None
+    rects: Any = () if subtitle is None else subtitle.rects
+    text = next((rect.ass for rect in rects if hasattr(rect, "ass")), None)
+    if not text:
+        return None
+    return encoder.codec_context.encode_subtitle(SubtitleSet.create(text, 0, round(shown * 1000)))
+
+
+def cut_end(path: Path, target: Path, held: Container, end: Fraction) -> None:
+    """Write a file once more with subtitles and chapters cut at `end` seconds, which was not known when they came."""
+    with open_input(path) as source, av.open(str(target.absolute()), "w", format=held.muxer) as output:
+        copies: dict[int, Stream] = {}
+        for stream in source.streams:
+            if stream.type not in ("video", "audio", "subtitle", "attachment"):
+                continue  # the track of chapters, which comes again by itself
+            copy = copies[stream.index] = output.add_stream_from_template(stream, opaque=True)
+            copy.metadata.update({key: value for key, value in stream.metadata.items() if key != "DURATION"})
+            copy.disposition = stream.disposition
+            if isinstance(stream, VideoStream) and isinstance(copy, VideoStream):
+                copy.codec_context.framerate = stream.average_rate or Fraction(25)
+                if stream.codec_context.name == "hevc" and held.muxer != "matroska":
+                    copy.codec_context.codec_tag = "hvc1"
+        output.metadata.update({key: value for key, value in source.metadata.items() if not _FILE_KEYS.fullmatch(key)})
+        chapters: list[Any] = []
+        for chapter in source.chapters():
+            unit = chapter["time_base"] or Fraction(1, 1000)
+            if chapter["start"] * unit < end:
+                chapters.append(chapter | {"end": min(chapter["end"], round(end / unit))})
+        output.set_chapters(chapters)
+        streams = [stream for stream in source.streams if stream.index in copies and stream.type != "attachment"]
+        for packet in source.demux(*streams):
+            if not packet.size:
+                continue
+            if packet.stream.type == "subtitle" and packet.pts is not None and packet.duration:
+                room = round(end / packet.time_base) - packet.pts
+                if room <= 0:
+                    continue
+                packet.duration = min(packet.duration, room)
+            packet.stream = copies[packet.stream_index]
+            output.mux(packet)
 
 
 def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fraction | None) -> bool:
@@ -535,7 +593,7 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
                 marker.width = marker.height = 16
                 marker.pix_fmt, marker.time_base = "gray", Fraction(1, 1000)
                 streams.attach(output, held)
-                streams.delay = Fraction(ceil(streams.lead * 1000), 1000)
+                streams.begin(output, held, Fraction(ceil(streams.lead * 1000), 1000))
                 frame = VideoFrame.from_ndarray(np.zeros((16, 16), np.uint8), format="gray")
                 frame.pts, frame.time_base = round(streams.delay * 1000), Fraction(1, 1000)
                 output.mux(marker.encode(frame))
@@ -625,6 +683,8 @@ def _copy_tags(stream: Stream, target: Stream, held: Container) -> None:
     if held.muxer in ("mp4", "mov"):
         if "title" in tags:
             tags.setdefault("handler_name", tags["title"])
+        if held.muxer == "mov" and tags.get("language") in _MACINTOSH_LANGUAGES:
+            tags["language"] = _MACINTOSH_LANGUAGES[tags["language"]]
     target.metadata.update(tags)
     target.disposition = stream.disposition
 

@@ -26,7 +26,7 @@ from ..atomic import commit, commit_files, partial_path, remove_stale_partials
 from .containers import PathLike, VideoError
 from .formats import CODECS, PRESETS, check_output, find_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
-from .sound import Accompaniment
+from .sound import Accompaniment, cut_end
 
 
 _COLORSPACES = {"bt709": 1, "bt601": 5}  # AVColorSpace
@@ -212,6 +212,8 @@ class VideoWriter:
                     for packet in self._sound.rest(self._ended, 1 / self._fps):
                         self._container.mux(packet)
                 self._resources.close()
+                if self._sound is not None and self._sound.overhangs:
+                    self._cut_end(self._sound.delay + self._ended)
                 if self._aspect != 1 and self._has_display_size and self._partial is not None:
                     set_pixel_aspect_ratio(self._partial, self._aspect)
                 self._commit()
@@ -330,7 +332,7 @@ class VideoWriter:
         if self._sound is not None and self._container is not None and held is not None:
             self._sound.attach(self._container, held)
             self._timing.lead = ceil(self._sound.lead / self._timing.time_base)
-            self._sound.delay = self._timing.lead * self._timing.time_base
+            self._sound.begin(self._container, held, self._timing.lead * self._timing.time_base)
         if output.codec == "libsvtav1":
             with _quiet_svt():
                 context.open()
@@ -418,6 +420,18 @@ class VideoWriter:
             packet.dts = packet.pts
             packet.duration = self._timing.end_tick - packet.pts
         self._mux(packet)
+
+    def _cut_end(self, end: Fraction) -> None:
+        """Cut subtitles and chapters at the end, which was not known when they were written."""
+        held = self._output.container
+        if self._partial is None or held is None:
+            return  # a stream is gone
+        cut = partial_path(self.path, "cut", self._output.suffix)
+        try:
+            cut_end(self._partial, cut, held, end)
+            os.replace(cut, self._partial)
+        finally:
+            cut.unlink(missing_ok=True)
 
     def _image_file(self, number: int) -> Path:
         assert self._partial is not None
