@@ -7,6 +7,7 @@ where the container holds its codec, and else encoded again.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ class Accompaniment:
     Attributes:
         lead: Seconds of sound before that frame that are to be kept; 0 after a cut.
         delay: Seconds from the start of the output to that frame, `lead` or somewhat more.
+        damage: What went wrong with sound that could not be read or stored.
         overhangs: Whether subtitles or chapters go on after the end; known after `rest`.
     """
 
@@ -129,7 +131,7 @@ class Accompaniment:
         self._last_video = Fraction(-1)  # of the source, in seconds after `zero`
         self._left_out: Counter[str] = Counter()
         self._encoded: Counter[str] = Counter()
-        self._damage: str | None = None
+        self.damage: str | None = None
 
     @classmethod
     @contextmanager
@@ -248,7 +250,7 @@ class Accompaniment:
                 if packet.size:  # those at the end are empty
                     yield packet
         except FFmpegError as error:
-            self._damage = error.strerror or str(error)
+            self.damage = error.strerror or str(error)
 
     def time_of(self, packet: Packet) -> Fraction | None:
         """Return the time of a packet of the source, in seconds after the frame that counts."""
@@ -316,8 +318,8 @@ class Accompaniment:
         for verb, things in (("re-encoded", self._encoded), ("left out", self._left_out)):
             if things:
                 notes.append(f"{verb}: {', '.join(_counted(thing, number) for thing, number in things.items())}")
-        if self._damage is not None:
-            notes.append(f"the sound of {str(self.path)!r} ends early: {self._damage}")
+        if self.damage is not None:
+            notes.append(f"the sound of {str(self.path)!r} is damaged ({self.damage})")
         return notes
 
 
@@ -601,6 +603,11 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
                 packets = streams.everything() if end is None else streams.rest(end - start, Fraction(1, 100))
                 for packet in packets:
                     output.mux(packet)
+            if streams.overhangs and end is not None:
+                with replace_file(partial) as cut:
+                    cut_end(partial, cut, held, end - start + streams.delay)
+        if notes := streams.notes():
+            warnings.warn(f"{str(source)!r}: {'; '.join(notes)}.", stacklevel=2)
     return True
 
 

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import torch
 from av.container import OutputContainer
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -209,8 +209,7 @@ class VideoWriter:
                 self._store(self._encoder.encode(None))
                 self._store_last()
                 if self._sound is not None and self._container is not None:
-                    for packet in self._sound.rest(self._ended, 1 / self._fps):
-                        self._container.mux(packet)
+                    self._mux_sound(self._sound.rest(self._ended, 1 / self._fps))
                 self._resources.close()
                 if self._sound is not None and self._sound.overhangs:
                     self._cut_end(self._sound.delay + self._ended)
@@ -296,6 +295,7 @@ class VideoWriter:
             target = str(self._partial.absolute()) if self._partial is not None else _pipe_address(self.path)
             # Tracks without a packet for a second, such as subtitles, hold back the others no longer.
             options = {"max_interleave_delta": "1000000"} if self._sound is not None else {}
+            options |= {"webp": {"loop": "0"}, "apng": {"plays": "0"}}.get(held.muxer, {})  # for ever, as GIF does
             container = av.open(target, "w", format=held.muxer, container_options=options)
             self._container = self._resources.enter_context(container)
             name = _encoder_name(output.codec, pixel_format)
@@ -410,8 +410,15 @@ class VideoWriter:
         time = Fraction(packet.dts or 0) * packet.time_base
         self._container.mux(packet)
         if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
-            for other in self._sound.packets_before(time):
-                self._container.mux(other)
+            self._mux_sound(self._sound.packets_before(time))
+
+    def _mux_sound(self, packets: Iterator[Packet]) -> None:
+        assert self._container is not None and self._sound is not None
+        for packet in packets:
+            try:
+                self._container.mux(packet)
+            except InvalidDataError as error:  # damaged sound is no reason to lose the picture
+                self._sound.damage = error.strerror
 
     def _store_last(self) -> None:
         """Store the packet held back so that the video, whose length is counted by decoding times, ends in time."""
