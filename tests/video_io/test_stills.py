@@ -55,6 +55,8 @@ def over(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]
 def read(path: Path, **options: Any) -> np.ndarray:
     with ImageFrames(path, **options) as frames:
         (frame,) = frames.frames_from(0)
+        (again,) = frames.frames_from(0)
+    assert frame.equal(again)
     assert frame.is_contiguous() and tuple(frame.shape) == (frames.height, frames.width, 3)
     return frame.numpy()
 
@@ -261,6 +263,15 @@ class TestBits:
         with ImageFrames(path) as frames:
             assert frames.pixel_format == ("gray16le" if channels == 1 else pixel_format)
             assert frames.has_alpha == (channels == 4)
+
+    def test_16_bits_turned(self, tmp_path: Path):
+        wide = wide_noise(20, 30, 3)
+        write_by_ffmpeg(tmp_path / "x.png", "png", wide, "rgb48be")
+        content, exif = (tmp_path / "x.png").read_bytes(), Image.Exif()
+        exif[0x0112] = 8
+        chunk = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        (tmp_path / "x.png").write_bytes(content[:33] + chunk + content[33:])
+        np.testing.assert_array_equal(read(tmp_path / "x.png"), np.rot90(to_8_bits(wide)))
 
     def test_16_bits_with_alpha_in_gray(self, tmp_path: Path):
         wide = wide_noise(20, 30, 2)

@@ -252,7 +252,8 @@ class _Picture:
             raise VideoError(
                 f"Cannot read {self.name!r}: its pixels are numbers of which none is white, expected 16 bits."
             )
-        if _swapped_mode(image) is not None:
+        self.is_wide = _swapped_mode(image) is not None and len(self.delays) < 2
+        if self.is_wide:
             name = {"RGB": "rgb48", "RGBX": "rgb48", "LA": "ya16", "RGBA": "rgba64"}[raw_mode.split(";")[0]]
             self.pixel_format = name + ("be" if raw_mode.endswith("B") else "le")
 
@@ -274,10 +275,11 @@ class _Picture:
             wide: np.ndarray | None = None
             if len(self.delays) > 1:
                 image.seek(number + self._first)
-            elif _swapped_mode(image) is not None:
-                with self.path.open("rb") as file:
-                    wide = _read_wide(image, self._reader(file))
-            image.load()
+            elif self.is_wide:
+                with self.path.open("rb") as high, self.path.open("rb") as low:
+                    wide = _read_wide(self._reader(high), self._reader(low))
+            if wide is None:
+                image.load()
             if image.size != self.size:  # a frame of a GIF that lies outside of its screen
                 image = image.crop((0, 0, *self.size))
             pixels = _compose(image, wide, self.white, background)
@@ -582,23 +584,22 @@ def _swapped_mode(image: Image.Image) -> str | None:
     return match and match[1] + _SWAPPED[match[2]]
 
 
-def _read_wide(image: Image.Image, again: Image.Image) -> np.ndarray | None:
-    """Read all 16 bits of the colours of a picture that is opened twice; `None` where it has not as many."""
+def _read_wide(high: Image.Image, low: Image.Image) -> np.ndarray:
+    """Read all 16 bits of the colours of a picture that is opened twice."""
     import numpy as np
 
-    mode = _swapped_mode(image)
-    if mode is None:
-        return None
-    again.tile = [  # pyright: ignore
+    mode = _swapped_mode(low)
+    assert mode is not None
+    low.tile = [  # pyright: ignore
         tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:]))
-        for tile in again.tile  # pyright: ignore
+        for tile in low.tile  # pyright: ignore
     ]
-    again.load()
-    low = np.asarray(again).astype(np.uint16)
+    low.load()
+    lower = np.asarray(low).astype(np.uint16)
     if mode == "RGBA":
-        return np.stack([low[..., 0] << 8 | low[..., 1], low[..., 2] << 8 | low[..., 3]], axis=-1)
-    image.load()
-    return np.asarray(image).astype(np.uint16) << 8 | low
+        return np.stack([lower[..., 0] << 8 | lower[..., 1], lower[..., 2] << 8 | lower[..., 3]], axis=-1)
+    high.load()
+    return np.asarray(high).astype(np.uint16) << 8 | lower
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
