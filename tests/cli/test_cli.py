@@ -1,6 +1,7 @@
 """The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
 
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.cli.common import in_one_sentence
-from diffusers_leanvae.cli.videos import Jobs, live, process
+from diffusers_leanvae.cli.common import in_one_sentence, place
+from diffusers_leanvae.cli.jobs import Jobs, process
+from diffusers_leanvae.cli.videos import live
 from diffusers_leanvae.inference import files
 from diffusers_leanvae.inference.memory import parse_memory
 from diffusers_leanvae.models.leanvae_memory import MemoryModel
@@ -215,15 +217,81 @@ def test_no_file_is_written_over_its_source_or_another_output(model, tmp_path):
     video = clip(tmp_path / "a.mp4", 1)
     content = video.read_bytes()
     for output in (video, tmp_path):  # the folder stands for the file of this name in it
-        code, _, err = leanvae("reconstruct", video, output, "--model", model)
-        assert code == 1 and err.startswith("error: OUT must not be the file that is read")
+        code, _, err = leanvae("reconstruct", video, output, "--model", model, "--overwrite")
+        assert code == 1 and err.startswith("error: OUT must not be a file that is read")
     code, _, err = leanvae("reconstruct", tmp_path, tmp_path, "--model", model, "--overwrite")
-    assert code == 1 and err.startswith("error: OUT must not be the file that is read")
+    assert code == 1 and err.startswith("error: OUT must not be the folder that is read")
     assert video.read_bytes() == content
-    clip(tmp_path / "a.mkv", 1)
-    code, _, err = leanvae("encode", tmp_path, tmp_path / "latents", "--model", model)
-    assert code == 1 and "IN must not hold two files with one name, got 'a.mkv' and 'a.mp4'" in err
-    assert entries(tmp_path) == ["a.mkv", "a.mp4"]
+    clip(tmp_path / "a.mkv", 1, height=24)
+    clip(tmp_path / "a.mov", 1, height=40)
+    for command, source, target, suffix in (
+        ("encode", tmp_path, "latents", "safetensors"),
+        ("reconstruct", tmp_path, "out", "mp4"),
+        ("decode", tmp_path / "latents", "decoded", None),
+    ):
+        code, _, err = leanvae(command, source, tmp_path / target, "--model", model)
+        assert code == 0, err
+        names = [f"a.mkv.{suffix}", f"a.mov.{suffix}", f"a.mp4.{suffix}"]
+        assert entries(tmp_path / target) == (names if suffix else ["a.mkv.mp4", "a.mov.mp4", "a.mp4.mp4"])
+    for folder in ("out", "decoded"):
+        heights = {path.name: probe_video(path).height for path in (tmp_path / folder).iterdir()}
+        assert heights == {"a.mkv.mp4": 24, "a.mov.mp4": 40, "a.mp4.mp4": 48}
+
+
+def test_one_output_is_replaced_only_if_asked(model, tmp_path):
+    source, target, latents = clip(tmp_path / "a.mov", 3), tmp_path / "b.mp4", tmp_path / "b.safetensors"
+    for arguments in (("reconstruct", source, target), ("encode", source, latents), ("decode", latents, target)):
+        target.unlink(missing_ok=True) if arguments[0] == "decode" else None
+        code, _, err = leanvae(*arguments, "--model", model)
+        assert code == 0, err
+        before = arguments[2].stat().st_mtime_ns
+        # A model that does not exist would be an error as well: it is not looked for.
+        code, _, err = leanvae(*arguments, "--model", "nowhere")
+        assert code == 1 and err == f"error: OUT must not exist without `--overwrite`, got {str(arguments[2])!r}.\n"
+        assert arguments[2].stat().st_mtime_ns == before
+        code, _, err = leanvae(*arguments, "--model", model, "--overwrite")
+        assert code == 0 and arguments[2].stat().st_mtime_ns > before
+
+
+def test_without_a_model_it_is_said_which_weights_are_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip(tmp_path / "a.mkv", 1, 16, 16)
+    for command, target in (("reconstruct", "b.mp4"), ("encode", "b.safetensors")):
+        code, out, err = leanvae(command, "a.mkv", target, "--device", "cpu")
+        assert code == 0 and err == "uses the demonstration weights compact-16ch; `--model` names others\n"
+        code, out, err = leanvae(command, "a.mkv", target, "--device", "cpu", "--model", "compact-16ch", "--overwrite")
+        assert code == 0 and err == ""
+
+
+def test_a_model_that_does_not_exist_is_named_at_once(tmp_path):
+    source = clip(tmp_path / "a.mkv", 1, 16, 16)
+    for name in ("compact16ch", "models/vae", "./vae", str(tmp_path / "vae")):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            begin = time.monotonic()
+            code, _, err = leanvae("reconstruct", source, tmp_path / "b.mp4", "--model", name)
+            assert time.monotonic() - begin < 5  # one try of the Hub without a network takes 23 s
+        assert code == 1 and f"`--model` {name!r} cannot be loaded" in err and err.count("\n") == 1
+        assert "'compact-16ch', 'compact-4ch'" in err
+    assert (
+        "perhaps 'compact-16ch' is meant"
+        in leanvae("encode", source, tmp_path / "z.safetensors", "--model", "compact16ch")[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [(None, "cpu"), ("cuda", "cuda"), ("mps", "mps"), ("xpu", "xpu"), ("privateuseone", "cpu")],
+)
+def test_the_device_is_the_accelerator_that_there_is(monkeypatch, found, expected):
+    accelerator = None if found is None else torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # there is no such device here
+    device, dtype = place("auto", "auto")
+    assert device.type == expected and dtype is (torch.bfloat16 if expected == "cuda" else torch.float32)
+    assert place("cpu", "auto")[0].type == "cpu"
 
 
 @pytest.mark.parametrize(

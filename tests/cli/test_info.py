@@ -1,11 +1,17 @@
 """`leanvae info` describes files and models by their headers and configs, and as the loaded models are."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
+from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from tiny import make_tiny
@@ -111,13 +117,75 @@ def test_videos_images_and_latents(tmp_path):
     write_video(tmp_path / "in.PNG", torch.zeros(1, 48, 64, 3, dtype=torch.uint8), 1)
     described = info(tmp_path / "in.mp4")
     assert described["kind"] == "video" and described["num_frames"] == 9 and described["fps"] == "25"
+    assert described["frame_rate"] == "constant" and described["audio_codecs"] == [] and not described["has_audio"]
     assert info(tmp_path / "in.PNG")["kind"] == "image"
+    (tmp_path / "noname").write_bytes((tmp_path / "in.mp4").read_bytes())  # what a file is, it says itself
+    assert info(tmp_path / "noname")["num_frames"] == 9
     make_tiny("leanvae").save_pretrained(tmp_path / "vae")
     model = ["--model", str(tmp_path / "vae")]
     CliRunner().invoke(app, ["encode", str(tmp_path / "in.mp4"), str(tmp_path / "z.safetensors"), *model])
     described = info(tmp_path / "z.safetensors")
     assert described["kind"] == "latents" and described["shape"] == [1, 4, 3, 6, 8] and described["dtype"] == "float32"
     assert described["num_frames"] == 9 and described["source"] == "in.mp4" and described["height"] == 48
+
+
+def test_what_a_video_says_about_its_pixels_its_time_and_its_sound(tmp_path):
+    path = tmp_path / "in.mov"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p10le", Fraction(1, 100)
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        stream.codec_context.colorspace, stream.codec_context.color_range = 9, 2  # BT.2020, full
+        stream.codec_context.color_primaries, stream.codec_context.color_trc = 9, 14
+        sounds = [container.add_stream(name, rate=48000, layout="mono") for name in ("aac", "pcm_s16le")]
+        for time in (0, 4, 20, 24, 60):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), "rgb24").reformat(format="yuv420p10le")
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for sound in sounds:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 24000), np.int16), "s16", "mono")
+            frame.rate = 48000
+            container.mux(sound.encode(frame) + sound.encode(None))
+    described = info(path)
+    expected = {
+        "pixel_aspect_ratio": "4/3",
+        "display_width": 86,
+        "display_height": 48,
+        "pixel_format": "yuv420p10le",
+        "matrix": "bt2020",
+        "primaries": "bt2020",
+        "transfer": "bt2020-10",
+        "color_range": "full",
+        "frame_rate": "variable",
+        "audio_codecs": ["aac", "pcm_s16le"],
+        "has_audio": True,
+        "num_frames": 5,
+    }
+    assert {key: described[key] for key in expected} == expected
+
+
+def test_videos_that_are_no_files(tmp_path, monkeypatch):
+    for number in (3, 4, 5):
+        write_video(tmp_path / f"f_{number}.png", torch.zeros(1, 48, 64, 3, dtype=torch.uint8), 1)
+    assert info(tmp_path / "f_%d.png")["num_frames"] == 3
+    write_video(tmp_path / "in.mkv", torch.zeros(9, 48, 64, 3, dtype=torch.uint8), 25)
+    result = CliRunner().invoke(app, ["info", "-"], input=(tmp_path / "in.mkv").read_bytes())
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["width"] == 64
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert info(f"{address}/in.mkv")["width"] == 64
+        assert "404" in error(f"{address}/nothing.mkv")
+        server.shutdown()
 
 
 def test_a_data_set_of_latents(tmp_path):
@@ -157,7 +225,7 @@ from diffusers_leanvae import bundled
 from diffusers_leanvae.cli.description import describe
 for source in (str(bundled.clip_path()), *bundled.MODELS, *bundled.PIPELINES, sys.argv[1]):
     assert describe(source), source
-print(*sorted({"diffusers", "numpy", "torch"} & sys.modules.keys()))
+print(*sorted({"diffusers", "torch"} & sys.modules.keys()))
 """
     if not bundled.clip_path().exists():
         pytest.skip("the bundled clip is not in this checkout")

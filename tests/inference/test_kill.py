@@ -29,8 +29,8 @@ def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     write = VideoWriter.write
 
-    def write_and_wait(self: VideoWriter, frames: torch.Tensor) -> None:
-        write(self, frames)
+    def write_and_wait(self: VideoWriter, frames: torch.Tensor, *times: list[Fraction] | None) -> None:
+        write(self, frames, *times)
         if self.num_frames >= waits_at:
             time.sleep(600)
 

@@ -1,5 +1,6 @@
 """`leanvae generate`: files of a pipeline, by seed, label, prompt and picture; one clear sentence for bad input."""
 
+import re
 from pathlib import Path
 
 import diffusers
@@ -91,6 +92,51 @@ def test_the_command_does_what_the_pipeline_does(model: str, tmp_path: Path):
     write_video(tmp_path / "expected.mkv", expected, fps=8, crf=0)  # which halves the colours' resolution as well
     actual, expected = (read_video(tmp_path / name)[0].float() for name in ("out.mkv", "expected.mkv"))
     assert (actual - expected).abs().mean() < 1
+
+
+@pytest.mark.parametrize("name", ["grid.gif", "grid.webp", "grid.webm", "grid_%03d.png"])
+def test_a_grid_of_every_kind(model: str, tmp_path: Path, name: str):
+    code, stdout, err = leanvae(tmp_path / name, "--model", model, "--num-videos", 2, "--steps", 2)
+    assert code == 0, err
+    assert stdout.strip() == str(tmp_path / name)
+    frames, info = read_video(tmp_path / name)
+    assert frames.shape == (9, 32, 64, 3) and len(list(tmp_path.iterdir())) == (9 if "%" in name else 1)
+    assert frames.float().std() > 10
+    if "%" not in name:
+        assert float(info.fps) == pytest.approx(8, abs=0.1)  # GIF counts in hundredths of a second
+
+
+def test_files_that_exist_are_replaced_only_if_asked(model: str, tmp_path: Path):
+    common = ("--model", model, "--label", 1, "--steps", 2)
+    for name, file in (("out.mp4", "out.mp4"), ("videos/", "videos/000-1.mp4"), ("f_%d.png", "f_9.png")):
+        target, path = f"{tmp_path}/{name}", tmp_path / file
+        assert leanvae(target, *common)[0] == 0 and path.is_file()
+        before = path.stat().st_mtime_ns
+        code, _, err = leanvae(target, *common)
+        assert code == 1 and "exists and `overwrite` is false" in err and err.count("\n") == 1
+        assert path.stat().st_mtime_ns == before
+        assert leanvae(target, *common, "--overwrite")[0] == 0 and path.stat().st_mtime_ns > before
+    assert leanvae(f"{tmp_path}/videos", *common[:-4], "--label", 2, "--steps", 2)[0] == 0  # another file there
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("out.xyz", (), "the extension must be one of .mp4"),
+        ("out.png", (), "an image file holds one frame, got 2"),
+        ("out.webm", ("--codec", "libx264"), "`codec` must be one of libvpx-vp9, libsvtav1 for .webm, got 'libx264'"),
+        ("out.mp4", ("--crf", 60), "`crf` must be 0 to 51 for libx264, got 60"),
+        ("out.mp4", ("--pix-fmt", "rgb"), "`pixel_format` must be one of"),
+        ("file/out.mp4", (), "the folder '.*file' is no folder"),
+        ("file/", (), "the folder '.*file' is no folder"),
+    ],
+)
+def test_outputs_are_looked_at_before_any_sampling(tmp_path: Path, name: str, options: tuple, message: str):
+    (tmp_path / "file").write_text("")
+    # The model does not exist, which would be an error of its own: it is not looked for.
+    code, _, err = leanvae(f"{tmp_path}/{name}", "--model", "nowhere", *options)
+    assert code == 1 and re.search(message, err) and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_picture_is_the_first_frame(model: str, tmp_path: Path):

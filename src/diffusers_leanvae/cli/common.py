@@ -9,7 +9,8 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -33,7 +34,10 @@ Model = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps; auto is cuda if there is such a GPU, else cpu."),
+    typer.Option(
+        help="Device to compute on: cpu, cuda, cuda:1, xpu, mps; auto is the accelerator that PyTorch finds (cuda, "
+        "xpu, mps), else cpu."
+    ),
 ]
 Dtype = Annotated[
     str,
@@ -51,8 +55,51 @@ Size = Annotated[
     ),
 ]
 Crf = Annotated[
-    float,
-    typer.Option(min=0, max=51, help="Constant rate factor of the written video: lower is better and larger."),
+    float | None,
+    typer.Option(
+        min=0,
+        help="Constant rate factor of the written video, 0 to 51 (libx264, libx265) or 63 (libvpx-vp9, libsvtav1): "
+        "lower is better and larger. Without it 16, or 18 for libsvtav1.",
+    ),
+]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        help="Codec of the written video: libx264, libx265, libvpx-vp9, libsvtav1, prores_ks (.mov), or ffv1 (.mkv), "
+        "which loses nothing. Without it libx264, and libvpx-vp9 for .webm."
+    ),
+]
+PixFmt = Annotated[
+    str | None,
+    typer.Option(
+        help="Pixel format of the written video by FFmpeg's name, such as yuv444p. Without it that of the codec."
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Format of standard output (mkv, webm, y4m), or of the files in the folder OUT (mp4, webm, gif, ...; png "
+        "for a folder of frames of each video). Without it mkv on standard output, else mp4, and png for images.",
+    ),
+]
+Fps = Annotated[
+    str | None,
+    typer.Option(
+        help="Constant frame rate (25, 30000/1001) to bring the video to by repeating and dropping frames; of "
+        "numbered pictures the rate they are shown at. Without it every frame keeps its time, and pictures come at 25."
+    ),
+]
+SquarePixels = Annotated[
+    bool,
+    typer.Option(
+        "--square-pixels", help="Stretch videos whose pixels are not square; without it their ratio is passed on."
+    ),
+]
+Background = Annotated[str, typer.Option(help="Colour behind transparent pixels, by name or as #rrggbb.")]
+Frames = Annotated[
+    bool,
+    typer.Option("--frames", help="Take the images in the folder IN for the frames of one video, in natural order."),
 ]
 MaxMemory = Annotated[
     str | None,
@@ -68,7 +115,11 @@ Fuse = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="With a folder as IN: redo outputs that exist, instead of skipping them.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace outputs that exist. Without it one that exists is an error, or skipped with a folder as IN.",
+    ),
 ]
 
 
@@ -114,7 +165,8 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = found.type if found is not None and found.type in ("cuda", "xpu", "mps") else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     elif dtype not in (*DTYPES, *DTYPES.values()):
@@ -130,17 +182,76 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> Any:
     """Load the autoencoder of a `--model` option, ready for inference."""
-    from ..loading import load_autoencoder
-
     torch_device, torch_dtype = place(device, dtype)
-    try:
-        vae = load_autoencoder(name, torch_dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`--model` {name!r} cannot be loaded: {one_line(error)}") from None
-    vae = vae.to(torch_device).eval()
+    vae = _load(name, torch_dtype).to(torch_device)
     if fuse:
         vae.fuse()
     return vae
+
+
+def load_known_model(
+    name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False, *, revision: str | None = None
+) -> tuple[Any, str]:
+    """Load the autoencoder of a `--model` option as [`load_model`] does, with the checksum of its weights.
+
+    Args:
+        name: Of the model.
+        device: As of `--device`.
+        dtype: As of `--dtype`.
+        fuse: Whether to prepare the weights for speed.
+        revision: Commit of a model on the Hub.
+    """
+    import torch
+
+    from ..inference.latents_file import weights_sha256
+
+    torch_device, torch_dtype = place(device, dtype)
+    vae = _load(name, torch.float32, **({} if revision is None else {"revision": revision}))
+    checksum = weights_sha256(vae)  # of the weights as they are stored, whatever dtype they are used in
+    # As exact as loading it in this dtype; diffusers' own method warns that for some models it would not be.
+    vae = torch.nn.Module.to(vae, torch_device, torch_dtype)
+    if fuse:
+        cast(Any, vae).fuse()
+    return vae, checksum
+
+
+def _load(name: str, dtype: "torch.dtype", **options: Any) -> Any:
+    from ..loading import load_autoencoder
+
+    try:
+        return load_autoencoder(name, dtype, **options).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--model` {name!r} cannot be loaded: {one_line(error)}") from None
+
+
+def say_demonstration(context: typer.Context, model: str) -> None:
+    """Say on stderr that the weights are a demonstration, if no model was named."""
+    source = context.get_parameter_source("model")
+    if source is not None and source.name == "DEFAULT":
+        typer.echo(f"uses the demonstration weights {model}; `--model` names others", err=True)
+
+
+def parse_rate(text: str | None) -> Fraction | None:
+    """Turn the option `--fps` into frames per second."""
+    if text is None:
+        return None
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise ValueError(f"`--fps` must be a rate of at most 1000 such as 25 or 30000/1001, got {text!r}.")
+    return rate
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Turn the option `--background` into RGB values from 0 to 255."""
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise ValueError(f"`--background` must be a colour such as white or #102030, got {text!r}.") from None
 
 
 def memory_limit(max_memory: str | None) -> int | None:

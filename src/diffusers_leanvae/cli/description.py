@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from .. import bundled
+from ..checks import CHECKPOINT_SUFFIXES
 from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, read_header
 
 
@@ -41,7 +43,8 @@ def describe(source: str) -> dict[str, Any] | None:
     """Describe a video, image, latents file, cached data set, model or pipeline by its header and config.
 
     Args:
-        source: A path, or the name of a bundled model or pipeline.
+        source: A path, `-` for a video on standard input, the address of a video, numbered pictures (`f_%04d.png`), or
+            the name of a bundled model or pipeline.
 
     Returns:
         `kind` and what is known, or `None` for anything else, such as a pickle or a Hub id.
@@ -54,12 +57,23 @@ def describe(source: str) -> dict[str, Any] | None:
     if source in bundled.PIPELINES:
         vae = bundled.model_path(bundled.PIPELINES[source].model)
         return _describe_pipeline(bundled.pipeline_path(source), {"vae": vae})
+    from ..video_io.inputs import find_sequence, is_remote
+
     path = Path(source)
     if path.is_dir():
         return _describe_folder(path)
-    if path.is_file():
-        return _describe_safetensors(path) if path.suffix.lower() == ".safetensors" else _describe_video(path)
+    if path.suffix.lower() == ".safetensors" and path.is_file():
+        return _describe_safetensors(path)
+    is_checkpoint = path.suffix.lower() in CHECKPOINT_SUFFIXES
+    is_video = source == "-" or path.is_fifo() or path.is_file() or (is_remote(source) and not _is_model(source))
+    if (is_video and not is_checkpoint) or find_sequence(source) is not None:
+        return _describe_video(source)
     return None
+
+
+def _is_model(address: str) -> bool:
+    """Tell whether an address is that of a checkpoint."""
+    return urlsplit(address).path.lower().endswith(CHECKPOINT_SUFFIXES)
 
 
 def describe_model(
@@ -100,13 +114,20 @@ def describe_model(
     }
 
 
-def _describe_video(path: Path) -> dict[str, Any] | None:
-    from ..video_io.reader import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe_video
+def _describe_video(source: str) -> dict[str, Any]:
+    from ..video_io.reader import probe_video
 
-    if path.suffix.lower() not in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
-        return None
-    info = vars(probe_video(path))
-    return {"kind": "image" if info["is_image"] else "video", **info}
+    info = probe_video(source)
+    described = {key: value for key, value in vars(info).items() if key != "is_variable_rate"}
+    width, height = info.display_size
+    return {
+        "kind": "image" if info.is_image else "video",
+        **described,
+        "frame_rate": "variable" if info.is_variable_rate else "constant",
+        "display_width": width,
+        "display_height": height,
+        "has_audio": info.has_audio,
+    }
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any] | None:

@@ -8,17 +8,17 @@ import typer
 
 from .. import bundled
 from ..checks import parse_video_size
-from .common import Crf, Device, Dtype, Model, load_model, memory_limit, place, progress_bar
+from .common import Codec, Crf, Device, Dtype, Model, PixFmt, load_model, memory_limit, place, progress_bar
 
 
 def generate(
     output: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Video to write, several in a grid (.mp4, .mkv, .mov, .webm); any other name is a folder with one "
-            "file for each."
+            help="Video or animation to write, several in a grid (.mp4, .mkv, .mov, .webm, .gif, .webp, f_%04d.png); "
+            "a name without an extension, or with a slash at the end, is a folder with one file for each."
         ),
-    ] = Path("outputs/generated.mp4"),
+    ] = "outputs/generated.mp4",
     model: Annotated[
         str,
         typer.Option(
@@ -76,7 +76,12 @@ def generate(
             "same pixels. Without it no limit."
         ),
     ] = None,
-    crf: Crf = 16,
+    codec: Codec = None,
+    crf: Crf = None,
+    pix_fmt: PixFmt = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace outputs that exist. Without it one that exists is an error.")
+    ] = False,
 ) -> None:
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
     from diffusers.utils import logging
@@ -102,7 +107,10 @@ def generate(
         dtype=torch_dtype,
         max_memory=limit,
         fps=fps,
+        codec=codec,
         crf=crf,
+        pixel_format=pix_fmt,
+        overwrite=overwrite,
         show_progress=sys.stderr.isatty(),
         num_frames=num_frames,
         height=height,

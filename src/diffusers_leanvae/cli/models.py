@@ -75,8 +75,9 @@ def info(
         str,
         typer.Argument(
             metavar="PATH",
-            help=f"Video, image, latents of `encode` or `encode-dataset`, model folder, pipeline folder, original "
-            f"checkpoint, Hub id, or the name of a bundled one ({', '.join((*bundled.MODELS, *bundled.PIPELINES))}).",
+            help=f"Video or image (also -, an address or f_%04d.png), latents of `encode` or `encode-dataset`, model "
+            f"folder, pipeline folder, original checkpoint, Hub id, or the name of a bundled one "
+            f"({', '.join((*bundled.MODELS, *bundled.PIPELINES))}).",
         ),
     ],
 ) -> None:

@@ -3,112 +3,68 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from .. import bundled
 from .common import (
+    Background,
+    Codec,
     Crf,
     Device,
     Dtype,
+    Format,
+    Fps,
+    Frames,
     Fuse,
     MaxMemory,
     Model,
     NumFrames,
     Overwrite,
+    PixFmt,
     Size,
+    SquarePixels,
     Start,
+    load_known_model,
     load_model,
     memory_limit,
-    progress_bar,
-    sentence_of,
+    parse_color,
+    parse_rate,
+    say_demonstration,
 )
+from .jobs import STANDARD, Jobs, Naming, check_latents, check_outputs, find_jobs, process
 
 
-Source = Annotated[Path, typer.Argument(metavar="IN", help="Video or image to read, or a folder of them.")]
-Target = Annotated[Path, typer.Argument(metavar="OUT", help="Video or image to write; a folder if IN is one.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="IN",
+        help="Video or image to read, or a folder of them; - for standard input, http(s):// and hf:// addresses, or "
+        "numbered pictures (f_%04d.png).",
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="Video or image to write, or the folder for it; a folder if IN is one. - is standard output, f_%04d.png "
+        "numbered pictures. Of clip.mov in a folder comes clip.mp4, and clip.mov.mp4 if there is a clip.mkv as well.",
+    ),
+]
 SideBySide = Annotated[
     bool, typer.Option("--side-by-side", help="Put the original to the left of the reconstruction.")
 ]
 
 
-class Jobs(NamedTuple):
-    """The work of a command.
-
-    Attributes:
-        pairs: Each file to read with the file to write.
-        is_folder: Whether they are the files of a folder.
-    """
-
-    pairs: list[tuple[Path, Path]]
-    is_folder: bool
-
-
-def find_jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], suffix: Callable[[Path], str]) -> Jobs:
-    """Pair the files to read with those to write.
-
-    Args:
-        source: A file or a folder.
-        target: The file to write, or the folder for it; a folder if `source` is one.
-        find: Lists the files of a folder that can be read.
-        suffix: Returns the extension of the file to write for a file to read.
-    """
-    if not source.exists():
-        raise ValueError(f"IN must exist, got {str(source)!r}.")
-    is_folder = source.is_dir()
-    if not is_folder:
-        if target.is_dir():
-            target = target / source.with_suffix(suffix(source)).name
-        pairs = [(source, target)]
-    else:
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"OUT must be a folder when IN is one, got {str(target)!r}.")
-        pairs = [(path, target / path.relative_to(source).with_suffix(suffix(path))) for path in find(source)]
-        if not pairs:
-            raise ValueError(f"IN must hold at least one file that can be read, got none in {str(source)!r}.")
-    sources: dict[Path, Path] = {}
-    for path, output in pairs:
-        if output.exists() and output.samefile(path):
-            raise ValueError(f"OUT must not be the file that is read, got {str(output)!r}.")
-        if (other := sources.setdefault(output, path)) != path:
-            raise ValueError(
-                f"IN must not hold two files with one name, got {other.name!r} and {path.name!r}, both for {output}."
-            )
-    return Jobs(pairs, is_folder)
-
-
-def process(jobs: Jobs, overwrite: bool, work: Callable[[Path, Path, Callable[[int], Any]], str]) -> None:
-    """Do every job and print its line; in a folder continue past bad files, skip finished ones, and fail at the end.
-
-    Args:
-        jobs: The work.
-        overwrite: Whether to redo files of a folder that exist.
-        work: Does one job; takes the file to read, the file to write, and a function to call with the number of
-            frames just finished. Returns a line to print.
-    """
-    failures, pairs = [], jobs.pairs
-    for number, (source, target) in enumerate(pairs, start=1):
-        if jobs.is_folder and target.exists() and not overwrite:
-            typer.echo(f"{source}: done already, skipped ({target})", err=True)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        description = f"[{number}/{len(pairs)}] {source.name}" if jobs.is_folder else source.name
-        try:
-            with progress_bar("frames", description) as bar:
-                line = work(source, target, bar.update)
-        except Exception as error:
-            if not jobs.is_folder:
-                raise
-            failures.append(source)
-            typer.echo(f"error: {sentence_of(error)}", err=True)
-        else:
-            typer.echo(line)
-    if failures:
-        raise ValueError(f"{len(failures)} of {len(pairs)} files failed: {', '.join(map(str, failures))}")
+def list_latents(folder: Path) -> list[Path]:
+    """List the safetensors files below a folder, without hidden ones."""
+    paths = (path for path in folder.rglob("*.safetensors") if path.is_file())
+    return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def reconstruct(
+    context: typer.Context,
     source: Source,
     target: Target,
     model: Model = bundled.DEFAULT,
@@ -117,22 +73,33 @@ def reconstruct(
     start: Start = 0,
     num_frames: NumFrames = None,
     size: Size = None,
+    fps: Fps = None,
+    square_pixels: SquarePixels = False,
+    background: Background = "white",
+    frames: Frames = False,
+    codec: Codec = None,
+    crf: Crf = None,
+    pix_fmt: PixFmt = None,
+    file_format: Format = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
-    crf: Crf = 16,
     overwrite: Overwrite = False,
 ) -> None:
     """Encode and decode videos or images, to see what the autoencoder keeps of them."""
     from ..inference import files
-    from ..video_io import list_videos
+    from ..video_io.inputs import is_media, list_videos
 
-    jobs = find_jobs(source, target, list_videos, files.default_suffix)
-    excerpt, limit = files.Excerpt(start, num_frames, size), memory_limit(max_memory)
+    naming = Naming(list_videos, lambda path: files.default_suffix(path, file_format), is_media)
+    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite)
+    options = writer_options(jobs, codec, crf, pix_fmt, file_format)
+    excerpt = read_excerpt(start, num_frames, size, fps, square_pixels, background)
+    limit = memory_limit(max_memory)
+    say_demonstration(context, model)
     vae = load_model(model, device, dtype, fuse)
 
-    def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
+    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
         summary = files.reconstruct_video(
             vae,
             path,
@@ -142,10 +109,10 @@ def reconstruct(
             metrics=metrics,
             max_memory=limit,
             progress=progress,
-            crf=crf,
+            **options,
         )
         line = f"{output}  {summary['width']}x{summary['height']}  {summary['num_frames']} frames"
-        if metrics:
+        if "psnr_frame_mean_rgb" in summary:  # which no frame has if the reader of a pipe went away at once
             line += f"  PSNR {summary['psnr_frame_mean_rgb']:.2f} dB  SSIM {summary['ssim_frame_mean_rgb']:.4f}"
         return line
 
@@ -153,34 +120,50 @@ def reconstruct(
 
 
 def encode(
+    context: typer.Context,
     source: Source,
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Latents to write (.safetensors); a folder if IN is one.")
+        str,
+        typer.Argument(
+            metavar="OUT", help="Latents to write (.safetensors), or the folder for them; a folder if IN is one."
+        ),
     ],
     model: Model = bundled.DEFAULT,
     start: Start = 0,
     num_frames: NumFrames = None,
     size: Size = None,
+    fps: Fps = None,
+    square_pixels: SquarePixels = False,
+    background: Background = "white",
+    frames: Frames = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Encode videos or images to latents (posterior means, not normalised) in safetensors files."""
+    """Encode videos or images to latents (posterior means, not normalised) in safetensors files, with their sound."""
     from ..inference import files
-    from ..video_io import list_videos
+    from ..loading import portable_reference
+    from ..video_io.inputs import list_videos
 
-    jobs = find_jobs(source, target, list_videos, lambda _: ".safetensors")
-    excerpt, limit = files.Excerpt(start, num_frames, size), memory_limit(max_memory)
-    vae = load_model(model, device, dtype, fuse)
+    naming = Naming(list_videos, lambda _: ".safetensors", lambda _: False)
+    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite)
+    check_latents(jobs)
+    excerpt = read_excerpt(start, num_frames, size, fps, square_pixels, background)
+    limit = memory_limit(max_memory)
+    say_demonstration(context, model)
+    vae, checksum = load_known_model(model, device, dtype, fuse)
+    name, revision = portable_reference(model)
 
-    def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
+    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
         info = files.encode_video(
             vae,
             path,
             output,
-            model=model,
+            model=name,
+            revision=revision,
+            checksum=checksum,
             excerpt=excerpt,
             max_memory=limit,
             progress=progress,
@@ -192,44 +175,93 @@ def encode(
 
 def decode(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Latents that `leanvae encode` wrote, or a folder of them.")
+        str, typer.Argument(metavar="IN", help="Latents that `leanvae encode` wrote, or a folder of them.")
     ],
     target: Target,
     model: Annotated[
         str | None, typer.Option(help="Autoencoder, as of `leanvae encode`; without it the one that encoded the file.")
     ] = None,
+    any_weights: Annotated[
+        bool,
+        typer.Option(
+            "--any-weights", help="Decode with other weights than those that encoded, such as a fine-tuned decoder."
+        ),
+    ] = False,
+    audio_from: Annotated[
+        str | None,
+        typer.Option(help="File to take sound, subtitles and chapters from. Without it those kept with the latents."),
+    ] = None,
+    codec: Codec = None,
+    crf: Crf = None,
+    pix_fmt: PixFmt = None,
+    file_format: Format = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
-    crf: Crf = 16,
     overwrite: Overwrite = False,
 ) -> None:
-    """Decode latents to videos or images of the original size, length and frame rate."""
-    from ..inference.files import decode_video
-    from ..inference.latents_file import open_latents
+    """Decode latents to videos or images of the original size, length, frame rate and sound."""
+    from ..inference.files import decode_video, default_suffix
+    from ..inference.latents_file import LatentsInfo, open_latents
 
     def suffix(path: Path) -> str:
         try:
             with open_latents(path) as (_, info):
-                return ".png" if info.is_image else ".mp4"
+                return default_suffix("a.png" if info.is_image else "a.mp4", file_format)
         except ValueError:
             return ".mp4"  # the job itself will say what is wrong with the file
 
-    jobs = find_jobs(source, target, lambda folder: sorted(folder.rglob("*.safetensors")), suffix)
+    naming = Naming(list_latents, suffix, lambda _: False)
+    also_read = [] if audio_from is None else [audio_from]
+    jobs = find_jobs(source, target, naming, overwrite=overwrite, also_read=also_read)
+    if audio_from is not None and jobs.is_folder:
+        raise ValueError("`--audio-from` must not be given with a folder as IN.")
+    options = writer_options(jobs, codec, crf, pix_fmt, file_format)
     limit = memory_limit(max_memory)
-    loaded: dict[str, Any] = {}
+    loaded: dict[tuple[str, str | None], tuple[Any, str]] = {}
 
-    def work(path: Path, output: Path, progress: Callable[[int], Any]) -> str:
-        with open_latents(path) as (_, info):
-            name = model or info.model
-        if name not in loaded:
+    def load(info: LatentsInfo) -> tuple[Any, str]:
+        key = (info.model, info.revision) if model is None else (model, None)
+        if key not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded[name] = load_model(name, device, dtype, fuse)
-        decode_video(loaded[name], path, output, max_memory=limit, progress=progress, crf=crf)
+            loaded[key] = load_known_model(key[0], device, dtype, fuse, revision=key[1])
+        return loaded[key]
+
+    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
+        with open_latents(path) as (_, info):
+            vae, checksum = load(info)
+        if not any_weights and info.weights_sha256 not in ("", checksum):
+            name = model or info.model
+            raise ValueError(
+                f"`--model` must have the weights that encoded {str(path)!r}, got {name!r} with others (SHA-256 "
+                f"{checksum[:12]}..., not {info.weights_sha256[:12]}...); `--any-weights` decodes all the same."
+            )
+        decode_video(vae, path, output, audio_from=audio_from, max_memory=limit, progress=progress, **options)
         return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
 
     process(jobs, overwrite, work)
+
+
+def writer_options(
+    jobs: Jobs, codec: str | None, crf: float | None, pix_fmt: str | None, file_format: str | None
+) -> dict[str, Any]:
+    """Turn options into those of `VideoWriter`, and refuse outputs that it could not write."""
+    target = jobs.pairs[0][1]
+    options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pix_fmt}
+    if target == STANDARD:
+        options["container"] = file_format
+    check_outputs(jobs, options)
+    return options
+
+
+def read_excerpt(
+    start: int, num_frames: int | None, size: str | None, fps: str | None, square_pixels: bool, background: str
+) -> Any:
+    """Turn the options of reading into an `Excerpt`."""
+    from ..inference.files import Excerpt
+
+    return Excerpt(start, num_frames, size, parse_rate(fps), square_pixels, parse_color(background))
 
 
 def live(

@@ -1,5 +1,6 @@
 """Generate videos with a pipeline and write them to files, as `leanvae generate` does."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from .. import bundled
 from ..checks import check_choice
 from ..loading import load_diffusion_pipeline
 from ..video_io import VideoWriter, read_video
-from ..video_io.formats import CONTAINERS
+from ..video_io.formats import check_output, is_sequence
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
 from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
@@ -51,7 +52,7 @@ def choose_scheduler(pipeline: LatentVideoPipeline, name: str | None, num_infere
 
 def generate_videos(
     model: str,
-    output: Path,
+    output: str | Path,
     *,
     labels: list[str] | None = None,
     prompts: list[str] | None = None,
@@ -65,7 +66,10 @@ def generate_videos(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     fps: float = 8,
-    crf: float = 16,
+    codec: str | None = None,
+    crf: float | None = None,
+    pixel_format: str | None = None,
+    overwrite: bool = True,
     show_progress: bool = False,
     **options: Any,
 ) -> list[Path]:
@@ -73,7 +77,8 @@ def generate_videos(
 
     Args:
         model: A bundled pipeline, a folder or a Hub id: see [`load_pipeline`].
-        output: A video file, in which several videos form a grid; or a folder with one file for each.
+        output: A video file, an animation or numbered pictures (`f_%04d.png`), in which several videos form a grid;
+            or, by a name without an extension or with a slash at its end, a folder with one file for each.
         labels: Classes by name or id, used in turn; random ones if `None`.
         prompts: Texts, used in turn, for a text-to-video pipeline.
         image: Image file with the first frame of the videos.
@@ -86,7 +91,10 @@ def generate_videos(
         dtype: Dtype of the weights and of the computation.
         max_memory: Bytes that decoding may use in addition to the weights; the autoencoder chooses its tiles by it.
         fps: Frames per second of the files.
+        codec: Codec of the files, by default that of their container; see `VideoWriter`.
         crf: Constant rate factor of the files; lower is better.
+        pixel_format: Pixel format of the files, by default that of the codec.
+        overwrite: Whether files that exist may be replaced.
         show_progress: Whether to show a progress bar.
         options: Further arguments of the pipeline; `None` keeps its default. Bundled pipelines bring their own
             guidance scale.
@@ -97,6 +105,12 @@ def generate_videos(
     Raises:
         ValueError: If an argument is not legal or does not fit the pipeline.
     """
+    writer_options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pixel_format, "overwrite": overwrite}
+    folder = _find_folder(output)
+    if folder is None:
+        _check_files([Path(output)], writer_options)
+    else:  # which files there will be, only the pipeline knows
+        _check_files([folder / "000.mp4"], writer_options | {"overwrite": True})
     pipeline = load_pipeline(model, device, dtype)
     if max_memory is not None:
         pipeline.vae.check_predicts_memory("max_memory")
@@ -109,6 +123,8 @@ def generate_videos(
     if image is not None:
         options["image"] = pixels_to_unit(read_video(image, num_frames=1)[0]).permute(0, 3, 1, 2)
     argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
+    paths = [Path(output)] if folder is None else [folder / name for name in _file_names(conditions)]
+    _check_files(paths, writer_options)
 
     batches = []
     for start in range(0, len(conditions), batch_size):
@@ -119,17 +135,31 @@ def generate_videos(
         batches += pipeline(**given, generator=generator, output_type="latent", return_dict=False, **options)
     latents = torch.cat(batches)
 
-    if output.suffix.lower() in CONTAINERS:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _write(pipeline, latents, output, fps, crf)
-        return [output]
-    output.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, one in enumerate(latents.split(1)):
-        words = "" if conditions[index] is None else re.sub(r"\W+", "-", str(conditions[index])).strip("-")[:60]
-        paths.append(output / f"{index:03d}{'-' * bool(words)}{words}.mp4")
-        _write(pipeline, one, paths[-1], fps, crf)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, one in zip(paths, [latents] if folder is None else latents.split(1), strict=True):
+        with VideoWriter(path, fps, **writer_options) as writer:
+            for piece in pipeline.decode_stream(one):
+                writer.write(video_grid(unit_to_pixels(piece).permute(0, 1, 3, 4, 2)))
     return paths
+
+
+def _find_folder(output: str | Path) -> Path | None:
+    """Return the output as a folder for several files, or `None` if it is a file."""
+    path = Path(output)
+    is_folder = path.is_dir() or str(output).endswith(("/", os.sep)) or not re.fullmatch(r"\.\w{1,5}", path.suffix)
+    return path if is_folder else None
+
+
+def _check_files(paths: list[Path], writer_options: dict[str, Any]) -> None:
+    """Refuse outputs that could not be written, without touching anything."""
+    for path in paths:
+        check_output(path, num_images=None if is_sequence(path) else 2, makes_folders=True, **writer_options)
+
+
+def _file_names(conditions: list[Any]) -> list[str]:
+    """Name the files of a folder by number and condition."""
+    words = ["" if each is None else re.sub(r"\W+", "-", str(each)).strip("-")[:60] for each in conditions]
+    return [f"{index:03d}{'-' * bool(text)}{text}.mp4" for index, text in enumerate(words)]
 
 
 def _conditions(
@@ -159,10 +189,3 @@ def _conditions(
         values = [int(label) if label.isdecimal() else label for label in labels]
     count = num_videos or len(values)
     return "prompt" if takes_text else "class_labels", [values[i % len(values)] for i in range(count)]
-
-
-def _write(pipeline: LatentVideoPipeline, latents: torch.Tensor, path: Path, fps: float, crf: float) -> None:
-    """Decode and write piece by piece; the file appears when it is complete."""
-    with VideoWriter(path, fps, crf=crf) as writer:
-        for piece in pipeline.decode_stream(latents):
-            writer.write(video_grid(unit_to_pixels(piece).permute(0, 1, 3, 4, 2)))

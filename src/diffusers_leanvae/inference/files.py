@@ -6,9 +6,11 @@ appear under their names when they are complete.
 
 import gc
 import itertools
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +21,9 @@ import torch
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
-from ..video_io import VideoInfo, VideoReader, VideoWriter
+from ..video_io import VideoError, VideoInfo, VideoReader, VideoWriter
+from ..video_io.formats import CONTAINERS, IMAGES, find_output
+from ..video_io.inputs import IMAGE_EXTENSIONS, find_sequence, is_remote, local_file
 from ..video_io.pixels import (
     pixels_to_sample,
     pixels_to_unit,
@@ -28,8 +32,9 @@ from ..video_io.pixels import (
     short_side_size,
     unit_to_pixels,
 )
-from ..video_io.reader import IMAGE_EXTENSIONS
-from .latents_file import LatentsInfo, LatentsWriter, open_latents
+from ..video_io.sound import copy_streams
+from ..video_io.timing import at_constant_rate
+from .latents_file import LatentsInfo, LatentsWriter, copy_sound, open_latents, read_times, weights_sha256
 from .memory import GARBAGE_BYTES, VideoJob, plan_streams
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
@@ -40,12 +45,16 @@ Progress = Callable[[int], Any]  # told how many frames were just finished
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The part of a video to take, and its size.
+    """The part of a video to take, and how it is read.
 
     Attributes:
         start: First frame.
-        num_frames: Frames to take, all by default.
+        num_frames: Frames to read, all by default.
         size: What to resize to before encoding: a short side such as `"256"`, or a width and a height as `"640x360"`.
+        fps: Constant frame rate to bring the video to by repeating and dropping frames; the rate of numbered pictures.
+            `None` keeps the time of each frame.
+        square_pixels: Whether to stretch frames whose pixels are oblong.
+        background: Colour behind transparent pixels, RGB in `[0, 255]`.
 
     Raises:
         ValueError: If `size` has neither form.
@@ -54,6 +63,9 @@ class Excerpt:
     start: int = 0
     num_frames: int | None = None
     size: str | None = None
+    fps: Fraction | None = None
+    square_pixels: bool = False
+    background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
         parts = [] if self.size is None else self.size.lower().split("x")
@@ -69,27 +81,94 @@ class Excerpt:
         edges = [int(part) for part in self.size.lower().split("x")]
         return short_side_size(height, width, edges[0]) if len(edges) == 1 else (edges[1], edges[0])
 
+    def pixel_aspect_ratio(self, info: VideoInfo) -> Fraction:
+        """Return the ratio of width and height of a pixel with which the resized video looks as the source does."""
+        height, width = self.resized(info.height, info.width)
+        factor = Fraction(info.width * height, info.height * width)
+        # Sizes are whole numbers: a difference within one pixel of the shorter side is rounding.
+        return info.pixel_aspect_ratio * (1 if abs(factor - 1) <= Fraction(1, min(height, width)) else factor)
+
     def length(self, info: VideoInfo) -> int | None:
-        """Return the number of frames to take as far as the header tells, or `None`."""
+        """Return the number of frames that come out as far as the header tells, or `None`."""
         in_file = None if info.num_frames is None else info.num_frames - self.start
         counts = [count for count in (self.num_frames, in_file) if count is not None]
-        return max(min(counts), 1) if counts else None
+        if not counts:
+            return None
+        factor = self.fps / info.fps if self.fps is not None and not info.is_image else 1
+        return max(round(min(counts) * factor), 1)
 
-    def read(self, video: VideoReader) -> Iterator[torch.Tensor]:
+
+WHOLE = Excerpt()
+
+
+class _Source:
+    """A video that is read for one job, and what its output needs to know.
+
+    Attributes:
+        info: Of the video.
+        rate: Frames per second of what comes out; the average where frames have times.
+        sound: File with the sound, `None` for images.
+        start: Time of the first frame that is read, in seconds from the first one in the file.
+        times: When the frames that were read are shown, in seconds from the first; `None` for pictures and at a rate
+            that was asked for.
+    """
+
+    def __init__(self, video: VideoReader, path: str | Path, excerpt: Excerpt, is_sequence: bool) -> None:
+        self.video, self.excerpt, self.info = video, excerpt, video.info
+        self.is_sequence = is_sequence
+        self.rate = excerpt.fps or self.info.fps
+        self.sound = None if is_sequence or self.info.is_image else path
+        # Pictures have no time of their own: a rate is what they are shown at.
+        self.is_resampled = excerpt.fps is not None and not is_sequence
+        # Also where the header tells of a constant rate: it can be wrong, and sound keeps to the times.
+        self.times: deque[Fraction] | None = deque() if excerpt.fps is None and not is_sequence else None
+        self._frames = self._read()
+        self._first = next(self._frames)
+        self.start = self._first[1]
+
+    def frames(self) -> Iterator[torch.Tensor]:
         """Yield the frames one by one, uint8 `(1, height, width, 3)`: a step's are collected as samples."""
-        stop = None if self.num_frames is None else self.start + self.num_frames
+        timed = ((frame, time - self.start) for frame, time in itertools.chain((self._first,), self._frames))
+        del self._first
+        if self.is_resampled:
+            yield from at_constant_rate(timed, self.rate)
+            return
+        for frame, time in timed:
+            if self.times is not None:
+                self.times.append(time)
+            yield frame
+
+    def _read(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
+        excerpt = self.excerpt
+        stop = None if excerpt.num_frames is None else excerpt.start + excerpt.num_frames
         garbage = 0
-        for frame in video.frames(self.start, stop, chunk_size=1):
+        for frame, times in self.video.timed_frames(excerpt.start, stop, chunk_size=1):
             # Looking at the side data of a decoded frame makes a reference cycle, and Python's collector, which counts
             # objects and not bytes, would come after hundreds of frames. A decoded frame is half as large as RGB.
             garbage += frame.nbytes // 2
             if garbage > GARBAGE_BYTES:
                 gc.collect()
                 garbage = 0
-            yield resize_frames(frame, *self.resized(*frame.shape[1:3]))
+            yield resize_frames(frame, *excerpt.resized(*frame.shape[1:3])), times[0]
 
 
-WHOLE = Excerpt()
+@contextmanager
+def _open_source(source: str | Path, excerpt: Excerpt) -> Iterator[_Source]:
+    """Open a video by whatever name; what comes through a pipe is read once, for pictures and sound."""
+    options: dict[str, Any] = {"square_pixels": excerpt.square_pixels, "background": excerpt.background}
+    is_sequence = not is_remote(source) and (Path(source).is_dir() or find_sequence(source) is not None)
+    if is_sequence:
+        with VideoReader(source, **options) as video:
+            yield _Source(video, source, excerpt, is_sequence)
+        return
+    with local_file(source) as path:
+        try:
+            with VideoReader(path, **options) as video:
+                yield _Source(video, path, excerpt, is_sequence)
+        except VideoError as error:
+            if str(path) == str(source):
+                raise
+            raise VideoError(str(error).replace(str(path), str(source))) from error
 
 
 @torch.inference_mode()
@@ -110,9 +189,9 @@ def reconstruct_video(
 
     Args:
         vae: The autoencoder, on its device, in its dtype.
-        source: Video or image to read.
-        target: File to write; sound is copied along when the whole clip is reconstructed.
-        excerpt: The part of `source` to take.
+        source: What to read: a file, numbered pictures (`f_%04d.png`), a folder of frames, `"-"` or an address.
+        target: What to write, see `VideoWriter`. Sound, subtitles and chapters of the excerpt are copied along.
+        excerpt: The part of `source` to take, and how it is read.
         side_by_side: Write the original to the left of the reconstruction.
         metrics: Compute PSNR and SSIM.
         num_frames_per_step: Frames that pass the network at once, at most.
@@ -129,28 +208,29 @@ def reconstruct_video(
     Raises:
         ValueError: If an argument or a file is not legal, or `max_memory` too small; it says what would do.
     """
-    with VideoReader(source) as video:
-        info = video.info
-        height, width = excerpt.resized(info.height, info.width)
+    with _open_source(source, excerpt) as clip:
+        height, width = excerpt.resized(clip.info.height, clip.info.width)
         keeps_originals = side_by_side or metrics
-        job = VideoJob(excerpt.length(info), height, width, keeps_originals=keeps_originals, metrics=metrics)
+        job = VideoJob(excerpt.length(clip.info), height, width, keeps_originals=keeps_originals, metrics=metrics)
         streams = _open_streams(vae, job, target, num_frames_per_step, max_memory, writer_options)
-        is_whole = excerpt.start == 0 and excerpt.num_frames is None
-        audio_from = source if is_whole and info.has_audio else None
         psnr, ssim = [], []
-        with VideoWriter(target, info.fps, audio_from=audio_from, **streams.writer_options) as writer:
-            frames = excerpt.read(video)
+        options = _sound_options(clip.sound, clip.start) | streams.writer_options
+        with VideoWriter(
+            target, clip.rate, pixel_aspect_ratio=excerpt.pixel_aspect_ratio(clip.info), **options
+        ) as writer:
+            frames = clip.frames()
             for unit, original in reconstruct_frames(frames, streams.encoder, streams.decoder, keeps_originals):
                 if metrics and original is not None:
                     reference = pixels_to_unit(original.to(unit.device)).permute(0, 3, 1, 2)
                     psnr += frame_psnr(unit, reference).tolist()
                     ssim += frame_ssim(unit, reference).tolist()
-                writer.write(picture(unit, original if side_by_side else None))
+                times = None if clip.times is None else [clip.times.popleft()]
+                writer.write(picture(unit, original if side_by_side else None), times)
                 if progress is not None:
                     progress(1)
-            video.close()  # before the target gets its name, which may be the source's
-    summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(info.fps)}
-    if metrics:
+            clip.video.close()  # before the target gets its name, which may be the source's
+    summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(clip.rate)}
+    if metrics and psnr:
         summary |= {"psnr_frame_mean_rgb": sum(psnr) / len(psnr), "ssim_frame_mean_rgb": sum(ssim) / len(ssim)}
     return summary
 
@@ -162,6 +242,8 @@ def encode_video(
     target: str | Path,
     *,
     model: str,
+    revision: str | None = None,
+    checksum: str | None = None,
     excerpt: Excerpt = WHOLE,
     num_frames_per_step: int = 16,
     max_memory: int | None = None,
@@ -169,34 +251,50 @@ def encode_video(
 ) -> LatentsInfo:
     """Encode a video or image file into `target`, a safetensors file with one tensor `latents` `(1, z, t, h, w)`.
 
-    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]; `model` is stored with
-    them.
+    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]. Sound, subtitles and
+    chapters of the excerpt are kept in the same file, as the tensor `sound`, a Matroska file.
+
+    Args:
+        model: Name of the model, which is stored with the latents.
+        revision: Commit of a model on the Hub, stored as well.
+        checksum: [`weights_sha256`] of the model as it is stored; by default that of `vae`, if it is in float32.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"`target` must end in .safetensors, got {str(target)!r}.")
+    if checksum is None:
+        checksum = weights_sha256(vae) if vae.dtype is torch.float32 else ""
     count = 0
-    with VideoReader(source) as video:
-        height, width = excerpt.resized(video.info.height, video.info.width)
-        job = VideoJob(excerpt.length(video.info), height, width, decode=False)
+    with _open_source(source, excerpt) as clip, tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
+        height, width = excerpt.resized(clip.info.height, clip.info.width)
+        job = VideoJob(excerpt.length(clip.info), height, width, decode=False)
         encoder = _open_streams(vae, job, target, num_frames_per_step, max_memory).encoder
         with LatentsWriter(target) as writer:
-            for frame in excerpt.read(video):
+            for frame in clip.frames():
                 count += 1
                 writer.write(encoder.push(_to_sample(frame, vae)))
                 if progress is not None:
                     progress(1)
             writer.write(encoder.flush())
+            sound = None
+            if clip.sound is not None:
+                end = clip.start + (count / clip.rate if clip.times is None else clip.times[-1] + 1 / clip.rate)
+                sound = _keep_sound(clip, Path(folder, "sound.mkv"), end)
             info = LatentsInfo(
                 model=model,
-                fps=str(video.info.fps),
+                fps=str(clip.rate),
                 num_frames=count,
                 height=height,
                 width=width,
-                source=Path(source).name,
-                is_image=video.info.is_image and count == 1,
+                source="stdin" if str(source) == "-" else Path(source).name,
+                is_image=clip.info.is_image and count == 1,
+                revision=revision,
+                weights_sha256=checksum,
+                pixel_aspect_ratio=str(excerpt.pixel_aspect_ratio(clip.info)),
+                start=str(clip.start),
             )
-            writer.close(info)
+            is_constant = clip.times is None or all(time == i / clip.rate for i, time in enumerate(clip.times))
+            info = writer.close(info, None if is_constant or clip.times is None else list(clip.times), sound)
     return info
 
 
@@ -206,6 +304,8 @@ def decode_video(
     source: str | Path,
     target: str | Path,
     *,
+    checksum: str | None = None,
+    audio_from: str | Path | None = None,
     num_frames_per_step: int = 16,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -214,6 +314,12 @@ def decode_video(
     """Decode what [`encode_video`] wrote to a video or image of the original size, length and frame rate.
 
     Arguments as of [`reconstruct_video`].
+
+    Args:
+        checksum: [`weights_sha256`] of the model as it is stored; other weights than those that encoded are refused.
+            By default it is not looked at.
+        audio_from: File with the sound, in place of what is kept with the latents. Of the file that was encoded the
+            part is taken that the latents are of, of any other file the beginning.
     """
     with open_latents(source) as (latents, info):
         latent_channels = latents.get_shape()[1]
@@ -222,21 +328,90 @@ def decode_video(
             f"`vae` must have the {latent_channels} latent channels of {str(source)!r}, got {vae.latent_channels}; "
             f"made by model {info.model!r}."
         )
+    if checksum is not None and info.weights_sha256 not in ("", checksum):
+        raise ValueError(
+            f"`vae` must have the weights that encoded {str(source)!r}, those of {info.model!r} with the SHA-256 "
+            f"{info.weights_sha256[:12]}..., got others, {checksum[:12]}...."
+        )
+    times = read_times(source)
     job = VideoJob(info.num_frames, info.height, info.width, encode=False)
     streams = _open_streams(vae, job, target, num_frames_per_step, max_memory, writer_options)
-    with VideoWriter(target, Fraction(info.fps), **streams.writer_options) as writer:
-        units = _decode_frames(source, streams.decoder, info.height, info.width)
-        for unit in itertools.islice(units, info.num_frames):
-            writer.write(picture(unit))
-            if progress is not None:
-                progress(1)
+    with _sound_of(source, info, audio_from) as sound:
+        options = sound | streams.writer_options
+        ratio = Fraction(info.pixel_aspect_ratio)
+        with VideoWriter(target, Fraction(info.fps), pixel_aspect_ratio=ratio, **options) as writer:
+            units = _decode_frames(source, streams.decoder, info.height, info.width)
+            for index, unit in enumerate(itertools.islice(units, info.num_frames)):
+                writer.write(picture(unit), None if times is None else times[index : index + 1])
+                if progress is not None:
+                    progress(1)
     return info
 
 
-def default_suffix(path: str | Path) -> str:
-    """Return the extension for the reconstruction of a file: `.png` for images, `.mp4` for videos."""
-    is_still = Path(path).suffix.lower() in IMAGE_EXTENSIONS and Path(path).suffix.lower() != ".gif"
-    return ".png" if is_still else ".mp4"
+def default_suffix(path: str | Path, name: str | None = None) -> str:
+    """Return what follows the stem in the name of the reconstruction of a file.
+
+    Args:
+        path: The file to read.
+        name: Format such as `"webm"` or `"png"`; `None` is `.png` for images and `.mp4` for videos.
+
+    Returns:
+        An extension; or, if `name` is one of images and the file a video, `/%06d` with it: a folder of frames.
+    """
+    suffix = None if name is None else f".{name.lower().removeprefix('.')}"
+    if suffix is not None and suffix not in {*CONTAINERS, *IMAGES}:
+        legal = ", ".join(key[1:] for key in {**CONTAINERS, **IMAGES})
+        raise ValueError(f"`format` must be one of {legal}, got {name!r}.")
+    if _is_still(Path(path)):
+        return suffix if suffix in IMAGES else ".png"
+    if suffix in IMAGES and suffix not in CONTAINERS:
+        return f"/%06d{suffix}"
+    return suffix or ".mp4"
+
+
+def _is_still(path: Path) -> bool:
+    """Tell by name, and by its first bytes where the name leaves it open, whether a file is a single picture."""
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_EXTENSIONS or suffix in (".gif", ".apng", ".avifs"):
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return True
+    # PNG and WebP say at the start whether they are animated, and AVIF is either of two brands.
+    if start[8:12] == b"WEBP" and start[12:16] == b"VP8X":
+        return not start[20] & 2
+    return not (b"acTL" in start if start[1:4] == b"PNG" else start[4:8] == b"ftyp" and b"avis" in start[8:64])
+
+
+# --- Sound -----------------------------------------------------------------------------------------------------------
+
+
+def _sound_options(path: str | Path | None, start: Fraction) -> dict[str, Any]:
+    return {} if path is None else {"audio_from": path, "audio_start": start}
+
+
+def _keep_sound(clip: _Source, target: Path, end: Fraction) -> Path | None:
+    """Copy what accompanies the pictures to a Matroska file; `None` if there is nothing."""
+    assert clip.sound is not None
+    return target if copy_streams(clip.sound, target, clip.start, end) else None
+
+
+@contextmanager
+def _sound_of(source: str | Path, info: LatentsInfo, audio_from: str | Path | None) -> Iterator[dict[str, Any]]:
+    """Give the options by which `VideoWriter` finds the sound for latents."""
+    if audio_from is not None:
+        is_source = Path(audio_from).name == info.source
+        with local_file(audio_from) as path:
+            yield _sound_options(path, Fraction(info.start) if is_source else Fraction(0))
+    elif info.has_sound:
+        with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
+            path = Path(folder, "sound.mkv")
+            copy_sound(source, path)
+            yield _sound_options(path, Fraction(0))
+    else:
+        yield {}
 
 
 # --- Frames through streams ------------------------------------------------------------------------------------------
@@ -260,7 +435,9 @@ def _open_streams(
     writer_options = dict(writer_options or {})
     caches: list[TemporalCache | None] = [None, None]
     if max_memory is not None:
-        is_free = writer_options.get("codec", "libx264") == "libx264" and "preset" not in writer_options
+        names = ("codec", "crf", "pixel_format", "container")
+        output = find_output(target, **{name: writer_options.get(name) for name in names}) if job.decode else None
+        is_free = output is not None and output.codec == "libx264" and "preset" not in writer_options
         plan, looks_ahead = plan_streams(
             vae,
             job,

@@ -1,10 +1,15 @@
 """The file of latents that `leanvae encode` writes: one tensor, and what it takes to come back to a video."""
 
+import hashlib
 import json
+import math
+import os
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +23,7 @@ from ..video_io import VideoError
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _COPY_BYTES = 2**24  # moved at a time when a file is laid out
+_FINEST = 10**9  # parts of a second that time stamps are rounded to if they have no common unit
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,20 @@ class LatentsInfo:
     """Metadata of a file of latents: the model that made it, and the video that it came from.
 
     Attributes:
-        model: Name, path or Hub id of the autoencoder that made the latents.
-        fps: Frame rate as a fraction, for instance `"30000/1001"`.
+        model: Name, absolute path or Hub id of the autoencoder that made the latents.
+        fps: Frame rate as a fraction, for instance `"30000/1001"`; the average where frames have times.
         num_frames: Frames of the video before padding.
         height: Height in pixels before padding.
         width: Width in pixels before padding.
         source: Name of the encoded file.
         is_image: Whether the source was a single image.
         version: Version of this package.
+        revision: Commit of a model on the Hub.
+        weights_sha256: Checksum of the model's weights, see [`weights_sha256`]; empty if not known.
+        pixel_aspect_ratio: Width of a pixel over its height, as a fraction.
+        start: Time of the first frame in the source, in seconds, as a fraction.
+        time_unit: Unit of the times of frames in seconds, as a fraction; empty if the frame rate is constant.
+        has_sound: Whether sound, subtitles or chapters of the source are kept with the latents.
     """
 
     model: str
@@ -43,6 +55,12 @@ class LatentsInfo:
     source: str
     is_image: bool
     version: str = __version__
+    revision: str | None = None
+    weights_sha256: str = ""
+    pixel_aspect_ratio: str = "1"
+    start: str = "0"
+    time_unit: str = ""
+    has_sound: bool = False
 
 
 @contextmanager
@@ -61,6 +79,46 @@ def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
             yield file.get_slice("latents"), info
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"`path` must be a latents file of `leanvae encode`, got {str(path)!r} ({error}).") from None
+
+
+def read_times(path: str | Path) -> list[Fraction] | None:
+    """Read when each frame of an encoded video is shown, seconds from the first; `None` if the rate is constant.
+
+    Raises:
+        ValueError: If the file is not one that `encode_video` wrote.
+    """
+    with open_latents(path) as (_, info):
+        if not info.time_unit:
+            return None
+        with safetensors.safe_open(path, "pt") as file:
+            return [Fraction(info.time_unit) * tick for tick in file.get_tensor("times").tolist()]
+
+
+def copy_sound(path: str | Path, target: Path) -> None:
+    """Write the Matroska file with the sound of an encoded video to `target`."""
+    with safetensors.safe_open(path, "pt") as file:
+        num_bytes = file.get_slice("sound").get_shape()[0]
+    with open(target, "wb") as output:
+        for begin in range(0, num_bytes, _COPY_BYTES):
+            # Opened again for every piece: what was read of a mapped file stays in memory until it is closed.
+            with safetensors.safe_open(path, "pt") as file:
+                output.write(file.get_slice("sound")[begin : begin + _COPY_BYTES].numpy().data)
+
+
+@torch.no_grad()
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Compute a checksum of the weights of a model: of names, shapes and values, as float32.
+
+    The same weights in a file of another layout, or of another dtype that holds them exactly, have the same checksum.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        if not tensor.is_floating_point():
+            digest.update(str(tensor.tolist()).encode())
+            continue
+        digest.update(tensor.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 class LatentsWriter:
@@ -101,8 +159,18 @@ class LatentsWriter:
         self._num_latent_frames += by_time.shape[0]
         self._spool.write(by_time.view(torch.uint8).numpy().data)
 
-    def close(self, info: LatentsInfo) -> None:
+    def close(
+        self, info: LatentsInfo, times: Sequence[Fraction] | None = None, sound: Path | None = None
+    ) -> LatentsInfo:
         """Finish the file and give it its name.
+
+        Args:
+            info: What is known of the video.
+            times: When each frame is shown, seconds from the first; `None` if the rate is constant.
+            sound: Matroska file with the sound, which is copied into the file.
+
+        Returns:
+            The metadata as they were written.
 
         Raises:
             VideoError: If nothing was written.
@@ -111,15 +179,21 @@ class LatentsWriter:
         if self._num_latent_frames == 0:
             raise VideoError(f"{info.source!r} must hold at least one frame, got none.")
         z, h, w = self._shape
-        num_bytes = self._num_latent_frames * z * h * w * self._dtype.itemsize
-        header = {
-            "__metadata__": {"format": "pt", "leanvae": json.dumps(asdict(info))},
-            "latents": {
-                "dtype": _SAFETENSORS_DTYPES[self._dtype],
-                "shape": [1, z, self._num_latent_frames, h, w],
-                "data_offsets": [0, num_bytes],
-            },
+        ticks, unit = _to_ticks(times or ())
+        info = replace(info, time_unit="" if times is None else str(unit), has_sound=sound is not None)
+        sizes = {  # the largest numbers first, so that all lie where processors want them
+            "times": 8 * len(ticks),
+            "latents": self._num_latent_frames * z * h * w * self._dtype.itemsize,
+            "sound": 0 if sound is None else os.stat(sound).st_size,
         }
+        kinds = {"times": "I64", "latents": _SAFETENSORS_DTYPES[self._dtype], "sound": "U8"}
+        shapes = {"times": [len(ticks)], "latents": [1, z, self._num_latent_frames, h, w], "sound": [sizes["sound"]]}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "leanvae": json.dumps(asdict(info))}}
+        end = 0
+        for name, size in sizes.items():
+            if size:
+                offsets = [end, end := end + size]
+                header[name] = {"dtype": kinds[name], "shape": shapes[name], "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
         with (
@@ -127,12 +201,25 @@ class LatentsWriter:
             open(partial, "wb") as file,
             open(self._spool_path, "rb") as spool,
         ):
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(ticks)}q", *ticks))
             start, plane = file.tell(), h * w * self._dtype.itemsize
-            file.truncate(start + num_bytes)
+            file.truncate(start + sizes["latents"])
             step = max(_COPY_BYTES // (z * plane), 1)  # frames at a time
             for begin in range(0, self._num_latent_frames, step):
                 data = torch.frombuffer(bytearray(spool.read(step * z * plane)), dtype=torch.uint8)
                 for channel, planes in enumerate(data.view(-1, z, plane).unbind(1)):
                     file.seek(start + (channel * self._num_latent_frames + begin) * plane)
                     file.write(planes.contiguous().numpy().data)
+            if sound is not None:
+                file.seek(start + sizes["latents"])
+                with open(sound, "rb") as data:
+                    shutil.copyfileobj(data, file, _COPY_BYTES)
+        return info
+
+
+def _to_ticks(times: Sequence[Fraction]) -> tuple[list[int], Fraction]:
+    """Turn times into whole multiples of one unit, exactly unless there is no sensible one."""
+    unit = Fraction(1, math.lcm(*{time.denominator for time in times}))
+    if unit.denominator > _FINEST:
+        unit = Fraction(1, _FINEST)
+    return [round(time / unit) for time in times], unit

@@ -319,6 +319,7 @@ def check_output(
     container: str | None = None,
     overwrite: bool = True,
     num_images: int | None = None,
+    makes_folders: bool = False,
 ) -> None:
     """Refuse an output that `VideoWriter` could not write, without touching anything.
 
@@ -330,6 +331,7 @@ def check_output(
         container: Only for `"-"`.
         overwrite: Whether an existing file, or existing images of a sequence, may be replaced.
         num_images: Number of frames that will be written, where it is known.
+        makes_folders: Whether folders that are missing will be made before.
 
     Raises:
         VideoError: If anything is not legal or in the way; the message names it.
@@ -353,8 +355,11 @@ def check_output(
         if folder.exists() and not folder.is_dir():
             raise VideoError(f"Cannot write {name!r}: it is a file, expected a folder or a name that is free.")
         folder = folder if folder.exists() else folder.parent  # a folder of images is made, but not its parents
+    if makes_folders:
+        folder = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not folder.is_dir():
-        raise VideoError(f"Cannot write {name!r}: the folder {str(folder)!r} does not exist.")
+        reason = "is no folder" if folder.exists() else "does not exist"
+        raise VideoError(f"Cannot write {name!r}: the folder {str(folder)!r} {reason}.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VideoError(f"Cannot write {name!r}: the folder {str(folder)!r} is not writable.")
     if overwrite:
