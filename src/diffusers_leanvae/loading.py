@@ -26,7 +26,7 @@ from .conversion.checkpoints import (
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
-from .models.pretrained import PretrainedModel
+from .models.pretrained import PretrainedModel, read_own_config
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .models.video_autoencoder import VideoAutoencoder
 
@@ -134,12 +134,17 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
 def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES) -> type[PretrainedModel]:
     """Find the class for an original checkpoint by its keys, without reading its tensors.
 
+    Weights of `save_pretrained` are of the class that the config next to them says.
+
     Raises:
         ValueError: If it is none of `classes`, or the file cannot be read.
     """
     keys = read_keys(path)
     for model_class in classes:
         if has_anchor(keys, model_class.conversion.ANCHOR):
+            return model_class
+    for model_class in classes:
+        if (read_own_config(model_class, Path(path)) or {}).get("_class_name") == model_class.__name__:
             return model_class
     names = ", ".join(model_class.conversion.NAME for model_class in classes)
     raise ValueError(f"`path` must be an original checkpoint of {names}, got {str(path)!r} without the keys of any.")

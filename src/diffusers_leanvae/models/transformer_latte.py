@@ -33,9 +33,8 @@ from torch import nn
 
 from ..checks import check_choice
 from ..conversion import latte
-from ..conversion.checkpoints import HUB_ARGUMENTS
 from ..conversion.latte import VARIANTS
-from .pretrained import PretrainedModel, load_original
+from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 
 
 POSITION_MODES = ("stored", "interpolate", "extrapolate")
@@ -258,20 +257,27 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         num_attention_heads: int | None = None,
         **hub_kwargs: Any,
     ) -> "LeanVAELatteTransformer3DModel":
-        """Load an original Latte checkpoint; averaged (EMA) weights are preferred.
+        """Load one file of weights: an original Latte checkpoint (averaged weights are preferred), or our own.
 
         Args:
             pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/ucf-dim4.pt`, or its URL; a folder
-                or Hub repository with one checkpoint in it.
+                or Hub repository with one checkpoint in it. Weights of `save_pretrained` need their config next to
+                them, or `config`.
             torch_dtype: Dtype to cast the weights to; as stored if `None`.
             num_attention_heads: Heads of a model of none of the sizes S, B, L, XL, which its file does not tell.
-            hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for `huggingface_hub`.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for `huggingface_hub`;
+                as of diffusers `config` (a folder, Hub repository or file with a config, or its values), `subfolder`
+                (of `config`, or else of a folder or repository), `config_revision`, `device`, `disable_mmap`.
+
+        Raises:
+            ValueError: If there is no such checkpoint, it is not complete, or an argument is not legal.
         """
-        unknown = set(hub_kwargs) - set(HUB_ARGUMENTS)
+        unknown = set(hub_kwargs) - set(FILE_ARGUMENTS)
         if unknown:
             raise ValueError(f"`hub_kwargs` must be Hub arguments, got {', '.join(sorted(unknown))}.")
         read = partial(latte.read_original_checkpoint, num_attention_heads=num_attention_heads)
-        return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, hub_kwargs=hub_kwargs)
+        values = {} if num_attention_heads is None else {"num_attention_heads": num_attention_heads}
+        return load_single_file(cls, pretrained_model_link_or_path, read, torch_dtype, values, hub_kwargs)
 
     def enable_cache(self, config: Any) -> None:
         """Reuse outputs of blocks between steps, as diffusers' `CacheMixin` offers it."""

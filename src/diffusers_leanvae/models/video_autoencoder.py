@@ -17,8 +17,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..conversion.checkpoints import HUB_ARGUMENTS
-from .pretrained import PretrainedModel, load_original
+from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 from .temporal_cache import Chunk, TemporalCache, chunks
 from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
 from .video_config import VideoAutoencoderConfig
@@ -141,23 +140,29 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     def from_single_file(
         cls, pretrained_model_link_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Self:
-        """Load an original checkpoint: release, training file or safetensors layout.
+        """Load one file of weights: an original release, training file or safetensors layout, or of `save_pretrained`.
 
         Args:
             pretrained_model_link_or_path: A file, a Hub file such as `Yumic/LeanVAE/LeanVAE-dim4.ckpt`, or its URL; a
                 folder or Hub repository with one checkpoint in it. Arguments in a `config.json` of the original next
-                to the file are obeyed.
+                to the file are obeyed; weights of `save_pretrained` need their own there, or `config`.
             torch_dtype: Dtype to cast the weights to; as stored if `None`.
-            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` go to `huggingface_hub`; any
-                other is a config value that the file cannot tell (`pixel_factor=1.0` for Wan-aligned LeanVAE weights,
+            kwargs: As of diffusers: `config` (a folder, Hub repository or file with a config, or its values; for an
+                original checkpoint they replace what it tells), `subfolder` (of `config`, or else of a folder or
+                repository), `config_revision`, `device`, `disable_mmap`. `revision`, `token`, `cache_dir`,
+                `force_download`, `local_files_only` go to `huggingface_hub`. Any other is a config value that the
+                file cannot tell (`pixel_factor=1.0` for Wan-aligned LeanVAE weights,
                 `temporal_interpolation="nearest"` for WF-VAE).
+
+        Raises:
+            ValueError: If there is no such checkpoint, it is not complete, or an argument is not legal.
         """
-        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in FILE_ARGUMENTS if name in kwargs}
         unknown = set(kwargs) - set(inspect.signature(cls.__init__).parameters)
         if unknown:
             raise ValueError(f"`kwargs` must be Hub or config arguments, got {', '.join(sorted(unknown))}.")
         read = cls.conversion.read_original_checkpoint
-        return load_original(cls, pretrained_model_link_or_path, read, torch_dtype, kwargs, hub_kwargs)
+        return load_single_file(cls, pretrained_model_link_or_path, read, torch_dtype, kwargs, options)
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
