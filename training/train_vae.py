@@ -232,9 +232,9 @@ class VAETrainingModule(nn.Module):
         if teacher_latents is not None:  # the decoder takes a teacher's latents, the encoder makes them
             is_normalised = vae.config["latents_std"] is not None
             aligned = alignment_terms(vae, teacher_latents, posterior.mean, sample, is_normalised)
-            judged.append(Judged(sample, aligned.pop("reconstruction")))
+            judged.append(Judged(sample, aligned.reconstruction))
             perceptual = self.perceptual_terms(*judged[1], seed)
-            terms |= aligned | {f"align_{name}": term for name, term in perceptual.items()}
+            terms |= aligned.terms | {f"align_{name}": term for name, term in perceptual.items()}
             weight_of |= asdict(self.alignment) | {f"align_{name}": weight_of[name] for name in perceptual}
 
         # ---- what is minimised --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.metadata import find_caption
 from diffusers_leanvae.data.sources import expand_braces, open_source, split_member
-from diffusers_leanvae.data.streams import VideoStream
+from diffusers_leanvae.data.streams import VideoStream, _write
 from diffusers_leanvae.video_io import write_video
 
 
@@ -318,3 +318,9 @@ def test_a_compressed_shard_is_streamed(listed: Path, tmp_path: Path, datasets):
     options = {"batch_size": 2, "shuffle_buffer": 2, **OPTIONS}
     plain, compressed = (open_training_data((tmp_path / name).as_uri(), **options) for name in ("0.tar", "0.tar.gz"))
     assert equal(draw(plain, 0, 2), draw(compressed, 0, 2))
+
+
+def test_a_stream_may_have_a_column_of_file_names(tmp_path: Path):
+    example = {"video": b"encoded", "file_name": "original.mp4", "caption": "words"}
+    row = _write(example, "video", tmp_path, 3)
+    assert (tmp_path / row["file_name"]).read_bytes() == b"encoded" and row["caption"] == "words"

@@ -1,6 +1,7 @@
 """Another autoencoder as teacher: tiny Wan models of both compressions."""
 
 import runpy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKLWan
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.diffusability import load_clips
-from diffusers_leanvae.losses.alignment import Teacher, alignment_terms
+from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
 from diffusers_leanvae.models.wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -45,9 +46,9 @@ def test_student_and_teacher_have_one_latent_layout(make_model, make_video, conf
     own = student.encode(sample).latent_dist.mode()
     assert latents.shape == own.shape == (1, 4, 2, 32 // ratio, 64 // ratio)
 
-    terms = alignment_terms(student, latents, own, sample, normalise=True)
-    assert terms["reconstruction"].shape == sample.shape
-    torch.stack([term for name, term in terms.items() if name != "reconstruction"]).sum().backward()
+    terms, reconstruction = alignment_terms(student, latents, own, sample, normalise=True)
+    assert set(terms) == set(asdict(AlignmentWeights())) and reconstruction.shape == sample.shape
+    torch.stack(list(terms.values())).sum().backward()
     still = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
     assert still == {"logvar_proj.weight", "logvar_proj.bias"}  # means alone are aligned
     assert all(p.grad is None for p in teacher.vae.parameters())
@@ -58,10 +59,10 @@ def test_terms_are_those_of_the_specification(make_model, make_video):
     student = make_model(**statistics(teacher))
     sample = make_video(1, 3, 9, 32, 32)
     latents, own = teacher.encode(sample), student.encode(sample).latent_dist.mode()
-    terms = alignment_terms(student, latents, own, sample, normalise=True)
+    terms, reconstruction = alignment_terms(student, latents, own, sample, normalise=True)
 
     decoded = student.decode(latents).sample
-    torch.testing.assert_close(terms["reconstruction"], decoded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reconstruction, decoded, rtol=0, atol=1e-5)
     torch.testing.assert_close(terms["align_pixel"], 0.5 * F.l1_loss(decoded, sample), rtol=0, atol=1e-5)
     mean, std = (torch.tensor(s).view(1, 4, 1, 1, 1) for s in (teacher.latents_mean, teacher.latents_std))
     normalised = F.l1_loss((own - mean) / std, (latents - mean) / std)
@@ -71,7 +72,7 @@ def test_terms_are_those_of_the_specification(make_model, make_video):
     for name, part in (("align_low", slice(3)), ("align_high", slice(3, None))):
         torch.testing.assert_close(terms[name], sum(b[:, part].abs().mean() for b in bands), rtol=0, atol=1e-4)
 
-    plain = alignment_terms(student, latents, own, sample, normalise=False)
+    plain = alignment_terms(student, latents, own, sample, normalise=False).terms
     torch.testing.assert_close(plain["align_latents"], F.l1_loss(own, latents), rtol=0, atol=1e-6)
 
 
@@ -129,7 +130,9 @@ def test_training_on_the_terms_aligns_the_latents(make_model, make_video):
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     latents, errors = teacher.encode(sample), []
     for _ in range(30):
-        terms = alignment_terms(student, latents, student.encode(sample).latent_dist.mode(), sample, normalise=True)
+        terms = alignment_terms(
+            student, latents, student.encode(sample).latent_dist.mode(), sample, normalise=True
+        ).terms
         errors.append(terms["align_latents"].item())
         optimizer.zero_grad()
         (terms["align_latents"] + terms["align_pixel"]).backward()

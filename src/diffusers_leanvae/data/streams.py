@@ -327,13 +327,13 @@ def _write(example: dict[str, Any], column: str, folder: Path, number: int) -> d
             shutil.copyfile(origin, path)
     else:
         _download(origin, path)
-    row = {"file_name": path.name}
+    row = {}
     for name, cell in example.items():
         try:
             row[name] = json.loads(json.dumps(cell))
         except (TypeError, ValueError):
             continue  # other media
-    return row
+    return row | {"file_name": path.name}  # whatever a column of this name says
 
 
 def _download(origin: str, path: Path) -> None:

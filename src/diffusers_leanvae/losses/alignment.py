@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +94,26 @@ class AlignmentWeights:
     align_high: float = 0.4
 
 
+class Alignment(NamedTuple):
+    """Terms, and what they were computed from.
+
+    Attributes:
+        terms: `align_pixel`, `align_latents`, `align_low` and `align_high`, unweighted float32 scalars.
+        reconstruction: The student's decoding of the teacher's latents with shape and range of the videos, not
+            clamped, for perceptual and adversarial terms.
+    """
+
+    terms: dict[str, torch.Tensor]
+    reconstruction: torch.Tensor
+
+
 def alignment_terms(
     student: AutoencoderKLLeanVAE,
     teacher_latents: torch.Tensor,
     student_latents: torch.Tensor,
     sample: torch.Tensor,
     normalise: bool,
-) -> dict[str, torch.Tensor]:
+) -> Alignment:
     """Terms that draw a model's latents to those of another: its decoder takes them, its encoder makes them.
 
     The terms of the reference's Wan-aligned models. The model's own reconstruction keeps its own terms.
@@ -112,11 +125,6 @@ def alignment_terms(
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
         normalise: Compare latents as `(latents - latents_mean) / latents_std` by the student's config, which has taken
             both over from the teacher, so that all channels count equally. The reference does.
-
-    Returns:
-        `align_pixel`, `align_latents`, `align_low` and `align_high`, unweighted float32 scalars, and `reconstruction`,
-        the student's decoding of the teacher's latents with shape and range of `sample`, not clamped, for perceptual
-        and adversarial terms.
     """
     if teacher_latents.shape != student_latents.shape:
         raise ValueError(
@@ -133,13 +141,13 @@ def alignment_terms(
         if std is None:
             raise ValueError("`normalise` must be false for a student without `latents_std` in its config, got true.")
         difference = difference / torch.tensor(std, device=difference.device).view(1, -1, 1, 1, 1)
-    return {
+    terms = {
         "align_pixel": F.l1_loss(reconstruction, sample.float()) * student.config["pixel_factor"],
         "align_latents": difference.abs().mean(),
         "align_low": low,
         "align_high": high,
-        "reconstruction": reconstruction,
     }
+    return Alignment(terms, reconstruction)
 
 
 def _declared(vae: Any, attribute: str, config_key: str) -> int | None:
