@@ -34,13 +34,17 @@ def encode(
     pts: list[int] | None = None,
     tags: tuple[int, int] | None = None,
     audio_codec: str | None = None,
+    sample_aspect_ratio: Fraction | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> Path:
     """Encode `frames`. `tags`: colour space, range."""
     if options is None:
         options = {"crf": "4", "preset": "ultrafast"} if codec == "libx264" else {}
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        if sample_aspect_ratio is not None:
+            stream.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if tags is not None:
             stream.codec_context.colorspace, stream.codec_context.color_range = tags
         sound = container.add_stream(audio_codec, rate=44100) if audio_codec else None

@@ -1,8 +1,12 @@
 """Reading videos. The clips are made here with PyAV; the shared clips are used where they exist."""
 
+import gc
 import os
+import resource
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,19 @@ from diffusers_leanvae.video_io import (
     read_video,
     write_video,
 )
+from diffusers_leanvae.video_io.pixels import resize_frames
 
 
 SHARED_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
-UNITY_MATRIX = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
+
+
+def turn(path: Path, matrix: tuple[float, float, float, float]) -> None:
+    """Set the display matrix `(a, b, c, d)` of an MP4 file."""
+    data = path.read_bytes()
+    place = data.index(b"tkhd") + 4 + 40  # a, b, u, c, d, v, x, y, w
+    a, b, c, d = (round(value * (1 << 16)) for value in matrix)
+    patch = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
+    path.write_bytes(data[:place] + patch + data[place + len(patch) :])
 
 
 def read(path: Path, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
@@ -235,14 +248,82 @@ class TestSources:
     def test_display_matrix(self, tmp_path: Path, matrix: tuple[int, ...], rotation: int, turned):
         path = encode(tmp_path / "a.mp4", moving_picture(3))
         upright = read(path)
-        data = path.read_bytes()
-        position = data.index(UNITY_MATRIX, data.index(b"tkhd"))
-        a, b, c, d = (value << 16 for value in matrix)
-        patch = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
-        path.write_bytes(data[:position] + patch + data[position + len(patch) :])
+        turn(path, matrix)
         frames, info = read_video(path)
         assert torch.equal(frames, turned(upright))
         assert (info.rotation, info.height, info.width) == (rotation, *frames.shape[1:3])
+
+    def test_other_angles_are_refused(self, tmp_path: Path):
+        path = encode(tmp_path / "a.mp4", moving_picture(3))
+        turn(path, (0.8660254, 0.5, -0.5, 0.8660254))
+        for function in (probe_video, read_video, iter_video):
+            with pytest.raises(
+                VideoError, match=r"a.mp4': its picture is to be turned by 30.0 degrees, and only mult"
+            ):
+                function(path)
+        turn(path, (1.0, 0.0005, -0.0005, 1.0))  # rounding
+        assert probe_video(path).rotation == 0
+
+    def test_side_data_that_pyav_does_not_know(self, tmp_path: Path):
+        """JPEG pictures with EXIF: its orientation is applied, and its type is not in PyAV's table."""
+        from PIL import Image
+
+        images, exif = [], Image.Exif()
+        exif[0x0112] = 6
+        for frame in moving_picture(3).numpy():
+            file = BytesIO()
+            Image.fromarray(frame).save(file, "jpeg", quality=95, exif=exif)
+            images.append(file.getvalue())
+        path = tmp_path / "a.mkv"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mjpeg", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuvj420p"
+            for index, image in enumerate(images):
+                packet = av.Packet(image)
+                packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, 25)
+                packet.is_keyframe = True
+                container.mux(packet)
+        with av.open(str(path)) as container, pytest.raises(ValueError, match="not a valid Type"):
+            next(container.decode(video=0)).side_data  # noqa: B018
+        frames, info = read_video(path)
+        assert (info.rotation, info.height, info.width, info.color_range) == (90, 64, 48, "full")
+        assert psnr(frames, moving_picture(3).rot90(-1, (1, 2))) > 30
+
+    def test_no_frame_waits_for_the_collector(self, tmp_path: Path):
+        path = encode(tmp_path / "a.mp4", moving_picture(30))
+        turn(path, (0, 1, -1, 0))
+        gc.collect()
+        gc.disable()
+        try:
+            with VideoReader(path) as video:
+                count = sum(len(frames) for frames in video.frames(chunk_size=4))
+                assert (count, gc.collect()) == (30, 0)
+        finally:
+            gc.enable()
+
+    @pytest.mark.parametrize(
+        ("size", "ratio", "square"),
+        [
+            ((48, 64), Fraction(16, 11), (48, 94)),
+            ((48, 64), Fraction(3, 4), (64, 64)),
+            ((49, 65), Fraction(4, 3), (49, 87)),
+            ((48, 64), Fraction(1), (48, 64)),
+        ],
+    )
+    @pytest.mark.parametrize("is_turned", [False, True])
+    def test_pixel_aspect_ratio(self, tmp_path: Path, size, ratio: Fraction, square, is_turned: bool):
+        frames = moving_picture(3, *size)
+        path = encode(tmp_path / "a.mp4", frames, pix_fmt="yuv444p", sample_aspect_ratio=ratio)
+        if is_turned:
+            turn(path, (0, 1, -1, 0))
+            size, square, ratio = size[::-1], square[::-1], 1 / ratio
+        stored, info = read_video(path)
+        assert (info.height, info.width) == stored.shape[1:3] == size
+        assert (info.pixel_aspect_ratio, info.display_size) == (ratio, square[::-1])
+        with VideoReader(path, square_pixels=True) as video:
+            assert (video.info.height, video.info.width, video.info.pixel_aspect_ratio) == (*square, 1)
+            out = video.read()
+        assert out.is_contiguous() and torch.equal(out, resize_frames(stored, *square))
 
     def test_ten_bit(self, tmp_path: Path):
         frames = moving_picture(4)
@@ -391,6 +472,67 @@ class TestBadFiles:
         path = encode(tmp_path / "a.mp4", moving_picture(2))
         path.chmod(0)
         self.check(path, "ermission")
+
+    @pytest.mark.parametrize(
+        ("name", "codec", "pix_fmt", "stored", "claimed"),
+        [
+            ("a.avi", "rawvideo", "yuv420p", (64, 48, "<II"), (100000, 100000)),
+            ("a.avi", "ffv1", "yuv420p", (64, 48, "<II"), (100000, 100000)),
+            ("a.avi", "ffv1", "yuv420p", (64, 48, "<II"), (30000, 30000)),
+            ("a.mov", "prores_ks", "yuv422p10le", (64, 48, ">HH"), (60000, 60000)),
+            ("a.mov", "qtrle", "rgb24", (64, 48, ">HH"), (65535, 65535)),
+            ("a.mov", "png", "rgb24", (64, 48, ">II"), (100000, 100000)),
+        ],
+    )
+    def test_claims_of_size(self, tmp_path: Path, name: str, codec: str, pix_fmt: str, stored, claimed):
+        path = encode(tmp_path / name, moving_picture(2), codec, pix_fmt)
+        *size, layout = stored
+        data = path.read_bytes()
+        assert struct.pack(layout, *size) in data
+        path.write_bytes(data.replace(struct.pack(layout, *size), struct.pack(layout, *claimed)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.check(
+            path, "its header claims 60000x60000 pixels, expected at most 2" if codec == "prores_ks" else "Cannot"
+        )
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+    @pytest.mark.parametrize("num_b_frames", [0, 2])
+    @pytest.mark.parametrize("place", [3, 22, 39])
+    def test_cut_between_packets(self, tmp_path: Path, num_b_frames: int, place: int):
+        """FFmpeg takes what is left for a whole file."""
+        options = {"crf": "10", "bf": str(num_b_frames)}
+        path = encode(
+            tmp_path / "a.mp4", moving_picture(40), options=options, container_options={"movflags": "faststart"}
+        )
+        whole = read(path)
+        with av.open(str(path)) as container:
+            position = next(p.pos for i, p in enumerate(container.demux(video=0)) if i == place)
+        path.write_bytes(path.read_bytes()[:position])
+        with av.open(str(path)) as container:
+            assert sum(packet.size > 0 for packet in container.demux(video=0)) == place
+        with pytest.raises(VideoError, match=r"past frame \d+: the file is truncated"):
+            read(path)
+        good = torch.cat(list(iter_video(path, on_error="stop")))
+        assert place - 2 <= len(good) <= place
+        assert torch.equal(good, whole[: len(good)])
+        with VideoReader(path) as video, pytest.raises(VideoError, match="truncated"):
+            video.read(len(good) - 1)
+
+    def test_edit_lists_are_no_damage(self, tmp_path: Path):
+        """The first frames are left out, as phones do after a cut."""
+        path = encode(tmp_path / "a.mp4", moving_picture(40), options={"x264-params": "keyint=8:bframes=2"})
+        whole = read(path)
+        data = bytearray(path.read_bytes())
+        place = data.index(b"elst") + 4
+        version, count, duration, start = struct.unpack(">IIII", data[place : place + 16])
+        assert (version, count) == (0, 1)
+        with av.open(str(path)) as container:
+            ticks = container.streams.video[0].time_base.denominator // 25
+        data[place + 8 : place + 16] = struct.pack(">II", duration - 5 * 1000 // 25, start + 5 * ticks)
+        path.write_bytes(bytes(data))
+        frames, info = read_video(path)
+        assert torch.equal(frames, whole[5:])
+        assert info.num_frames == 35
 
     def test_truncated(self, tmp_path: Path):
         frames = moving_picture(40)

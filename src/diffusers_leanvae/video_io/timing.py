@@ -30,12 +30,19 @@ def frame_rate(stream: VideoStream, stamps: list[int]) -> Fraction:
     if tick is None or len(stamps) < 2:
         return next((rate for rate in claims if rate <= _MAX_RATE), _NO_CLAIM)
     measured = 1 / ((stamps[-1] - stamps[0]) * Fraction(tick) / (len(stamps) - 1))
+    error = Fraction(2, stamps[-1] - stamps[0])  # of the measurement, relative
     for claim in claims:
         if measured * 2 / 3 <= claim <= measured * 3 / 2:
-            return Fraction(claim)
-    usual = min(_USUAL_RATES, key=lambda rate: abs(rate - measured))
-    error = max(Fraction(2, stamps[-1] - stamps[0]), Fraction(1, 1000))  # of the measurement, relative
-    return usual if abs(usual - measured) <= error * measured else measured
+            # Where ticks are milliseconds, FFmpeg has measured the rate as well: 24 and 24000/1001 are 0.1 % apart.
+            is_rounded = tick >= Fraction(1, 2000)
+            return _usual_rate(Fraction(claim), min(error, Fraction(1, 2500))) if is_rounded else Fraction(claim)
+    return _usual_rate(measured, max(error, Fraction(1, 1000)))
+
+
+def _usual_rate(rate: Fraction, error: Fraction) -> Fraction:
+    """Return the usual rate that is meant, or `rate` if there is none within a relative `error`."""
+    usual = min(_USUAL_RATES, key=lambda candidate: abs(candidate - rate))
+    return usual if abs(usual - rate) <= error * rate else rate
 
 
 def is_variable(stream: VideoStream, stamps: list[int]) -> bool:
