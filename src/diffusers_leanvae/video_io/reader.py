@@ -21,7 +21,6 @@ frame rate constant: a variable-rate file yields its frames. `VideoInfo.fps` is 
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import sys
 from collections import deque
@@ -49,7 +48,8 @@ from .stills import ImageFrames, can_read
 from .timing import Clock, frame_rate, is_variable
 
 
-if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
+if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
+    import numpy as np
     import torch
 
 __all__ = [
@@ -376,6 +376,7 @@ class VideoReader:
         """Write every frame once, into its chunk."""
         from .pixels import resize_frames
 
+        rooms = _Rooms(*self._stored_size)
         left = total
         while left is None or left > 0:
             size = chunk_size if left is None else min(left, chunk_size)
@@ -383,7 +384,7 @@ class VideoReader:
             buffer: torch.Tensor | None = None
             for frame, time in itertools.islice(frames, size):
                 if buffer is None or len(times) == len(buffer):
-                    buffer = self._room(buffer, size)
+                    buffer = self._room(rooms, buffer, size)
                 if isinstance(frame, Picture):
                     with named_errors(self._name):
                         frame.write(buffer[len(times)])
@@ -403,15 +404,15 @@ class VideoReader:
             if left != 0 and (self._is_closed or self._num_ranges != number):
                 raise VideoError(f"Cannot read on in {self._name!r}: the reader was closed, or another range begun.")
 
-    def _room(self, full: torch.Tensor | None, size: int) -> torch.Tensor:
+    def _room(self, rooms: _Rooms, full: torch.Tensor | None, size: int) -> torch.Tensor:
         """Return room for up to `size` frames, fewer if a file may be much shorter, with those of a full one."""
-        height, width = self._stored_size
         if full is not None:
-            room = _new_frames(min(size, 2 * len(full)), height, width)
+            room = rooms.take(min(size, 2 * len(full)))
             room[: len(full)] = full
             return room
+        height, width = self._stored_size
         expected = min(self.info.num_frames or 0, (1 << 30) // (3 * height * width))
-        return _new_frames(min(size, max(expected, 16)), height, width)
+        return rooms.take(min(size, max(expected, 16)))
 
     def _drawn_frames(
         self, images: ImageFrames, start: int, stop: int | None, on_error: OnError
@@ -641,17 +642,26 @@ def _has_sample_table(container: InputContainer) -> bool:
     return "mp4" in container.format.name.split(",")
 
 
-def _new_frames(count: int, height: int, width: int) -> torch.Tensor:
-    """Return memory for frames, not initialised."""
-    import torch
+class _Rooms:
+    """Memory for chunks of frames: that of chunks which nobody holds any more comes first.
 
-    size = count * height * width * 3
-    if size < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, height, width, 3, dtype=torch.uint8)
-    # In large pages: giving out small ones, of which a frame has thousands, takes longer than filling them.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(count, height, width, 3)
+    The system clears memory that it gives out, which takes as long as filling it.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self._height, self._width = height, width
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """Return room for `count` frames, not initialised."""
+        import numpy as np
+        import torch
+
+        # A tensor refers to its array. Otherwise these do: the list, the variable and the argument.
+        free = [array for array in self._arrays if len(array) == count and sys.getrefcount(array) <= 3]
+        array = free[0] if free else np.empty((count, self._height, self._width, 3), np.uint8)
+        self._arrays = [*[other for other in self._arrays if other is not array][-1:], array]
+        return torch.from_numpy(array)
 
 
 def _describe_images(name: str, images: ImageFrames) -> VideoInfo:
