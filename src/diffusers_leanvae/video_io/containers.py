@@ -10,6 +10,7 @@ import av
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 
@@ -17,6 +18,9 @@ PathLike = str | os.PathLike[str]
 
 
 MAX_PIXELS = 1 << 28  # of a frame: 16384 x 16384; the largest camera of a phone has 200 million
+
+# Report damage instead of concealing it, and allocate nothing for a size that comes up later.
+_DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
 
 
 class VideoError(ValueError):
@@ -88,7 +92,16 @@ def find_video_stream(container: InputContainer, path: PathLike) -> VideoStream:
             f"Cannot read {str(path)!r}: its header claims {context.width}x{context.height} pixels, expected at most "
             f"{MAX_PIXELS}."
         )
-    # Report damage instead of concealing it, and allocate nothing for a size that comes up later.
-    context.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
+    context.options = _DECODING
     stream.thread_type = "AUTO"
     return stream
+
+
+def alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
+    """Return a fresh decoder for VP8 and VP9 with alpha, which FFmpeg's own decoders leave out; `None` for others."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return None
+    decoder = cast(VideoCodecContext, av.CodecContext.create(name, "r"))
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    return decoder

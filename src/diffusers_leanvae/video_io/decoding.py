@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .color import LUMA_WEIGHTS, Color, color_of, to_sdr, yuv_to_rgb
-from .containers import Unsupported
+from .containers import Unsupported, alpha_decoder
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
@@ -98,13 +98,15 @@ class Decoding:
 
 def _decode(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield frames in presentation order; raise `Damaged` after the last one that is certainly good."""
+    decoder = alpha_decoder(stream)
+    decode = stream.decode if decoder is None else decoder.decode
     try:
         try:
             for packet in packets:
                 if packet.is_corrupt:
                     dts = packet.dts
                     break
-                for frame in packet.decode():
+                for frame in decode(packet):
                     if frame.is_corrupt:
                         raise Damaged("the decoder marks the frame as corrupt")
                     yield frame
@@ -114,7 +116,7 @@ def _decode(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFra
             dts = cut.dts
         # Cut off, inside a packet or before one. What the decoder still holds is good, but only up to this packet's
         # decoding time is it certain that no frame in between is missing.
-        for frame in stream.decode(None):
+        for frame in decode(None):
             if frame.pts is None or dts is None or frame.pts >= dts:
                 break
             yield frame

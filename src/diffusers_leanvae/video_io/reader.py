@@ -261,7 +261,10 @@ class VideoReader:
     ) -> None:
         if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
             raise VideoError(f"`background` must be three integers from 0 to 255, got {background!r}.")
-        self._name = os.fspath(source) if isinstance(source, str | os.PathLike) else os.fspath(source[0])
+        is_path = isinstance(source, str | os.PathLike)
+        if not is_path and not source:
+            raise VideoError("`source` must name at least one picture, got an empty list.")
+        self._name = os.fspath(source if is_path else source[0])
         self._background = background
         self._files = ExitStack()  # a temporary copy of what is no file
         self._resources = ExitStack()
@@ -500,9 +503,10 @@ class VideoReader:
         self._first_stamp = _stamp(frame)
         matrix = display_matrix(frame)
         self.info = _describe(self._name, self._container, self._stream, frame, matrix, stamps)
-        # Where seeking may be exact.
+        # Where seeking may be exact; alpha of WebM is a stream of its own, with key frames of its own.
         is_alone = len(self._container.streams.video) == 1 and not self.info.is_image
-        if is_alone and not frame.interlaced_frame and matrix in _CLOCKWISE:
+        has_alpha_stream = "alpha_mode" in self._stream.metadata
+        if is_alone and not has_alpha_stream and not frame.interlaced_frame and matrix in _CLOCKWISE:
             self._seek_points = SeekPoints.of(self._container, self._stream)
 
     def _start(self, packets: Iterator[Packet]) -> VideoFrame:
