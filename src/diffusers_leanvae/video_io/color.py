@@ -97,7 +97,7 @@ class Color:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether BT.709 SDR takes more than a matrix."""
+        """Tell whether BT.709 SDR takes more than a matrix."""
         return self.is_hdr or self.primaries in CHROMATICITIES.keys() - {"bt709"}
 
 
@@ -132,7 +132,8 @@ def yuv_to_rgb(
 ) -> torch.Tensor:
     """Convert samples of `depth` bits, one plane each and of one size, to a signal `(3, height, width)`, float32.
 
-    0 is black and 1 white; what a matrix takes outside stays there. Without `u` and `v` the frame is grey.
+    0 is black and 1 white; what a matrix takes outside stays there. Without `u` and `v` the frame is grey. Samples in
+    float32 are overwritten.
     """
     import torch
 
@@ -156,7 +157,7 @@ def yuv_to_rgb(
 
 
 def to_sdr(signal: torch.Tensor, color: Color) -> torch.Tensor:
-    """Convert an R'G'B' signal `(3, height, width)` of any colour to BT.709 SDR, in `[0, 1]`; see the module."""
+    """Convert an R'G'B' signal `(3, height, width)` to BT.709 SDR, in `[0, 1]`; see the module. It is overwritten."""
     import torch
 
     if not color.is_foreign:

@@ -285,18 +285,31 @@ def _is_exact_in_swscale(color: Color, depth: int, planes: list[np.ndarray]) -> 
 
 
 def _convert_in_float(planes: list[np.ndarray], depth: int, color: Color) -> np.ndarray:
+    """Convert planes to RGB, in bands: what stays in the processor's cache takes half the time, and little memory."""
+    import numpy as np
+
+    height, width = planes[0].shape
+    rgb = np.empty((height, width, 3), np.uint8)
+    rows = max((1 << 16) // width // 4, 1) * 4  # as chroma has at least every fourth row
+    for top in range(0, height, rows):
+        band = planes[0][top : top + rows]
+        bands = [band]
+        for plane in planes[1:]:
+            down, across = -(-height // plane.shape[0]), -(-width // plane.shape[1])
+            chroma = plane[top // down : -(-(top + len(band)) // down)]
+            bands.append(chroma.repeat(down, 0).repeat(across, 1)[: len(band), :width])
+        rgb[top : top + rows] = _convert_band(bands, depth, color)
+    return rgb
+
+
+def _convert_band(planes: list[np.ndarray], depth: int, color: Color) -> np.ndarray:
     import torch
 
-    samples = [torch.from_numpy(plane.astype("int32")) for plane in planes]
+    samples = [torch.from_numpy(plane.astype("float32")) for plane in planes]
     if color.matrix == "rgb":
         green, blue, red = samples
-        signal = torch.stack((red, green, blue)).float().div_(2**depth - 1)
+        signal = torch.stack((red, green, blue)).div_(2**depth - 1)
     else:
-        height, width = samples[0].shape
-        for index in range(1, len(samples)):
-            plane = samples[index]
-            plane = plane.repeat_interleave(-(-height // plane.shape[0]), 0)
-            samples[index] = plane.repeat_interleave(-(-width // plane.shape[1]), 1)[:height, :width]
         y, u, v = samples if len(samples) == 3 else (samples[0], None, None)
         signal = yuv_to_rgb(y, u, v, depth, color)
     return to_sdr(signal, color).mul_(255).round_().byte().permute(1, 2, 0).numpy()

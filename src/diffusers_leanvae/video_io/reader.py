@@ -132,7 +132,7 @@ class VideoInfo:
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is an audio stream."""
+        """Tell whether there is an audio stream."""
         return bool(self.audio_codecs)
 
     @property
@@ -691,7 +691,9 @@ def _describe_images(name: str, images: ImageFrames) -> VideoInfo:
 def _describe(
     name: str, container: InputContainer, stream: VideoStream, frame: VideoFrame, matrix: Matrix, stamps: list[int]
 ) -> VideoInfo:
+    is_avif = container.metadata.get("major_brand") in ("avif", "avis")
     is_still = container.format.name.endswith("_pipe") or container.format.name == "image2"
+    is_still = is_still or (is_avif and stream.frames == 1)
     duration: float | None = None
     if not is_still and stream.duration is not None and stream.time_base is not None:
         duration = float(stream.duration * stream.time_base)
@@ -715,7 +717,7 @@ def _describe(
         audio_codecs=tuple(_codec_name(sound) for sound in container.streams.audio),
         codec=stream.codec_context.codec.canonical_name,
         pixel_format=frame.format.name,
-        is_image=is_still or container.format.name in ("gif", "apng", "webp", "webp_anim"),
+        is_image=is_still or is_avif or container.format.name in ("gif", "apng", "webp", "webp_anim"),
         pixel_aspect_ratio=ratio if is_upright else 1 / ratio,
         matrix=color.matrix,
         primaries=color.primaries,
