@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import bundled
+from ..checks import check_choice
 from .common import (
     Background,
     Codec,
@@ -91,6 +92,7 @@ def reconstruct(
     from ..inference import files
     from ..video_io.inputs import is_media, list_videos
 
+    check_format(file_format, target)
     naming = Naming(list_videos, lambda path: files.default_suffix(path, file_format), is_media)
     jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite)
     options = writer_options(jobs, codec, crf, pix_fmt, file_format)
@@ -212,6 +214,7 @@ def decode(
         except ValueError:
             return ".mp4"  # the job itself will say what is wrong with the file
 
+    check_format(file_format, target)
     naming = Naming(list_latents, suffix, lambda _: False)
     also_read = [] if audio_from is None else [audio_from]
     jobs = find_jobs(source, target, naming, overwrite=overwrite, also_read=also_read)
@@ -241,6 +244,21 @@ def decode(
         return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
 
     process(jobs, overwrite, work)
+
+
+def check_format(file_format: str | None, target: str) -> None:
+    """Refuse a `--format` that cannot be written, or where OUT tells it."""
+    from ..video_io.formats import CONTAINERS, IMAGES
+
+    if file_format is None:
+        return
+    if target == STANDARD:
+        legal = [suffix[1:] for suffix, held in CONTAINERS.items() if held.is_streamable]
+        check_choice("--format", file_format, legal, "on standard output")
+    else:
+        check_choice("--format", file_format, dict.fromkeys(suffix[1:] for suffix in (*CONTAINERS, *IMAGES)))
+        if Path(target).suffix and not Path(target).is_dir() and not target.endswith("/"):
+            raise ValueError(f"`--format` must not be given where OUT has an extension, got {file_format!r}.")
 
 
 def writer_options(

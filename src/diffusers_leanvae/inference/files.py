@@ -358,10 +358,7 @@ def default_suffix(path: str | Path, name: str | None = None) -> str:
     Returns:
         An extension; or, if `name` is one of images and the file a video, `/%06d` with it: a folder of frames.
     """
-    suffix = None if name is None else f".{name.lower().removeprefix('.')}"
-    if suffix is not None and suffix not in {*CONTAINERS, *IMAGES}:
-        legal = ", ".join(key[1:] for key in {**CONTAINERS, **IMAGES})
-        raise ValueError(f"`format` must be one of {legal}, got {name!r}.")
+    suffix = None if name is None else f".{name}"
     if _is_still(Path(path)):
         return suffix if suffix in IMAGES else ".png"
     if suffix in IMAGES and suffix not in CONTAINERS:
