@@ -129,6 +129,7 @@ class VideoWriter:
         self._ended = Fraction(0)  # seconds, of the frames so far
         self._sound: Accompaniment | None = None
         self._last_packet: Packet | None = None  # held back at a variable rate
+        self._seen: tuple[int, int, int] | None = None  # first and last decoding time, latest time shown
         self._closed = False
         self._is_broken = False  # a pipe whose reader went away
         if audio_from is not None and not self._is_image:
@@ -408,6 +409,7 @@ class VideoWriter:
         if packet is None or self._container is None:
             return
         time = Fraction(packet.dts or 0) * packet.time_base
+        self._note(packet)
         self._container.mux(packet)
         if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
             self._mux_sound(self._sound.packets_before(time))
@@ -420,12 +422,27 @@ class VideoWriter:
             except InvalidDataError as error:  # damaged sound is no reason to lose the picture
                 self._sound.damage = error.strerror
 
+    def _note(self, packet: Packet) -> None:
+        """Remember what the time of the last packet depends on; the muxer converts packets to its own ticks."""
+        if packet.dts is not None and packet.pts is not None:
+            first, _, latest = self._seen or (packet.dts, 0, packet.pts)
+            self._seen = first, packet.dts, max(latest, packet.pts)
+
     def _store_last(self) -> None:
-        """Store the packet held back so that the video, whose length is counted by decoding times, ends in time."""
+        """Store the packet held back so that the video ends in time, by what is shown and by what is decoded.
+
+        Both count: the length of an MP4 is that of all decoding times, from the first, which is negative with B
+        frames, to the end of the last packet.
+        """
         packet = self._last_packet
-        if packet is not None and packet.pts is not None and self._timing is not None:
-            packet.dts = packet.pts
-            packet.duration = self._timing.end_tick - packet.pts
+        if self._timing is not None and packet is not None and packet.pts is not None and packet.dts is not None:
+            end = self._timing.end_tick
+            first, before, latest = self._seen or (packet.dts, packet.dts - 1, packet.pts)
+            if packet.pts < latest:  # a B frame, after which another one is shown
+                packet.duration = max(end + first - packet.dts, 1)
+            else:
+                packet.dts = min(max(packet.pts + first, before + 1), packet.pts)
+                packet.duration = end - packet.pts
         self._mux(packet)
 
     def _cut_end(self, end: Fraction) -> None:
