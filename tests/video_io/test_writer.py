@@ -1,14 +1,19 @@
 """Writing videos and images, with sound: what comes back, what an unfinished file leaves, what is refused."""
 
+import os
+import subprocess
+import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 from encoded_clips import encode, moving_picture, psnr
+from PIL import Image
 
 from diffusers_leanvae.video_io import VideoError, VideoWriter, probe_video, read_video, write_video
 
@@ -21,6 +26,19 @@ def audio_packets(path: Path) -> list[tuple[float, bytes]]:
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
         return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.size]
+
+
+def pictures(files: list[Path]) -> tuple[torch.Tensor, list[float], int | None]:
+    """Frames of images or of one animation, as Pillow reads them, with delays in milliseconds and number of loops."""
+    frames, delays, loops = [], [], None
+    for file in files:
+        with Image.open(file) as image:
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                frames.append(torch.from_numpy(np.array(image.convert("RGB"))))
+                delays.append(image.info.get("duration", 0))
+            loops = image.info.get("loop")
+    return torch.stack(frames), delays, loops
 
 
 class TestWriter:
@@ -110,6 +128,237 @@ class TestWriter:
         with pytest.raises(VideoError, match="one frame"):
             write_video(tmp_path / "a.png", moving_picture(2), 1)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestEveryKind:
+    TIMES = [Fraction(0), Fraction(1, 25), Fraction(3, 25), Fraction(1, 3), Fraction(1, 2)]
+
+    @pytest.mark.parametrize(
+        ("name", "codec"),
+        [
+            ("a.mp4", "libx264"),
+            ("a.mp4", "libx265"),
+            ("a.mp4", "libvpx-vp9"),
+            ("a.mp4", "libsvtav1"),
+            ("a.mkv", "libx264"),
+            ("a.mkv", "libx265"),
+            ("a.mkv", "libvpx-vp9"),
+            ("a.mkv", "libsvtav1"),
+            ("a.mkv", "ffv1"),
+            ("a.mov", "libx264"),
+            ("a.mov", "prores_ks"),
+            ("a.webm", "libvpx-vp9"),
+            ("a.webm", "libsvtav1"),
+        ],
+    )
+    def test_times_aspect_and_tags(self, tmp_path: Path, name: str, codec: str):
+        """At a variable rate, with the last frame as long as it is, in pixels that are no squares."""
+        for times in (self.TIMES, None):
+            with VideoWriter(tmp_path / name, 25, codec=codec, pixel_aspect_ratio=Fraction(16, 11)) as writer:
+                writer.write(moving_picture(5)[:3], times and times[:3])
+                writer.write(moving_picture(5)[3:], times and times[3:], None if times is None else Fraction(7, 10))
+            with av.open(str(tmp_path / name)) as container:
+                stream = container.streams.video[0]
+                frames = list(container.decode(stream))
+                assert stream.sample_aspect_ratio == Fraction(16, 11)
+                assert "title" not in stream.metadata
+                expected = times or [Fraction(index, 25) for index in range(5)]
+                assert [float(frame.pts * frame.time_base) for frame in frames] == pytest.approx(
+                    [float(time) for time in expected], rel=0, abs=6e-4 if name.endswith(("mkv", "webm")) else 6e-5
+                )
+                assert container.duration / 1e6 == pytest.approx(0.7 if times else 0.2, rel=0, abs=1e-3)
+                if codec != "ffv1":
+                    frame = frames[0]
+                    assert (frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries) == (
+                        1,
+                        1,
+                        1,
+                        1,
+                    )
+
+    def test_times_rounded_to_milliseconds_are_a_constant_rate(self, tmp_path: Path):
+        times = [Fraction(round(1000 * index * Fraction(1001, 30000)), 1000) for index in range(30)]
+        write = moving_picture(30)
+        with VideoWriter(tmp_path / "a.mp4", Fraction(30000, 1001), preset="ultrafast") as writer:
+            writer.write(write, times)
+        assert probe_video(tmp_path / "a.mp4").fps == Fraction(30000, 1001)
+
+    def test_illegal_times(self, tmp_path: Path):
+        frames = moving_picture(4)
+        for first, second, message in [
+            ([0, 1], [1, 2], "`times` must ascend"),
+            ([0], None, "`times` must be one for each of 2 frames, got 1"),
+            ([0, 1], None, "`times` must come with every call"),
+            (None, [2, 3], "`times` must come with every call"),
+            ([-1, 0], None, "`times` must ascend from 0"),
+        ]:
+            with pytest.raises(VideoError, match=message), VideoWriter(tmp_path / "a.mp4", 25) as writer:
+                writer.write(frames[:2], first)
+                writer.write(frames[2:], second)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("a.mkv", {"codec": "ffv1"}),
+            ("a.mp4", {"pixel_format": "rgb24", "crf": 0}),
+            ("a.webp", {}),
+            ("a.apng", {}),
+            ("f_%02d.png", {}),
+            ("f_%02d.tif", {}),
+            ("f_%d.bmp", {}),
+            ("f_%d.webp", {}),
+        ],
+    )
+    def test_without_loss(self, tmp_path: Path, name: str, options: dict):
+        frames = torch.randint(0, 256, (3, 33, 47, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+        write_video(tmp_path / name, frames, 25, **options)
+        if name.endswith((".mkv", ".mp4")):
+            assert torch.equal(read(tmp_path / name), frames)
+            return
+        files = sorted(tmp_path.iterdir())
+        assert len(files) == (3 if "%" in name else 1)
+        assert torch.equal(pictures(files)[0], frames)
+
+    @pytest.mark.parametrize("pixel_format", ["yuv444p", "yuv444p10le"])
+    def test_x264_without_loss(self, tmp_path: Path, pixel_format: str):
+        """The pixels that are stored, as FFV1 stores them."""
+        stored = []
+        for name, codec in [("a.mp4", "libx264"), ("a.mkv", "ffv1")]:
+            write_video(tmp_path / name, moving_picture(3), 25, codec=codec, crf=0, pixel_format=pixel_format)
+            with av.open(str(tmp_path / name)) as container:
+                stored.append(
+                    np.stack([frame.to_ndarray(format="yuv444p16le") for frame in container.decode(video=0)])
+                )
+        np.testing.assert_array_equal(stored[0], stored[1])
+
+    @pytest.mark.parametrize(("name", "bound"), [("a.gif", 33), ("a.webp", 99), ("a.apng", 99)])
+    def test_animations(self, tmp_path: Path, name: str, bound: float):
+        frames = moving_picture(5)
+        with VideoWriter(tmp_path / name, 25) as writer:
+            writer.write(frames, self.TIMES, Fraction(3, 4))
+        out, delays, loops = pictures([tmp_path / name])
+        assert psnr(out, frames) > bound
+        expected = [40, 80, 210, 170, 250] if name == "a.gif" else [40, 80, 213, 167, 250]
+        if name == "a.apng":
+            expected[-1] = 167  # FFmpeg repeats the delay before the last
+        assert delays == pytest.approx(expected, rel=0, abs=0.4)
+        assert loops == 0  # for ever
+        write_video(tmp_path / name, frames[:1], 25)
+        assert len(pictures([tmp_path / name])[0]) == 1
+
+    def test_lossy_webp(self, tmp_path: Path):
+        sizes = []
+        for crf in (None, 5, 60):
+            write_video(tmp_path / "a.webp", moving_picture(4), 25, crf=crf)
+            sizes.append((tmp_path / "a.webp").stat().st_size)
+            assert psnr(pictures([tmp_path / "a.webp"])[0], moving_picture(4)) > 28
+        assert sizes[0] > sizes[1] > sizes[2]
+
+    def test_gif_faster_than_players_show(self, tmp_path: Path):
+        with pytest.warns(UserWarning, match="left out: 20 frames, since GIF has at most 50 a second"):
+            write_video(tmp_path / "a.gif", moving_picture(60), 60)
+        delays = pictures([tmp_path / "a.gif"])[1]
+        assert min(delays) >= 20 and sum(delays) == pytest.approx(1000, rel=0, abs=20)
+
+    def test_y4m(self, tmp_path: Path):
+        """At a constant rate, with the matrix that programs take for granted at this size."""
+        frames = moving_picture(5)
+        with VideoWriter(tmp_path / "a.y4m", 25, pixel_format="yuv444p") as writer:
+            writer.write(frames, self.TIMES, Fraction(3, 5))
+        out = read(tmp_path / "a.y4m")
+        shown = [0, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4]
+        assert len(out) == 15 and (out.int() - frames[shown].int()).abs().max() <= 2
+
+    @pytest.mark.parametrize("num_frames", [1, 2, 3])
+    def test_x265_of_few_frames(self, tmp_path: Path, num_frames: int):
+        for _ in range(8):  # what x265 leaves unset is zero now and then
+            write_video(tmp_path / "a.mp4", moving_picture(num_frames), 25, codec="libx265", preset="ultrafast")
+            assert len(read(tmp_path / "a.mp4")) == num_frames
+            assert probe_video(tmp_path / "a.mp4").duration == pytest.approx(num_frames / 25, rel=0, abs=1e-3)
+
+    def test_x265_at_sizes_where_it_writes_beyond_its_memory(self, tmp_path: Path):
+        with pytest.raises(VideoError, match="libx265 needs a picture of at least 48 by 64, got 34 by 48"):
+            write_video(tmp_path / "a.mp4", moving_picture(2)[:, :34, :48], 25, codec="libx265")
+        with pytest.raises(VideoError, match="`pixel_format` yuv420p needs even sizes, got height 47"):
+            write_video(tmp_path / "a.mp4", moving_picture(2)[:, :47], 25, pixel_format="yuv420p")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_svt_av1_says_nothing(self, tmp_path: Path, capfd: pytest.CaptureFixture):
+        write_video(tmp_path / "a.mp4", moving_picture(3), 25, codec="libsvtav1")
+        assert capfd.readouterr() == ("", "")
+
+
+class TestSequences:
+    def test_replaced_together(self, tmp_path: Path):
+        pattern = tmp_path / "f_%03d.png"
+        write_video(pattern, moving_picture(5), 25)
+        (tmp_path / "f_x.png").touch()
+        with pytest.raises(VideoError, match="'.*f_001.png' exists and `overwrite` is false"):
+            VideoWriter(pattern, 25, overwrite=False)
+        with pytest.raises(KeyboardInterrupt), VideoWriter(pattern, 25) as writer:
+            writer.write(moving_picture(2, 24, 32))
+            raise KeyboardInterrupt
+        names = [f"f_00{number}.png" for number in range(1, 6)]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "f_x.png"]
+        assert pictures([tmp_path / name for name in names])[0].shape == (5, 48, 64, 3)
+        write_video(pattern, moving_picture(2, 24, 32), 25)  # a shorter one leaves nothing of the longer one
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*names[:2], "f_x.png"]
+
+    def test_folder(self, tmp_path: Path):
+        folder = tmp_path / "frames"
+        write_video(f"{folder}/", moving_picture(3), 25)
+        assert sorted(path.name for path in folder.iterdir()) == ["000001.png", "000002.png", "000003.png"]
+        write_video(folder, moving_picture(2), 25)
+        assert sorted(path.name for path in folder.iterdir()) == ["000001.png", "000002.png"]
+        assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+
+    def test_long_name(self, tmp_path: Path):
+        name = "é" * 125 + ".webm"
+        write_video(tmp_path / name, moving_picture(2), 25)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+class TestPipes:
+    CODE = """
+import sys
+from pathlib import Path
+import torch
+from diffusers_leanvae.video_io import VideoWriter
+with VideoWriter(sys.argv[1], 25, container=sys.argv[2] or None) as writer:
+    for index in range(int(sys.argv[3])):
+        writer.write(torch.full((4, 64, 96, 3), index % 256, dtype=torch.uint8))
+sys.stderr.write(f"{writer.num_frames}")
+"""
+
+    def start(self, *arguments: Any) -> subprocess.Popen:
+        command = [sys.executable, "-c", self.CODE, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    @pytest.mark.parametrize("container", ["", "mkv", "webm", "y4m"])
+    def test_standard_output(self, tmp_path: Path, container: str):
+        out, err = self.start("-", container, 3).communicate()
+        assert err == b"12"
+        (tmp_path / f"a.{container or 'mkv'}").write_bytes(out)
+        frames = read(tmp_path / f"a.{container or 'mkv'}")
+        assert frames.shape == (12, 64, 96, 3)
+        assert frames.float().mean(dim=(1, 2, 3)).round().tolist() == pytest.approx([0] * 4 + [1] * 4 + [2] * 4, abs=1)
+
+    def test_a_reader_that_has_seen_enough(self):
+        process = self.start("-", "y4m", 100000)
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(20000).startswith(b"YUV4MPEG2 W96 H64 F25:1")
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert 0 < int(process.stderr.read()) < 400000
+
+    def test_named_pipe(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "pipe.mkv")
+        process = self.start(tmp_path / "pipe.mkv", "", 2)
+        (tmp_path / "a.mkv").write_bytes((tmp_path / "pipe.mkv").read_bytes())
+        assert process.wait(60) == 0
+        assert len(read(tmp_path / "a.mkv")) == 8
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "pipe.mkv"]
 
 
 class TestAudio:

@@ -53,7 +53,7 @@ def _display_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     shown = (Fraction(width), height / aspect) if aspect < 1 else (width * aspect, Fraction(height))
     shape = width * aspect / height
     scale = round(shown[1] / shape.denominator)
-    if abs(scale * shape.denominator - shown[1]) <= shown[1] / 8:
+    if abs(scale * shape.denominator - shown[1]) <= shown[1] / 2:
         return scale * shape.numerator, scale * shape.denominator
     return round(shown[0]), round(shown[1])
 

@@ -368,8 +368,8 @@ class _EncodedTrack:
     def __init__(self, source: Accompaniment, stream: AudioStream, target: AudioStream) -> None:
         self._source, self._stream, self._target = source, stream, target
         self._form: _Form | None = None  # of the first frame, to which others are converted
-        self._convert: tuple[_Form, AudioResampler] | None = None
-        self._pieces: deque[tuple[int, np.ndarray]] = deque()  # first sample after `zero`, samples (channels, n)
+        self._convert: tuple[tuple[_Form, str], AudioResampler] | None = None
+        self._pieces: deque[tuple[int, np.ndarray]] = deque()  # first sample after `zero`, samples (n, channels)
         self._position: int | None = None  # after the last sample of the pieces
         self._written: int | None = None  # after the last sample encoded
 
@@ -401,12 +401,13 @@ class _EncodedTrack:
         time = frame.pts * frame.time_base - self._source.zero
         form = _Form.of(frame)
         self._form = self._form or form
-        if form == self._form:
+        # PyAV miscounts the planes of 8 channels, so those are interleaved by the resampler.
+        if form == self._form and not (frame.format.is_planar and frame.layout.nb_channels >= 8):
             self._add(time, [frame])
             return
-        if self._convert is None or self._convert[0] != form:
-            resampler = AudioResampler(self._form.format, self._form.layout, self._form.rate)
-            self._convert = form, resampler
+        key = (form, frame.format.name)
+        if self._convert is None or self._convert[0] != key:
+            self._convert = key, AudioResampler(self._form.format, self._form.layout, self._form.rate)
         self._add(time, self._convert[1].resample(frame))
 
     def _add(self, time: Fraction, frames: list[AudioFrame]) -> None:
@@ -418,11 +419,11 @@ class _EncodedTrack:
             first = floor
         for frame in frames:
             samples = self._form.samples(frame)
-            skipped = min(max(floor - first, 0), samples.shape[1])
+            skipped = min(max(floor - first, 0), len(samples))
             first += skipped
-            if skipped < samples.shape[1]:
-                self._pieces.append((first, samples[:, skipped:]))
-                first += samples.shape[1] - skipped
+            if skipped < len(samples):
+                self._pieces.append((first, samples[skipped:]))
+                first += len(samples) - skipped
                 self._position = first
 
     def _encode(self, until: Fraction | None) -> Iterator[Packet]:
@@ -433,18 +434,18 @@ class _EncodedTrack:
         while self._pieces:
             first, samples = self._pieces[0]
             begin = first if self._written is None else self._written
-            stop = first if begin < first else first + samples.shape[1]
+            stop = first if begin < first else first + len(samples)
             if limit is None and stop == first and stop - begin > _MAX_TAIL_GAP * rate:
                 break
             stop = min(stop, begin + rate, stop if limit is None else limit)
             if stop <= begin:
                 break
             if begin < first:
-                samples = np.full((samples.shape[0], stop - begin), self._form.silence, samples.dtype)
+                samples = np.full((stop - begin, samples.shape[1]), self._form.silence, samples.dtype)
             else:
                 self._pieces.popleft()
-                samples, left = samples[:, : stop - begin], samples[:, stop - begin :]
-                if left.shape[1]:
+                samples, left = samples[: stop - begin], samples[stop - begin :]
+                if len(left):
                     self._pieces.appendleft((stop, left))
             frame = self._form.frame(samples)
             frame.pts = begin + round(self._source.delay * rate)
@@ -453,28 +454,28 @@ class _EncodedTrack:
 
 
 class _Form(NamedTuple):
-    """How samples of decoded sound are stored."""
+    """How samples of decoded sound are stored, one after the other for all channels."""
 
-    format: str  # planar
+    format: str
     layout: str
     rate: int
 
     @classmethod
     def of(cls, frame: AudioFrame) -> Self:
-        return cls(frame.format.planar.name, _plain_layout(frame.layout), frame.sample_rate)
+        return cls(frame.format.packed.name, _plain_layout(frame.layout), frame.sample_rate)
 
     @property
     def silence(self) -> int:
-        return 128 if self.format == "u8p" else 0
+        return 128 if self.format == "u8" else 0
 
     def samples(self, frame: AudioFrame) -> np.ndarray:
-        """Return the samples of a frame, `(channels, n)`."""
+        """Return the samples of a frame, `(n, channels)`."""
         array = frame.to_ndarray()
-        return array if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels).T
+        return array.T if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels)
 
     def frame(self, samples: np.ndarray) -> AudioFrame:
-        """Make a frame of samples `(channels, n)`."""
-        array = cast(Any, np.ascontiguousarray(samples))
+        """Make a frame of samples `(n, channels)`."""
+        array = cast(Any, np.ascontiguousarray(samples).reshape(1, -1))
         frame = AudioFrame.from_ndarray(array, format=self.format, layout=self.layout)
         frame.sample_rate, frame.time_base = self.rate, Fraction(1, self.rate)
         return frame

@@ -34,6 +34,9 @@ _COLORSPACES = {"bt709": 1, "bt601": 5}  # AVColorSpace
 _SCALE = "flags=area+accurate_rnd+full_chroma_int:out_color_matrix={}:out_range={}"
 # Players show a GIF's frame of less than two ticks for ten ticks.
 _MIN_GIF_TICKS = 2
+# More frames than x265 reorders.
+_X265_DELAY = 8
+_MAX_ROUNDING = Fraction(6, 10000)
 
 
 class VideoWriter:
@@ -117,7 +120,7 @@ class VideoWriter:
         self._preset, self._aspect = preset, Fraction(pixel_aspect_ratio)
         self._is_image = self._output.kind in ("image", "sequence")
         self._partial: Path | None = None  # a hidden file, or a folder for images of a sequence
-        self._num_images = 0
+        self._num_images = self._num_packets = 0
         if self._output.kind != "stream":
             self._partial = self._hidden_path()
         self._resources = ExitStack()
@@ -279,9 +282,9 @@ class VideoWriter:
         output = self._output
         kind = CODECS[output.codec]
         pixel_format = output.pixel_format or kind.pixel_format(height, width)
-        if output.codec == "libx265" and any(side < 48 and side % 16 for side in (height, width)):
-            # x265 writes beyond its memory there (seen with 33x47 and 34x48).
-            raise VideoError(f"`codec` libx265 needs a height and width of at least 48, got {height} and {width}.")
+        if output.codec == "libx265" and (min(height, width) < 48 or max(height, width) < 64):
+            # x265 writes beyond its memory there (seen with 33x47, 34x48 and 48x48).
+            raise VideoError(f"`codec` libx265 needs a picture of at least 48 by 64, got {height} by {width}.")
         if is_subsampled(pixel_format) and ((width % 2) or (height % 2 and "420" in pixel_format)):
             raise VideoError(f"`pixel_format` {pixel_format} needs even sizes, got height {height} and width {width}.")
         held = output.container
@@ -399,7 +402,12 @@ class VideoWriter:
             if self._container is None:
                 self._num_images += 1
                 self._image_file(self._num_images).write_bytes(bytes(packet))
-            elif self._timing is not None and self._timing.is_variable:
+                continue
+            self._num_packets += 1
+            if self._output.codec == "libx265" and packet.pts is not None and packet.dts is not None:
+                if not 0 <= packet.pts - packet.dts < 1 << 32:  # never set, with fewer frames than x265 reorders
+                    packet.dts = self._num_packets - _X265_DELAY
+            if self._timing is not None and self._timing.is_variable:
                 self._last_packet, packet = packet, self._last_packet
                 self._mux(packet)
             else:
@@ -498,6 +506,7 @@ class _Timing:
         self._fps, self._mode, self._min_ticks = fps, mode, min_ticks
         self._count = 0
         self._last_time = Fraction(0)
+        self._is_regular = True  # so far
         self._held: tuple[int, VideoFrame] | None = None  # with its tick
 
     @property
@@ -530,6 +539,10 @@ class _Timing:
             time = self._count / self._fps
         elif time < 0 or (self._count and time <= self._last_time):
             raise VideoError(f"`times` must ascend from 0, got {float(time):g} s.")
+        # Containers with a tick of 1 ms round the times of a constant rate, which is that rate again here.
+        regular = self._count / self._fps
+        self._is_regular = self._is_regular and abs(time - regular) <= _MAX_ROUNDING
+        time = regular if self._is_regular else time
         self._last_time = time
         self.ended = time + 1 / self._fps
         self._count += 1
