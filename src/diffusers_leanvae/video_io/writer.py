@@ -121,6 +121,7 @@ class VideoWriter:
         self._is_image = self._output.kind in ("image", "sequence")
         self._partial: Path | None = None  # a hidden file, or a folder for images of a sequence
         self._num_images = self._num_packets = 0
+        self._first_dts = 0
         if self._output.kind != "stream":
             self._partial = self._hidden_path()
         self._resources = ExitStack()
@@ -132,7 +133,6 @@ class VideoWriter:
         self._ended = Fraction(0)  # seconds, of the frames so far
         self._sound: Accompaniment | None = None
         self._last_packet: Packet | None = None  # held back at a variable rate
-        self._seen: tuple[int, int, int] | None = None  # first and last decoding time, latest time shown
         self._closed = False
         self._is_broken = False  # a pipe whose reader went away
         if audio_from is not None and not self._is_image:
@@ -407,6 +407,8 @@ class VideoWriter:
             if self._output.codec == "libx265" and packet.pts is not None and packet.dts is not None:
                 if not 0 <= packet.pts - packet.dts < 1 << 32:  # never set, with fewer frames than x265 reorders
                     packet.dts = self._num_packets - _X265_DELAY
+            if self._num_packets == 1:
+                self._first_dts = packet.dts or 0
             if self._timing is not None and self._timing.is_variable:
                 self._last_packet, packet = packet, self._last_packet
                 self._mux(packet)
@@ -417,7 +419,6 @@ class VideoWriter:
         if packet is None or self._container is None:
             return
         time = Fraction(packet.dts or 0) * packet.time_base
-        self._note(packet)
         self._container.mux(packet)
         if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
             self._mux_sound(self._sound.packets_before(time))
@@ -430,27 +431,16 @@ class VideoWriter:
             except InvalidDataError as error:  # damaged sound is no reason to lose the picture
                 self._sound.damage = error.strerror
 
-    def _note(self, packet: Packet) -> None:
-        """Remember what the time of the last packet depends on; the muxer converts packets to its own ticks."""
-        if packet.dts is not None and packet.pts is not None:
-            first, _, latest = self._seen or (packet.dts, 0, packet.pts)
-            self._seen = first, packet.dts, max(latest, packet.pts)
-
     def _store_last(self) -> None:
-        """Store the packet held back so that the video ends in time, by what is shown and by what is decoded.
+        """Store the packet held back so that the video ends in time.
 
-        Both count: the length of an MP4 is that of all decoding times, from the first, which is negative with B
-        frames, to the end of the last packet.
+        MP4 counts its length in decoding times, which begin below 0 where frames are reordered.
         """
-        packet = self._last_packet
-        if self._timing is not None and packet is not None and packet.pts is not None and packet.dts is not None:
-            end = self._timing.end_tick
-            first, before, latest = self._seen or (packet.dts, packet.dts - 1, packet.pts)
-            if packet.pts < latest:  # a B frame, after which another one is shown
-                packet.duration = max(end + first - packet.dts, 1)
-            else:
-                packet.dts = min(max(packet.pts + first, before + 1), packet.pts)
-                packet.duration = end - packet.pts
+        packet, timing = self._last_packet, self._timing
+        if packet is not None and timing is not None and packet.pts is not None and packet.dts is not None:
+            reordered = min(self._first_dts - timing.lead, 0)
+            packet.dts = max(packet.dts, packet.pts + reordered)
+            packet.duration = max(timing.end_tick + reordered - packet.dts, 1)
         self._mux(packet)
 
     def _cut_end(self, end: Fraction) -> None:
