@@ -4,7 +4,7 @@ One process, CPU or GPU:
 
     python training/train_lvdm.py training/configs/lvdm_smoke.yaml
 
-Several GPUs, or two processes on CPU:
+Several GPUs; the second line also starts two processes on CPU:
 
     accelerate launch training/train_lvdm.py training/configs/lvdm_ucf101_4ch.yaml data.path=path/to/latents
     torchrun --nproc_per_node 2 training/train_lvdm.py training/configs/lvdm_shapes_mini.yaml data.path=path/to/latents

@@ -4,7 +4,7 @@ One process, CPU or GPU:
 
     python training/train_vae.py training/configs/smoke.yaml data.train=path/to/videos
 
-Several GPUs, or two processes on CPU:
+Several GPUs; the second line also starts two processes on CPU:
 
     accelerate launch training/train_vae.py training/configs/paper_4ch.yaml data.train=path/to/videos
     torchrun --nproc_per_node 2 training/train_vae.py training/configs/compact_16ch.yaml data.train=path/to/videos

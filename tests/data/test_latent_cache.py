@@ -281,15 +281,17 @@ def test_bad_files_of_tar_shards_streams_and_named_data_sets(vae, videos: Path, 
     for number, content in enumerate(contents):
         (tmp_path / "ffs" / f"{number}.mkv").write_bytes(content)
     size = {**SIZE, "clip_size": (5, 16, 16), "stride": 1}
-    for source, prefix, options in (
-        (f"{tmp_path}/*.tar", f"{tmp_path}/0.tar/", {}),
-        (f"ffs:{tmp_path / 'ffs'}", "", {"flip": "none"}),
-        ((tmp_path / "0.tar").as_uri(), "", {"num_clips": 4}),
+    for number, (source, prefix, options) in enumerate(
+        (
+            (f"{tmp_path}/*.tar", f"{tmp_path}/0.tar/", {}),
+            (f"ffs:{tmp_path / 'ffs'}", "", {"flip": "none"}),
+            ((tmp_path / "0.tar").as_uri(), "", {"num_clips": 4}),
+        )
     ):
         with pytest.warns(UserWarning, match="Skipping a video"):
-            found = encode_dataset(vae, source, tmp_path / "out" / source[:3], **size, **options)
+            found = encode_dataset(vae, source, tmp_path / f"cache-{number}", **size, **options)
         is_stream = source.startswith("file:")
-        skipped = [f"{number}#0" if is_stream else f"{prefix}{number}.mkv#0" for number in (1, 2)]
+        skipped = [f"{bad}#0" if is_stream else f"{prefix}{bad}.mkv#0" for bad in (1, 2)]
         assert len(found) == 2 and found.index["num_skipped"] == 2 and found.index["skipped"] == skipped
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from patterns import drifting_pattern
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
@@ -195,6 +196,18 @@ def test_one_video_is_a_data_set(listed: Path, tmp_path: Path):
     assert data.metadata(0) == {"file_name": "film.MP4", "caption": "three"}
     folder = open_training_data(str(tmp_path), batch_size=2, **OPTIONS)
     assert equal(draw(data, 0, 2), draw(folder, 0, 2))
+
+
+def test_numbered_frames_are_one_video(tmp_path: Path):
+    frames = drifting_pattern(7, 24, 24, seed=5)
+    for number, frame in enumerate(frames, start=3):
+        Image.fromarray(frame.numpy()).save(tmp_path / f"f_{number:04d}.png")
+    data = open_training_data(f"{tmp_path}/f_%04d.png", batch_size=1, clip_sizes=[[7, 24, 24]], flip=False)
+    assert len(data) == 1 and data.metadata(0) == {"file_name": "f_%04d.png"}
+    assert torch.equal(data[0].pixels, frames.permute(3, 0, 1, 2))
+    (tmp_path / "f_0005.png").unlink()
+    with pytest.raises(ValueError, match="f_%04d.png"):
+        open_training_data(f"{tmp_path}/f_%04d.png", batch_size=1)
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.TGZ"])

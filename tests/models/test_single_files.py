@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_hub import LocalHub
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny
 
@@ -129,3 +130,22 @@ def test_weights_that_do_not_fit(model: Any, saved: Path, tmp_path: Path):
     (saved / WEIGHTS_NAME).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="must be a valid safetensors file"):
         load(saved / WEIGHTS_NAME)
+
+
+def test_weights_on_the_hub(model: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    load = type(model).from_single_file
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with LocalHub() as server:
+        server.connect(monkeypatch)
+        server.repositories["someone/whole"] = files
+        server.repositories["someone/inside"] = {f"vae/{name}": content for name, content in files.items()}
+        server.repositories["someone/weights"] = {"model.safetensors": files[WEIGHTS_NAME]}
+        options = {"cache_dir": tmp_path / "cache"}
+        assert_same(load(f"someone/whole/{WEIGHTS_NAME}", **options), model)
+        assert_same(load("someone/whole", **options), model)
+        assert_same(load("someone/inside", subfolder="vae", **options), model)
+        assert_same(load("someone/weights/model.safetensors", config="someone/whole", **options), model)
+        assert_same(
+            load("someone/weights/model.safetensors", config="someone/inside", subfolder="vae", **options), model
+        )
+    assert_same(load(f"someone/whole/{WEIGHTS_NAME}", local_files_only=True, **options), model)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
-from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
 from .metadata import decode_text, find_metadata, read_caption, read_metadata
 
 
@@ -41,11 +41,12 @@ class VideoSource(Protocol):
 class FileSource:
     """The videos and images below a folder, or those that its metadata file lists, with its other columns.
 
-    A file is a list of one. Without a metadata file, the caption of `clip.mp4` is what `clip.txt` beside it says.
+    A file is a list of one, and so are frames by a pattern (`f_%04d.png`). Without a metadata file, the caption of
+    `clip.mp4` is what `clip.txt` beside it says.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir() and not path.is_file():
+        if not path.is_dir() and not path.is_file() and not find_sequence(path):
             raise ValueError(f"`folder` must be an existing folder of videos, got {str(path)!r}.")
         self.folder = path if path.is_dir() else path.parent
         listing = find_metadata(path) if path.is_dir() else None
@@ -164,7 +165,7 @@ def open_source(train: str | Path) -> VideoSource:
         if list_videos(path):
             raise ValueError(f"`train` must be a folder of videos or of tar files, got both in {str(train)!r}.")
         return TarSource(shards)
-    if path.is_file() and not _is_tar(path.name) and is_visual(path.name):
+    if (path.is_file() and not _is_tar(path.name) and is_visual(path.name)) or find_sequence(path):
         return FileSource(path)
     files = [Path(name) for pattern in expand_braces(str(train)) for name in _matches(pattern)]
     missing = [file for file in files if not file.is_file()]
