@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_leanvae.atomic import commit, partial_path, remove_stale_partials, replace_file, replace_folder
+from diffusers_leanvae.atomic import (
+    commit,
+    commit_files,
+    partial_path,
+    remove_stale_partials,
+    replace_file,
+    replace_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -106,3 +113,13 @@ def test_commit_gives_names(tmp_path):
     (partial / "link").symlink_to(tmp_path / "nowhere")
     commit(partial, tmp_path / "step-7")
     assert names(tmp_path) == ["step-7"] and names(tmp_path / "step-7") == ["link"]
+
+
+def test_files_move_into_a_folder_that_exists(tmp_path):
+    folder, partial = tmp_path / "frames", tmp_path / ".frames.partial"
+    for place, name, content in [(folder, "1.png", "old"), (folder, "x", "other"), (partial, "1.png", "new")]:
+        place.mkdir(exist_ok=True)
+        (place / name).write_text(content)
+    commit_files(partial, folder)
+    assert names(tmp_path) == ["frames"] and names(folder) == ["1.png", "x"]
+    assert (folder / "1.png").read_text() == "new" and (folder / "x").read_text() == "other"

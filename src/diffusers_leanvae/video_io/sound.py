@@ -33,7 +33,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import replace_file
-from .containers import PathLike, VideoError, named_errors, open_input
+from .containers import PathLike, named_errors, open_input
 from .formats import CONTAINERS, Container
 from .inputs import local_file
 
@@ -179,20 +179,9 @@ class Accompaniment:
         track: _Track | None = None
         target: Stream | None = None
         if isinstance(stream, AudioStream):
-            if held.sound_encoder is None or stream.codec_context is None:
+            target, track = self._add_sound(stream, codec, output, held)
+            if track is None:
                 self._left_out[f"sound track ({codec})"] += 1
-                return None
-            # What is without loss can be cut at the sample, whatever the size of its packets.
-            is_exact = codec.startswith("pcm_") or (codec == "flac" and self.is_cut)
-            if held.holds_sound(codec) and not is_exact:
-                target = output.add_stream_from_template(stream)
-                track = _CopiedTrack(self, target, hides_preroll=held.muxer in ("mp4", "mov"))
-            else:
-                encoder = codec if is_exact and held.holds_sound(codec) else held.sound_encoder
-                sound = _add_encoder(output, encoder, stream)
-                target, track = sound, _EncodedTrack(self, stream, sound)
-                if encoder != codec:
-                    self._encoded[f"sound track ({codec} to {encoder.removeprefix('lib')})"] += 1
         elif isinstance(stream, SubtitleStream):
             if codec in held.subtitles:
                 target = output.add_stream_from_template(stream)
@@ -211,10 +200,33 @@ class Accompaniment:
             is_cover = bool(stream.disposition & Disposition.attached_pic)
             self._left_out["cover picture" if is_cover else "video track"] += 1
         elif not (stream.type == "data" and self._container.chapters()):
-            self._left_out[f"{stream.type} track"] += 1
+            self._left_out["attachment" if stream.type == "attachment" else f"{stream.type} track"] += 1
         if target is not None:
             _copy_tags(stream, target, held)
         return track
+
+    def _add_sound(
+        self, stream: AudioStream, codec: str, output: OutputContainer, held: Container
+    ) -> tuple[Stream | None, _Track | None]:
+        """Add a sound track as it is or encoded again; `None` where there is no room or nothing sensible to hear."""
+        if (
+            held.sound_encoder is None
+            or stream.codec_context is None
+            or not (stream.rate and stream.layout.nb_channels)
+        ):
+            return None, None
+        # What is without loss can be cut at the sample, whatever the size of its packets.
+        is_exact = codec.startswith("pcm_") or (codec == "flac" and self.is_cut)
+        if held.holds_sound(codec) and not is_exact:
+            copy = output.add_stream_from_template(stream)
+            return copy, _CopiedTrack(self, copy, hides_preroll=held.muxer in ("mp4", "mov"))
+        encoder = codec if is_exact and held.holds_sound(codec) else held.sound_encoder
+        target = _add_encoder(output, encoder, stream)
+        if target is None:
+            return None, None
+        if encoder != codec:
+            self._encoded[f"sound track ({codec} to {encoder.removeprefix('lib')})"] += 1
+        return target, _EncodedTrack(self, stream, target)
 
     def _copy_metadata(self, output: OutputContainer, held: Container) -> None:
         metadata = {key: value for key, value in self._container.metadata.items() if not _FILE_KEYS.fullmatch(key)}
@@ -656,8 +668,8 @@ def _plain_layout(layout: AudioLayout) -> str:
     return layout.name
 
 
-def _add_encoder(output: OutputContainer, name: str, stream: AudioStream) -> AudioStream:
-    """Add a sound stream with the nearest layout and rate that an encoder takes."""
+def _add_encoder(output: OutputContainer, name: str, stream: AudioStream) -> AudioStream | None:
+    """Add a sound stream with the nearest layout and rate that an encoder takes; `None` if it takes none."""
     codec = av.Codec(name, "w")
     rates, formats = codec.audio_rates, [audio_format.name for audio_format in codec.audio_formats or []]
     rate = stream.rate if not rates or stream.rate in rates else 48000
@@ -680,7 +692,7 @@ def _add_encoder(output: OutputContainer, name: str, stream: AudioStream) -> Aud
             channels = target.layout.nb_channels
             target.bit_rate = _BIT_RATES[name].get(channels, 64000 * channels)
         return target
-    raise VideoError(f"Cannot write the sound of {stream.container.name!r}: {name} takes no {count} channels.")
+    return None
 
 
 def _copy_tags(stream: Stream, target: Stream, held: Container) -> None:
