@@ -122,7 +122,8 @@ def test_addresses(model, clip, tmp_path, monkeypatch):
         assert code == 1 and "the server answered 404" in err and not (tmp_path / "none.mp4").exists()
         server.shutdown()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "clip.safetensors"]
-    assert leanvae("decode", tmp_path / "out" / "clip.safetensors", tmp_path / "back.mp4")[0] == 0
+    result = piped("decode", "-", tmp_path / "back.mp4", data=(tmp_path / "out" / "clip.safetensors").read_bytes())
+    assert result.returncode == 0, result.stderr
     torch.testing.assert_close(
         *(read_video(tmp_path / name)[0] for name in ("back.mp4", "out/clip.mp4")), rtol=0, atol=0
     )
@@ -223,6 +224,38 @@ def test_transparency_over_a_colour(model, tmp_path):
             code, _, err = leanvae(*arguments, "--background", colour)
             assert code == 0, err
         assert torch.equal(*(read_video(tmp_path / name)[0] for name in ("out.png", "expected.png")))
+
+
+def test_names_of_255_bytes(model, clip, tmp_path):
+    stem = "\u96ea" * 83 + "x"
+    (tmp_path / "in").mkdir()
+    source = clip.rename(tmp_path / "in" / f"{stem}y.mkv")
+    assert len(os.fsencode(source.name)) == 255
+    for command, place, folder in (
+        ("reconstruct", source, "one"),
+        ("reconstruct", source.parent, "out"),
+        ("encode", source.parent, "z"),
+        ("decode", tmp_path / "z", "back"),
+    ):
+        (tmp_path / folder).mkdir()
+        code, _, err = leanvae(command, place, tmp_path / folder, "--model", model)
+        assert code == 0, err
+        (written,) = (tmp_path / folder).iterdir()
+        assert len(os.fsencode(written.name)) <= 255 and written.name.startswith(stem[:40])
+
+
+def test_links_to_folders_of_latents_are_followed_once(model, clip, tmp_path):
+    (tmp_path / "z").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for target in (tmp_path / "z" / "a.safetensors", tmp_path / "elsewhere" / "b.safetensors"):
+        assert leanvae("encode", clip, target, "--model", model)[0] == 0
+    (tmp_path / "z" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "z" / "circle").symlink_to(tmp_path / "z")
+    (tmp_path / "z" / "._a.safetensors").write_bytes(b"of macOS")
+    code, _, err = leanvae("decode", tmp_path / "z", tmp_path / "out")
+    assert code == 0, err
+    found = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.mp4"))
+    assert found == ["a.mp4", "link/b.mp4"]
 
 
 # --- The model of a file of latents ----------------------------------------------------------------------------------

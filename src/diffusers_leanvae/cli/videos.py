@@ -58,12 +58,6 @@ SideBySide = Annotated[
 ]
 
 
-def list_latents(folder: Path) -> list[Path]:
-    """List the safetensors files below a folder, without hidden ones."""
-    paths = (path for path in folder.rglob("*.safetensors") if path.is_file())
-    return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
 def reconstruct(
     context: typer.Context,
     source: Source,
@@ -177,7 +171,10 @@ def encode(
 
 def decode(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="Latents that `leanvae encode` wrote, or a folder of them.")
+        str,
+        typer.Argument(
+            metavar="IN", help="Latents that `leanvae encode` wrote, or a folder of them; - or an address, too."
+        ),
     ],
     target: Target,
     model: Annotated[
@@ -206,6 +203,10 @@ def decode(
     """Decode latents to videos or images of the original size, length, frame rate and sound."""
     from ..inference.files import decode_video, default_suffix
     from ..inference.latents_file import LatentsInfo, open_latents
+    from ..video_io.inputs import list_files, local_file
+
+    def is_latents(path: Path) -> bool:
+        return path.suffix == ".safetensors"
 
     def suffix(path: Path) -> str:
         try:
@@ -215,7 +216,7 @@ def decode(
             return ".mp4"  # the job itself will say what is wrong with the file
 
     check_format(file_format, target)
-    naming = Naming(list_latents, suffix, lambda _: False)
+    naming = Naming(lambda folder: list_files(folder, is_latents), suffix, lambda _: False)
     also_read = [] if audio_from is None else [audio_from]
     jobs = find_jobs(source, target, naming, overwrite=overwrite, also_read=also_read)
     if audio_from is not None and jobs.is_folder:
@@ -232,7 +233,11 @@ def decode(
         return loaded[key]
 
     def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
-        with open_latents(path) as (_, info):
+        with local_file(path) as file:
+            return decode_file(path, file, output, progress)
+
+    def decode_file(path: Path | str, file: Path, output: Path | str, progress: Callable[[int], Any]) -> str:
+        with open_latents(file) as (_, info):
             vae, checksum = load(info)
         if not any_weights and info.weights_sha256 not in ("", checksum):
             name = model or info.model
@@ -240,7 +245,7 @@ def decode(
                 f"`--model` must have the weights that encoded {str(path)!r}, got {name!r} with others (SHA-256 "
                 f"{checksum[:12]}..., not {info.weights_sha256[:12]}...); `--any-weights` decodes all the same."
             )
-        decode_video(vae, path, output, audio_from=audio_from, max_memory=limit, progress=progress, **options)
+        decode_video(vae, file, output, audio_from=audio_from, max_memory=limit, progress=progress, **options)
         return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
 
     process(jobs, overwrite, work)

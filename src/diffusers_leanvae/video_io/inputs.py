@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -57,7 +57,16 @@ def is_media(path: PathLike) -> bool:
 
 
 def list_videos(folder: PathLike) -> list[Path]:
-    """List all video and image files below `folder`, sorted by path.
+    """List all video and image files below `folder`, as `list_files` does.
+
+    Raises:
+        VideoError: If `folder` is not a folder.
+    """
+    return list_files(folder, is_media)
+
+
+def list_files(folder: PathLike, is_wanted: Callable[[Path], bool]) -> list[Path]:
+    """List the files below `folder` whose name is wanted, sorted by path.
 
     Hidden files and folders are left out. Links to folders are followed, but no folder is listed twice: not by its own
     name and by that of a link, and not in a circle. Folders that must not be read are named in a warning.
@@ -93,7 +102,7 @@ def list_videos(folder: PathLike) -> list[Path]:
                 waiting.append(path)
             elif entry.is_symlink() and path.is_dir():
                 links.append(path)
-            elif is_media(path) and path.is_file():
+            elif is_wanted(path) and path.is_file():
                 found.append(path)
     return sorted(found)
 
