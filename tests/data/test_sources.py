@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +187,28 @@ def test_damaged_metadata_of_a_tar_is_passed_over(listed: Path, tmp_path: Path):
     source = open_source(write_tar(tmp_path / "0.tar", members))
     with pytest.warns(UserWarning, match="Skipping metadata: .*a.mp4' has a damaged .json"):
         assert find_caption(source.metadata(0)) == "said"
+
+
+def test_of_a_damaged_shard_the_beginning_is_used(listed: Path, tmp_path: Path):
+    videos = [(f"{number}.mp4", (listed / f"{number}.mp4").read_bytes()) for number in range(3)]
+    path = write_tar(tmp_path / "0.tar", videos)
+    with tarfile.open(path) as archive:
+        last = archive.getmember("2.mp4")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: last.offset] + b"x" * 100 + whole[last.offset + 100 :])
+    with pytest.warns(UserWarning, match="Skipping the end of '.*0.tar', which is damaged: "):
+        assert len(open_source(path)) == 2
+    path.write_bytes(whole[: last.offset_data + 10])  # cut off within a video
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = open_training_data(str(path), batch_size=1, **OPTIONS)
+        assert {data[index].video for index in range(9)} == {0, 1}
+
+
+def test_metadata_in_a_sub_folder_is_not_ignored_without_a_word(listed: Path, tmp_path: Path):
+    shutil.copytree(listed, tmp_path / "train")
+    with pytest.warns(UserWarning, match="Not reading '.*train/metadata.jsonl': metadata must lie in "):
+        open_source(tmp_path)
 
 
 def test_one_video_is_a_data_set(listed: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
 from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
-from .metadata import decode_text, find_metadata, read_caption, read_metadata
+from .metadata import METADATA_NAMES, decode_text, find_metadata, read_caption, read_metadata
 
 
 _MAGIC = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -57,6 +57,9 @@ class FileSource:
             self.paths = list_videos(path) if path.is_dir() else [path]
         if not self.paths:
             raise ValueError(f"`folder` must hold at least one video, got none in {str(path)!r}.")
+        for folder in sorted({file.parent for file in self.paths} - {self.folder}) if self.rows is None else ():
+            for name in filter(lambda name: (folder / name).is_file(), METADATA_NAMES):
+                warnings.warn(f"Not reading {str(folder / name)!r}: metadata must lie in {str(path)!r}.", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -227,7 +230,7 @@ def _index(number: int, shard: Path) -> list[_Example]:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     twice: list[str] = []
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 split = split_member(member.name) if member.isreg() else None
                 if split is None:
@@ -238,8 +241,13 @@ def _index(number: int, shard: Path) -> list[_Example]:
                     if extension in parts:
                         twice.append(f"{key}.{extension}")
                     parts[extension] = (member.offset_data, member.size)
+            file.seek(archive.offset)  # where `tarfile` takes whatever it does not know for the end
+            if file.read(tarfile.BLOCKSIZE).strip(tarfile.NUL):
+                raise tarfile.ReadError("what follows is no member")
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"`train` must name uncompressed tar files, got {str(shard)!r}: {error}.") from error
+        if not members:
+            raise ValueError(f"`train` must name uncompressed tar files, got {str(shard)!r}: {error}.") from error
+        warnings.warn(f"Skipping the end of {str(shard)!r}, which is damaged: {error}.", stacklevel=2)
     if twice:
         others = f" and {len(twice) - 1} others" if len(twice) > 1 else ""
         raise ValueError(f"`train` must hold every name once, got {twice[0]!r}{others} twice in {str(shard)!r}.")
