@@ -347,7 +347,7 @@ class TestEverythingElse:
     @pytest.mark.parametrize("target", ["mp4", "mov", "mkv", "webm"])
     def test_is_kept(self, source: Path, tmp_path: Path, target: str):
         out = tmp_path / f"out.{target}"
-        lost = "left out: metadata (CAMERA)" if target in ("mp4", "mov") else None
+        lost = "left out: metadata (CAMERA)" if target == "mp4" else None
         write(source, out, expect="2 sound tracks (aac to opus)" if target == "webm" else lost)
         with av.open(str(out)) as container:
             languages = [stream.language for stream in (*container.streams.audio, *container.streams.subtitles)]
@@ -400,6 +400,18 @@ class TestEverythingElse:
                     writer.write(frames[start:stop], shown)
             assert_in_time(tmp_path / "out.mp4", SECONDS if stop == 100 else 1)
             assert len(self.shown(tmp_path / "out.mp4")) == (3 if stop == 100 else 2)
+
+    @pytest.mark.parametrize("target", ["mp4", "mov", "mkv"])
+    def test_tags_of_phones(self, tmp_path: Path, target: str):
+        tags = {"com.apple.quicktime.make": "Apple", "com.android.version": "14", "location": "+48.1000+011.5000/"}
+        source = make_clip(
+            tmp_path / "in.mkv", attach=lambda container: container.metadata.update(tags) or (lambda: None)
+        )
+        for stop in (None, 60):
+            write(source, tmp_path / f"out.{target}", 0, stop)
+            with av.open(str(tmp_path / f"out.{target}")) as container:
+                metadata = {key.lower(): value for key, value in container.metadata.items()}
+            assert {key: metadata.get(key) for key in tags} == tags
 
     def test_nothing_to_copy(self, tmp_path: Path):
         with VideoWriter(tmp_path / "silent.mp4", FPS) as writer:

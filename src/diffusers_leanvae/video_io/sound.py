@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -78,12 +78,15 @@ _FILE_KEYS = re.compile(
 # QuickTime files name some languages by their other code.
 _MACINTOSH_LANGUAGES = {"deu": "ger", "nld": "dut", "zho": "chi", "ell": "gre", "isl": "ice"}
 _DEFAULT_NAMES = {"SoundHandler", "SubtitleHandler", "VideoHandler", "Core Media Audio", ""}
-# All that FFmpeg writes into a QuickTime file in places where players look.
-_QUICKTIME_KEYS = frozenset(
+# What FFmpeg writes where players look for it, in MP4 and in QuickTime files. Either may have a list of its own keys
+# instead, as phones write it, which holds any key, but in MP4 most players do not read it.
+_MP4_KEYS = frozenset(
     "title artist album_artist composer album date comment genre copyright grouping lyrics description synopsis show "
     "episode_id network keywords episode_sort season_number media_type hd_video gapless_playback compilation track "
-    "disc creation_time".split()
+    "disc creation_time location location-eng".split()
 )
+_MOV_KEYS = frozenset("title artist album comment genre copyright date creation_time location make model".split())
+_TECHNICAL_KEYS = frozenset(("creation_time", "location", "location-eng", "date"))
 
 
 class _Track(Protocol):
@@ -139,6 +142,11 @@ class Accompaniment:
         """Open a file, or whatever `local_file` takes; `start` is the time after its first frame that becomes 0."""
         with local_file(path) as file, open_input(file) as container:
             yield cls(container, file, start)
+
+    def muxer_options(self, held: Container) -> dict[str, str]:
+        """Return options for the container that `attach` gets."""
+        # Tracks without a packet for a second, such as subtitles, hold back the others no longer.
+        return {"max_interleave_delta": "1000000"} | metadata_options(self._container, held)
 
     @property
     def is_cut(self) -> bool:
@@ -229,13 +237,12 @@ class Accompaniment:
         return target, _EncodedTrack(self, stream, target)
 
     def _copy_metadata(self, output: OutputContainer, held: Container) -> None:
-        metadata = {key: value for key, value in self._container.metadata.items() if not _FILE_KEYS.fullmatch(key)}
+        metadata = _kept_metadata(self._container)
+        lost: list[str] = []
         if held.sound_encoder is None:
             lost = list(metadata)
-        elif held.muxer in ("mp4", "mov"):
-            lost = [key for key in metadata if key.lower() not in _QUICKTIME_KEYS]
-        else:
-            lost = []
+        elif held.muxer == "mp4" and not metadata_options(self._container, held):
+            lost = [key for key in metadata if key.lower() not in _MP4_KEYS]
         if lost:
             self._left_out[f"metadata ({', '.join(lost)})"] += 1
         output.metadata.update({key: value for key, value in metadata.items() if key not in lost})
@@ -547,7 +554,12 @@ def _as_text(packet: Packet, decoder: SubtitleStream, encoder: SubtitleStream, s
 
 def cut_end(path: Path, target: Path, held: Container, end: Fraction) -> None:
     """Write a file once more with subtitles and chapters cut at `end` seconds, which was not known when they came."""
-    with open_input(path) as source, av.open(str(target.absolute()), "w", format=held.muxer) as output:
+    with ExitStack() as files:
+        source = files.enter_context(open_input(path))
+        options = metadata_options(source, held)
+        output = files.enter_context(
+            av.open(str(target.absolute()), "w", format=held.muxer, container_options=options)
+        )
         copies: dict[int, Stream] = {}
         for stream in source.streams:
             if stream.type not in ("video", "audio", "subtitle", "attachment"):
@@ -559,7 +571,7 @@ def cut_end(path: Path, target: Path, held: Container, end: Fraction) -> None:
                 copy.codec_context.framerate = stream.average_rate or Fraction(25)
                 if stream.codec_context.name == "hevc" and held.muxer != "matroska":
                     copy.codec_context.codec_tag = "hvc1"
-        output.metadata.update({key: value for key, value in source.metadata.items() if not _FILE_KEYS.fullmatch(key)})
+        output.metadata.update(_kept_metadata(source))
         chapters: list[Any] = []
         for chapter in source.chapters():
             unit = chapter["time_base"] or Fraction(1, 1000)
@@ -648,6 +660,19 @@ def _first_frame_time(path: PathLike, video: VideoStream | None, sounds: list[Au
         except FFmpegError:
             pass
     return header
+
+
+def _kept_metadata(container: InputContainer) -> dict[str, str]:
+    return {key: value for key, value in container.metadata.items() if not _FILE_KEYS.fullmatch(key)}
+
+
+def metadata_options(container: InputContainer, held: Container) -> dict[str, str]:
+    """Return the muxer's options by which the metadata of a file are kept best."""
+    keys = {key.lower() for key in _kept_metadata(container)}
+    has_list = held.muxer == "mov" and keys - _MOV_KEYS
+    if held.muxer == "mp4":
+        has_list = keys - _MP4_KEYS and not (keys & _MP4_KEYS) - _TECHNICAL_KEYS
+    return {"movflags": "use_metadata_tags"} if has_list else {}
 
 
 def _start_time(stream: Stream) -> Fraction | None:

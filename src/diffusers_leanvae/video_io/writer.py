@@ -297,8 +297,7 @@ class VideoWriter:
             context = encoder
         else:
             target = str(self._partial.absolute()) if self._partial is not None else _pipe_address(self.path)
-            # Tracks without a packet for a second, such as subtitles, hold back the others no longer.
-            options = {"max_interleave_delta": "1000000"} if self._sound is not None else {}
+            options = self._sound.muxer_options(held) if self._sound is not None else {}
             options |= {"webp": {"loop": "0"}, "apng": {"plays": "0"}}.get(held.muxer, {})  # for ever, as GIF does
             container = av.open(target, "w", format=held.muxer, container_options=options)
             self._container = self._resources.enter_context(container)
