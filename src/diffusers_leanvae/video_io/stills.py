@@ -14,6 +14,7 @@ Delays of animated GIF, WebP and APNG files of 10 ms or less count as 100 ms, as
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import struct
@@ -36,6 +37,8 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
     import torch
     from PIL import Image
 
+# What Pillow says of damaged files is in the errors; without this it also comes on stderr if nobody has set up logging.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
 _READERS = {
