@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
     import torch
     from PIL import Image
 
-# What Pillow says of damaged files is in the errors; without this it also comes on stderr if nobody has set up logging.
+# What Pillow says of damaged files is in the errors; without this it comes on stderr as well if nobody set up logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
