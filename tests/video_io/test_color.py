@@ -273,6 +273,16 @@ class TestToSdr:
         assert np.abs(out[10] - tone_mapped(light)).max() < 0.75
         assert (np.diff(out[10].astype(int), axis=0) >= 0).all()
 
+    def test_picture(self, tmp_path: Path):
+        """AVIF in PQ, which Pillow would take for SDR."""
+        planes = [np.full((64, 64), code) for code in (502, 512, 512)]  # half of the signal, 92 cd/m2
+        tags = {"colorspace": 9, "color_primaries": 9, "color_trc": 16, "color_range": 1}
+        path = write(tmp_path / "a.avif", frame_of("yuv420p10le", planes), "libsvtav1", **tags)
+        frames, info = read_video(path)
+        assert (info.is_image, info.num_frames, info.duration, info.transfer) == (True, 1, None, "smpte2084")
+        want = tone_mapped(pq_light(np.full((1, 3), (502 - 64) / 876)))
+        assert np.abs(frames[0].numpy() - want).max() < 4  # 1 measured: a lossy codec
+
     def test_wide_gamut(self):
         signal = np.random.default_rng(0).uniform(0, 1, (1000, 3))
         out = levels(signal, "bt709")

@@ -157,6 +157,11 @@ class TestRanges:
         assert [len(chunk) for chunk in chunks] == [3, 3, 2]
         assert chunks[0].dtype == torch.uint8 and chunks[0].is_contiguous()
         assert torch.equal(torch.cat(chunks), reference(path)[1:9])
+        for size in (1, 2, 99):  # memory is used again, but never that of frames which somebody holds
+            chunks = list(iter_video(path, chunk_size=size))
+            assert {len(chunk) for chunk in chunks} == {min(size, 10)}
+            assert torch.equal(torch.cat(chunks), reference(path))
+            assert all(chunk.untyped_storage().nbytes() == chunk.nbytes for chunk in chunks)
 
     def test_illegal_arguments(self, tmp_path: Path):
         path = encode(tmp_path / "clip.mp4", moving_picture(5))

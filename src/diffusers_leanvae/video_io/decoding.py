@@ -148,7 +148,19 @@ class Picture:
             target = target.transpose(0, 1)
             flips = (c < 0, b < 0)
         view = target.numpy()  # which can be flipped without a copy
-        self._converter.convert(self._frame, self._color, view[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1])
+        view[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1] = self._converter.convert(self._frame, self._color)
+
+    def pixels(self) -> torch.Tensor:
+        """Return what `write` writes, without a copy where the frame is converted to just that."""
+        import torch
+
+        if self.matrix == (1, 0, 0, 1) and self._frame.format.name.startswith("yuv"):  # which are never RGB already
+            array = self._converter.convert(self._frame, self._color)
+            if array.flags.c_contiguous:
+                return torch.from_numpy(array)
+        pixels = torch.empty(self.height, self.width, 3, dtype=torch.uint8)
+        self.write(pixels)
+        return pixels
 
 
 class Progressive:
@@ -172,13 +184,14 @@ class Progressive:
         planar = planar_format(frame.format, color)
         if color.matrix == "grey" and not planar.startswith("gray"):
             color = replace(color, matrix="rgb")
-        if not self._interlaced and planar == frame.format.name:
+        is_flipped = frame.planes[0].line_size < 0  # it lies upside down in memory, and has to be copied
+        if not self._interlaced and planar == frame.format.name and not is_flipped:
             return [*self._flush(), Picture(frame, matrix, color, self._converter)]
         pictures: list[Picture] = []
-        key = (frame.format.name, matrix, color, self._interlaced)
+        key = (frame.format.name, matrix, color, self._interlaced, is_flipped)
         if self._graph is None or key != self._key:
             pictures += self._flush()
-            nodes = []
+            nodes = [("copy", "")] if is_flipped else []
             if self._interlaced:
                 nodes.append(("bwdif", "mode=send_frame:deint=interlaced"))
             if planar != frame.format.name:
@@ -225,15 +238,11 @@ class RgbConverter:
         self._graph: Graph | None = None
         self._key: tuple[Any, ...] = ()
 
-    def convert(self, frame: VideoFrame, color: Color, target: np.ndarray) -> None:
-        """Write RGB into `target`, uint8 `(height, width, 3)`, of any strides."""
+    def convert(self, frame: VideoFrame, color: Color) -> np.ndarray:
+        """Return RGB or grey pixels, uint8 `(height, width, 3 or 1)`, possibly as a view of `frame` itself."""
         if frame.format.name in ("rgb24", "rgba"):
             pixels = packed_pixels(frame)
-            if pixels.shape[2] == 4:
-                self._compose(pixels[..., :3], pixels[..., 3], 8, target)
-            else:
-                target[...] = pixels
-            return
+            return pixels if pixels.shape[2] == 3 else self._compose(pixels[..., :3], pixels[..., 3], 8)
         depth = frame.format.components[0].bits
         planes = planes_of(frame)
         alpha = planes.pop() if frame.format.components[-1].is_alpha else None
@@ -243,10 +252,7 @@ class RgbConverter:
             rgb = packed_pixels(self._scale(frame, color))
         else:
             rgb = _convert_in_float(planes, depth, color)
-        if alpha is None:
-            target[...] = rgb
-        else:
-            self._compose(rgb, alpha, depth, target)
+        return rgb if alpha is None else self._compose(rgb, alpha, depth)
 
     def _scale(self, frame: VideoFrame, color: Color) -> VideoFrame:
         key = (frame.format.name, frame.width, frame.height, color)
@@ -261,12 +267,12 @@ class RgbConverter:
         self._graph.vpush(frame)
         return self._graph.vpull()
 
-    def _compose(self, rgb: np.ndarray, alpha: np.ndarray, depth: int, target: np.ndarray) -> None:
+    def _compose(self, rgb: np.ndarray, alpha: np.ndarray, depth: int) -> np.ndarray:
         import numpy as np
 
         weight = (alpha.astype(np.float32) / (2**depth - 1))[..., None]
         background = np.array(self._background, dtype=np.float32)
-        target[...] = np.rint(background + (rgb.astype(np.float32) - background) * weight).astype(np.uint8)
+        return np.rint(background + (rgb.astype(np.float32) - background) * weight).astype(np.uint8)
 
 
 def _is_exact_in_swscale(color: Color, depth: int, planes: list[np.ndarray]) -> bool:

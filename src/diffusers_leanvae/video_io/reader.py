@@ -386,6 +386,11 @@ class VideoReader:
             times: list[Fraction] = []
             buffer: torch.Tensor | None = None
             for frame, time in itertools.islice(frames, size):
+                if size == 1 and isinstance(frame, Picture):
+                    with named_errors(self._name):
+                        buffer = frame.pixels()[None]
+                    times.append(time)
+                    break
                 if buffer is None or len(times) == len(buffer):
                     buffer = self._room(rooms, buffer, size)
                 if isinstance(frame, Picture):

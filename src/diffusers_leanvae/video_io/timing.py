@@ -57,8 +57,9 @@ def is_variable(stream: VideoStream, stamps: list[int]) -> bool:
     steps = [after - before for before, after in itertools.pairwise(stamps)]
     usual = sorted(steps)[count // 2]
     bound = min(max(2, Fraction(1, 1000) / tick), Fraction(span, 2 * count))
+    limit, limit_of_sum = int(bound), int(bound * count)  # comparing fractions would take seconds
     return any(
-        abs(step - usual) > bound or abs((stamp - stamps[0]) * count - index * span) > bound * count
+        abs(step - usual) > limit or abs((stamp - stamps[0]) * count - index * span) > limit_of_sum
         for index, (stamp, step) in enumerate(zip(stamps, steps, strict=False))
     )
 
