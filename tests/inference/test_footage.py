@@ -326,3 +326,23 @@ def test_other_weights_are_noticed(vae, make_model, tmp_path: Path):
     decode_video(other, tmp_path / "z.safetensors", tmp_path / "o.mp4")  # who does not ask is not told
     # In 16 bits the weights are not those that were stored, and the sum says nothing.
     assert encode_video(make_model().bfloat16(), source, tmp_path / "b.safetensors", model="").weights_sha256 == ""
+
+
+@BOTH
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("kind", ["gap", "second frame late", "burst", "slow end"])
+def test_the_last_frame_ends_in_time(vae, tmp_path: Path, how: str, suffix: str, kind: str):
+    steps = {
+        "gap": [4, 4, 200, 4, 4, 4],
+        "second frame late": [8, 4, 4, 4, 4, 4],
+        "burst": [40, 40, 40, 2, 2, 2],
+        "slow end": [4, 4, 4, 4, 80],
+    }[kind]
+    times = [Fraction(sum(steps[:n]), 100) for n in range(len(steps) + 1)]
+    source = film(tmp_path / "in.mkv", times)
+    through(vae, how, source, tmp_path / f"out{suffix}")
+    with VideoReader(tmp_path / f"out{suffix}") as video:
+        shown = [chunk.times[0] for chunk in video.timed_frames(chunk_size=1)]
+        end = times[-1] + 1 / probe_video(source).fps
+        assert shown == pytest.approx(times, abs=0.001)
+        assert video.info.duration == pytest.approx(float(end), abs=0.012)

@@ -138,6 +138,12 @@ class _Source:
                 self.times.append(time)
             yield frame
 
+    def length(self, num_frames: int) -> Fraction:
+        """Return the seconds that all frames take, the last one as long as `VideoWriter` shows it."""
+        if self.times is None:
+            return num_frames / self.rate
+        return self.times[-1] + 1 / self.rate
+
     def _read(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
         excerpt = self.excerpt
         stop = None if excerpt.num_frames is None else excerpt.start + excerpt.num_frames
@@ -278,8 +284,7 @@ def encode_video(
             writer.write(encoder.flush())
             sound = None
             if clip.sound is not None:
-                end = clip.start + (count / clip.rate if clip.times is None else clip.times[-1] + 1 / clip.rate)
-                sound = _keep_sound(clip, Path(folder, "sound.mkv"), end)
+                sound = _keep_sound(clip, Path(folder, "sound.mkv"), clip.start + clip.length(count))
             info = LatentsInfo(
                 model=model,
                 fps=str(clip.rate),

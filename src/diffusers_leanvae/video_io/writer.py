@@ -121,7 +121,7 @@ class VideoWriter:
         self._is_image = self._output.kind in ("image", "sequence")
         self._partial: Path | None = None  # a hidden file, or a folder for images of a sequence
         self._num_images = self._num_packets = 0
-        self._first_dts = 0
+        self._first_dts = self._last_dts = self._latest_pts = 0  # of the packets so far, in ticks of `_timing`
         if self._output.kind != "stream":
             self._partial = self._hidden_path()
         self._resources = ExitStack()
@@ -418,6 +418,8 @@ class VideoWriter:
         if packet is None or self._container is None:
             return
         time = Fraction(packet.dts or 0) * packet.time_base
+        # Before the muxer converts them to ticks of its own.
+        self._last_dts, self._latest_pts = packet.dts or 0, max(self._latest_pts, packet.pts or 0)
         self._container.mux(packet)
         if self._sound is not None:  # in step with the video, or the muxer would hold one of them back
             self._mux_sound(self._sound.packets_before(time))
@@ -438,8 +440,13 @@ class VideoWriter:
         packet, timing = self._last_packet, self._timing
         if packet is not None and timing is not None and packet.pts is not None and packet.dts is not None:
             reordered = min(self._first_dts - timing.lead, 0)
-            packet.dts = max(packet.dts, packet.pts + reordered)
-            packet.duration = max(timing.end_tick + reordered - packet.dts, 1)
+            held = self._output.container
+            if packet.pts < self._latest_pts and held is not None and held.muxer in ("mp4", "mov"):
+                # A B frame, after which another one is shown.
+                packet.duration = max(timing.end_tick + reordered - packet.dts, 1)
+            else:
+                packet.dts = min(max(packet.pts + reordered, self._last_dts + 1), packet.pts)
+                packet.duration = timing.end_tick - packet.pts
         self._mux(packet)
 
     def _cut_end(self, end: Fraction) -> None:
