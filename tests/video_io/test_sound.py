@@ -273,6 +273,29 @@ class TestTracks:
         write(damaged, tmp_path / "out.mp4", expect="to aac")
         assert_in_time(tmp_path / "out.mp4", SECONDS - 1)
 
+    @pytest.mark.parametrize("target", ["mp4", "webm"])
+    @pytest.mark.parametrize("jump", [60, 7200])
+    def test_absurd_time_stamp_at_the_end(self, clips: Path, tmp_path: Path, target: str, jump: int):
+        source = tmp_path / "in.mkv"
+        with av.open(str(clips / "aac.mp4")) as before, av.open(str(source), "w") as after:
+            copies = [after.add_stream_from_template(stream, opaque=True) for stream in before.streams]
+            packets = [packet for packet in before.demux() if packet.size]
+            last = max((p for p in packets if p.stream.type == "audio"), key=lambda p: p.pts)
+            last.pts = last.dts = last.pts + jump * 44100
+            for packet in packets:
+                packet.stream = copies[packet.stream_index]
+                after.mux(packet)
+        with av.open(str(source)) as container:
+            assert container.duration / 1e6 > jump
+        frames, times = pictures(clips / "aac.mp4")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with VideoWriter(tmp_path / f"out.{target}", FPS, audio_from=source, preset="ultrafast") as writer:
+                writer.write(frames, times)
+        with av.open(str(tmp_path / f"out.{target}")) as container:
+            assert container.duration / 1e6 < SECONDS + 0.1
+        assert_in_time(tmp_path / f"out.{target}", SECONDS)
+
     def test_damaged_sound_does_not_cost_the_picture(self, clips: Path, tmp_path: Path):
         data = bytearray((clips / "aac.ts").read_bytes())
         for packet in range(0, len(data), 188):  # the payload of all sound after the first second

@@ -40,6 +40,9 @@ from .inputs import local_file
 
 # Sound that begins earlier before the first frame than this is kept, and the picture begins later for it.
 _MIN_LEAD = Fraction(1, 10)
+# More is a wrong time stamp.
+_MAX_LEAD = 60
+_MAX_JUMP = 600
 # Decoded sound this far from where its time stamp says is moved there: silence is put in, or samples are dropped.
 _MAX_DRIFT = Fraction(15, 1000)
 # Sound that a decoder needs before the first that is heard; an edit list hides it.
@@ -115,23 +118,24 @@ class Accompaniment:
         overhangs: Whether subtitles or chapters go on after the end; known after `rest`.
     """
 
-    def __init__(self, container: InputContainer, path: PathLike, start: Fraction) -> None:
+    def __init__(self, container: InputContainer, path: PathLike, file: Path, start: Fraction) -> None:
         self.path, self._container = path, container
         self._start = start
         self._video = find_pictures(container)
         self._sounds = list(container.streams.audio)
-        self._first_frame = _first_frame_time(path, self._video, self._sounds)
+        self._first_frame = _first_frame_time(file, self._video, self._sounds)
         self.zero = self._first_frame + start
         self.lead = self.delay = Fraction(0)
         if start == 0 and self._video is not None:
             times = [_start_time(stream) for stream in self._sounds]
             lead = max((self.zero - time for time in times if time is not None), default=Fraction(0))
-            self.lead = lead if lead >= _MIN_LEAD else Fraction(0)
+            self.lead = lead if _MIN_LEAD <= lead <= _MAX_LEAD else Fraction(0)
         self.overhangs = False
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Packet] = iter(())
         self._waiting: deque[Packet] = deque()
         self._last_video = Fraction(-1)  # of the source, in seconds after `zero`
+        self._latest = Fraction(0)  # of all packets so far
         self._left_out: Counter[str] = Counter()
         self._encoded: Counter[str] = Counter()
         self.damage: str | None = None
@@ -141,7 +145,7 @@ class Accompaniment:
     def open(cls, path: PathLike, start: Fraction) -> Iterator[Self]:
         """Open a file, or whatever `local_file` takes; `start` is the time after its first frame that becomes 0."""
         with local_file(path) as file, open_input(file) as container:
-            yield cls(container, file, start)
+            yield cls(container, path, file, start)
 
     def muxer_options(self, held: Container) -> dict[str, str]:
         """Return options for the container that `attach` gets."""
@@ -266,8 +270,14 @@ class Accompaniment:
     def _demux(self, streams: list[Stream]) -> Iterator[Packet]:
         try:
             for packet in self._container.demux(*streams):
-                if packet.size:  # those at the end are empty
-                    yield packet
+                if not packet.size:  # as those at the end are
+                    continue
+                time = self.time_of(packet)
+                if time is not None and time > self._latest + _MAX_JUMP:
+                    self.damage = "a time stamp is wrong"
+                    continue
+                self._latest = max(self._latest, time or Fraction(0))
+                yield packet
         except FFmpegError as error:
             self.damage = error.strerror or str(error)
 
@@ -306,8 +316,12 @@ class Accompaniment:
             shown = [track.shown_until for track in self._tracks.values() if isinstance(track, _SubtitleTrack)]
             self.overhangs = max([last_chapter, *shown]) > end + Fraction(1, 1000)
         if is_whole:
+            heard = end
             for packet in self._waiting:
-                yield from self._tracks[packet.stream_index].push(packet)
+                time = self.time_of(packet) or Fraction(0)
+                if time <= heard + _MAX_TAIL_GAP:
+                    heard = max(heard, time)
+                    yield from self._tracks[packet.stream_index].push(packet)
         for track in self._tracks.values():
             yield from track.finish(None if is_whole else end)
 
