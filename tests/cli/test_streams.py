@@ -103,6 +103,24 @@ def test_a_reader_that_has_seen_enough(model, tmp_path):
         assert process.wait(300) == 0 and b"error" not in said and b"Traceback" not in said, said
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_from_named_pipe_to_named_pipe(model, clip, tmp_path):
+    received = []
+    os.mkfifo(tmp_path / "in.mkv")
+    os.mkfifo(tmp_path / "out.mkv")
+    sender = threading.Thread(target=lambda: (tmp_path / "in.mkv").write_bytes(clip.read_bytes()))
+    receiver = threading.Thread(target=lambda: received.append((tmp_path / "out.mkv").read_bytes()))
+    sender.start()
+    receiver.start()
+    code, _, err = leanvae("reconstruct", tmp_path / "in.mkv", tmp_path / "out.mkv", "--model", model)
+    assert code == 0, err
+    sender.join(60)
+    receiver.join(60)
+    (tmp_path / "copy.mkv").write_bytes(received[0])
+    assert leanvae("reconstruct", clip, tmp_path / "expected.mkv", "--model", model)[0] == 0
+    assert torch.equal(*(read_video(tmp_path / name)[0] for name in ("copy.mkv", "expected.mkv")))
+
+
 def test_addresses(model, clip, tmp_path, monkeypatch):
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
