@@ -4,7 +4,6 @@ Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> cro
 appear under their names when they are complete.
 """
 
-import gc
 import itertools
 import tempfile
 import warnings
@@ -35,7 +34,7 @@ from ..video_io.pixels import (
 from ..video_io.sound import copy_streams
 from ..video_io.timing import at_constant_rate
 from .latents_file import LatentsInfo, LatentsWriter, copy_sound, open_latents, read_times, weights_sha256
-from .memory import GARBAGE_BYTES, VideoJob, plan_streams
+from .memory import VideoJob, plan_streams
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
@@ -147,14 +146,7 @@ class _Source:
     def _read(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
         excerpt = self.excerpt
         stop = None if excerpt.num_frames is None else excerpt.start + excerpt.num_frames
-        garbage = 0
         for frame, times in self.video.timed_frames(excerpt.start, stop, chunk_size=1):
-            # Looking at the side data of a decoded frame makes a reference cycle, and Python's collector, which counts
-            # objects and not bytes, would come after hundreds of frames. A decoded frame is half as large as RGB.
-            garbage += frame.nbytes // 2
-            if garbage > GARBAGE_BYTES:
-                gc.collect()
-                garbage = 0
             yield resize_frames(frame, *excerpt.resized(*frame.shape[1:3])), times[0]
 
 

@@ -15,7 +15,6 @@ _READER_BYTES, _WRITER_BYTES, _LOOKAHEAD_BYTES, _THREAD_BYTES = 20, 30, 4, 4
 _LOOKAHEAD = 42  # frames, with those that wait to become B-frames
 _LIBRARY_BYTES = 24 * 2**20  # buffers of PyTorch and FFmpeg at any size
 _METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
-GARBAGE_BYTES = 64 * 2**20  # decoded frames that may wait for Python's collector
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,6 @@ def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: 
     fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
     if job.encode:
         fixed += (_READER_BYTES + threads) * num_pixels
-        fixed += min(GARBAGE_BYTES, 3 * num_pixels // 2 * (job.num_frames or GARBAGE_BYTES))
     return OtherMemory(
         fixed=fixed,
         per_step_frame=3 * num_pixels * job.keeps_originals,
