@@ -244,7 +244,9 @@ def _index(number: int, shard: Path) -> list[_Example]:
             file.seek(archive.offset)  # where `tarfile` takes whatever it does not know for the end
             if file.read(tarfile.BLOCKSIZE).strip(tarfile.NUL):
                 raise tarfile.ReadError("what follows is no member")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, MemoryError, OverflowError) as error:
+        if isinstance(error, MemoryError | OverflowError):
+            error = tarfile.HeaderError("a member claims to be larger than memory")
         if not members:
             raise ValueError(f"`train` must name uncompressed tar files, got {str(shard)!r}: {error}.") from error
         warnings.warn(f"Skipping the end of {str(shard)!r}, which is damaged: {error}.", stacklevel=2)

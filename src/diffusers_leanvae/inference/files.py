@@ -319,11 +319,19 @@ def decode_video(
             part is taken that the latents are of, of any other file the beginning.
     """
     with open_latents(source) as (latents, info):
-        latent_channels = latents.get_shape()[1]
-    if latent_channels != vae.latent_channels:
+        shape = latents.get_shape()
+    if len(shape) == 5 and shape[1] != vae.latent_channels:
         raise ValueError(
-            f"`vae` must have the {latent_channels} latent channels of {str(source)!r}, got {vae.latent_channels}; "
+            f"`vae` must have the {shape[1]} latent channels of {str(source)!r}, got {vae.latent_channels}; "
             f"made by model {info.model!r}."
+        )
+    edge = vae.spatial_compression_ratio
+    num_latent_frames = -(-(info.num_frames - 1) // vae.temporal_compression_ratio) + 1
+    expected = [1, vae.latent_channels, num_latent_frames, -(-info.height // edge), -(-info.width // edge)]
+    if shape != expected:
+        raise ValueError(
+            f"`source` must hold latents of shape {expected} for {info.num_frames} frames of "
+            f"{info.width}x{info.height}, got {shape} in {str(source)!r}."
         )
     if checksum is not None and info.weights_sha256 not in ("", checksum):
         raise ValueError(

@@ -62,6 +62,21 @@ class LatentsInfo:
     time_unit: str = ""
     has_sound: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise TypeError(f"`{name}` must be a positive integer, got {value!r}")
+        for name in ("fps", "pixel_aspect_ratio"):
+            if not _is_positive(value := getattr(self, name)):
+                raise TypeError(f"`{name}` must be a positive fraction, got {value!r}")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return Fraction(text) > 0
+    except (ValueError, TypeError, ZeroDivisionError):
+        return False
+
 
 @contextmanager
 def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
