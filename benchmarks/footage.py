@@ -35,8 +35,8 @@ READ = {
     "read h264 8 bits, variable rate": (60, "variable.mp4", ("libx264", "yuv420p")),
     "read hevc 10 bits": (60, "hevc.mp4", ("libx265", "yuv420p10le")),
     "read prores 10 bits 4:2:2": (24, "prores.mov", ("prores_ks", "yuv422p10le")),
-    "read png sequence": (12, "png/%04d.png", ("png", "rgb24")),
-    "read jpeg sequence": (24, "jpeg/%04d.jpg", ("mjpeg", "yuvj420p")),
+    "read png sequence": (16, "png/%04d.png", ("png", "rgb24")),
+    "read jpeg sequence": (48, "jpeg/%04d.jpg", ("mjpeg", "yuvj420p")),
 }
 WRITE: dict[str, tuple[int, str, dict[str, Any]]] = {
     "write h264": (24, "out.mp4", {}),
