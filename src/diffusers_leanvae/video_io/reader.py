@@ -401,8 +401,9 @@ class VideoReader:
                 times.append(time)
             if buffer is None:
                 return
-            if len(times) < len(buffer):  # a copy, so that what is kept of few frames is not the room for many
-                buffer = buffer[: len(times)].clone()
+            if len(times) < len(buffer):
+                few = buffer[: len(times)]
+                buffer = few.clone() if 2 * len(few) < len(buffer) else few  # who keeps few keeps no room for many
             if self._is_resized:
                 buffer = resize_frames(buffer, self.info.height, self.info.width).contiguous()
             yield TimedFrames(buffer, times)
