@@ -149,7 +149,7 @@ def bombs(bases: dict[str, bytes]) -> dict[str, bytes]:
         "bomb.ppm": f"P6 {LARGE} {LARGE} 255\n".encode() + bytes(4096),
         "bomb.avi": avi,
         "bomb.y4m": y4m,
-        "bomb.h264": _h264_of(16384, bases["h264.h264"]),
+        "bomb.h264": _h264_of(16000, bases["h264.h264"]),
         "header.safetensors": struct.pack("<Q", 2**40) + bases["latents.safetensors"][8:],
         "shape.safetensors": _with_latents(bases["latents.safetensors"], shape=[1, 4, 2**20, 2**20, 2**20]),
         "frames.safetensors": _with_latents(bases["latents.safetensors"], num_frames=10**15),

@@ -17,10 +17,11 @@ from av.video.stream import VideoStream
 PathLike = str | os.PathLike[str]
 
 
-MAX_PIXELS = 1 << 28  # of a frame: 16384 x 16384; the largest camera of a phone has 200 million
+MAX_PIXELS = 1 << 28  # of a picture: 16384 x 16384; the largest camera of a phone has 200 million
+MAX_FRAME_PIXELS = 1 << 27  # of a frame of a video, of which a decoder holds several: 8K has 33 million
 
 # Report damage instead of concealing it, and allocate nothing for a size that comes up later.
-_DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
+_DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_FRAME_PIXELS)}
 
 
 class VideoError(ValueError):
@@ -50,7 +51,7 @@ def open_input(path: PathLike, name: PathLike | None = None) -> Iterator[InputCo
         # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
         # expanded, and the whitelist keeps a playlist that calls itself a video off the network. Tags in a foreign
         # encoding are no reason to refuse a video.
-        options = {"protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+        options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
         if "%" in file.name:
             options["pattern_type"] = "none"
         with av.open(str(file.absolute()), "r", options=options, metadata_errors="replace") as container:
@@ -87,10 +88,10 @@ def find_video_stream(container: InputContainer, path: PathLike) -> VideoStream:
     if cast(Any, stream).codec_context is None:
         raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.")
     context = stream.codec_context
-    if context.width * context.height > MAX_PIXELS:
+    if context.width * context.height > MAX_FRAME_PIXELS:
         raise VideoError(
             f"Cannot read {str(path)!r}: its header claims {context.width}x{context.height} pixels, expected at most "
-            f"{MAX_PIXELS}."
+            f"{MAX_FRAME_PIXELS}."
         )
     context.options = _DECODING
     stream.thread_type = "AUTO"
@@ -103,5 +104,5 @@ def alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
     if name is None or stream.metadata.get("alpha_mode") != "1" or name not in av.codecs_available:
         return None
     decoder = cast(VideoCodecContext, av.CodecContext.create(name, "r"))
-    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     return decoder

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import av
 import numpy as np
@@ -92,20 +93,22 @@ _MOV_KEYS = frozenset("title artist album comment genre copyright date creation_
 _TECHNICAL_KEYS = frozenset(("creation_time", "location", "location-eng", "date"))
 
 
-class _Track(Protocol):
+class _Track(ABC):
     """One stream of the source on its way into the output."""
 
+    @abstractmethod
     def push(self, packet: Packet) -> Iterator[Packet]:
         """Take a packet of the source, and yield what is ready for the output."""
-        ...
 
     def before(self, until: Fraction) -> Iterator[Packet]:
-        """Yield what was held back and begins before `until` seconds."""
-        ...
+        """Yield what was held back and begins before `until` seconds: nothing, where packets pass at once."""
+        del until
+        yield from ()
 
     def finish(self, until: Fraction | None) -> Iterator[Packet]:
         """Yield all that was held back and begins before `until`, and end."""
-        ...
+        del until
+        yield from ()
 
 
 class Accompaniment:
@@ -356,7 +359,7 @@ class Accompaniment:
         return notes
 
 
-class _CopiedTrack:
+class _CopiedTrack(_Track):
     """Packets as they are, at other times."""
 
     def __init__(self, source: Accompaniment, target: Stream, hides_preroll: bool) -> None:
@@ -386,16 +389,8 @@ class _CopiedTrack:
         packet.stream = self._target
         yield packet
 
-    def before(self, until: Fraction) -> Iterator[Packet]:
-        del until
-        yield from ()
 
-    def finish(self, until: Fraction | None) -> Iterator[Packet]:
-        del until
-        yield from ()
-
-
-class _EncodedTrack:
+class _EncodedTrack(_Track):
     """Sound that is decoded, put where its time stamps say, cut at the sample and encoded."""
 
     def __init__(self, source: Accompaniment, stream: AudioStream, target: AudioStream) -> None:
@@ -514,7 +509,7 @@ class _Form(NamedTuple):
         return frame
 
 
-class _SubtitleTrack:
+class _SubtitleTrack(_Track):
     """Subtitles, as they are or, with `decoder`, as another kind of text.
 
     Attributes:
@@ -543,14 +538,6 @@ class _SubtitleTrack:
         packet.duration = round(shown / packet.time_base)
         packet.stream = self._target
         yield packet
-
-    def before(self, until: Fraction) -> Iterator[Packet]:
-        del until
-        yield from ()
-
-    def finish(self, until: Fraction | None) -> Iterator[Packet]:
-        del until
-        yield from ()
 
 
 def _as_text(packet: Packet, decoder: SubtitleStream, encoder: SubtitleStream, shown: Fraction) -> Packet | None:
