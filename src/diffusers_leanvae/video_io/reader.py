@@ -371,7 +371,7 @@ class VideoReader:
 
     def _chunks(
         self,
-        frames: Iterator[tuple[Picture | torch.Tensor, Fraction]],
+        frames: Iterator[tuple[Picture | np.ndarray, Fraction]],
         total: int | None,
         chunk_size: int,
         number: int,
@@ -397,7 +397,7 @@ class VideoReader:
                     with named_errors(self._name):
                         frame.write(buffer[len(times)])
                 else:
-                    buffer[len(times)] = frame
+                    buffer[len(times)].numpy()[...] = frame  # PyTorch's copy takes longer
                 times.append(time)
             if buffer is None:
                 return
@@ -425,10 +425,10 @@ class VideoReader:
 
     def _drawn_frames(
         self, images: ImageFrames, start: int, stop: int | None, on_error: OnError
-    ) -> Iterator[tuple[Picture | torch.Tensor, Fraction]]:
+    ) -> Iterator[tuple[Picture | np.ndarray, Fraction]]:
         if start >= images.num_frames:
             raise self._beyond_end(images.num_frames, start)
-        frames = images.frames_from(start)
+        frames = images.arrays_from(start)
         for index in range(start, images.num_frames if stop is None else min(stop, images.num_frames)):
             try:
                 yield next(frames), images.times[index]
@@ -439,7 +439,7 @@ class VideoReader:
 
     def _decoded_frames(
         self, start: int, stop: int | None, on_error: OnError
-    ) -> Iterator[tuple[Picture | torch.Tensor, Fraction]]:
+    ) -> Iterator[tuple[Picture | np.ndarray, Fraction]]:
         progressive = Progressive(RgbConverter(self._background))
         clock = Clock(self.info.fps, self._stream.time_base, self._first_stamp, self.info.is_variable_rate)
         # Deinterlacing looks one frame back, so one more is converted on the left; `out` counts what comes out.

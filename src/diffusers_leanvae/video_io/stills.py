@@ -174,10 +174,15 @@ class ImageFrames:
         """
         import torch
 
+        for pixels in self.arrays_from(index):
+            yield torch.from_numpy(pixels.copy())
+
+    def arrays_from(self, index: int) -> Iterator[np.ndarray]:
+        """Read the frames from number `index` on, as `frames_from`, into arrays that must not be changed."""
         for number in range(index, self.num_frames):
             if self._picture is None:
                 raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
-            yield torch.from_numpy(self._read(number))
+            yield self._read(number)
 
     def _read(self, number: int) -> np.ndarray:
         if len(self._files) == 1 or number == 0:
@@ -270,8 +275,7 @@ class _Picture:
         self._file.close()
 
     def read(self, number: int, background: tuple[int, int, int]) -> np.ndarray:
-        """Read a frame, `(height, width, 3)`."""
-        import numpy as np
+        """Read a frame, `(height, width, 3)`; it must not be changed."""
 
         with _named_errors(self.name):
             image = self._image
@@ -288,7 +292,7 @@ class _Picture:
             pixels = _compose(image, wide, self.white, background)
         if not self.is_turned:
             pixels = _upright(pixels, self.orientation)
-        return np.ascontiguousarray(pixels)
+        return pixels
 
 
 # --- What a file is --------------------------------------------------------------------------------------------------
@@ -563,7 +567,7 @@ def _compose(image: Image.Image, wide: np.ndarray | None, white: int, background
         image = image.convert(image.mode[:-1])
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    pixels = np.array(_to_srgb(image, profile))
+    pixels = np.asarray(_to_srgb(image, profile))
     if alpha is None or alpha.min() == 255:
         return pixels
     weight = alpha[..., None].astype(np.uint16)
