@@ -1,6 +1,7 @@
 """Training jobs in processes of their own: what runs there, and how it is killed; `runs.launch` starts this."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.launchers import debug_launcher
 from diffusers.training_utils import EMAModel
 from diffusers_leanvae.training import train_lvdm, train_vae
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 
 def run_jobs(*jobs: dict[str, Any]) -> None:
@@ -28,6 +29,11 @@ def run_jobs(*jobs: dict[str, Any]) -> None:
             was_killed = False
         except ProcessExitedException as error:
             was_killed = error.signal_name == "SIGKILL"
+            if not was_killed:
+                raise
+        except ProcessRaisedException as error:
+            # The others lose their connection to the killed one, and may be seen to end before it.
+            was_killed = re.search("Connection (reset|closed) by peer", str(error)) is not None
             if not was_killed:
                 raise
         assert was_killed == (job["kill"] is not None), job
