@@ -6,7 +6,6 @@ be trained on a laptop, and simple enough for `shapes_detector` to say whether a
 """
 
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from ..atomic import replace_file
 from ..checks import check_choice
 from ..video_io import write_video
 from ..video_io.pixels import sample_to_pixels
+from .drawing import EXTENTS, HUES, VELOCITIES, dark_gradient, hsv_color, shape_coverage, straight_path
 
 
 # Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.
@@ -26,15 +26,9 @@ COLORS = ("red", "yellow", "blue")
 DIRECTIONS = ("left", "right", "up", "down")
 NUM_CLASSES = len(SHAPES) * len(COLORS) * len(DIRECTIONS)
 
-# Width and height of a shape of size 1. Areas are equal, so that size does not give the shape away.
-_EXTENTS = {"circle": (1.0, 1.0), "triangle": (1.2, 1.1), "cross": (1.15, 1.15)}
-_CROSS_ARM = 0.36  # width, of the width of the whole
-_HUES = {"red": 0.0, "yellow": 55.0, "blue": 230.0}  # degrees
-_VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 # Of the shorter side of the clip. The widest shape on the longest way, 0.44 * 1.2 + 0.45, still fits.
 _SIZES = (0.34, 0.44)
 _WAYS = (0.25, 0.45)
-_NUM_SAMPLES = 4  # per pixel and axis
 
 
 class ShapesItem(NamedTuple):
@@ -99,13 +93,13 @@ def draw_clip(
     rng = np.random.default_rng([seed, index, label])
     side = min(height, width)
     size, way = rng.uniform(*_SIZES) * side, rng.uniform(*_WAYS) * side
-    extent_x, extent_y = (size * extent for extent in _EXTENTS[shape])
-    toward_x, toward_y = _VELOCITIES[direction]
-    x = _path(rng, extent_x, way * toward_x, width, num_frames)
-    y = _path(rng, extent_y, way * toward_y, height, num_frames)
-    foreground = _hsv(_HUES[color] + rng.uniform(-8, 8), rng.uniform(0.7, 0.85), rng.uniform(0.8, 0.95))
-    background = _gradient(rng, height, width)
-    coverage = _coverage(shape, extent_x, extent_y, x, y, height, width)
+    extent_x, extent_y = (size * extent for extent in EXTENTS[shape])
+    toward_x, toward_y = VELOCITIES[direction]
+    x = straight_path(rng, extent_x, way * toward_x, width, num_frames)
+    y = straight_path(rng, extent_y, way * toward_y, height, num_frames)
+    foreground = hsv_color(HUES[color] + rng.uniform(-8, 8), rng.uniform(0.7, 0.85), rng.uniform(0.8, 0.95))
+    background = dark_gradient(rng, height, width)
+    coverage = shape_coverage(shape, extent_x, extent_y, x, y, height, width)
     pixels = background[:, None] + coverage * (foreground[:, None, None, None] - background[:, None])
     return torch.from_numpy(pixels.astype(np.float32)).mul_(2.0).sub_(1.0)
 
@@ -162,53 +156,3 @@ def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: flo
             write_video(path, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
     with replace_file(root / "metadata.jsonl") as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _path(rng: np.random.Generator, extent: float, way: float, length: int, num_frames: int) -> np.ndarray:
-    """Centres `(num_frames,)` along one axis, all of them such that the shape is inside."""
-    first = rng.uniform(extent / 2 + max(0.0, -way), length - extent / 2 - max(0.0, way))
-    return first + way * np.arange(num_frames) / max(1, num_frames - 1)
-
-
-def _gradient(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A dark, almost grey gradient `(3, height, width)` in a random direction."""
-    colors = [_hsv(rng.uniform(0, 360), rng.uniform(0, 0.2), rng.uniform(0.05, 0.4)) for _ in range(2)]
-    angle = rng.uniform(0, 2 * math.pi)
-    ramp_y = np.linspace(-0.5, 0.5, height)[:, None] * math.sin(angle)
-    ramp_x = np.linspace(-0.5, 0.5, width)[None] * math.cos(angle)
-    ramp = (ramp_y + ramp_x) / (abs(math.sin(angle)) + abs(math.cos(angle))) + 0.5
-    return colors[0][:, None, None] * (1 - ramp) + colors[1][:, None, None] * ramp
-
-
-def _coverage(
-    shape: str, extent_x: float, extent_y: float, x: np.ndarray, y: np.ndarray, height: int, width: int
-) -> np.ndarray:
-    """The covered share of every pixel, `(num_frames, height, width)`, from `_NUM_SAMPLES` squared samples."""
-    coverage = np.zeros((len(x), height, width), np.float32)
-    # Only where the shape ever is. Sample positions are in units of the shape: -1 and 1 are its sides.
-    columns, u = _samples(x, extent_x, width)
-    rows, v = _samples(y, extent_y, height)
-    u, v = u[:, None], v[..., None]
-    if shape == "circle":
-        inside = u * u + v * v <= 1
-    elif shape == "cross":
-        inside = (np.minimum(abs(u), abs(v)) <= _CROSS_ARM) & (np.maximum(abs(u), abs(v)) <= 1)
-    else:
-        inside = (abs(u) <= (v + 1) / 2) & (v <= 1)  # the tip is at the top
-    blocks = inside.reshape(len(x), rows.stop - rows.start, _NUM_SAMPLES, columns.stop - columns.start, _NUM_SAMPLES)
-    coverage[:, rows, columns] = blocks.mean((2, 4), dtype=np.float32)
-    return coverage
-
-
-def _samples(centers: np.ndarray, extent: float, length: int) -> tuple[slice, np.ndarray]:
-    """The pixels along one axis that the shape touches in any frame, and where their samples are."""
-    first = max(0, math.floor(centers.min() - extent / 2))
-    last = min(length, math.ceil(centers.max() + extent / 2))
-    places = first + (np.arange((last - first) * _NUM_SAMPLES) + 0.5) / _NUM_SAMPLES
-    return slice(first, last), ((places - centers[:, None]) / (extent / 2)).astype(np.float32)
-
-
-def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """RGB in `[0, 1]` of a hue in degrees."""
-    steps = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
-    return value - value * saturation * np.clip(np.minimum(steps, 4 - steps), 0, 1)
