@@ -45,7 +45,7 @@ def as_detected(scene: Scene) -> SceneDetection:
 
 @pytest.mark.parametrize(
     ("num_clips", "size", "held_out"),
-    [(200, (17, 96, 96), False), (60, (17, 64, 64), True), (30, (9, 64, 112), False), (30, (33, 80, 56), True)],
+    [(100, (17, 96, 96), False), (60, (17, 64, 64), True), (30, (9, 64, 112), False), (30, (33, 80, 56), True)],
 )
 def test_the_detector_names_everything_that_was_drawn(num_clips: int, size: tuple[int, int, int], held_out: bool):
     scenes = MovingScenes(*size, seed=123, num_clips=num_clips, held_out=held_out)

@@ -97,6 +97,9 @@ def _choose_held_out() -> frozenset[tuple[str, str, str]]:
 
 
 HELD_OUT = _choose_held_out()
+_KNOWN: list[tuple[str, str, str]] = [
+    look for look in itertools.product(SHAPES, COLORS, DIRECTIONS) if look not in HELD_OUT
+]
 
 
 def draw_scene(
