@@ -228,10 +228,7 @@ class MovingScenes(Dataset[ScenesItem]):
     def scene(self, index: int) -> Scene:
         """The scene of a clip, without drawing it."""
         rng = np.random.default_rng([self.seed, index, 0])
-        known: list[tuple[str, str, str]] = [
-            look for look in itertools.product(SHAPES, COLORS, DIRECTIONS) if look not in HELD_OUT
-        ]
-        looks = [known, known]
+        looks = [_KNOWN, _KNOWN]
         if self.held_out:
             looks[int(rng.integers(2))] = sorted(HELD_OUT)
         items = []
