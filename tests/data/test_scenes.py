@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
 from diffusers_leanvae.data.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -182,6 +183,16 @@ def test_clips_are_batched_and_bounded():
         scenes[6]
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         MovingScenes(num_clips=0)
+
+
+def test_scenes_are_a_source_of_latents():
+    selection = ClipSelection("scenes", (5, 48, 48), num_clips=3, seed=2)
+    clips, scenes = list(open_clip_list(selection).read(range(3))), MovingScenes(5, 48, 48, seed=2)
+    for index, clip in enumerate(clips):
+        assert clip is not None and torch.equal(clip.pixels, scenes[index].pixels)
+        assert clip[1:] == (None, scenes[index].caption, f"scenes-2#{index}")
+    with pytest.raises(ValueError, match="must be 'none' and 1 for scenes, .* got 'both' and 1"):
+        open_clip_list(ClipSelection("scenes", (5, 48, 48), flip="both"))
 
 
 def test_clips_become_a_folder_of_videos_and_a_killed_call_resumes(tmp_path: Path):

@@ -127,7 +127,7 @@ def encode_dataset(
         typer.Argument(
             metavar="SOURCE",
             help="Folder of videos, tar shards (quoted pattern), stream (hub:user/name), named data set "
-            "(ucf101:FOLDER), or shapes.",
+            "(ucf101:FOLDER), or drawn clips: shapes, scenes.",
         ),
     ],
     target: Annotated[

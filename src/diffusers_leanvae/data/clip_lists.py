@@ -14,12 +14,14 @@ from ..checks import check_choice
 from .cutting import ClipOptions, VideoSet
 from .metadata import LABEL_KEYS, find_caption, number_labels
 from .named import NAMED_DATASETS, NamedDataset, Sampling, open_named_dataset
+from .scenes import MovingScenes
 from .shapes import MovingShapes
 from .sources import FileSource, open_source
 from .streams import BlockReader, is_stream, open_stream
 
 
 Flip = Literal["auto", "none", "random", "both"]
+_DRAWN: dict[str, type[MovingShapes] | type[MovingScenes]] = {"shapes": MovingShapes, "scenes": MovingScenes}
 _BLOCK_SIZE = 64  # examples of a stream that are on disk at once
 
 
@@ -28,16 +30,16 @@ class ClipSelection:
     """Clips of a source, and the way they are cut.
 
     Args:
-        source: `"shapes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
+        source: `"shapes"` or `"scenes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
             `open_training_data` takes: a folder, tar shards, or a stream.
         clip_size: `[num_frames, height, width]`; square for named data sets.
         num_crops: Clips per video, each at a random place and time (named data sets: time).
         flip: `"none"`; `"random"`: mirror every other clip; `"both"`: every clip as it is, for the user of the list to
-            mirror; `"auto"`: what is usual for a named data set, else `"none"`. Moving shapes are never mirrored.
+            mirror; `"auto"`: what is usual for a named data set, else `"none"`. What is drawn is never mirrored.
         sampling: Of named data sets, see `open_named_dataset`.
         stride: Frame spacing; 3 for named data sets and 1 for others by default.
         short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
-        num_clips: Maximum number of clips; required for a stream, 10,000 by default for shapes.
+        num_clips: Maximum number of clips; required for a stream, 10,000 by default for shapes and scenes.
         seed: Seed of everything random.
     """
 
@@ -97,13 +99,13 @@ def open_clip_list(selection: ClipSelection, num_workers: int = 0) -> ClipList:
     """
     source, flip, num_clips, seed = selection.source, selection.flip, selection.num_clips, selection.seed
     num_frames, height, width = selection.clip_size
-    if source == "shapes":
+    if source in _DRAWN:
         if flip not in ("auto", "none") or selection.num_crops > 1:
             raise ValueError(
-                f"`flip` and `num_crops` must be 'none' and 1 for shapes, which have their direction for a label, got "
+                f"`flip` and `num_crops` must be 'none' and 1 for {source}, which are known by their directions, got "
                 f"{flip!r} and {selection.num_crops}."
             )
-        return _ShapeClips(MovingShapes(num_frames, height, width, seed, num_clips or 10_000), num_workers)
+        return _DrawnClips(source, _DRAWN[source](num_frames, height, width, seed, num_clips or 10_000), num_workers)
     name, _, folder = source.partition(":")
     if name in NAMED_DATASETS:
         if height != width or selection.short_side is not None:
@@ -156,16 +158,18 @@ class _MapClips(Dataset[SourceClip | None]):
         yield from DataLoader(self, sampler=numbers, batch_size=None, num_workers=self.num_workers)
 
 
-class _ShapeClips(_MapClips):
-    def __init__(self, shapes: MovingShapes, num_workers: int) -> None:
-        super().__init__(len(shapes), shapes.class_names, num_workers)
-        self.shapes = shapes
+class _DrawnClips(_MapClips):
+    def __init__(self, source: str, clips: MovingShapes | MovingScenes, num_workers: int) -> None:
+        super().__init__(len(clips), clips.class_names, num_workers)
+        self.source, self.clips = source, clips
 
     def __getitem__(self, number: int) -> SourceClip:
-        return SourceClip(*self.shapes[number], self.name(number))
+        label = self.clips.label(number) if isinstance(self.clips, MovingShapes) else None
+        clip = self.clips[number]
+        return SourceClip(clip.pixels, label, clip.caption, self.name(number))
 
     def name(self, number: int) -> str:
-        return f"shapes-{self.shapes.seed}#{number}"
+        return f"{self.source}-{self.clips.seed}#{number}"
 
 
 class _NamedClips(_MapClips):

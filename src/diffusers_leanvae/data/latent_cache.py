@@ -85,18 +85,18 @@ def encode_dataset(
 
     Args:
         vae: The autoencoder; it is moved to the device of the process, and works in its own dtype.
-        source: `"shapes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
+        source: `"shapes"` or `"scenes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
             `open_training_data` takes: a folder, tar shards, or a stream.
         output: Folder to write.
         clip_size: `[num_frames, height, width]`, legal for `vae`; square for named data sets.
         num_crops: Clips per video, each at a random place and time (named data sets: time).
         flip: `"none"`; `"random"`: mirror every other clip; `"both"`: store every clip as it is and mirrored;
-            `"auto"`: what is usual for a named data set, else `"none"`. Moving shapes are never mirrored: `"none"`.
+            `"auto"`: what is usual for a named data set, else `"none"`. What is drawn is never mirrored: `"none"`.
         sampling: Of named data sets, see `open_named_dataset`.
         stride: Frame spacing; 3 for named data sets and 1 for others by default.
         short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
         num_clips: Maximum number of clips, not counting mirrored ones; required for a stream, 10,000 by default for
-            shapes.
+            what is drawn.
         seed: Seed of everything random.
         dtype: Dtype of the stored latents, `"float32"` or `"float16"`.
         file_format: `"safetensors"`, or `"webdataset"`: tar files of `.npy`, `.json`, and where known `.cls`, `.txt`.

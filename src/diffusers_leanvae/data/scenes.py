@@ -206,6 +206,8 @@ class MovingScenes(Dataset[ScenesItem]):
         held_out: `False`: no object is one of `HELD_OUT`. `True`: at least one is.
     """
 
+    class_names = None
+
     def __init__(
         self,
         num_frames: int = 17,
