@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,17 +154,19 @@ def has_anchor(keys: Iterable[str], anchor: str) -> bool:
     return any(key == anchor or key.endswith(f".{anchor}") for key in keys)
 
 
-def read_config(path: Path, anchor: str) -> dict[str, Any]:
+def read_config(path: Path, anchor: str | None) -> dict[str, Any]:
     """Read the arguments in the `config.json` next to an original checkpoint.
 
     Args:
         path: The checkpoint.
         anchor: An argument that every such config has and no other: a config without it, such as one of ours, is not
-            of the original and is left alone.
+            of the original and is left alone. `None` if the original has no config.
 
     Returns:
         The arguments, of which there are none without such a file.
     """
+    if anchor is None:
+        return {}
     try:
         config = json.loads(path.with_name(CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -224,6 +226,37 @@ def named_gaps(path: Path, kind: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"`path` must be a complete {kind} checkpoint, got {str(path)!r} without {error}.") from None
+
+
+def select_network(
+    path: Path,
+    args: dict[str, Any],
+    tensors: Mapping[str, Any],
+    kind: str,
+    anchor: str,
+    config_anchor: str | None,
+    config_from_original: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
+
+    Args:
+        path: The file.
+        args: Constructor's arguments in it.
+        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
+        kind: Of network, for errors.
+        anchor: See [`select_weights`].
+        config_anchor: See [`read_config`].
+        config_from_original: Reads our config from arguments and weights.
+
+    Returns:
+        Config of our class, and the weights under original keys.
+
+    Raises:
+        ValueError: If the file is no such checkpoint.
+    """
+    args, tensors = read_config(path, config_anchor) | args, select_weights(path, tensors, anchor, kind)
+    with named_gaps(path, kind):
+        return config_from_original(args, tensors), tensors
 
 
 def select_weights(path: Path, tensors: Mapping[str, torch.Tensor], anchor: str, kind: str) -> dict[str, torch.Tensor]:

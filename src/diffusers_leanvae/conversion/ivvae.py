@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import convert_keys, count_matches, named_gaps, read_tensors, select_weights, write_tensors
+from . import checkpoints
+from .checkpoints import convert_keys, count_matches, read_tensors, write_tensors
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
@@ -121,22 +122,8 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
 def select_network(
     path: Path, args: dict[str, Any], tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Select the weights of the network in a file and read its config from them; names and shapes are all it takes.
-
-    Args:
-        path: The file.
-        args: Constructor's arguments in it.
-        tensors: All tensors in it, or what is known of them ([`headers.TensorInfo`]).
-
-    Returns:
-        Config of an `AutoencoderKLIVVAE`, and the weights under original keys.
-
-    Raises:
-        ValueError: If the file is no such checkpoint.
-    """
-    tensors = select_weights(path, tensors, ANCHOR, NAME)
-    with named_gaps(path, NAME):
-        return config_from_original(args, tensors), tensors
+    """Return the config of an `AutoencoderKLIVVAE` and its weights, see [`checkpoints.select_network`]."""
+    return checkpoints.select_network(path, args, tensors, NAME, ANCHOR, CONFIG_ANCHOR, config_from_original)
 
 
 def read_original_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

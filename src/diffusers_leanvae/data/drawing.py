@@ -1,8 +1,17 @@
-"""Drawing of moving shapes: coverage of pixels, straight paths, colours and soft backgrounds, in NumPy."""
+"""Drawing of moving shapes: coverage of pixels, straight paths, colours, soft backgrounds, and clips as files."""
 
+import json
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+
+from ..atomic import replace_file
+from ..video_io import write_video
+from ..video_io.pixels import sample_to_pixels
 
 
 # Width and height of a shape of size 1. Areas are equal, so that size does not give the shape away.
@@ -63,3 +72,26 @@ def hsv_color(hue: float, saturation: float, value: float) -> np.ndarray:
     """RGB in `[0, 1]` of a hue in degrees."""
     steps = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
     return value - value * saturation * np.clip(np.minimum(steps, 4 - steps), 0, 1)
+
+
+def write_clips(
+    folder: str | Path, rows: Sequence[dict[str, Any]], draw: Callable[[int], torch.Tensor], fps: int, crf: float
+) -> None:
+    """Write clips as a video folder: `000000.mp4` and so on, and `metadata.jsonl`; existing videos are kept.
+
+    Args:
+        folder: The folder, which is made if it is not there.
+        rows: Metadata of each clip.
+        draw: Returns the pixels of a clip in `[-1, 1]`, `(3, num_frames, height, width)`.
+        fps: Frames per second.
+        crf: Quality of the videos.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    named = [{"file_name": f"{index:06d}.mp4"} | row for index, row in enumerate(rows)]
+    for index, row in enumerate(named):
+        path = root / row["file_name"]
+        if not path.exists():
+            write_video(path, sample_to_pixels(draw(index)).permute(1, 2, 3, 0), fps=fps, crf=crf)
+    with replace_file(root / "metadata.jsonl") as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")

@@ -9,7 +9,6 @@ shapes, colours and directions are all known from other objects, appear only wit
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..atomic import replace_file
 from ..checks import check_choice
-from ..video_io import write_video
-from ..video_io.pixels import sample_to_pixels
-from .drawing import EXTENTS, VELOCITIES, hsv_color, shape_coverage, straight_path
+from .drawing import EXTENTS, VELOCITIES, hsv_color, shape_coverage, straight_path, write_clips
 
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -259,19 +255,9 @@ def write_scenes(
 
     Existing files are kept, so that a killed call resumes where it stopped.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index in range(len(clips)):
-        target = root / f"{index:06d}.mp4"
-        captions = clips.captions(index, num_captions)
-        texts = {"caption": captions[0]} if num_captions == 1 else {"captions": captions}
-        rows.append({"file_name": target.name} | texts)
-        if not target.exists():
-            pixels = sample_to_pixels(clips[index].pixels)
-            write_video(target, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
-    with replace_file(root / "metadata.jsonl") as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    captions = [clips.captions(index, num_captions) for index in range(len(clips))]
+    rows = [{"caption": texts[0]} if num_captions == 1 else {"captions": texts} for texts in captions]
+    write_clips(folder, rows, lambda index: clips[index].pixels, fps, crf)
 
 
 class _Way(NamedTuple):

@@ -5,7 +5,6 @@ shade and background vary. It is a pure function of the seed, the index and the 
 be trained on a laptop, and simple enough for `shapes_detector` to say whether a generated clip shows what was asked.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..atomic import replace_file
 from ..checks import check_choice
-from ..video_io import write_video
-from ..video_io.pixels import sample_to_pixels
-from .drawing import EXTENTS, HUES, VELOCITIES, dark_gradient, hsv_color, shape_coverage, straight_path
+from .drawing import EXTENTS, HUES, VELOCITIES, dark_gradient, hsv_color, shape_coverage, straight_path, write_clips
 
 
 # Chosen so that an autoencoder of 8 x 8 pixels leaves them apart: corners of squares and greens do not survive it.
@@ -144,15 +140,5 @@ def write_shapes(folder: str | Path, clips: MovingShapes, fps: int = 8, crf: flo
 
     Existing files are kept, so that a killed call resumes where it stopped.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index in range(len(clips)):
-        path = root / f"{index:06d}.mp4"
-        label = clips.label(index)
-        rows.append({"file_name": path.name, "label": label, "caption": caption(label)})
-        if not path.exists():
-            pixels = sample_to_pixels(clips[index].pixels)
-            write_video(path, pixels.permute(1, 2, 3, 0), fps=fps, crf=crf)
-    with replace_file(root / "metadata.jsonl") as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [{"label": clips.label(index), "caption": caption(clips.label(index))} for index in range(len(clips))]
+    write_clips(folder, rows, lambda index: clips[index].pixels, fps, crf)

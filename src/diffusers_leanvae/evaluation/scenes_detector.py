@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.scenes import SIZE_RANGES, WAY_RANGES, Scene
-from ..video_io.pixels import sample_to_unit
+from .shapes_detector import direction_of, nearest_hue, straight_way, unit_video
 
 
 _MIN_DISTANCE = 0.2  # of RGB in [0, 1], between an object and the background
@@ -49,12 +49,7 @@ def detect_scene(video: torch.Tensor) -> SceneDetection:
     Args:
         video: Floating point, in `[-1, 1]` (what is beyond is clipped), shape `(3, num_frames, height, width)`.
     """
-    if video.ndim != 4 or video.shape[0] != 3 or not video.is_floating_point():
-        raise ValueError(
-            "`video` must be floating point, of shape (3, num_frames, height, width), got "
-            f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}."
-        )
-    pixels = sample_to_unit(video.detach().cpu())
+    pixels = unit_video(video)
     ground, background = _fit_ground(pixels)
     tracks = _follow(pixels - ground)
     if tracks is None:
@@ -110,7 +105,7 @@ def _fit_ground(pixels: torch.Tensor) -> tuple[torch.Tensor, str | None]:
     red, green, blue = plane.mean((1, 2, 3)).tolist()
     value, chroma = max(red, green, blue), max(red, green, blue) - min(red, green, blue)
     if chroma > 0.1:
-        name = "green" if _hue_distance(_hue(red, green, blue), _GROUND_HUES["green"]) < 35 else None
+        name = nearest_hue(plane.mean((1, 2, 3)), _GROUND_HUES, 35)
     else:
         name = "black" if value < 0.17 else "gray" if 0.25 < value < 0.55 else None
     return plane, name
@@ -210,27 +205,15 @@ def _color(mean: torch.Tensor) -> str | None:
     value, chroma = max(red, green, blue), max(red, green, blue) - min(red, green, blue)
     if chroma < 0.25:
         return "white" if value > 0.75 else None
-    hue = _hue(red, green, blue)
-    nearest = min(_HUES, key=lambda name: _hue_distance(hue, _HUES[name]))
-    return nearest if _hue_distance(hue, _HUES[nearest]) <= 28 else None
-
-
-def _hue(red: float, green: float, blue: float) -> float:
-    return math.degrees(math.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
-
-
-def _hue_distance(one: float, other: float) -> float:
-    return abs((one - other + 180) % 360 - 180)
+    return nearest_hue(mean, _HUES, 28)
 
 
 def _motion(path: torch.Tensor, side: int) -> tuple[str | None, str | None]:
     """Find direction and speed by fitting a straight line to the centroids of the clip."""
     if len(path) < 2:
         return None, None
-    time = torch.arange(len(path), dtype=path.dtype) - (len(path) - 1) / 2
-    way_x, way_y = (time @ path / (time @ time) * (len(path) - 1) / side).tolist()
+    way_x, way_y = (straight_way(places) / side for places in path.unbind(1))
     longer, shorter = max(abs(way_x), abs(way_y)), min(abs(way_x), abs(way_y))
     if not 0.5 * WAY_RANGES["slow"][0] < longer < _LONGEST_WAY or shorter > 0.5 * longer:
         return None, None
-    direction = ("right" if way_x > 0 else "left") if abs(way_x) > abs(way_y) else ("down" if way_y > 0 else "up")
-    return direction, "slow" if longer < _WAY_BOUND else "fast"
+    return direction_of(way_x, way_y), "slow" if longer < _WAY_BOUND else "fast"

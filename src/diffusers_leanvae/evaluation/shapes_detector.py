@@ -32,12 +32,7 @@ def detect(video: torch.Tensor) -> Detection:
     Args:
         video: Floating point, in `[-1, 1]` (what is beyond is clipped), shape `(3, num_frames, height, width)`.
     """
-    if video.ndim != 4 or video.shape[0] != 3 or not video.is_floating_point():
-        raise ValueError(
-            "`video` must be floating point, of shape (3, num_frames, height, width), got "
-            f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}."
-        )
-    pixels = sample_to_unit(video.detach().cpu())
+    pixels = unit_video(video)
     weight, mean = _segment(pixels)
     if weight is None:
         return Detection(None, None, None, None)
@@ -54,6 +49,20 @@ def detect(video: torch.Tensor) -> Detection:
     if shape is None or color is None or direction is None:
         return Detection(shape, color, direction, None)
     return Detection(shape, color, direction, label_of(shape, color, direction))
+
+
+def unit_video(video: torch.Tensor) -> torch.Tensor:
+    """Return a video `(3, num_frames, height, width)` in `[0, 1]`, on the CPU.
+
+    Raises:
+        ValueError: If it is not one, or not floating point.
+    """
+    if video.ndim != 4 or video.shape[0] != 3 or not video.is_floating_point():
+        raise ValueError(
+            "`video` must be floating point, of shape (3, num_frames, height, width), got "
+            f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}."
+        )
+    return sample_to_unit(video.detach().cpu())
 
 
 def _segment(pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -112,22 +121,35 @@ def _shape(weight: torch.Tensor, mass: torch.Tensor, offsets: torch.Tensor) -> s
 
 
 def _color(mean: torch.Tensor) -> str | None:
-    red, green, blue = mean.tolist()
+    return nearest_hue(mean, _HUES, 28)
+
+
+def nearest_hue(color: torch.Tensor, hues: dict[str, float], bound: float) -> str | None:
+    """Return the name of the hue nearest to that of an RGB colour; `None` if it is more than `bound` degrees away."""
+    red, green, blue = color.tolist()
     hue = math.degrees(math.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
-    distances = {name: abs((hue - other + 180) % 360 - 180) for name, other in _HUES.items()}
+    distances = {name: abs((hue - other + 180) % 360 - 180) for name, other in hues.items()}
     nearest = min(distances, key=lambda name: distances[name])
-    return nearest if distances[nearest] <= 28 else None
+    return nearest if distances[nearest] <= bound else None
 
 
 def _direction(x: torch.Tensor, y: torch.Tensor, side: int) -> str | None:
     """Find the direction by fitting a straight line to the centroids of the clip."""
     if len(x) < 2:
         return None
-    time = torch.arange(len(x), dtype=x.dtype) - (len(x) - 1) / 2
-    way_x, way_y = ((time @ position / (time @ time)).item() * (len(x) - 1) for position in (x, y))
+    way_x, way_y = straight_way(x), straight_way(y)
     longer, shorter = max(abs(way_x), abs(way_y)), min(abs(way_x), abs(way_y))
-    if longer < 0.1 * side or shorter > 0.5 * longer:
-        return None
+    return None if longer < 0.1 * side or shorter > 0.5 * longer else direction_of(way_x, way_y)
+
+
+def straight_way(places: torch.Tensor) -> float:
+    """Return how far places `(num_frames,)` move from the first frame to the last, by a straight line through all."""
+    time = torch.arange(len(places), dtype=places.dtype) - (len(places) - 1) / 2
+    return (time @ places / (time @ time)).item() * (len(places) - 1)
+
+
+def direction_of(way_x: float, way_y: float) -> str:
+    """Return the name of the direction of a way, x to the right and y down."""
     if abs(way_x) > abs(way_y):
         return "right" if way_x > 0 else "left"
     return "down" if way_y > 0 else "up"
