@@ -332,12 +332,3 @@ def find_clicks(path: Path, track: int = 0) -> list[float]:
     groups = np.split(loud, np.flatnonzero(np.diff(loud) > rate / 40) + 1)
     centres = [float(np.average(group, weights=envelope[group])) for group in groups if len(group)]
     return [start + centre / rate - CLICK_SECONDS / 2 - origin for centre in centres]
-
-
-def end_of_sound(path: Path, track: int = 0) -> float:
-    """Time in seconds, from the first sample on, at which the sound of a file ends."""
-    num_samples, rate = 0, 1
-    with av.open(str(path)) as container:
-        for frame in container.decode(audio=track):
-            num_samples, rate = num_samples + frame.samples, frame.sample_rate
-    return num_samples / rate

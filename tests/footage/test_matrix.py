@@ -255,7 +255,9 @@ def check_colours(footage: Footage, frames: np.ndarray) -> None:
         if footage.codec in LOSSY:
             np.testing.assert_allclose(patch_means(frame), expected, rtol=0, atol=1 + LOSSY[footage.codec])
         else:
-            np.testing.assert_allclose(interiors(frame) - expected[:, :, None, None], 0, atol=1)
+            error = interiors(frame) - expected[:, :, None, None]
+            np.testing.assert_allclose(error, 0, atol=0.52)  # what rounding leaves
+            assert abs(error.mean()) < 0.1  # measured: 0.037, as the patches are few
 
 
 def check_copy(footage: Footage, source: Path, target: Path, frames: np.ndarray, times: list[Fraction]) -> None:
@@ -273,7 +275,9 @@ def check_copy(footage: Footage, source: Path, target: Path, frames: np.ndarray,
     if footage.sound:
         before, after = find_clicks(source), find_clicks(target)
         assert len(before) == len(after) == len(footage.flashes)
-        # Against the source's own sound, too: AVI files, for one, cannot say that an encoder is late.
-        np.testing.assert_allclose(after, before, rtol=0, atol=0.02)
+        # AVI has no time stamps of its own, so an encoder that is late stays so, and pictures begin at whole frames.
+        # Measured: 1 ms after 10 of AVI against the source; 5 ms after 36 of AVI in the source itself.
+        is_avi = footage.extension == ".avi"
+        np.testing.assert_allclose(after, before, rtol=0, atol=0.02 if is_avi else 0.004)
         starts = [float(times[index]) for index in footage.flashes]
-        assert abs(np.array(before) - starts).max() <= 0.04
+        assert abs(np.array(before) - starts).max() <= (0.04 if is_avi else 0.02)

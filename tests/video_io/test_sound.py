@@ -259,8 +259,8 @@ class TestTracks:
                 assert sound.rate == (48000 if codec == "opus" or rate == 50000 else rate)
             assert_in_time(out, SECONDS)
 
-    def test_gap_and_repeated_time_stamps(self, tmp_path: Path):
-        """Sound that is missing for a second is silent for a second, and what comes twice is heard once."""
+    def test_gap_in_time_stamps(self, tmp_path: Path):
+        """Sound that is missing for a second is silent for a second."""
         source = make_clip(tmp_path / "in.mkv", "pcm_s16le")
         damaged = tmp_path / "gap.mkv"
         with av.open(str(source)) as before, av.open(str(damaged), "w") as after:
@@ -297,11 +297,13 @@ class TestTracks:
         assert_in_time(tmp_path / f"out.{target}", SECONDS)
 
     def test_damaged_sound_does_not_cost_the_picture(self, clips: Path, tmp_path: Path):
-        data = bytearray((clips / "aac.ts").read_bytes())
+        data, num_damaged = bytearray((clips / "aac.ts").read_bytes()), 0
         for packet in range(0, len(data), 188):  # the payload of all sound after the first second
             pid = (data[packet + 1] & 31) << 8 | data[packet + 2]
             if pid == 257 and packet > len(data) // 4:
                 data[packet + 60 : packet + 188] = bytes(128)
+                num_damaged += 1
+        assert num_damaged > 100
         (tmp_path / "in.ts").write_bytes(data)
         frames, times = pictures(clips / "aac.ts")
         with warnings.catch_warnings():
@@ -310,6 +312,8 @@ class TestTracks:
                 with VideoWriter(tmp_path / f"out.{target}", FPS, audio_from=tmp_path / "in.ts") as writer:
                     writer.write(frames, times)
                 assert len(pictures(tmp_path / f"out.{target}")[0]) == len(frames)
+        heard = clicks(tmp_path / "out.webm")  # encoded again: what could not be decoded is silent
+        assert heard[0] == pytest.approx(float(FIRST_FLASH), rel=0, abs=6e-3) and len(heard) < SECONDS
 
     def test_formats_without_sound(self, clips: Path, tmp_path: Path):
         write(clips / "aac.mp4", tmp_path / "out.gif", expect="left out: 1 sound track (aac).")
