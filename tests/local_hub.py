@@ -114,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        if path == "/api/agent-harnesses":  # which the client asks for once a day, and can do without
+            self.answer(b"", 404)
+            return
         for repo, files in self.server.repositories.items():
             commit = self.server.commit_id(repo)
             if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):

@@ -62,15 +62,14 @@ def test_a_file_can_take_its_own_place(vae, tmp_path: Path):
 
 def test_excerpts():
     info = VideoInfo("", 80, 60, Fraction(25), 20, None, 0, False, "h264", "yuv420p", False)
-    assert [excerpt.length(info) for excerpt in (Excerpt(), Excerpt(5), Excerpt(5, 7), Excerpt(18, 7))] == [
-        20,
-        15,
-        7,
-        2,
-    ]
-    assert Excerpt(30).length(info) == 1  # a header can be wrong
+    excerpts = Excerpt(), Excerpt(5), Excerpt(5, 7), Excerpt(18, 7)
+    assert [excerpt.length(info, False) for excerpt in excerpts] == [20, 15, 7, 2]
+    assert Excerpt(30).length(info, False) == 1  # a header can be wrong
+    twice = Excerpt(5, fps=Fraction(50))
+    # A rate that pictures are only shown at repeats none of them.
+    assert (twice.length(info, True), twice.length(info, False)) == (30, 15)
     unknown = VideoInfo("", 80, 60, Fraction(25), None, None, 0, False, "h264", "yuv420p", False)
-    assert [Excerpt(5).length(unknown), Excerpt(5, 7).length(unknown)] == [None, 7]
+    assert [Excerpt(5).length(unknown, True), Excerpt(5, 7).length(unknown, True)] == [None, 7]
     assert [Excerpt(size=size).resized(60, 80) for size in (None, "30", "64x48")] == [(60, 80), (30, 40), (48, 64)]
     for size in ("", "x", "0", "4x", "1x2x3", "-3", "big"):
         with pytest.raises(ValueError, match=f"`size` must be a short side .* got '{size}'"):

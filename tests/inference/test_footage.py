@@ -1,5 +1,6 @@
 """Real footage through the autoencoder: its shape, its time and its sound come out as they went in."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -305,7 +306,7 @@ def test_all_tensors_lie_where_they_are_looked_for(tmp_path: Path, dtype: torch.
     primes = [Fraction(n, prime) for n, prime in enumerate((2, 1009, 1013, 1019, 1021), start=1)]
     with LatentsWriter(tmp_path / "z.safetensors") as writer:
         writer.write(latents)
-        writer.close(info, sorted(primes))
+        writer.close(replace(info, num_frames=5), sorted(primes))
     read = read_times(tmp_path / "z.safetensors")
     assert read is not None and max(abs(a - b) for a, b in zip(read, sorted(primes), strict=True)) <= Fraction(
         1, 10**9
@@ -346,3 +347,18 @@ def test_the_last_frame_ends_in_time(vae, tmp_path: Path, how: str, suffix: str,
         end = times[-1] + 1 / probe_video(source).fps
         assert shown == pytest.approx(times, abs=0.001)
         assert video.info.duration == pytest.approx(float(end), abs=0.012)
+
+
+def test_errors_of_who_uses_latents_are_not_of_the_file(tmp_path: Path):
+    with LatentsWriter(tmp_path / "z.safetensors") as writer:
+        writer.write(torch.zeros(1, 1, 3, 1, 1))
+        writer.close(LatentsInfo("m", "25", 3, 8, 8, "in.mp4", False), [Fraction(n, 25) for n in range(2)])
+    with pytest.raises(KeyError, match="mine"), open_latents(tmp_path / "z.safetensors"):
+        raise KeyError("mine")
+    with pytest.raises(ValueError, match="z.safetensors' .`times` must be as many as frames, 3, got 2"):
+        read_times(tmp_path / "z.safetensors")
+    with pytest.raises(ValueError, match="`path` must be a latents file .*z.safetensors"):
+        copy_sound(tmp_path / "z.safetensors", tmp_path / "sound")
+    for name, value in (("start", "-1"), ("start", "x"), ("time_unit", "0")):
+        with pytest.raises(TypeError, match=f"`{name}` must be"):
+            LatentsInfo("m", "25", 3, 8, 8, "in.mp4", False, **{name: value})

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
-from diffusers_leanvae.video_io import VideoError
+from diffusers_leanvae.video_io import VideoError, write_video
 from diffusers_leanvae.video_io.formats import CODECS, CONTAINERS, IMAGES, check_output, find_output, is_sequence
+from diffusers_leanvae.video_io.inputs import find_sequence
 
 
 ENCODERS = {"rawvideo": "wrapped_avframe"}
@@ -53,7 +55,7 @@ class TestSequences:
         for name, number, expected in [
             ("f_%04d.png", 7, "f_0007.png"),
             ("%d.jpg", 12, "12.jpg"),
-            ("100%%_%2d.bmp", 3, "100%_ 3.bmp"),
+            ("100%%_%2d.bmp", 3, "100%_03.bmp"),
         ]:
             assert is_sequence(tmp_path / name)
             assert find_output(tmp_path / name).image_path(number) == tmp_path / expected
@@ -143,3 +145,12 @@ class TestCheckOutput:
         for held in CONTAINERS.values():
             assert set(held.codecs) <= set(CODECS)
         assert set(IMAGES.values()) <= set(CODECS)
+
+
+def test_numbers_are_padded_alike_on_both_sides(tmp_path: Path):
+    """`%4d` is `%04d`, as FFmpeg has it: what is written is found again, and not replaced without a word."""
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    write_video(tmp_path / "f_%4d.png", frames, 25)
+    assert find_sequence(tmp_path / "f_%4d.png") == [tmp_path / "f_0001.png", tmp_path / "f_0002.png"]
+    with pytest.raises(VideoError, match="f_0001.png' exists"):
+        check_output(tmp_path / "f_%4d.png", overwrite=False)

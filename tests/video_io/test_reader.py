@@ -163,6 +163,22 @@ class TestRanges:
             assert torch.equal(torch.cat(chunks), reference(path))
             assert all(chunk.untyped_storage().nbytes() <= 2 * chunk.nbytes for chunk in chunks)
 
+    def test_chunks_that_are_held_stay_as_they_are(self, tmp_path: Path):
+        path = encode(tmp_path / "clip.mp4", moving_picture(24))
+        expected, held = reference(path), []
+        for number, chunk in enumerate(iter_video(path, chunk_size=2)):
+            if number % 3 == 0:
+                held.append((number, chunk))
+        assert all(torch.equal(chunk, expected[2 * number : 2 * number + 2]) for number, chunk in held)
+
+    def test_count_without_a_header(self, tmp_path: Path):
+        path = encode(tmp_path / "clip.mkv", moving_picture(11))
+        with VideoReader(path) as video:
+            frames = video.frames(3)
+            next(frames)
+            assert video.info.num_frames is None and video.count_frames() == 11
+            assert torch.equal(video.read(2, 5), reference(path)[2:5])
+
     def test_illegal_arguments(self, tmp_path: Path):
         path = encode(tmp_path / "clip.mp4", moving_picture(5))
         with pytest.raises(VideoError, match=r"`start` must be less than the number of frames .* 5, got 5"):

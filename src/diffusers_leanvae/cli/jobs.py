@@ -115,16 +115,17 @@ def process(jobs: Jobs, overwrite: bool, work: Callable[[Any, Any, Callable[[int
             typer.echo(f"{source}: done already, skipped ({target})", err=True)
             continue
         name = Path(source).name
-        made = target.parent if isinstance(target, Path) and not target.parent.exists() else None
+        folders = [target.parent, *target.parent.parents] if isinstance(target, Path) else []
+        made = [folder for folder in folders if not folder.exists()]
         try:
-            if made is not None:
-                made.mkdir(parents=True, exist_ok=True)
+            if made:
+                made[0].mkdir(parents=True, exist_ok=True)
             with progress_bar("frames", f"[{number}/{len(pairs)}] {name}" if jobs.is_folder else name) as bar:
                 line = work(source, target, bar.update)
         except Exception as error:
-            if made is not None:
-                with suppress(OSError):  # it may hold something by now
-                    made.rmdir()
+            with suppress(OSError):  # they may hold something by now
+                for folder in made:
+                    folder.rmdir()
             if not jobs.is_folder:
                 raise
             failures.append(source)

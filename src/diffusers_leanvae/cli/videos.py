@@ -238,7 +238,8 @@ def decode(
 
     def decode_file(path: Path | str, file: Path, output: Path | str, progress: Callable[[int], Any]) -> str:
         with open_latents(file) as (_, info):
-            vae, checksum = load(info)
+            pass  # the file is closed while the model is loaded
+        vae, checksum = load(info)
         if not any_weights and info.weights_sha256 not in ("", checksum):
             name = model or info.model
             raise ValueError(

@@ -26,6 +26,9 @@ _DTYPES = {
 }
 
 
+_MAX_BYTES = 100 * 2**20  # of a header, as safetensors has it
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor without its values; it has a `shape` and a length as a tensor has."""
@@ -65,12 +68,12 @@ def read_header(path: str | Path) -> Header:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > os.fstat(file.fileno()).st_size:
-                raise ValueError("the header is longer than the file")
+            if length > min(os.fstat(file.fileno()).st_size, _MAX_BYTES):
+                raise ValueError("the header is longer than the file, or than headers may be")
             entries = json.loads(file.read(length))
         metadata = entries.pop("__metadata__", {})
         tensors = {
-            name: TensorInfo(_DTYPES.get(str(entry["dtype"]), "unknown"), tuple(entry["shape"]))
+            name: TensorInfo(_DTYPES.get(str(entry["dtype"]), str(entry["dtype"])), tuple(entry["shape"]))
             for name, entry in entries.items()
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:

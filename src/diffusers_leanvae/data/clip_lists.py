@@ -164,9 +164,8 @@ class _DrawnClips(_MapClips):
         self.source, self.clips = source, clips
 
     def __getitem__(self, number: int) -> SourceClip:
-        label = self.clips.label(number) if isinstance(self.clips, MovingShapes) else None
         clip = self.clips[number]
-        return SourceClip(clip.pixels, label, clip.caption, self.name(number))
+        return SourceClip(clip.pixels, getattr(clip, "class_label", None), clip.caption, self.name(number))
 
     def name(self, number: int) -> str:
         return f"{self.source}-{self.clips.seed}#{number}"

@@ -108,6 +108,7 @@ class LatentData(Dataset[LatentBatch]):
             return
         num_items = min(num_items, len(self.items))
         num_skipped = 0
+        held: LatentBatch | None = None  # until it is known whether all that come after are unusable
         for start in range(0, num_items, batch_size):
             indices = list(range(start, min(start + batch_size, num_items)))
             if isinstance(self.items, NamedDataset):
@@ -115,13 +116,16 @@ class LatentData(Dataset[LatentBatch]):
                 num_skipped += sum(clip is None for clip in clips.values())
                 clips = {index: clip for index, clip in clips.items() if clip is not None}
                 if not clips:
-                    continue  # the next batch tells
+                    continue
                 videos, labels = self._stack(list(clips.values()), list(clips))
                 indices = list(clips)
             else:
                 videos, labels, _ = self._get(indices)
-            yield LatentBatch(videos, None, labels, torch.tensor(indices), num_skipped)
-            num_skipped = 0
+            if held is not None:
+                yield held
+            held, num_skipped = LatentBatch(videos, None, labels, torch.tensor(indices), num_skipped), 0
+        if held is not None:
+            yield held._replace(num_skipped=held.num_skipped + num_skipped)
 
     def batches(self, batch_size: int, start_step: int, num_steps: int, share: Share = ALONE) -> StepBatches:
         """Return the `batch_sampler` of a process, from `start_step` until before `num_steps`."""

@@ -218,7 +218,7 @@ class MovingScenes(Dataset[ScenesItem]):
             raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
         self.num_frames, self.height, self.width = num_frames, height, width
         self.seed, self.num_clips, self.held_out = seed, num_clips, held_out
-        draw_scene(self.scene(0), num_frames, height, width)  # refuses what cannot be drawn
+        draw_scene(self.scene(0), min(num_frames, 1), height, width)  # refuses what cannot be drawn
 
     def __len__(self) -> int:
         return self.num_clips

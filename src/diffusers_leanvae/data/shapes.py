@@ -115,7 +115,7 @@ class MovingShapes(Dataset[ShapesItem]):
     ) -> None:
         if num_clips < 1:
             raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
-        draw_clip(0, num_frames, height, width)  # refuses what cannot be drawn
+        draw_clip(0, min(num_frames, 1), height, width)  # refuses what cannot be drawn
         self.num_frames, self.height, self.width = num_frames, height, width
         self.seed, self.num_clips = seed, num_clips
 

@@ -87,13 +87,18 @@ class Excerpt:
         # Sizes are whole numbers: a difference within one pixel of the shorter side is rounding.
         return info.pixel_aspect_ratio * (1 if abs(factor - 1) <= Fraction(1, min(height, width)) else factor)
 
-    def length(self, info: VideoInfo) -> int | None:
-        """Return the number of frames that come out as far as the header tells, or `None`."""
+    def length(self, info: VideoInfo, is_resampled: bool) -> int | None:
+        """Return the number of frames that come out as far as the header tells, or `None`.
+
+        Args:
+            info: Of the video.
+            is_resampled: Whether frames are repeated and dropped for `fps`.
+        """
         in_file = None if info.num_frames is None else info.num_frames - self.start
         counts = [count for count in (self.num_frames, in_file) if count is not None]
         if not counts:
             return None
-        factor = self.fps / info.fps if self.fps is not None and not info.is_image else 1
+        factor = self.fps / info.fps if self.fps is not None and is_resampled else 1
         return max(round(min(counts) * factor), 1)
 
 
@@ -114,7 +119,6 @@ class _Source:
 
     def __init__(self, video: VideoReader, path: str | Path, excerpt: Excerpt, is_sequence: bool) -> None:
         self.video, self.excerpt, self.info = video, excerpt, video.info
-        self.is_sequence = is_sequence
         self.rate = excerpt.fps or self.info.fps
         self.sound = None if is_sequence or self.info.is_image else path
         # Pictures have no time of their own: a rate is what they are shown at.
@@ -209,7 +213,13 @@ def reconstruct_video(
     with _open_source(source, excerpt) as clip:
         height, width = excerpt.resized(clip.info.height, clip.info.width)
         keeps_originals = side_by_side or metrics
-        job = VideoJob(excerpt.length(clip.info), height, width, keeps_originals=keeps_originals, metrics=metrics)
+        job = VideoJob(
+            excerpt.length(clip.info, clip.is_resampled),
+            height,
+            width,
+            keeps_originals=keeps_originals,
+            metrics=metrics,
+        )
         streams = _open_streams(vae, job, target, num_frames_per_step, max_memory, writer_options)
         psnr, ssim = [], []
         options = _sound_options(clip.sound, clip.start) | streams.writer_options
@@ -265,7 +275,7 @@ def encode_video(
     count = 0
     with _open_source(source, excerpt) as clip, tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
         height, width = excerpt.resized(clip.info.height, clip.info.width)
-        job = VideoJob(excerpt.length(clip.info), height, width, decode=False)
+        job = VideoJob(excerpt.length(clip.info, clip.is_resampled), height, width, decode=False)
         encoder = _open_streams(vae, job, target, num_frames_per_step, max_memory).encoder
         with LatentsWriter(target) as writer:
             for frame in clip.frames():

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -67,15 +67,19 @@ class LatentsInfo:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise TypeError(f"`{name}` must be a positive integer, got {value!r}")
         for name in ("fps", "pixel_aspect_ratio"):
-            if not _is_positive(value := getattr(self, name)):
+            if not _fraction(value := getattr(self, name)) > 0:
                 raise TypeError(f"`{name}` must be a positive fraction, got {value!r}")
+        if not _fraction(self.start) >= 0:
+            raise TypeError(f"`start` must be a fraction from 0 on, got {self.start!r}")
+        if self.time_unit != "" and not _fraction(self.time_unit) > 0:
+            raise TypeError(f"`time_unit` must be empty or a positive fraction, got {self.time_unit!r}")
 
 
-def _is_positive(text: str) -> bool:
+def _fraction(text: str) -> Fraction:
     try:
-        return Fraction(text) > 0
+        return Fraction(text)
     except (ValueError, TypeError, ZeroDivisionError):
-        return False
+        return Fraction(-1)
 
 
 @contextmanager
@@ -88,10 +92,18 @@ def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
     Raises:
         ValueError: If the file is not one that `encode_video` wrote.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
+    with ExitStack() as resources:
+        with _named_errors(path):  # not of what the caller does with it
+            file = resources.enter_context(safetensors.safe_open(path, "pt"))
             info = LatentsInfo(**json.loads((file.metadata() or {})["leanvae"]))
-            yield file.get_slice("latents"), info
+            latents = file.get_slice("latents")
+        yield latents, info
+
+
+@contextmanager
+def _named_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"`path` must be a latents file of `leanvae encode`, got {str(path)!r} ({error}).") from None
 
@@ -105,13 +117,16 @@ def read_times(path: str | Path) -> list[Fraction] | None:
     with open_latents(path) as (_, info):
         if not info.time_unit:
             return None
-        with safetensors.safe_open(path, "pt") as file:
-            return [Fraction(info.time_unit) * tick for tick in file.get_tensor("times").tolist()]
+        with _named_errors(path), safetensors.safe_open(path, "pt") as file:
+            ticks = file.get_tensor("times").tolist()
+            if len(ticks) != info.num_frames:
+                raise TypeError(f"`times` must be as many as frames, {info.num_frames}, got {len(ticks)}")
+    return [Fraction(info.time_unit) * tick for tick in ticks]
 
 
 def copy_sound(path: str | Path, target: Path) -> None:
     """Write the Matroska file with the sound of an encoded video to `target`."""
-    with safetensors.safe_open(path, "pt") as file:
+    with _named_errors(path), safetensors.safe_open(path, "pt") as file:
         num_bytes = file.get_slice("sound").get_shape()[0]
     with open(target, "wb") as output:
         for begin in range(0, num_bytes, _COPY_BYTES):

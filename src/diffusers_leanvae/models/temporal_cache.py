@@ -41,14 +41,21 @@ class Chunk:
         is_first: Whether the frames start with the first frame of the video.
         is_last: Whether nothing follows; then nothing is remembered.
         cache: The stream, if there is one.
+        has_gradients: See the attribute; `None` for what is the case now.
     """
 
-    def __init__(self, is_first: bool = True, is_last: bool = True, cache: "TemporalCache | None" = None) -> None:
+    def __init__(
+        self,
+        is_first: bool = True,
+        is_last: bool = True,
+        cache: "TemporalCache | None" = None,
+        has_gradients: bool | None = None,
+    ) -> None:
         self.is_first = is_first
         self.is_last = is_last
         self.is_open = cache is not None and not is_last
         self._cache = cache
-        self.has_gradients = torch.is_grad_enabled()
+        self.has_gradients = torch.is_grad_enabled() if has_gradients is None else has_gradients
         self._slots: dict[str, _Slot] = {}
         if cache is not None:
             self._slots = {name: _Slot(tail) for name, tail in cache.tails.items()}
@@ -140,10 +147,9 @@ _OTHER_MODEL = "`cache` must be used with one model for a whole stream, got a st
 _TWICE = (
     "`cache` must be used with layers that are called once per chunk where gradients are off, got one called twice."
 )
-WHOLE = Chunk()  # a whole video: nothing precedes it, nothing follows
-# Of layers that are called by themselves, which leave their input alone; whether this file was first imported where
-# gradients are off must not decide that.
-WHOLE.has_gradients = True
+# A whole video: nothing precedes it, nothing follows. It is of layers that are called by themselves, which leave their
+# input alone; whether this file was first imported where gradients are off must not decide that.
+WHOLE = Chunk(has_gradients=True)
 
 
 class TemporalCache:

@@ -5,14 +5,13 @@ any work is done.
 """
 
 import os
-import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from .containers import PathLike, VideoError
+from .inputs import is_pattern, numbered_files, numbered_name
 
 
 Kind = Literal["file", "stream", "image", "sequence"]
@@ -161,7 +160,6 @@ PRESETS: dict[str, int] = {
     "veryslow": 2,
 }
 
-_NUMBER = re.compile(r"%(0?[1-9]\d?)?d")
 _MAX_NAME_BYTES = 255
 
 
@@ -190,35 +188,24 @@ class Output:
 
     def image_path(self, number: int) -> Path:
         """Return the file of image `number` of a sequence."""
-        if self.is_folder:
-            return self.path / f"{number:06d}{self.suffix}"
-        return self.path.with_name(_numbered(self.path.name, lambda match: f"{number:{match[1] or ''}d}"))
+        return self._folder / numbered_name(self._pattern, number)
 
     def existing_images(self) -> dict[int, Path]:
         """Return the images of a sequence that exist, by number."""
-        folder = self.path if self.is_folder else self.path.parent
-        name = f"\0{self.suffix}" if self.is_folder else _numbered(self.path.name, lambda _: "\0")
-        pattern = re.compile("([0-9]+)".join(map(re.escape, name.split("\0"))))
-        found = {}
-        for file in folder.iterdir() if folder.is_dir() else ():
-            match = pattern.fullmatch(file.name)
-            if match and self.image_path(int(match[1])).name == file.name:
-                found[int(match[1])] = file
-        return found
+        return numbered_files(self._folder, self._pattern) if self._folder.is_dir() else {}
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.is_folder else self.path.parent
+
+    @property
+    def _pattern(self) -> str:
+        return f"%06d{self.suffix}" if self.is_folder else self.path.name
 
     @property
     def is_folder(self) -> bool:
         """Whether a sequence is named by its folder and not by a pattern."""
-        return not _is_pattern(self.path.name)
-
-
-def _numbered(name: str, number: Callable[[re.Match[str]], str]) -> str:
-    """Put a number into a pattern, where `%%` stands for a percent sign."""
-    return "%".join(_NUMBER.sub(number, piece) for piece in name.split("%%"))
-
-
-def _is_pattern(name: str) -> bool:
-    return sum(len(_NUMBER.findall(piece)) for piece in name.split("%%")) == 1
+        return not is_pattern(self.path.name)
 
 
 def is_rgb(pixel_format: str) -> bool:
@@ -235,7 +222,7 @@ def is_sequence(path: PathLike) -> bool:
     """Tell whether an output is a sequence of images: a pattern such as `f_%04d.png`, or a folder."""
     path = os.fspath(path)
     suffix = Path(path).suffix.lower()
-    if _is_pattern(Path(path).name) and suffix in IMAGES:
+    if is_pattern(Path(path).name) and suffix in IMAGES:
         return True
     return path.endswith(("/", os.sep)) or (suffix not in {*CONTAINERS, *IMAGES} and Path(path).is_dir())
 
@@ -320,7 +307,7 @@ def check_output(
     overwrite: bool = True,
     num_images: int | None = None,
     makes_folders: bool = False,
-) -> None:
+) -> Output:
     """Refuse an output that `VideoWriter` could not write, without touching anything.
 
     Args:
@@ -333,6 +320,9 @@ def check_output(
         num_images: Number of frames that will be written, where it is known.
         makes_folders: Whether folders that are missing will be made before.
 
+    Returns:
+        What it is.
+
     Raises:
         VideoError: If anything is not legal or in the way; the message names it.
     """
@@ -344,7 +334,7 @@ def check_output(
             f"'{output.path.stem}_%04d{output.suffix}' writes one file for each."
         )
     if output.kind == "stream":
-        return
+        return output
     file = output.image_path(num_images or 1) if output.kind == "sequence" else output.path
     if (length := len(os.fsencode(file.name))) > _MAX_NAME_BYTES:
         raise VideoError(f"Cannot write {name!r}: a name may have {_MAX_NAME_BYTES} bytes, got {length}.")
@@ -363,13 +353,14 @@ def check_output(
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VideoError(f"Cannot write {name!r}: the folder {str(folder)!r} is not writable.")
     if overwrite:
-        return
+        return output
     if output.kind == "sequence":
         if existing := output.existing_images():
             first = str(existing[min(existing)])
             raise VideoError(f"Cannot write {name!r}: {first!r} exists and `overwrite` is false.")
     elif file.exists() or file.is_symlink():
         raise VideoError(f"Cannot write {name!r}: it exists and `overwrite` is false.")
+    return output
 
 
 def _is_pipe(file: Path) -> bool:

@@ -44,7 +44,7 @@ IMAGE_EXTENSIONS = tuple(
 TIMEOUT = 30.0  # seconds without a byte, after which a server counts as gone
 _BLOCK = 1 << 18
 _ADDRESS = re.compile(r"(https?|hf):/{1,2}(?=[^/])", re.IGNORECASE)  # `Path` makes one slash of two
-_PATTERN = re.compile(r"%(0?[1-9]\d?)?d")
+_NUMBER = re.compile(r"%(0?[1-9]\d?)?d")
 
 
 # --- Files and folders -----------------------------------------------------------------------------------------------
@@ -120,21 +120,11 @@ def find_sequence(source: PathLike) -> list[Path] | None:
     Raises:
         VideoError: If there is no such file, or a number is missing between the lowest and the highest.
     """
-    if is_remote(source) or "%" not in Path(source).name or Path(source).exists():
-        return None
     folder, name = Path(source).parent, Path(source).name
-    pieces = name.split("%%")
-    if sum(len(_PATTERN.findall(piece)) for piece in pieces) != 1:
+    if is_remote(source) or not is_pattern(name) or Path(source).exists():
         return None
-    width = next(int(match[1] or 1) for piece in pieces if (match := _PATTERN.search(piece)))
-    escaped = ["([0-9]+)".join(map(re.escape, _PATTERN.sub("\0", piece).split("\0"))) for piece in pieces]
-    expected = re.compile("%".join(escaped))
-    numbered: dict[int, Path] = {}
     try:
-        for entry in os.scandir(folder):
-            match = expected.fullmatch(entry.name)
-            if match and match[1] == f"{int(match[1]):0{width}d}" and entry.is_file():
-                numbered[int(match[1])] = folder / entry.name
+        numbered = numbered_files(folder, name)
     except OSError as error:
         raise VideoError(f"Cannot read {str(source)!r}: {error.strerror}.") from error
     if not numbered:
@@ -147,6 +137,32 @@ def find_sequence(source: PathLike) -> list[Path] | None:
             "sequence without gaps."
         )
     return [numbered[number] for number in range(first, last + 1)]
+
+
+def is_pattern(name: str) -> bool:
+    """Tell whether a name holds the place of one number, `%d` or `%04d`; `%%` stands for a percent sign."""
+    return sum(len(_NUMBER.findall(piece)) for piece in name.split("%%")) == 1
+
+
+def numbered_name(pattern: str, number: int) -> str:
+    """Put a number into a pattern, with zeros in front as FFmpeg does, also for `%4d`."""
+    return "%".join(_NUMBER.sub(lambda m: f"{number:0{int(m[1] or 1)}d}", piece) for piece in pattern.split("%%"))
+
+
+def numbered_files(folder: Path, pattern: str) -> dict[int, Path]:
+    """Find the files in a folder whose names are of a pattern, by number.
+
+    Raises:
+        OSError: If the folder cannot be listed.
+    """
+    escaped = (map(re.escape, _NUMBER.sub("\0", piece).split("\0")) for piece in pattern.split("%%"))
+    expected = re.compile("%".join("([0-9]+)".join(parts) for parts in escaped))
+    found: dict[int, Path] = {}
+    for entry in os.scandir(folder):
+        match = expected.fullmatch(entry.name)
+        if match and numbered_name(pattern, int(match[1])) == entry.name and entry.is_file():
+            found[int(match[1])] = folder / entry.name
+    return found
 
 
 def list_frames(folder: PathLike) -> list[Path]:

@@ -364,8 +364,20 @@ class VideoReader:
     def count_frames(self) -> int:
         """Return the number of frames in the header, which can be wrong, or count them where it has none."""
         if self._num_frames is None:
-            self._num_frames = self.info.num_frames or sum(len(frames) for frames in self.frames())
+            self._num_frames = self.info.num_frames or self._count_decoded()
         return self._num_frames
+
+    def _count_decoded(self) -> int:
+        """Count by decoding, without making pixels; ends a range that is being read."""
+        if self._is_closed:
+            raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
+        self._num_ranges += 1
+        with named_errors(self._name):
+            decoding = self._go_to(0)
+            try:
+                return sum(1 for _ in decoding.frames_from(0))
+            except Damaged as damage:
+                raise VideoError(f"Cannot read {self._name!r} past frame {decoding.next_index}: {damage}.") from damage
 
     # --- Frames ------------------------------------------------------------------------------------------------------
 
@@ -448,25 +460,23 @@ class VideoReader:
         damage: Damaged | None = None
         with named_errors(self._name):
             decoding = self._go_to(first_fed)
-            try:
-                for index, frame in enumerate(decoding.frames_from(first_fed), first_fed):
+            frames = decoding.frames_from(first_fed)
+            for index in itertools.count(first_fed):
+                try:
+                    frame = next(frames, None)
+                except Damaged as error:
+                    frame, damage = None, error
+                if frame is not None:
                     times.append(clock.time(index, _stamp(frame)))
-                    for picture in progressive.push(frame):
-                        time = times.popleft()
-                        if out >= start:
-                            yield picture, time
-                        out += 1
-                        if out == stop:
-                            return
-            except Damaged as error:
-                damage = error
-        for picture in progressive.push(None):
-            time = times.popleft()
-            if out >= start:
-                yield picture, time
-            out += 1
-            if out == stop:
-                return
+                for picture in progressive.push(frame):  # `None` brings out what is still inside
+                    time = times.popleft()
+                    if out >= start:
+                        yield picture, time
+                    out += 1
+                    if out == stop:
+                        return
+                if frame is None:
+                    break
         index = decoding.next_index
         if damage is not None and on_error == "raise":
             raise VideoError(
@@ -667,11 +677,18 @@ class _Rooms:
         import numpy as np
         import torch
 
-        # A tensor refers to its array. Otherwise these do: the list, the variable and the argument.
-        free = [array for array in self._arrays if len(array) == count and sys.getrefcount(array) <= 3]
+        # A tensor refers to its array. How many references there are besides differs between versions of Python, so
+        # they are counted in the same way for an array that nobody holds.
+        idle = _reference_counts([np.empty(0)])[0]
+        counts = _reference_counts(self._arrays)
+        free = [array for array, n in zip(self._arrays, counts, strict=True) if len(array) == count and n <= idle]
         array = free[0] if free else np.empty((count, self._height, self._width, 3), np.uint8)
         self._arrays = [*[other for other in self._arrays if other is not array][-1:], array]
         return torch.from_numpy(array)
+
+
+def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
 
 
 def _describe_images(name: str, images: ImageFrames) -> VideoInfo:

@@ -10,8 +10,8 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -25,7 +25,7 @@ from av.audio.layout import AudioLayout
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.stream import Discard, Disposition, Stream
 from av.subtitles.stream import SubtitleStream
@@ -348,6 +348,14 @@ class Accompaniment:
                 return False
         return True
 
+    def mux(self, output: OutputContainer, packets: Iterable[Packet]) -> None:
+        """Write packets of sound; damaged ones are left out, and are no reason to lose the rest."""
+        for packet in packets:
+            try:
+                output.mux(packet)
+            except InvalidDataError as error:
+                self.damage = error.strerror
+
     def notes(self) -> list[str]:
         """Return what is not as in the source, for a warning."""
         notes = []
@@ -418,8 +426,9 @@ class _EncodedTrack(_Track):
 
     def finish(self, until: Fraction | None) -> Iterator[Packet]:
         if until is None:
-            for frame in self._stream.decode(None):
-                self._take(frame)
+            with suppress(FFmpegError):  # what is damaged is silent
+                for frame in self._stream.decode(None):
+                    self._take(frame)
         yield from self._encode(until)
         yield from self._target.encode(None)
 
@@ -627,8 +636,7 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
                 output.mux(marker.encode(frame))
                 output.mux(marker.encode(None))
                 packets = streams.everything() if end is None else streams.rest(end - start, Fraction(1, 100))
-                for packet in packets:
-                    output.mux(packet)
+                streams.mux(output, packets)
             if streams.overhangs and end is not None:
                 with replace_file(partial) as cut:
                     cut_end(partial, cut, held, end - start + streams.delay)

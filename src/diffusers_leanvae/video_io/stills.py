@@ -19,6 +19,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -392,13 +393,40 @@ def _orientation(image: Image.Image, codec: str) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+class _QuietPillow:
+    """Suppression of Pillow's warnings: of sizes, which are checked here, and of damage that it gets over.
+
+    Filters of warnings belong to the process. So that threads do not restore each other's, the first that comes in
+    sets them and the last that goes out restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+        self._former = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._former = warnings.catch_warnings()
+                self._former.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                self._former.__exit__(None, None, None)
+
+
+_QUIET_PILLOW = _QuietPillow()
+
+
 @contextmanager
 def _named_errors(name: str) -> Iterator[None]:
     """Turn all that goes wrong into a `VideoError` that names the file."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes, which are checked here, and of damage that it gets over.
-            warnings.filterwarnings("ignore", module=r"PIL\b")
+        with _QUIET_PILLOW:
             yield
     except VideoError:
         raise

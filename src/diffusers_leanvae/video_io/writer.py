@@ -14,7 +14,7 @@ import av
 import numpy as np
 import torch
 from av.container import OutputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
 from .containers import PathLike, VideoError
-from .formats import CODECS, PRESETS, check_output, find_output, is_rgb, is_subsampled
+from .formats import CODECS, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
 from .sound import Accompaniment, cut_end
 
@@ -104,10 +104,9 @@ class VideoWriter:
         container: str | None = None,
     ) -> None:
         options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pixel_format, "container": container}
-        check_output(path, overwrite=overwrite, **options)
+        self._output = check_output(path, overwrite=overwrite, **options)
         self.path = Path(path)
         self.num_frames = 0
-        self._output = find_output(path, **options)
         if preset not in PRESETS:
             raise VideoError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
         if not 0 < fps < 100000:
@@ -426,11 +425,7 @@ class VideoWriter:
 
     def _mux_sound(self, packets: Iterator[Packet]) -> None:
         assert self._container is not None and self._sound is not None
-        for packet in packets:
-            try:
-                self._container.mux(packet)
-            except InvalidDataError as error:  # damaged sound is no reason to lose the picture
-                self._sound.damage = error.strerror
+        self._sound.mux(self._container, packets)
 
     def _store_last(self) -> None:
         """Store the packet held back so that the video ends in time.
@@ -612,6 +607,8 @@ def _quiet_svt() -> Iterator[None]:
     finally:
         if former is None:
             del os.environ["SVT_LOG"]
+        else:
+            os.environ["SVT_LOG"] = former
 
 
 def _encoder_name(codec: str, pixel_format: str) -> str:
