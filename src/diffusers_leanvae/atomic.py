@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+MAX_NAME_BYTES = 255  # in all common file systems
+
+
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Write a file next to `path`, which takes its place when the block ends without an error.
@@ -97,13 +100,18 @@ def partial_path(path: Path, kind: str = "partial", suffix: str = "") -> Path:
 
 
 def _stem(name: str) -> str:
-    """Shorten a name to what leaves room for the rest of a hidden one: file systems allow 255 bytes in all."""
+    """Shorten a name to what leaves room for the rest of a hidden one."""
+    rest = len("..partial---") + len(os.fsencode(_machine())) + 10 + 16  # with a process number and an extension
+    return shorten_name(name, MAX_NAME_BYTES - rest)
+
+
+def shorten_name(name: str, num_bytes: int) -> str:
+    """Shorten a name that is too long to so many bytes, of which the last are a checksum of all of it."""
     encoded = os.fsencode(name)
-    room = 255 - len("..partial---") - len(os.fsencode(_machine())) - 10 - 16  # of a process number, of an extension
-    if len(encoded) <= room:
+    if len(encoded) <= num_bytes:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:12]
-    return f"{encoded[: room - len(digest) - 1].decode(errors='ignore')}~{digest}"
+    return f"{encoded[: num_bytes - len(digest) - 1].decode(errors='ignore')}~{digest}"
 
 
 def _machine() -> str:

@@ -1,5 +1,6 @@
 """Small checks and tables that every part of the package needs; imports nothing heavy."""
 
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Files of weights in an original layout; the command line and recipes tell them from folders by these.
 CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def one_line(error: Any) -> str:
+    """Put the text of an error or warning on one line of at most 400 characters; without any, the error's kind."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+
+
+def reason_of(error: Any) -> str:
+    """Put the text of an error on one line, for the end of a sentence."""
+    return one_line(str(error).strip().rstrip(". ") or type(error).__name__)
 
 
 def check_choice(name: str, value: Any, legal: Iterable[Any], context: str = "") -> None:

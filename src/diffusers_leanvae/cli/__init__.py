@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from ..checks import one_line
 from . import demo, generation, measure, models, videos
-from .common import in_one_sentence, one_line
+from .common import in_one_sentence
 
 
 __all__ = ["app"]

@@ -7,7 +7,6 @@ Every module of this folder imports only what is light; the rest is imported ins
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .. import bundled
-from ..checks import DTYPES, parse_dtype
+from ..checks import DTYPES, one_line, parse_dtype
 
 
 if TYPE_CHECKING:
@@ -153,11 +152,6 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, ValueError | OSError | ImportError):  # these are written for the user
         return text
     return f"{type(error).__name__}: {text} (`{TRACEBACK}=1 leanvae ...` shows where it comes from)"
-
-
-def one_line(error: Any) -> str:
-    """Put the text of an error or warning on one line of at most 400 characters."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...")
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":

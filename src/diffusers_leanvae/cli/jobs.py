@@ -3,7 +3,6 @@
 Everything that can be known from names is checked here, before a model is loaded.
 """
 
-import hashlib
 import os
 import re
 import stat
@@ -16,12 +15,12 @@ from typing import Any, NamedTuple
 
 import typer
 
+from ..atomic import MAX_NAME_BYTES, shorten_name
 from .common import progress_bar, sentence_of
 
 
 STANDARD = "-"  # standard input or output
 _NUMBER = re.compile(r"%(0?\d+)?d")  # in a name: the place of the number of a picture
-_MAX_BYTES = 255  # of a name, in all common file systems
 
 
 class Naming(NamedTuple):
@@ -251,12 +250,7 @@ def _output_name(name: Path, suffix: str, is_long: bool) -> Path:
 
 def _fit(stem: str, suffix: str) -> str:
     """Join a stem and what follows it, shortened to what a file system takes."""
-    encoded = os.fsencode(stem)
-    room = _MAX_BYTES - len(suffix.split("/")[0])
-    if len(encoded) > room:
-        digest = hashlib.sha256(encoded).hexdigest()[:12]
-        stem = f"{encoded[: room - len(digest) - 1].decode(errors='ignore')}~{digest}"
-    return stem + suffix
+    return shorten_name(stem, MAX_NAME_BYTES - len(suffix.split("/")[0])) + suffix
 
 
 def _single_target(place: Path | str, target: str, naming: Naming) -> Path | str:
@@ -266,8 +260,8 @@ def _single_target(place: Path | str, target: str, naming: Naming) -> Path | str
         return output
     if not isinstance(output, Path):
         raise ValueError(f"OUT must be a file, a folder or '-', got {target!r}.")
-    if (length := len(os.fsencode(output.name))) > _MAX_BYTES:
-        raise ValueError(f"OUT must have a name of at most {_MAX_BYTES} bytes, got {length}.")
+    if (length := len(os.fsencode(output.name))) > MAX_NAME_BYTES:
+        raise ValueError(f"OUT must have a name of at most {MAX_NAME_BYTES} bytes, got {length}.")
     if not (output.is_dir() or target.endswith(("/", os.sep))):
         return output
     name = Path("stdin" if place == STANDARD else str(place).split("?")[0].rstrip("/")).name

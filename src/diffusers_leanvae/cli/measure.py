@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import bundled
-from ..checks import check_choice, parse_video_size
+from ..checks import check_choice, one_line, parse_video_size
 from ..conversion.headers import WEIGHTS_NAME
-from .common import Device, Dtype, Model, load_model, one_line, place
+from .common import Device, Dtype, Model, load_model, place
 
 
 if TYPE_CHECKING:

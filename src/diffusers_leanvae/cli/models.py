@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import bundled
-from ..checks import CHECKPOINT_SUFFIXES, parse_dtype
-from .common import DTYPE_NAMES, one_line
+from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
+from .common import DTYPE_NAMES
 from .description import describe, describe_model
 
 

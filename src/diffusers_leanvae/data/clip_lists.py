@@ -191,6 +191,7 @@ class _FileClips(_MapClips):
         source = open_source(selection.source)
         rows = [source.metadata(number) for number in range(len(source))]
         self.labels, class_names = number_labels(rows)
+        self.names, self.captions = [row["file_name"] for row in rows], [find_caption(row) for row in rows]
         total = len(source) * selection.num_crops
         super().__init__(min(total, selection.num_clips or total), class_names, num_workers)
         options = _clip_options(selection)
@@ -202,12 +203,11 @@ class _FileClips(_MapClips):
         pixels = _cut(self.videos, video, [self.seed, number])
         if pixels is None:
             return None
-        caption = find_caption(self.videos.source.metadata(video))
-        return SourceClip(pixels, self.labels[video], caption, self.name(number))
+        return SourceClip(pixels, self.labels[video], self.captions[video], self.name(number))
 
     def name(self, number: int) -> str:
         video, crop = divmod(number, self.num_crops)
-        return f"{self.videos.source.metadata(video)['file_name']}#{crop}"
+        return f"{self.names[video]}#{crop}"
 
 
 class _StreamClips:

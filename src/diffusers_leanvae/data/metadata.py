@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason_of
+
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` looks for them
 CAPTION_KEYS = ("caption", "text", "txt")  # columns that may hold the caption
@@ -148,7 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(". ")
+        reason = reason_of(error)
         raise ValueError(f"`{path.name}` must be a Parquet file, got {str(path)!r}: {reason}.") from error
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -1,12 +1,12 @@
 """Reconstruction quality of an autoencoder, clip by clip: the protocol of every published PSNR and SSIM."""
 
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ..checks import one_line
 from ..data.datasets import read_center_clip
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import list_videos
@@ -76,7 +76,7 @@ def evaluate_reconstruction(
         try:
             clip = read_center_clip(path, num_frames, size)
         except Exception as error:  # whatever a foreign file does to the reader, the others are still to be scored
-            failed[name] = reason_of(error)
+            failed[name] = one_line(error)
             line = f"{name:<28} failed: {failed[name]}"
         else:
             score = score_clip(vae, clip)
@@ -98,11 +98,6 @@ def evaluate_reconstruction(
         "clips": clips,
         "failed": failed,
     }
-
-
-def reason_of(error: Exception) -> str:
-    """Put on one line why a file could not be read."""
-    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
 
 
 def describe_failures(failed: Mapping[str, str]) -> str:

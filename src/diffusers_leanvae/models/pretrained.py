@@ -16,6 +16,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..checks import reason_of
 from ..conversion.checkpoints import (
     HUB_ARGUMENTS,
     has_anchor,
@@ -141,7 +142,7 @@ def load_single_file(
     try:
         model.load_state_dict(state_dict, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rstrip(". ")
+        reason = reason_of(error)
         raise ValueError(f"`pretrained_model_link_or_path` must {wanted}: {reason}.") from None
     return model.eval() if options.get("device") is None else model.eval().to(options["device"])
 
@@ -179,7 +180,7 @@ def _read_config(
         try:
             return dict(model_class.load_config(place, subfolder=None if is_here else subfolder, **hub))
         except OSError as error:
-            reason = " ".join(str(error).split()).rstrip(". ")
+            reason = reason_of(error)
     raise ValueError(
         f"`config` must be a folder or Hub repository with a `{CONFIG_NAME}`, such a file, or its values, got "
         f"{str(config)!r}, {reason}."
@@ -233,7 +234,7 @@ def _check_size(
     try:
         model = _build(model_class, config)  # in which nothing is allocated, whatever the widths are
     except (RuntimeError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split()).rstrip(". ")
+        reason = reason_of(error)
         raise ValueError(f"`config.json` of {source!r} must describe an `{model_class.__name__}`: {reason}.") from None
     count = sum(parameter.numel() for parameter in model.parameters())
     folder = Path(source, subfolder or "")

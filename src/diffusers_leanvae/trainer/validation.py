@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from ..checks import one_line
 from ..data.datasets import read_center_clip
 from ..data.schedule import ALONE, Share
-from ..evaluation.reconstruction import describe_failures, reason_of, score_clip
+from ..evaluation.reconstruction import describe_failures, score_clip
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoReader, list_videos, write_video
 from ..video_io.pixels import unit_to_pixels
@@ -70,7 +71,7 @@ def load_validation_clips(
             with VideoReader(path) as video:
                 loaded.clips.append(ValidationClip(name, read_center_clip(video, num_frames, size), video.info.fps))
         except Exception as error:  # a foreign file must not end the run
-            loaded.failed[name] = reason_of(error)
+            loaded.failed[name] = one_line(error)
             warnings.warn(f"Skipping a video of `validation.folder`: {loaded.failed[name]}", stacklevel=2)
     return loaded
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..atomic import MAX_NAME_BYTES
 from .containers import PathLike, VideoError
 from .inputs import is_pattern, numbered_files, numbered_name
 
@@ -159,8 +160,6 @@ PRESETS: dict[str, int] = {
     "slower": 4,
     "veryslow": 2,
 }
-
-_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -336,8 +335,8 @@ def check_output(
     if output.kind == "stream":
         return output
     file = output.image_path(num_images or 1) if output.kind == "sequence" else output.path
-    if (length := len(os.fsencode(file.name))) > _MAX_NAME_BYTES:
-        raise VideoError(f"Cannot write {name!r}: a name may have {_MAX_NAME_BYTES} bytes, got {length}.")
+    if (length := len(os.fsencode(file.name))) > MAX_NAME_BYTES:
+        raise VideoError(f"Cannot write {name!r}: a name may have {MAX_NAME_BYTES} bytes, got {length}.")
     if output.kind != "sequence" and file.is_dir():
         raise VideoError(f"Cannot write {name!r}: it is a folder.")
     folder = file.parent
