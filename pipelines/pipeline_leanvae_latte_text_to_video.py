@@ -7,7 +7,6 @@ import torch
 from diffusers import LatteTransformer3DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
-from diffusers.utils import logging
 
 from diffusers_leanvae.generation.pipeline import (
     Callback,
@@ -18,12 +17,7 @@ from diffusers_leanvae.generation.pipeline import (
     VideoInput,
 )
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
-
-
-logger = logging.get_logger(__name__)
-
-# Tokens that Latte-1 and PixArt-alpha were trained with.
-MAX_SEQUENCE_LENGTH = 120
+from diffusers_leanvae.text_encoders import check_length, encode_tokens, tokenize
 
 
 class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
@@ -88,20 +82,9 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError("`prompt_embeds` must be given to a pipeline without text encoder, got a text.")
-        limit = min(MAX_SEQUENCE_LENGTH, self.tokenizer.model_max_length)
-        length = limit if max_sequence_length is None else max_sequence_length
-        if not 1 <= length <= self.tokenizer.model_max_length:
-            raise ValueError(
-                f"`max_sequence_length` must be 1 to the tokenizer's {self.tokenizer.model_max_length}, got {length}."
-            )
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(device)
-        longest = max(len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids)
-        if longest > length:
-            logger.warning(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
-        embeds = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0]
-        return embeds, inputs.attention_mask
+        length = check_length("max_sequence_length", max_sequence_length, self.tokenizer)
+        ids, mask = (tensor.to(device) for tensor in tokenize(self.tokenizer, texts, length))
+        return encode_tokens(self.text_encoder, ids, mask), mask
 
     def encode_prompt(
         self,

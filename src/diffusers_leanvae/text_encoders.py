@@ -1,0 +1,199 @@
+"""Text encoders of transformers: load one, make a small one from captions, encode texts as the pipeline does.
+
+Everything that turns a caption into hidden states comes through `encode_texts`, so that a caption means the same in
+training, in a cache of embeddings and in the pipeline.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils import logging
+
+from .checks import reason_of
+
+
+logger = logging.get_logger(__name__)
+
+# Tokens that Latte-1 and PixArt-alpha were trained with.
+MAX_SEQUENCE_LENGTH = 120
+
+
+class TextEmbeddings(NamedTuple):
+    """Hidden states `(n, length, width)`, and a mask `(n, length)`: 1 for tokens, 0 for padding."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class TextEncoder:
+    """A tokenizer and a model of transformers.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: A model whose first output are hidden states `(n, length, width)`.
+        max_length: Tokens that texts are padded or cut to.
+    """
+
+    tokenizer: Any
+    model: Any
+    max_length: int = MAX_SEQUENCE_LENGTH
+
+    def __post_init__(self) -> None:
+        self.max_length = check_length("max_length", self.max_length, self.tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return hidden_width(self.model)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> TextEmbeddings:
+        """Encode texts on the model's device and in its dtype, padded to `max_length`."""
+        ids, mask = tokenize(self.tokenizer, texts, self.max_length)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        return TextEmbeddings(encode_tokens(self.model, ids, mask), mask)
+
+
+def check_length(name: str, length: int | None, tokenizer: Any) -> int:
+    """Return a number of tokens that a tokenizer can give; by default 120, or as many as it takes.
+
+    Raises:
+        ValueError: If it is more than that, or none.
+    """
+    if length is None:
+        return min(MAX_SEQUENCE_LENGTH, tokenizer.model_max_length)
+    if not 1 <= length <= tokenizer.model_max_length:
+        raise ValueError(f"`{name}` must be 1 to the tokenizer's {tokenizer.model_max_length}, got {length}.")
+    return length
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn texts into ids and a mask, both int64 `(n, length)`; longer texts are cut, with a warning.
+
+    Padding is on the right, whatever the tokenizer prefers: a model that counts positions from the first place would
+    see other positions in another batch. A text without any token, as `""` is for some tokenizers, gets one of
+    padding, for there must be something to attend to.
+    """
+    texts = list(texts)
+    inputs = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, padding_side="right", return_tensors="pt"
+    )
+    longest = max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
+    if longest > length:
+        logger.warning(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
+    mask = inputs.attention_mask.clone()
+    mask[:, 0] = 1
+    return inputs.input_ids, mask
+
+
+def encode_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states `(n, length, width)` of tokens, with their gradients."""
+    return model(input_ids=ids, attention_mask=mask)[0]
+
+
+def hidden_width(model: Any) -> int:
+    """Return the width of a model's hidden states."""
+    return model.config.get_text_config().hidden_size
+
+
+def load_text_encoder(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    max_length: int | None = None,
+) -> TextEncoder:
+    """Load a tokenizer and a text encoder of transformers.
+
+    Args:
+        source: A folder or a Hub id: of T5 and its kin, of which the encoder is taken; of CLIP, of which the text
+            model is; of any other encoder; or of a decoder such as Gemma or Qwen, of which the hidden states are. Or
+            a pipeline with folders `tokenizer` and `text_encoder`.
+        dtype: Dtype of the weights.
+        device: Device of the model.
+        max_length: Tokens that texts are padded or cut to: 120 by default, or as many as the tokenizer takes.
+
+    Raises:
+        ValueError: If there is none.
+        ImportError: If transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('Texts need transformers: pip install "diffusers-leanvae[text]".') from error
+    try:
+        config, in_folder = _read_config(transformers, source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **in_folder("tokenizer"))
+        model = _model_class(transformers, config).from_pretrained(source, dtype=dtype, **in_folder("text_encoder"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"`source` must be the folder or Hub id of a text encoder of transformers, got {str(source)!r}: "
+            f"{reason_of(error)}."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return TextEncoder(tokenizer, model.to(device).eval(), check_length("max_length", max_length, tokenizer))
+
+
+def _read_config(transformers: Any, source: str | Path) -> tuple[Any, Callable[[str], dict[str, str]]]:
+    """Read the config of a text encoder; with it, the arguments that find the parts of a pipeline."""
+    try:
+        return transformers.AutoConfig.from_pretrained(source), lambda part: {}
+    except OSError as error:
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, subfolder="text_encoder")
+        except (OSError, ValueError):
+            raise error from None
+        return config, lambda part: {"subfolder": part}
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    if config.model_type == "clip":  # both towers; a text model's own config is a `clip_text_model`
+        return transformers.CLIPTextModel
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise ValueError(f"a {config.model_type} has no encoder of text that transformers loads by itself")
+    return transformers.AutoModel
+
+
+def make_text_encoder(
+    captions: Iterable[str], config: dict[str, Any] | None = None, max_length: int = 48
+) -> TextEncoder:
+    """Make a small T5 encoder with random weights and a vocabulary of the words of captions.
+
+    Words are told apart by spaces and punctuation, whatever their case; a word that no caption has is `<unk>`.
+
+    Args:
+        captions: All that the vocabulary is made from.
+        config: Arguments of `transformers.T5Config`, over a small default of 0.8 M parameters.
+        max_length: Tokens of a text, with the one that marks its end.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.Whitespace()
+    counts = Counter(
+        word for caption in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
+    )
+    special = ("<pad>", "</s>", "<unk>")
+    words = [*special, *sorted(counts, key=lambda word: (-counts[word], word))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+    default = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+    default["feed_forward_proj"] = "gated-gelu"
+    model = T5EncoderModel(T5Config(vocab_size=len(words), **(default | (config or {}))))
+    return TextEncoder(wrapped, model, max_length)
