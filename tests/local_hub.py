@@ -28,6 +28,9 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.unknown: list[str] = []  # requests that no route answered
+        # What the Hub tells of the token, `None` for one that it does not know; and what that may not write to.
+        self.user: dict | None = {"name": "someone", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+        self.protected: set[str] = set()
 
     def __enter__(self) -> "LocalHub":
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
@@ -117,7 +120,13 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/agent-harnesses":  # which the client asks for once a day, and can do without
             self.answer(b"", 404)
             return
+        if path == "/api/whoami-v2":
+            self.answer(self.server.user or {}, 401 if self.server.user is None else 200)
+            return
         for repo, files in self.server.repositories.items():
+            if path == f"/api/models/{repo}/auth-check/write":
+                self.answer({}, 403 if repo in self.server.protected else 200)
+                return
             commit = self.server.commit_id(repo)
             if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
                 self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
@@ -139,5 +148,6 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def not_found(self, path: str) -> None:
-        self.server.unknown.append(f"{self.command} {path}")
+        if not path.endswith("/auth-check/write"):  # of a repository that is not there: not found is the answer
+            self.server.unknown.append(f"{self.command} {path}")
         self.answer(b"", 404, X_Error_Code="RepoNotFound")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from huggingface_hub import constants
 from local_hub import LocalHub
 from processes import run_python
 from safetensors.torch import load_file
@@ -208,6 +209,59 @@ def test_cards_say_how_to_load(latte_pipeline: diffusers.DiffusionPipeline):
     assert 'AutoModel.from_pretrained("someone/vae")' in card and "4 latent channels, 4x8x8 compression" in card
     with pytest.raises(ValueError, match="`repo_id` must be `user/name`, got 'vae'"):
         hub.push_to_hub(make_tiny("leanvae"), "vae")
+
+
+# --- Whether a push would succeed ------------------------------------------------------------------------------------
+
+
+def token(role: str, **scopes: list[str]) -> dict:
+    scoped = [{"entity": {"type": "user", "name": name}, "permissions": rights} for name, rights in scopes.items()]
+    return {"accessToken": {"role": role, "fineGrained": {"scoped": scoped}}}
+
+
+def test_a_push_that_would_succeed_passes_the_check(monkeypatch: pytest.MonkeyPatch):
+    with LocalHub() as server:
+        server.connect(monkeypatch)
+        server.repositories = {"other/shared": {}}
+        server.user = {"name": "Someone", "orgs": [{"name": "team", "roleInOrg": "write"}], "auth": token("write")}
+        for repo_id in ("someone/new", "team/new", "other/shared"):
+            hub.check_push(repo_id)
+        server.user["auth"] = token("fineGrained", team=["repo.write"], Someone=["repo.content.read"])
+        hub.check_push("team/new")
+        with pytest.raises(
+            ValueError, match="`push_to_hub` needs a token that may write for 'someone', got 'someone/new'"
+        ):
+            hub.check_push("someone/new")
+    assert list(server.repositories) == ["other/shared"] and server.unknown == []  # nothing was created
+
+
+def test_a_push_that_would_fail_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def check(repo_id: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message) as found:
+            hub.check_push(repo_id)
+        assert "\n" not in str(found.value)
+
+    with LocalHub() as server:
+        server.connect(monkeypatch)
+        server.repositories, server.protected = {"other/theirs": {}}, {"other/theirs"}
+        server.user = {"name": "someone", "orgs": [{"name": "team", "roleInOrg": "read"}], "auth": token("write")}
+        for repo_id in ("vae", "a/b/c", "some one/vae"):
+            check(repo_id, f"`push_to_hub` must be `user/name`, got '{repo_id}'")
+        for repo_id in ("other/new", "team/new"):
+            check(repo_id, f"`push_to_hub` must begin with one of 'someone', .* got '{repo_id}'")
+        check("other/theirs", "`push_to_hub` needs the permission to write there, got 'other/theirs': .*403")
+        server.user["auth"] = token("read")
+        check("someone/new", "`push_to_hub` needs a token that may write for 'someone'")
+        server.user = None
+        check("someone/new", "`push_to_hub` needs a valid login: .*Invalid user token")
+        with monkeypatch.context() as patch:
+            patch.delenv("HF_TOKEN")
+            patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+            check("someone/new", "`push_to_hub` needs a login: run `hf auth login` or set HF_TOKEN, got 'someone/new'")
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            check("someone/new", "`push_to_hub` must be null while HF_HUB_OFFLINE is set, got 'someone/new'")
+    check("someone/new", "`push_to_hub` needs a connection to the Hub, got 'someone/new' and none to http://127.0.0.1")
 
 
 # --- A stock pipeline with our autoencoder ---------------------------------------------------------------------------

@@ -5,8 +5,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
+from .checks import reason_of
 from .models.video_autoencoder import VideoAutoencoder
 
 
@@ -119,13 +122,85 @@ def push_to_hub(
     Raises:
         ValueError: If `repo_id` is not `user/name`.
     """
-    if repo_id.count("/") != 1:
-        raise ValueError(f"`repo_id` must be `user/name`, got {repo_id!r}.")
+    _check_name("repo_id", repo_id)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         card = render_hub_card(model, repo_id) if card is None else card
         Path(folder, "README.md").write_text(card, encoding="utf-8")
         return upload_folder(Path(folder), repo_id, private, token, commit_message)
+
+
+def check_push(repo_id: str, token: str | None = None) -> None:
+    """Find out whether something could be pushed to a repository now; nothing is created.
+
+    A repository that exists is asked whether the token may write to it. For one that does not, its owner must be the
+    user or an organisation of the user, and the token must be for writing; finer rights of a token are looked up too.
+
+    Args:
+        repo_id: `user/name`.
+        token: Token of the Hub, the stored one by default.
+
+    Raises:
+        ValueError: If it could not, in one sentence that says why: the name, no connection, no login, no permission.
+    """
+    _check_name("push_to_hub", repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"`push_to_hub` must be null while HF_HUB_OFFLINE is set, got {repo_id!r}.")
+    token = token or get_token()
+    if token is None:
+        raise ValueError(f"`push_to_hub` needs a login: run `hf auth login` or set HF_TOKEN, got {repo_id!r}.")
+    api = HfApi(token=token)
+    try:
+        user = api.whoami()
+        try:
+            api.auth_check(repo_id, write=True)
+        except RepositoryNotFoundError:  # or one that this user may not even see
+            _check_owner(user, repo_id)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            needed = "a valid login: run `hf auth login` again, or mend HF_TOKEN"
+        elif error.response.status_code == 403:
+            needed = "the permission to write there"
+        else:
+            needed = "a Hub that answers"
+        raise ValueError(f"`push_to_hub` needs {needed}, got {repo_id!r}: {reason_of(error)}.") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of the HTTP client, which is another one from release to release of huggingface_hub
+        raise ValueError(
+            f"`push_to_hub` needs a connection to the Hub, got {repo_id!r} and none to {api.endpoint}: "
+            f"{reason_of(error)}."
+        ) from error
+
+
+def _check_name(name: str, repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`{name}` must be `user/name`, got {repo_id!r}: {reason_of(error)}.") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(f"`{name}` must be `user/name`, got {repo_id!r}.")
+
+
+def _check_owner(user: dict[str, Any], repo_id: str) -> None:
+    """Refuse a new repository that this user, with this token, may not create. What the Hub leaves open may pass."""
+    owner = repo_id.split("/")[0]
+    owners = [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]
+    if owner.lower() not in map(str.lower, owners):
+        raise ValueError(
+            f"`push_to_hub` must begin with one of {', '.join(map(repr, owners))}, who may be written to with this "
+            f"login, got {repo_id!r}."
+        )
+    token = user.get("auth", {}).get("accessToken", {})
+    may_write = token.get("role") != "read"
+    if token.get("role") == "fineGrained":
+        scopes = token.get("fineGrained", {}).get("scoped", ())
+        allowed = [scope for scope in scopes if "repo.write" in scope.get("permissions", ())]
+        may_write = any(str(scope.get("entity", {}).get("name")).lower() == owner.lower() for scope in allowed)
+    if not may_write:
+        raise ValueError(
+            f"`push_to_hub` needs a token that may write for {owner!r}, got {repo_id!r} and one that may not."
+        )
 
 
 def upload_folder(

@@ -195,6 +195,15 @@ def test_the_model_and_its_card_go_to_the_hub(script: Script, tmp_path: Path, mo
     assert b'from_pretrained("someone/tiny")' in files["README.md"]
 
 
+def test_a_push_that_would_fail_is_refused_before_training(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with LocalHub() as server, pytest.raises(ValueError, match="`push_to_hub` must begin with one of 'someone'"):
+        server.connect(monkeypatch)
+        script.train(tmp_path / "run", "num_steps=1", "push_to_hub=other/tiny")
+    assert not (tmp_path / "run").exists()
+
+
 # --- It resumes ------------------------------------------------------------------------------------------------------
 
 

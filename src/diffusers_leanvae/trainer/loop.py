@@ -43,7 +43,7 @@ from ..atomic import replace_folder
 from ..data.datasets import ClipDataset
 from ..data.latent_samples import LatentData
 from ..data.schedule import Share, StepBatches
-from ..hub import upload_folder
+from ..hub import check_push, upload_folder
 from ..launching import start_accelerator
 from .checkpoints import (
     Progress,
@@ -98,6 +98,8 @@ class TrainingRun:
         )
         if recipe.mixed_precision and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.say("warning: this CPU has no bfloat16 arithmetic, `mixed_precision=null` is many times faster")
+        if recipe.push_to_hub is not None and self.is_main:  # now, and not when the work is done
+            check_push(recipe.push_to_hub)
         set_seed(recipe.seed)
         self._checkpoints = self.output / "checkpoints"
         self.checkpoint = find_checkpoint(self._checkpoints, recipe.resume)
