@@ -71,7 +71,7 @@ def make_tokenizer() -> Any:
 def text_case() -> Case:
     transformers = pytest.importorskip("transformers", reason="a text pipeline needs transformers")
 
-    def components(num_layers: int = 2) -> dict[str, Any]:
+    def components(num_layers: int = 2, sample_size: int = 4) -> dict[str, Any]:
         config = transformers.T5Config(
             vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
         )
@@ -84,7 +84,7 @@ def text_case() -> Case:
                 num_layers=num_layers,
                 cross_attention_dim=24,
                 attention_bias=True,
-                sample_size=4,
+                sample_size=sample_size,
                 patch_size=2,
                 activation_fn="gelu-approximate",
                 num_embeds_ada_norm=1000,
