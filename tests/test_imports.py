@@ -20,7 +20,7 @@ ORDER = (
     ("_version", "checks", "atomic", "launching", "registration"),
     ("video_io", "kernels", "conversion"),
     ("models",),
-    ("latents", "losses"),
+    ("latents", "losses", "text_encoders"),
     ("bundled",),
     ("loading", "hub"),
     ("data",),
