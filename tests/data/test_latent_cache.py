@@ -21,6 +21,7 @@ from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
+from diffusers_leanvae.data.scenes import MovingScenes
 from diffusers_leanvae.data.shapes import CLASS_NAMES, MovingShapes
 from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.video_io import write_video
@@ -99,7 +100,7 @@ def test_cached_latents_match_online_encoding(cache: LatentFolder, vae):
     assert len(cache) == 10 and cache.class_names == CLASS_NAMES
     for index, clip in enumerate(clips[index] for index in range(10)):
         item = cache[index]
-        assert (item.class_label, item.caption) == (clip.class_label, clip.caption)
+        assert (item.class_label, item.captions) == (clip.class_label, (clip.caption,))
         assert cache.name(index) == f"shapes-3#{index}"
         assert item.latents.shape == (4, 2, 2, 3) and item.latents.dtype == torch.float32
         # Batches of 3 there and of 1 here: the same up to the rounding of sums.
@@ -136,6 +137,69 @@ def test_training_reads_it_in_workers_and_in_memory(cache: LatentFolder):
         assert torch.equal(batch.videos, torch.stack([cache[index].latents for index in orders]))
         assert batch.class_labels is not None
         assert batch.class_labels.tolist() == [cache[index].class_label for index in orders]
+
+
+def test_captions_of_cached_scenes_are_those_drawn_on_the_fly(vae, tmp_path: Path):
+    size = {**SIZE, "clip_size": (5, 48, 48)}
+    options = {"num_clips": 4, "num_captions": 3, "seed": 5, **size}
+    cached = encode_dataset(vae, "scenes", tmp_path / "cache", **options)
+    tar = encode_dataset(vae, "scenes", tmp_path / "tar", file_format="webdataset", **options)
+    scenes = MovingScenes(5, 48, 48, seed=5, num_clips=4, num_captions=3)
+    assert len(set(cached.captions(0))) == 3
+    for index in range(4):
+        captions = tuple(scenes.captions(index))
+        assert cached[index].captions == cached.captions(index) == tar.captions(index) == captions
+    with tarfile.open(tmp_path / "tar" / "latents-00000.tar") as archive:
+        text = archive.extractfile("00000-00002.txt").read().decode()  # pyright: ignore[reportOptionalMemberAccess]
+    assert tuple(text.split("\n")) == cached.captions(2)
+
+    drawn = LatentData(scenes, has_latents=False, has_captions=True, seed=1)
+    by_index: dict[int, set[str]] = {index: set() for index in range(4)}
+    for gib in (0.0, 1.0):
+        data = LatentData(cached, has_latents=True, has_captions=True, seed=1, in_memory_gib=gib)
+        for start in range(0, 80, 8):
+            indices = range(start, start + 8)
+            captions = data.__getitems__(indices).captions
+            assert captions is not None and (start or captions == drawn.__getitems__(indices).captions)
+            for index, caption in zip(indices, captions, strict=True):
+                by_index[data.order(index)].add(caption)
+        assert data.__getitems__([7, 3]).captions == [data.__getitems__([index]).captions[0] for index in (7, 3)]  # pyright: ignore[reportOptionalSubscript]
+        (first,) = data.first(4, 4)
+        assert first.captions == [scenes[index].caption for index in range(4)]
+    assert all(found == set(scenes.captions(index)) for index, found in by_index.items())  # each gets its turn
+    assert LatentData(cached, has_latents=True).__getitems__([0]).captions is None
+    batch = next(iter(DataLoader(data, batch_sampler=data.batches(2, 0, 1), num_workers=1, collate_fn=lambda b: b)))
+    assert batch.captions == data.__getitems__([0, 1]).captions
+
+
+def test_captions_must_be_known(vae, videos: Path, tmp_path: Path):
+    (tmp_path / "videos").mkdir()
+    for number in range(2):
+        (tmp_path / "videos" / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    (tmp_path / "videos" / "0.txt").write_text("one\n")
+    latents = encode_dataset(vae, str(tmp_path / "videos"), tmp_path / "cache", **SIZE)
+    assert [latents.captions(index) for index in range(2)] == [("one",), ()]
+    with pytest.raises(ValueError, match="`captions` must be known of every item, got none for item 1"):
+        LatentData(latents, has_latents=True, has_captions=True)
+    with pytest.raises(ValueError, match="`num_images` must be 0 with `has_captions`, got 2"):
+        LatentData(latents, has_latents=True, has_captions=True, num_images=2)
+    settings = json.loads((latents.path / "settings.json").read_text())
+    (latents.path / "settings.json").write_text(json.dumps(settings | {"version": 1}))
+    with pytest.raises(ValueError, match="`path` must hold latents of version 2, got version 1"):
+        LatentFolder(latents.path)
+
+
+def test_captions_of_videos_that_stand_in_for_others(videos: Path, tmp_path: Path):
+    for number in (0, 2):
+        (tmp_path / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+        (tmp_path / f"{number}.txt").write_text(f"no {number}")
+    (tmp_path / "1.mkv").write_bytes(b"nothing")
+    items = open_named_dataset("videofolder", tmp_path, 5, 16, sample_stride=1)
+    data = LatentData(items, has_latents=False, has_captions=True)
+    with pytest.warns(UserWarning, match="Skipping a video"):
+        batch = data.__getitems__(range(3))
+    captions = {0: "no 0", 1: "no 2", 2: "no 2"}
+    assert batch.captions == [captions[data.order(index)] for index in range(3)] and batch.num_skipped == 1
 
 
 def test_two_processes_and_a_killed_run_write_the_same_files(cache: LatentFolder, vae, tmp_path: Path):
@@ -193,7 +257,7 @@ def test_float16_and_webdataset(cache: LatentFolder, vae, tmp_path: Path):
     array = np.load(io.BytesIO(content["00001-00000.npy"]))
     assert array.dtype == np.float16 and np.array_equal(array, cache[4].latents.half().numpy())
     assert content["00001-00000.cls"] == str(cache[4].class_label).encode()
-    assert content["00001-00000.txt"].decode() == cache[4].caption
+    assert (content["00001-00000.txt"].decode(),) == cache[4].captions
     with torch.no_grad():
         vae = type(vae).from_config(vae.config)
         for parameter in vae.parameters():
@@ -210,7 +274,7 @@ def test_crops_and_mirrors_of_a_folder(vae, videos: Path, tmp_path: Path):
     assert len(both) == 12 and both.class_names == ("even", "odd")
     assert [both[index].class_label for index in range(0, 12, 4)] == [0, 1, 0]
     assert [both.name(index) for index in range(4)] == ["0.mkv#0", "0.mkv#0#mirrored", "0.mkv#1", "0.mkv#1#mirrored"]
-    assert both[6].caption == "no 1"
+    assert both[6].captions == ("no 1",)
     clips = open_clip_list(ClipSelection(str(videos), SIZE["clip_size"], num_crops=2, flip="both", stride=2, seed=7))
     for number, clip in enumerate(clips.read(range(6))):
         assert clip is not None and clip.pixels.dtype == torch.uint8
@@ -247,8 +311,8 @@ def test_tar_shards_and_streams(vae, videos: Path, tmp_path: Path):
         (clean / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
     (clean / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stream = encode_dataset(vae, f"hub:{clean}", tmp_path / "stream", num_clips=6, num_crops=2, **SIZE)
-    assert sorted({(stream[index].class_label, stream[index].caption) for index in range(6)}) == [
-        (number, f"no {number}") for number in range(3)
+    assert sorted({(stream[index].class_label, stream[index].captions) for index in range(6)}) == [
+        (number, (f"no {number}",)) for number in range(3)
     ]
     assert not torch.equal(stream[0].latents, stream[1].latents)  # two crops of one video
     with pytest.raises(ValueError, match="`num_clips` must be given for a stream, got None"):

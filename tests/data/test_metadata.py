@@ -1,8 +1,10 @@
 """Labels and captions come from whatever file people keep them in, and none gets lost without a word."""
 
+import io
 import json
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 
 from diffusers_leanvae.data import open_training_data
 from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
-from diffusers_leanvae.data.metadata import find_caption, number_labels, read_caption, read_metadata
+from diffusers_leanvae.data.latent_samples import LatentData
+from diffusers_leanvae.data.metadata import find_captions, number_labels, read_captions, read_metadata
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.sources import open_source
 
@@ -60,15 +63,10 @@ def test_every_format_says_the_same(listed: Path):
     data = open_training_data(str(listed), batch_size=1, clip_sizes=[[5, 16, 16]])
     assert len(data) == 2 and data.metadata(1) == ROWS[1]
     named = open_named_dataset("videofolder", listed, 5, 16, sample_stride=1)
-    assert [(clip.class_label, clip.caption) for clip in map(named.clip, range(2))] == [
-        (1, ROWS[0]["caption"]),
-        (0, "12"),
-    ]
+    expected = [(1, (ROWS[0]["caption"],)), (0, ("12",))]
+    assert [(clip.class_label, clip.captions) for clip in map(named.clip, range(2))] == expected
     clips = open_clip_list(ClipSelection(str(listed), (5, 16, 16)))
-    assert [(clip.class_label, clip.caption) for clip in clips.read(range(2)) if clip is not None] == [
-        (1, ROWS[0]["caption"]),
-        (0, "12"),
-    ]
+    assert [(clip.class_label, clip.captions) for clip in clips.read(range(2)) if clip is not None] == expected
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -149,21 +147,111 @@ def test_a_text_file_beside_a_video_is_its_caption(clips: Path, tmp_path: Path):
     (tmp_path / "c.txt").write_text(" \n")  # as good as none
     (tmp_path / "dots.v1.txt").write_text("first version")
     (tmp_path / "README.txt").write_text("of nothing")
-    captions = ["a surfer", "ein Sörfer", None, "first version"]
+    (tmp_path / "e.txt").write_bytes(b"one\r\n\r\n two \r\n")
+    shutil.copy(clips / "a.mp4", tmp_path / "e.mp4")
+    captions = [("a surfer",), ("ein Sörfer",), (), ("first version",), ("one", "two")]
 
     source = open_source(tmp_path)
     rows = [source.metadata(number) for number in range(len(source))]
-    assert [row.get("caption") for row in rows] == [find_caption(row) for row in rows] == captions
-    assert "caption" not in rows[2]
+    assert [find_captions(row) for row in rows] == captions
+    assert rows[0]["caption"] == "a surfer" and len(rows[2]) == 1 and rows[4]["captions"] == ["one", "two"]
     named = open_named_dataset("videofolder", tmp_path, 5, 16, sample_stride=1)
-    assert [named.metadata(number)["caption"] for number in range(4)] == captions
-    assert read_caption(tmp_path / "README.mp4") == "of nothing"
+    assert [named.metadata(number)["captions"] for number in range(5)] == captions
+    assert read_captions(tmp_path / "README.mp4") == ("of nothing",)
 
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.mp4"}, {"file_name": "b.mp4", "caption": "listed"}])
     source = open_source(tmp_path)
-    assert [find_caption(source.metadata(number)) for number in range(2)] == [None, "listed"]
+    assert [find_captions(source.metadata(number)) for number in range(2)] == [(), ("listed",)]
 
 
-def test_an_empty_caption_is_none():
-    assert find_caption({"caption": " ", "text": None, "txt": "there\n"}) == "there"
-    assert find_caption({"caption": ""}) is None
+def test_captions_of_a_row():
+    nan = float("nan")
+    for row, captions in (
+        ({"caption": " ", "text": None, "txt": "there\n"}, ("there",)),
+        ({"caption": ""}, ()),
+        ({"caption": nan, "captions": ["one ", "", None, nan, "two"]}, ("one", "two")),
+        ({"caption": ["one", "two"], "captions": ["three"]}, ("one", "two")),
+        ({"captions": '["one", "two"]'}, ("one", "two")),  # as a cell of a CSV file has to write it
+        ({"caption": '[laughing] a "dog"'}, ('[laughing] a "dog"',)),
+        ({"caption": "[1, 2]"}, ("[1, 2]",)),
+        ({"caption": "two\nlines"}, ("two\nlines",)),
+        ({"txt": "two\nlines"}, ("two", "lines")),
+        ({"text": 12}, ("12",)),
+    ):
+        assert find_captions(row) == captions, row
+    row = {"caption": "short", "long": "much longer", "words": ["a", "b"], "none": None}
+    found = [find_captions(row, column) for column in ("long", "words", "none", "absent")]
+    assert found == [("much longer",), ("a", "b"), (), ()]
+    for bad in ({"a": 1}, [["a"]], True):
+        with pytest.raises(ValueError, match="`caption` must hold a caption or a list of captions, got"):
+            find_captions({"caption": bad})
+
+
+COLUMNS: list[dict[str, Any]] = [
+    {"file_name": "b.mp4", "caption": "short", "prompt": "a first video", "many": '["a first one", "another way"]'},
+    {"file_name": "a.mp4", "caption": "brief", "prompt": "a second video", "many": '["a second one"]'},
+]
+MANY = [("a first one", "another way"), ("a second one",)]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_column_of_captions_may_be_chosen(kind: str, clips: Path, tmp_path: Path):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / name, tmp_path)
+    rows = COLUMNS if kind == "csv" else [row | {"many": json.loads(row["many"])} for row in COLUMNS]
+    WRITERS[kind](tmp_path / f"metadata.{kind}", rows)
+    for column, captions in (
+        (None, [("short",), ("brief",)]),
+        ("prompt", [("a first video",), ("a second video",)]),
+        ("many", MANY),
+    ):
+        data = open_training_data(str(tmp_path), batch_size=1, clip_sizes=[[5, 16, 16]], caption_column=column)
+        named = open_named_dataset("videofolder", tmp_path, 5, 16, sample_stride=1, caption_column=column)
+        listed = open_clip_list(ClipSelection(str(tmp_path), (5, 16, 16), caption_column=column))
+        assert [data.captions(video) for video in range(2)] == captions
+        assert [named.captions(index) for index in range(2)] == [clip.captions for clip in named] == captions
+        assert [clip.captions for clip in listed.read(range(2)) if clip is not None] == captions
+    wrong = "`caption_column` must be a column of the metadata \\(caption, prompt, many\\), got 'prompts'"
+    for call in (
+        lambda: open_training_data(str(tmp_path), batch_size=1, caption_column="prompts"),
+        lambda: open_named_dataset("videofolder", tmp_path, 5, 16, caption_column="prompts"),
+        lambda: open_clip_list(ClipSelection(str(tmp_path), (5, 16, 16), caption_column="prompts")),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            call()
+    with pytest.raises(ValueError, match="`caption_column` must be None for ffs, which has no captions, got 'many'"):
+        open_named_dataset("ffs", tmp_path, 5, 16, caption_column="many")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_key_of_json_in_shards_may_be_chosen(is_stream: bool, clips: Path, tmp_path: Path):
+    if is_stream:
+        pytest.importorskip("datasets", reason="datasets is an optional dependency")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for row in COLUMNS:
+            name = row["file_name"].removesuffix(".mp4")
+            archive.add(clips / row["file_name"], row["file_name"])
+            parts = {"json": json.dumps(row | {"many": json.loads(row["many"])}), "txt": "one line\nanother"}
+            for extension, text in parts.items():
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(text.encode())
+                archive.addfile(member, io.BytesIO(text.encode()))
+    source = (tmp_path / "0.tar").as_uri() if is_stream else str(tmp_path / "0.tar")
+    for column, captions in (
+        (None, [("short",), ("brief",)]),
+        ("many", MANY),
+        ("txt", [("one line", "another")] * 2),
+    ):
+        data = open_training_data(
+            source, batch_size=2, clip_sizes=[[5, 16, 16]], caption_column=column, shuffle_buffer=2
+        )
+        samples = LatentData(data, has_latents=False, has_captions=True)
+        (batch,) = samples.first(2, 2)
+        videos = [data[index].video for index in range(2)]
+        assert batch.captions == [captions[video][0] for video in videos] and sorted(videos) == [0, 1]
+        selection = ClipSelection(source, (5, 16, 16), num_clips=2, caption_column=column)
+        assert [clip.captions for clip in open_clip_list(selection).read(range(2)) if clip is not None] == captions
+        data.close()
+    selection = ClipSelection(source, (5, 16, 16), num_clips=2, caption_column="prompts")
+    with pytest.raises(ValueError, match="`caption_column` must be a column of the metadata .*, got 'prompts'"):
+        list(open_clip_list(selection).read(range(2)))

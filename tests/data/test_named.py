@@ -70,7 +70,7 @@ def test_ucf101_spreads_frames_over_a_window_as_the_reference_does(ucf: Path):
         "file_name": "Swing/v_3.mkv",
         "class_label": 1,
         "class_name": "Swing",
-        "caption": None,
+        "captions": (),
     }
     # A window of 15: 0, 3.5, 7, 10.5, 14 behind the start. 20 frames: starts up to 20 - 15 - 1, the last never.
     assert places(data.clip(60).pixels) in [[s, s + 3, s + 7, s + 10, s + 14] for s in range(5)]
@@ -167,7 +167,7 @@ def test_videofolder_takes_labels_from_a_list_or_from_folders(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = open_named_dataset("videofolder", tmp_path, 5, 16)
     assert data.class_names == ("ant", "zebra") and len(data) == 2
-    assert data[0].class_label == 1 and data[0].caption == "one" and data[1].caption == "two"
+    assert data[0].class_label == 1 and data[0].captions == ("one",) and data[1].captions == ("two",)
     (tmp_path / "metadata.jsonl").unlink()
     write(tmp_path / "loose.mkv", numbered(20))
     loose = open_named_dataset("videofolder", tmp_path, 5, 16)

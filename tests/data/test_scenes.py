@@ -133,6 +133,7 @@ def test_captions_say_what_is_shown_in_many_ways():
         share = sum(named in text.lower() for text in texts) / len(texts)
         assert 0.1 < share < 0.95, named
     assert scenes.captions(0, 3)[0] == scenes[0].caption
+    assert MovingScenes(5, 48, 48, num_captions=3).captions(0) == MovingScenes(5, 48, 48).captions(0, 3)
 
 
 def test_matches_are_counted_object_by_object():
@@ -183,6 +184,8 @@ def test_clips_are_batched_and_bounded():
         scenes[6]
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         MovingScenes(num_clips=0)
+    with pytest.raises(ValueError, match="`num_captions` must be at least 1, got 0"):
+        MovingScenes(num_captions=0)
 
 
 def test_scenes_are_a_source_of_latents():
@@ -190,7 +193,14 @@ def test_scenes_are_a_source_of_latents():
     clips, scenes = list(open_clip_list(selection).read(range(3))), MovingScenes(5, 48, 48, seed=2)
     for index, clip in enumerate(clips):
         assert clip is not None and torch.equal(clip.pixels, scenes[index].pixels)
-        assert clip[1:] == (None, scenes[index].caption, f"scenes-2#{index}")
+        assert clip[1:] == (None, (scenes[index].caption,), f"scenes-2#{index}")
+    several = ClipSelection("scenes", (5, 48, 48), num_clips=3, seed=2, num_captions=4)
+    for index, clip in enumerate(open_clip_list(several).read(range(3))):
+        assert clip is not None and clip.captions == tuple(scenes.captions(index, 4)) and len(set(clip.captions)) > 1
+    with pytest.raises(ValueError, match="`num_captions` must be 1 for all but scenes, got 2"):
+        ClipSelection("shapes", (5, 48, 48), num_captions=2)
+    with pytest.raises(ValueError, match="`caption_column` must be None for scenes, .* got 'text'"):
+        open_clip_list(ClipSelection("scenes", (5, 48, 48), caption_column="text"))
     with pytest.raises(ValueError, match="must be 'none' and 1 for scenes, .* got 'both' and 1"):
         open_clip_list(ClipSelection("scenes", (5, 48, 48), flip="both"))
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
 from diffusers_leanvae.data.latent_samples import LatentData
-from diffusers_leanvae.data.metadata import find_caption
+from diffusers_leanvae.data.metadata import find_captions
 from diffusers_leanvae.data.sources import expand_braces, open_source, split_member
 from diffusers_leanvae.data.streams import VideoStream, _write
 from diffusers_leanvae.video_io import write_video
@@ -155,7 +155,7 @@ def test_members_that_share_a_key_are_neither_merged_nor_lost(listed: Path, tmp_
         open_source(tmp_path / "dots.tar")
     source = open_source(write_tar(tmp_path / "one.tar", [dotted[0], dotted[1], dotted[3], ("b.txt", b"")]))
     rows = [source.metadata(number) for number in range(2)]
-    assert [find_caption(row) for row in rows] == ["half past", None]
+    assert [find_captions(row) for row in rows] == [("half past",), ()]
     assert rows[0]["file_name"].endswith("one.tar/day 12.30.mp4")
 
     twice = write_tar(tmp_path / "twice.tar", [("a.mp4", video), ("b.mp4", video), ("a.MP4", video), ("b.mp4", b"")])
@@ -186,7 +186,7 @@ def test_damaged_metadata_of_a_tar_is_passed_over(listed: Path, tmp_path: Path):
     members = [("a.mp4", (listed / "1.mp4").read_bytes()), ("a.json", b'{"label": '), ("a.txt", b"said")]
     source = open_source(write_tar(tmp_path / "0.tar", members))
     with pytest.warns(UserWarning, match="Skipping metadata: .*a.mp4' has a damaged .json"):
-        assert find_caption(source.metadata(0)) == "said"
+        assert find_captions(source.metadata(0)) == ("said",)
 
 
 def test_of_a_damaged_shard_the_beginning_is_used(listed: Path, tmp_path: Path):

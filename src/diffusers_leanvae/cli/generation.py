@@ -160,6 +160,14 @@ def encode_dataset(
         int | None, typer.Option(min=1, help="Maximum number of clips (required for streams); without it all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for choosing the crops.")] = 0,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the metadata file, key of the .json files, or column of the Hub data set with the "
+            "captions, a text or a list; without it caption, text, txt or captions."
+        ),
+    ] = None,
+    num_captions: Annotated[int, typer.Option(min=1, help="Descriptions of each clip of scenes.")] = 1,
     save_dtype: Annotated[
         str, typer.Option(help="Number type of the stored latents: float32 (fp32) or float16 (fp16).")
     ] = "float32",
@@ -199,6 +207,8 @@ def encode_dataset(
             short_side=short_side,
             num_clips=num_clips,
             seed=seed,
+            caption_column=caption_column,
+            num_captions=num_captions,
             dtype=save_dtype,
             file_format=file_format,
             shard_size=shard_size,

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checks import check_choice
 from .cutting import ClipOptions, VideoSet
-from .metadata import LABEL_KEYS, find_caption, number_labels
+from .metadata import LABEL_KEYS, list_captions, number_labels
 from .named import NAMED_DATASETS, NamedDataset, Sampling, open_named_dataset
 from .scenes import MovingScenes
 from .shapes import MovingShapes
@@ -41,6 +41,8 @@ class ClipSelection:
         short_side: Scale larger videos down to it before cutting (not for named data sets, which have their own rule).
         num_clips: Maximum number of clips; required for a stream, 10,000 by default for shapes and scenes.
         seed: Seed of everything random.
+        caption_column: The column of the metadata that holds captions, see `open_training_data`.
+        num_captions: Descriptions of each clip of scenes.
     """
 
     source: str
@@ -52,11 +54,16 @@ class ClipSelection:
     short_side: int | None = None
     num_clips: int | None = None
     seed: int = 0
+    caption_column: str | None = None
+    num_captions: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("num_crops", self.num_crops), ("num_clips", self.num_clips)):
+        for name in ("num_crops", "num_clips", "num_captions"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.num_captions > 1 and self.source != "scenes":
+            raise ValueError(f"`num_captions` must be 1 for all but scenes, got {self.num_captions}.")
         if len(self.clip_size) != 3 or min(self.clip_size) < 1:
             raise ValueError(f"`clip_size` must be [num_frames, height, width], got {list(self.clip_size)}.")
         check_choice("flip", self.flip, get_args(Flip))
@@ -67,7 +74,7 @@ class SourceClip(NamedTuple):
 
     pixels: torch.Tensor
     class_label: int | None
-    caption: str | None
+    captions: tuple[str, ...]
     name: str
 
 
@@ -105,7 +112,15 @@ def open_clip_list(selection: ClipSelection, num_workers: int = 0) -> ClipList:
                 f"`flip` and `num_crops` must be 'none' and 1 for {source}, which are known by their directions, got "
                 f"{flip!r} and {selection.num_crops}."
             )
-        return _DrawnClips(source, _DRAWN[source](num_frames, height, width, seed, num_clips or 10_000), num_workers)
+        if selection.caption_column is not None:
+            raise ValueError(
+                f"`caption_column` must be None for {source}, which describe themselves, got "
+                f"{selection.caption_column!r}."
+            )
+        clips = _DRAWN[source](num_frames, height, width, seed, num_clips or 10_000)
+        if isinstance(clips, MovingScenes):
+            clips.num_captions = selection.num_captions
+        return _DrawnClips(source, clips, num_workers)
     name, _, folder = source.partition(":")
     if name in NAMED_DATASETS:
         if height != width or selection.short_side is not None:
@@ -123,6 +138,7 @@ def open_clip_list(selection: ClipSelection, num_workers: int = 0) -> ClipList:
             sample_stride=selection.stride or 3,
             flip={"auto": None, "random": True}.get(flip, False),
             num_draws=selection.num_crops,
+            caption_column=selection.caption_column,
         )
         return _NamedClips(named, num_clips, num_workers)
     if is_stream(source):
@@ -155,7 +171,13 @@ class _MapClips(Dataset[SourceClip | None]):
         raise NotImplementedError
 
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
-        yield from DataLoader(self, sampler=numbers, batch_size=None, num_workers=self.num_workers)
+        yield from DataLoader(
+            self, sampler=numbers, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is
+        )
+
+
+def _as_it_is(clip: Any) -> Any:
+    return clip  # PyTorch would turn captions into a list
 
 
 class _DrawnClips(_MapClips):
@@ -165,7 +187,8 @@ class _DrawnClips(_MapClips):
 
     def __getitem__(self, number: int) -> SourceClip:
         clip = self.clips[number]
-        return SourceClip(clip.pixels, getattr(clip, "class_label", None), clip.caption, self.name(number))
+        label, captions = getattr(clip, "class_label", None), tuple(self.clips.captions(number))
+        return SourceClip(clip.pixels, label, captions, self.name(number))
 
     def name(self, number: int) -> str:
         return f"{self.source}-{self.clips.seed}#{number}"
@@ -191,7 +214,7 @@ class _FileClips(_MapClips):
         source = open_source(selection.source)
         rows = [source.metadata(number) for number in range(len(source))]
         self.labels, class_names = number_labels(rows)
-        self.names, self.captions = [row["file_name"] for row in rows], [find_caption(row) for row in rows]
+        self.names, self.captions = [row["file_name"] for row in rows], list_captions(rows, selection.caption_column)
         total = len(source) * selection.num_crops
         super().__init__(min(total, selection.num_clips or total), class_names, num_workers)
         options = _clip_options(selection)
@@ -220,6 +243,7 @@ class _StreamClips:
         if selection.num_clips is None:
             raise ValueError("`num_clips` must be given for a stream, got None.")
         self.num_clips, self.num_crops, self.seed = selection.num_clips, selection.num_crops, selection.seed
+        self.caption_column = selection.caption_column
         self.options = _clip_options(selection)
         stream = open_stream(selection.source)
         self.folder = tempfile.TemporaryDirectory(prefix="leanvae-stream-")
@@ -236,22 +260,23 @@ class _StreamClips:
         return f"{example}#{crop}"
 
     def read(self, numbers: range) -> Iterator[SourceClip | None]:
-        opened, videos = -1, None
+        opened, videos, rows, captions = -1, None, [], []
         for number in numbers:
             block, place = divmod(number // self.num_crops, _BLOCK_SIZE)
             if videos is None or block != opened:
                 opened = block
                 videos = VideoSet(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
                 self.reader.forget_before(block)
+                rows = [videos.source.metadata(place) for place in range(len(videos))]
+                captions = list_captions(rows, self.caption_column)
             pixels = _cut(videos, place, [self.seed, number])
             if pixels is None:
                 yield None
                 continue
-            row = videos.source.metadata(place)
-            (label,), names = number_labels([row])
+            (label,), names = number_labels([rows[place]])
             if names is not None:
                 raise ValueError(f"Labels of a stream must be numbers, got {names[0]!r}.")
-            yield SourceClip(pixels, label, find_caption(row), self.name(number))
+            yield SourceClip(pixels, label, captions[place], self.name(number))
 
 
 def _cut(videos: VideoSet, number: int, seed: list[int]) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from ..video_io import VideoError, VideoReader
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
 from .cutting import ClipOptions, Size, VideoOrder, VideoSet, fits
+from .metadata import find_captions
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource
 
@@ -69,7 +70,12 @@ class ClipDataset(ABC, Dataset[Clip]):
         schedule: The steps.
         share: The part of a step that this process draws.
         seed: Everything random depends on this and on the index of the clip alone.
+
+    Attributes:
+        caption_column: The column of the metadata that holds captions; `None` for those of the usual names.
     """
+
+    caption_column: str | None = None
 
     def __init__(self, options: ClipOptions, schedule: StepSchedule, share: Share = ALONE, seed: int = 0) -> None:
         self.options, self.schedule, self.share, self.seed = options, schedule, share, seed
@@ -82,6 +88,10 @@ class ClipDataset(ABC, Dataset[Clip]):
     @abstractmethod
     def metadata(self, video: int) -> dict[str, Any]:
         """Return the metadata of a video: its `file_name` and, for instance, a `caption`."""
+
+    def captions(self, video: int) -> tuple[str, ...]:
+        """Return the captions of a video."""
+        return find_captions(self.metadata(video), self.caption_column)
 
     @abstractmethod
     def describe(self) -> str:

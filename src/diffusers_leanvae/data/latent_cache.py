@@ -24,11 +24,8 @@ from ..launching import start_accelerator
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
-from .latent_shards import SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
+from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
-
-
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,8 @@ def encode_dataset(
     short_side: int | None = None,
     num_clips: int | None = None,
     seed: int = 0,
+    caption_column: str | None = None,
+    num_captions: int = 1,
     dtype: str = "float32",
     file_format: FileFormat = "safetensors",
     shard_size: int = 256,
@@ -98,6 +97,10 @@ def encode_dataset(
         num_clips: Maximum number of clips, not counting mirrored ones; required for a stream, 10,000 by default for
             what is drawn.
         seed: Seed of everything random.
+        caption_column: The column of the metadata file, key of the `.json` members of shards, or column of the
+            dataset of the Hub that holds the captions, a text or a list of texts; `None` for the first of `caption`,
+            `text`, `txt` and `captions` that is not empty.
+        num_captions: Descriptions of each clip of scenes.
         dtype: Dtype of the stored latents, `"float32"` or `"float16"`.
         file_format: `"safetensors"`, or `"webdataset"`: tar files of `.npy`, `.json`, and where known `.cls`, `.txt`.
         shard_size: Clips per shard, not counting mirrored ones.
@@ -113,7 +116,19 @@ def encode_dataset(
         ValueError: If an argument is not legal, `output` was begun with other settings, or no clip could be used.
         ImportError: If accelerate is not installed.
     """
-    selection = ClipSelection(source, list(clip_size), num_crops, flip, sampling, stride, short_side, num_clips, seed)
+    selection = ClipSelection(
+        source,
+        list(clip_size),
+        num_crops,
+        flip,
+        sampling,
+        stride,
+        short_side,
+        num_clips,
+        seed,
+        caption_column,
+        num_captions,
+    )
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
     try:
         from accelerate.utils import InitProcessGroupKwargs
@@ -122,7 +137,7 @@ def encode_dataset(
     clips = open_clip_list(selection, num_workers)
     _latent_shape(vae, selection.clip_size)  # refuses what cannot be encoded, before anything is written
     settings = {
-        "version": _VERSION,
+        "version": CACHE_VERSION,
         **asdict(selection),
         **asdict(options),
         "dtype": str(options.torch_dtype).removeprefix("torch."),
@@ -162,14 +177,16 @@ def _encode(
     options: ShardOptions,
     device: torch.device,
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Encode a shard: latents `(n, C, F, h, w)`, and label, caption and name of each."""
+    """Encode a shard: latents `(n, C, F, h, w)`, and label, captions and name of each."""
     latents = [torch.empty(0, *_latent_shape(vae, selection.clip_size), dtype=options.torch_dtype)]
     rows: list[dict[str, Any]] = []
     usable = (clip for clip in clips if clip is not None)
     while batch := list(itertools.islice(usable, options.batch_size)):
         pixels = as_sample(torch.stack([clip.pixels for clip in batch]).to(device)).to(vae.dtype)
         encoded = [encode_batch(vae, pixels)]
-        described = [{"class_label": clip.class_label, "caption": clip.caption, "name": clip.name} for clip in batch]
+        described = [
+            {"class_label": clip.class_label, "captions": list(clip.captions), "name": clip.name} for clip in batch
+        ]
         if selection.flip == "both":
             encoded.append(encode_batch(vae, pixels.flip(-1)))
             described = [entry for row in described for entry in (row, row | {"name": f"{row['name']}#mirrored"})]

@@ -24,6 +24,8 @@ class LatentBatch(NamedTuple):
         class_labels: `(B,)`, with images `(B, 1 + num_images)`, or `None`.
         index: Numbers of the samples in training, `(B,)`.
         num_skipped: Unusable videos that were passed over.
+        captions: A caption of each video, or `None`.
+        text: Embeddings of these captions where they are stored with the latents, or `None`.
     """
 
     videos: torch.Tensor
@@ -31,6 +33,16 @@ class LatentBatch(NamedTuple):
     class_labels: torch.Tensor | None
     index: torch.Tensor
     num_skipped: int
+    captions: list[str] | None = None
+    text: Any = None
+
+
+class _Values(NamedTuple):
+    """Latents or pixels of items, their labels where these are used, and all their captions where those are."""
+
+    videos: torch.Tensor
+    labels: torch.Tensor | None
+    captions: list[tuple[str, ...]] | None
 
 
 class LatentData(Dataset[LatentBatch]):
@@ -38,13 +50,14 @@ class LatentData(Dataset[LatentBatch]):
 
     Args:
         items: A `LatentFolder` (`latents`, `class_label`), clips (`pixels`, `class_label`), or a `ClipDataset`, which
-            has an order of its own and no labels.
+            has an order of its own and no labels. For captions, each has a method `captions(number)`.
         has_latents: Whether the items are latents.
         has_labels: Whether to use the items' labels.
         seed: Seed of the order.
         num_images: Images of other items that each sample gets (joint training of arXiv 2401.03048): their first
             frames, which are latents of their own.
         in_memory_gib: Size up to which latents are read into memory once.
+        has_captions: Whether to use the items' captions. Of several, a sample of training gets one at random.
     """
 
     def __init__(
@@ -55,16 +68,19 @@ class LatentData(Dataset[LatentBatch]):
         seed: int = 0,
         num_images: int = 0,
         in_memory_gib: float = 4.0,
+        has_captions: bool = False,
     ) -> None:
         self.items, self.has_latents, self.has_labels = items, has_latents, has_labels
-        self.seed, self.num_images = seed, num_images
+        self.seed, self.num_images, self.has_captions = seed, num_images, has_captions
         self.has_own_order = isinstance(items, ClipDataset)
         if num_images and self.has_own_order:
             raise ValueError(f"`num_images` must be 0 for clips cut at random from videos, got {num_images}.")
+        if num_images and has_captions:
+            raise ValueError(f"`num_images` must be 0 with `has_captions`, got {num_images}.")
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
-        self.stored: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.stored: _Values | None = None
         if has_latents and len(items) * items[0].latents.nbytes <= in_memory_gib * 2**30:
-            self.stored = self._read(range(len(items)))[:2]
+            self.stored = self._read(range(len(items)))[0]
 
     def describe(self) -> str:
         """Describe the data in a few words, for a log."""
@@ -83,28 +99,28 @@ class LatentData(Dataset[LatentBatch]):
 
     def __getitems__(self, indices: Sequence[int]) -> LatentBatch:
         if self.has_own_order:
-            clips = [self.items[index] for index in indices]
-            pixels = torch.stack([clip.pixels for clip in clips])
-            return LatentBatch(pixels, None, None, torch.tensor(indices), sum(clip.num_skipped for clip in clips))
-        videos, labels, num_skipped = self._get([self.order(index) for index in indices])
-        images = None
+            return self._cut(indices, is_training=True)
+        values, num_skipped = self._get([self.order(index) for index in indices])
+        batch = self._batch(values, indices, num_skipped, is_training=True)
         if self.num_images:
             others = [item for index in indices for item in self._images_of(index)]
-            clips, image_labels, num_skipped_images = self._get(others)
-            num_skipped += num_skipped_images
-            images = clips[:, :, :1]
+            (clips, image_labels, _), num_skipped = self._get(others)
+            labels = batch.class_labels
             if labels is not None and image_labels is not None:
                 labels = torch.cat((labels[:, None], image_labels.view(-1, self.num_images)), dim=1)
-        return LatentBatch(videos, images, labels, torch.tensor(indices), num_skipped)
+            num_skipped += batch.num_skipped
+            batch = batch._replace(images=clips[:, :, :1], class_labels=labels, num_skipped=num_skipped)
+        return batch
 
     def first(self, num_items: int, batch_size: int) -> Iterator[LatentBatch]:
         """Yield the first items in their own order, in batches, for validation and statistics.
 
+        Each comes with the first of its captions.
         Unusable videos of a named data set are left out; no other item stands in for them.
         """
         if self.has_own_order:
             for start in range(0, num_items, batch_size):
-                yield self.__getitems__(range(start, min(start + batch_size, num_items)))
+                yield self._cut(range(start, min(start + batch_size, num_items)), is_training=False)
             return
         num_items = min(num_items, len(self.items))
         num_skipped = 0
@@ -117,13 +133,13 @@ class LatentData(Dataset[LatentBatch]):
                 clips = {index: clip for index, clip in clips.items() if clip is not None}
                 if not clips:
                     continue
-                videos, labels = self._stack(list(clips.values()), list(clips))
+                values = self._stack(list(clips.values()), list(clips))
                 indices = list(clips)
             else:
-                videos, labels, _ = self._get(indices)
+                values, _ = self._get(indices)
             if held is not None:
                 yield held
-            held, num_skipped = LatentBatch(videos, None, labels, torch.tensor(indices), num_skipped), 0
+            held, num_skipped = self._batch(values, indices, num_skipped, is_training=False), 0
         if held is not None:
             yield held._replace(num_skipped=held.num_skipped + num_skipped)
 
@@ -150,25 +166,58 @@ class LatentData(Dataset[LatentBatch]):
     def _images_of(self, index: int) -> list[int]:
         return np.random.default_rng([self.seed, 21, index]).integers(len(self.items), size=self.num_images).tolist()
 
-    def _get(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    def _cut(self, indices: Sequence[int], is_training: bool) -> LatentBatch:
+        clips = [self.items[index] for index in indices]
+        num_skipped = sum(clip.num_skipped for clip in clips)
+        return self._batch(self._stack(clips, [clip.video for clip in clips]), indices, num_skipped, is_training)
+
+    def _get(self, items: Sequence[int]) -> tuple[_Values, int]:
         if self.stored is None:
             return self._read(items)
         chosen = torch.tensor(items)
-        latents, labels = self.stored
-        return latents[chosen], None if labels is None else labels[chosen], 0
+        latents, labels, captions = self.stored
+        return _Values(
+            latents[chosen],
+            None if labels is None else labels[chosen],
+            None if captions is None else [captions[item] for item in items],
+        ), 0
 
-    def _read(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    def _read(self, items: Sequence[int]) -> tuple[_Values, int]:
         if isinstance(self.items, NamedDataset):
             found = [self.items.find(item) for item in items]
-            return *self._stack([clip for clip, _ in found], items), sum(num_skipped for _, num_skipped in found)
-        return *self._stack([self.items[item] for item in items], items), 0
+            # Another video may stand in for one that cannot be used, with its own label and captions.
+            taken = [
+                (item + num_skipped) % len(self.items) for item, (_, num_skipped) in zip(items, found, strict=True)
+            ]
+            return self._stack([clip for clip, _ in found], taken), sum(num_skipped for _, num_skipped in found)
+        return self._stack([self.items[item] for item in items], items), 0
 
-    def _stack(self, read: Sequence[Any], items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        values = torch.stack([item.latents if self.has_latents else item.pixels for item in read])
-        if not self.has_labels:
-            return values, None
-        labels = [item.class_label for item in read]
-        if None in labels:
-            number = items[labels.index(None)]
-            raise ValueError(f"`class_label` must be known of every item, got None for item {number}.")
-        return values, torch.tensor(labels)
+    def _stack(self, read: Sequence[Any], items: Sequence[int]) -> _Values:
+        """Join what was read of items, of which `items` are the numbers (of a `ClipDataset`: of their videos)."""
+        videos = torch.stack([item.latents if self.has_latents else item.pixels for item in read])
+        labels = captions = None
+        if self.has_labels and not self.has_own_order:
+            known = [item.class_label for item in read]
+            if None in known:
+                number = items[known.index(None)]
+                raise ValueError(f"`class_label` must be known of every item, got None for item {number}.")
+            labels = torch.tensor(known)
+        if self.has_captions:
+            captions = [tuple(self.items.captions(number)) for number in items]
+            if () in captions:
+                number = items[captions.index(())]
+                raise ValueError(f"`captions` must be known of every item, got none for item {number}.")
+        return _Values(videos, labels, captions)
+
+    def _batch(self, values: _Values, indices: Sequence[int], num_skipped: int, is_training: bool) -> LatentBatch:
+        captions = None
+        if values.captions is not None:
+            choices = [
+                self._choose(index, len(of_one)) if is_training else 0
+                for index, of_one in zip(indices, values.captions, strict=True)
+            ]
+            captions = [of_one[choice] for of_one, choice in zip(values.captions, choices, strict=True)]
+        return LatentBatch(values.videos, None, values.labels, torch.tensor(indices), num_skipped, captions)
+
+    def _choose(self, index: int, num_captions: int) -> int:
+        return int(np.random.default_rng([self.seed, 22, index]).integers(num_captions))

@@ -15,14 +15,15 @@ from torch.utils.data import Dataset
 
 FileFormat = Literal["safetensors", "webdataset"]
 SHARD_SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
+CACHE_VERSION = 2  # from 2 on, items have any number of captions
 
 
 class LatentItem(NamedTuple):
-    """`latents` are float32 posterior means, not normalised, `(C, F, h, w)`."""
+    """`latents` are float32 posterior means, not normalised, `(C, F, h, w)`; `captions` may be none."""
 
     latents: torch.Tensor
     class_label: int | None
-    caption: str | None
+    captions: tuple[str, ...]
 
 
 class LatentFolder(Dataset[LatentItem]):
@@ -48,6 +49,11 @@ class LatentFolder(Dataset[LatentItem]):
             raise ValueError(
                 f"`path` must be a finished folder of `leanvae encode-dataset`, got {str(path)!r}: {error}."
             ) from error
+        if self.settings["version"] != CACHE_VERSION:
+            raise ValueError(
+                f"`path` must hold latents of version {CACHE_VERSION}, got version {self.settings['version']} in "
+                f"{str(path)!r}: encode the data set again."
+            )
         names = self.index["class_names"]
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         self._ends = np.cumsum([shard["num_items"] for shard in self.index["shards"]])
@@ -59,7 +65,12 @@ class LatentFolder(Dataset[LatentItem]):
     def __getitem__(self, index: int) -> LatentItem:
         shard, row = self._find(index)
         described = shard.rows[row]
-        return LatentItem(shard.latents(row).float(), described["class_label"], described["caption"])
+        return LatentItem(shard.latents(row).float(), described["class_label"], tuple(described["captions"]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of an item, without its latents."""
+        shard, row = self._find(index)
+        return tuple(shard.rows[row]["captions"])
 
     def name(self, index: int) -> str:
         """Return the name of an item: its video and the number of its clip."""
@@ -82,7 +93,7 @@ class LatentFolder(Dataset[LatentItem]):
 class Shard(Protocol):
     """Latents of successive clips: `latents` gives one of shape `(C, F, h, w)`."""
 
-    rows: list[dict[str, Any]]  # class_label, caption, name of every item
+    rows: list[dict[str, Any]]  # class_label, captions, name of every item
 
     def latents(self, row: int) -> torch.Tensor: ...
 
@@ -143,8 +154,8 @@ def _to_tar(latents: torch.Tensor, rows: list[dict[str, Any]], key: str) -> byte
             parts = {"npy": array.getvalue(), "json": json.dumps(row).encode()}
             if row["class_label"] is not None:
                 parts["cls"] = str(row["class_label"]).encode()
-            if row["caption"] is not None:
-                parts["txt"] = row["caption"].encode()
+            if row["captions"]:  # one in every line; exactly as they are in the JSON
+                parts["txt"] = "\n".join(" ".join(text.split()) for text in row["captions"]).encode()
             for extension, content in parts.items():
                 member = tarfile.TarInfo(f"{key}-{number:05d}.{extension}")  # no date, no owner
                 member.size = len(content)
@@ -160,7 +171,7 @@ def serialize_shard(latents: torch.Tensor, rows: list[dict[str, Any]], key: str,
 
     Args:
         latents: `(n, C, F, h, w)`, float32 or float16.
-        rows: `class_label`, `caption` and `name` of every item.
+        rows: `class_label`, `captions` and `name` of every item.
         key: The number of the shard, which members of a tar file start with.
         file_format: A key of `SHARD_SUFFIXES`.
     """

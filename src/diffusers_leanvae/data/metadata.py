@@ -13,7 +13,7 @@ from ..checks import reason_of
 
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` looks for them
-CAPTION_KEYS = ("caption", "text", "txt")  # columns that may hold the caption
+CAPTION_KEYS = ("caption", "text", "txt", "captions")  # columns that may hold captions
 LABEL_KEYS = ("class_label", "label", "cls")  # columns that may hold the class
 
 
@@ -54,13 +54,13 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_caption(video: Path) -> str | None:
-    """Return what `clip.txt` beside `clip.mp4` says, or `None` where there is no such file or it is empty."""
+def read_captions(video: Path) -> tuple[str, ...]:
+    """Return the lines of `clip.txt` beside `clip.mp4`, each a caption; none where there is no such file."""
     try:
         text = video.with_suffix(".txt").read_bytes()
     except (OSError, ValueError):
-        return None
-    return decode_text(text) or None
+        return ()
+    return _split_lines(decode_text(text))
 
 
 def decode_text(content: bytes) -> str:
@@ -68,10 +68,61 @@ def decode_text(content: bytes) -> str:
     return content.decode("utf-8-sig", "replace").strip()
 
 
-def find_caption(row: dict[str, Any]) -> str | None:
-    """Return the caption in a row of metadata, the first of `CAPTION_KEYS` that is not empty."""
-    captions = (str(row[key]).strip() for key in CAPTION_KEYS if row.get(key) is not None)
-    return next(filter(None, captions), None)
+def find_captions(row: dict[str, Any], column: str | None = None) -> tuple[str, ...]:
+    """Return the captions in a row of metadata.
+
+    A text is one caption, and a list of texts, also as JSON in a text, several. `txt`, which a text file of a shard
+    becomes, has one in every line.
+
+    Args:
+        row: A row.
+        column: The column that holds them; `None` for the first of `CAPTION_KEYS` that is not empty.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    found = (_captions(key, row.get(key)) for key in (CAPTION_KEYS if column is None else (column,)))
+    return next(filter(None, found), ())
+
+
+def list_captions(rows: Sequence[dict[str, Any]], column: str | None = None) -> list[tuple[str, ...]]:
+    """Return the captions of all rows of a source, as [`find_captions`] those of one.
+
+    Raises:
+        ValueError: If no row has that column.
+    """
+    if column is not None and not any(column in row for row in rows):
+        names = ", ".join(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
+        raise ValueError(
+            f"`caption_column` must be a column of the metadata ({names or 'there is none'}), got {column!r}."
+        )
+    return [find_captions(row, column) for row in rows]
+
+
+def _captions(column: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        if column == "txt":
+            return _split_lines(value)
+        if not value.lstrip().startswith("["):
+            return (value.strip(),) if value.strip() else ()
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            listed = [value]
+        value = listed if all(isinstance(text, str) for text in listed) else [value]
+    texts = []
+    for text in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(text, dict | list | tuple | bool):
+            raise ValueError(f"`{column}` must hold a caption or a list of captions, got {text!r}.")
+        # An absent text may come as NaN: so pandas writes it.
+        if text is not None and not (isinstance(text, float) and math.isnan(text)):
+            texts.append(str(text).strip())
+    return tuple(filter(None, texts))
+
+
+def _split_lines(text: str) -> tuple[str, ...]:
+    # Not `splitlines`, which also breaks at separators that a caption may hold.
+    return tuple(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip())
 
 
 def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tuple[str, ...] | None]:

@@ -20,7 +20,7 @@ from ..checks import check_choice
 from ..video_io import VideoError, VideoReader, list_videos, read_video
 from ..video_io.inputs import IMAGE_EXTENSIONS
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
-from .metadata import find_caption, find_metadata, number_labels, read_caption
+from .metadata import find_metadata, list_captions, number_labels, read_captions
 from .sources import FileSource
 
 
@@ -53,7 +53,7 @@ class NamedClip(NamedTuple):
 
     pixels: torch.Tensor
     class_label: int | None
-    caption: str | None
+    captions: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class NamedDataset(Dataset[NamedClip]):
             return None
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Return `file_name`, `class_label`, `class_name` and `caption` of the video of a clip."""
+        """Return `file_name`, `class_label`, `class_name` and `captions` of the video of a clip."""
         video = self.videos[index // self.num_draws]
         name = None
         if self.class_names is not None and video.class_label is not None:
@@ -106,8 +106,12 @@ class NamedDataset(Dataset[NamedClip]):
             "file_name": video.name,
             "class_label": video.class_label,
             "class_name": name,
-            "caption": video.caption,
+            "captions": video.captions,
         }
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of the video of a clip."""
+        return self.videos[index // self.num_draws].captions
 
     def clip(self, index: int) -> NamedClip:
         """Return the clip of an index.
@@ -130,7 +134,7 @@ class NamedDataset(Dataset[NamedClip]):
             pixels = _square(frames, self.size)
         else:
             pixels = _square_as_reference(frames, self.size, _RULES[self.name].spatial, video.path)
-        return NamedClip(pixels.permute(3, 0, 1, 2).contiguous(), video.class_label, video.caption)
+        return NamedClip(pixels.permute(3, 0, 1, 2).contiguous(), video.class_label, video.captions)
 
 
 def open_named_dataset(
@@ -144,6 +148,7 @@ def open_named_dataset(
     sample_stride: int = 3,
     flip: bool | None = None,
     num_draws: int = 1,
+    caption_column: str | None = None,
 ) -> NamedDataset:
     """Open a data set that lies on disk as it was published.
 
@@ -152,7 +157,7 @@ def open_named_dataset(
             `"taichi"`: any folder that directly holds frames is a video, sorted by the number behind the last `_` of
             their names; `"videofolder"`: what `metadata.jsonl`, `.csv` or `.parquet` lists, with columns `label` and
             `caption`, or else all video files, of which those in folders belong to the class that the first folder
-            names; the caption of `clip.mp4` is then in `clip.txt`, if there is one.
+            names; the captions of `clip.mp4` are then the lines of `clip.txt`, if there is one.
         folder: Where it lies. Classes are numbered by name.
         num_frames: Frames of a clip.
         size: Height and width of a clip.
@@ -163,6 +168,8 @@ def open_named_dataset(
             `num_frames * sample_stride`, over which it spreads the frames.
         flip: Mirror every other clip; `None` for what is usual for the data set: not for SkyTimelapse and videofolder.
         num_draws: Clips per video; a data set has this many times as many clips as videos.
+        caption_column: Of the metadata file of a videofolder: the column with the captions, a text or a list of
+            texts; `None` for the first of `caption`, `text`, `txt` and `captions` that is not empty.
 
     Raises:
         ValueError: If `folder` holds no such data set, or an argument is not legal.
@@ -173,6 +180,8 @@ def open_named_dataset(
     for argument, value in counts.items():
         if value < 1:
             raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+    if caption_column is not None and name != "videofolder":
+        raise ValueError(f"`caption_column` must be None for {name}, which has no captions, got {caption_column!r}.")
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"`folder` must be an existing folder, got {str(folder)!r}.")
@@ -183,11 +192,16 @@ def open_named_dataset(
             shortest = num_frames * sample_stride + 1
         videos = _frame_folders(root, shortest)
     elif name == "videofolder" and find_metadata(root) is not None:
-        videos, class_names = _listed_videos(root)
+        videos, class_names = _listed_videos(root, caption_column)
     else:
         videos, class_names = _class_folders(root, rules.has_classes, name in ("ucf101", "videofolder"))
         if name == "videofolder":
-            videos = [replace(video, caption=read_caption(video.path)) for video in videos]
+            if caption_column is not None:
+                raise ValueError(
+                    f"`caption_column` must be None for a folder without a metadata file, got {caption_column!r} for "
+                    f"{str(folder)!r}."
+                )
+            videos = [replace(video, captions=read_captions(video.path)) for video in videos]
     if not videos:
         kind = f"folder of {shortest} frames" if rules.has_frame_folders else "video"
         raise ValueError(f"`folder` must hold at least one {kind} for {name!r}, got none in {str(folder)!r}.")
@@ -205,7 +219,7 @@ class _Video:
     path: Path
     name: str
     class_label: int | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     frames: tuple[Path, ...] | None = None
 
     def read(self, places: np.ndarray, reader: VideoReader | None) -> torch.Tensor:
@@ -240,13 +254,15 @@ def _frame_number(path: Path) -> tuple[int, str]:
     return int(digits[-1]) if digits else -1, path.name
 
 
-def _listed_videos(root: Path) -> tuple[list[_Video], tuple[str, ...] | None]:
+def _listed_videos(root: Path, caption_column: str | None) -> tuple[list[_Video], tuple[str, ...] | None]:
     source = FileSource(root)
     rows = [source.metadata(number) for number in range(len(source))]
     labels, names = number_labels(rows)
     videos = [
-        _Video(path, row["file_name"], label, find_caption(row))
-        for path, row, label in zip(source.paths, rows, labels, strict=True)
+        _Video(path, row["file_name"], label, captions)
+        for path, row, label, captions in zip(
+            source.paths, rows, labels, list_captions(rows, caption_column), strict=True
+        )
     ]
     return videos, names
 

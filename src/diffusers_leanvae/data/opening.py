@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .cutting import ClipOptions
 from .datasets import ClipDataset, TrainingClips
+from .metadata import list_captions
 from .schedule import ALONE, Share, StepSchedule
 from .sources import open_source
 from .streams import VideoStream, is_stream, open_stream
@@ -29,6 +30,7 @@ def open_training_data(
     images: str | None = None,
     cache_gib: float = 4.0,
     shuffle_buffer: int = 256,
+    caption_column: str | None = None,
 ) -> ClipDataset:
     """Open videos for training: `DataLoader(data, batch_sampler=data.batches(start_step, num_steps))`.
 
@@ -56,6 +58,9 @@ def open_training_data(
         images: Source of single frames, named like `train` but local; `None` for random frames of the videos.
         cache_gib: Memory for decoded videos, in each process; streams are not cached.
         shuffle_buffer: How many videos of a stream are held on disk by each process and shuffled among each other.
+        caption_column: The column of the metadata file, key of the `.json` members of shards, or column of the
+            dataset of the Hub that holds the captions, a text or a list of texts; `None` for the first of `caption`,
+            `text`, `txt` and `captions` that is not empty. `data.captions(batch.video[0])` returns those of a video.
 
     Raises:
         ValueError: If `train` or `images` names nothing usable, or an option is not legal.
@@ -70,6 +75,7 @@ def open_training_data(
         images=images,
         cache_gib=cache_gib,
         shuffle_buffer=shuffle_buffer,
+        caption_column=caption_column,
     )
 
 
@@ -83,10 +89,17 @@ def open_clip_dataset(
     images: str | None = None,
     cache_gib: float = 4.0,
     shuffle_buffer: int = 256,
+    caption_column: str | None = None,
 ) -> ClipDataset:
     """Open videos for training, as [`open_training_data`] does, by the records that its arguments make up."""
     image_source = None if images is None else open_source(images)
     if is_stream(train):
         stream = open_stream(train)
-        return VideoStream(stream, options, schedule, share, seed, image_source, cache_gib, shuffle_buffer)
-    return TrainingClips(open_source(train), options, schedule, share, seed, image_source, cache_gib)
+        data = VideoStream(stream, options, schedule, share, seed, image_source, cache_gib, shuffle_buffer)
+    else:
+        source = open_source(train)
+        if caption_column is not None:  # refuses one that is not there
+            list_captions([source.metadata(number) for number in range(len(source))], caption_column)
+        data = TrainingClips(source, options, schedule, share, seed, image_source, cache_gib)
+    data.caption_column = caption_column
+    return data

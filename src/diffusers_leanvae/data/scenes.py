@@ -199,6 +199,7 @@ class MovingScenes(Dataset[ScenesItem]):
     Args:
         num_frames, height, width, seed: As of `draw_scene`.
         num_clips: How many clips an epoch has.
+        num_captions: How many ways of describing it a clip comes with, see `captions`.
         held_out: `False`: no object is one of `HELD_OUT`. `True`: at least one is.
     """
 
@@ -212,12 +213,15 @@ class MovingScenes(Dataset[ScenesItem]):
         seed: int = 0,
         num_clips: int = 10_000,
         *,
+        num_captions: int = 1,
         held_out: bool = False,
     ) -> None:
-        if num_clips < 1:
-            raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
+        for name, value in (("num_clips", num_clips), ("num_captions", num_captions)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self.num_frames, self.height, self.width = num_frames, height, width
         self.seed, self.num_clips, self.held_out = seed, num_clips, held_out
+        self.num_captions = num_captions
         draw_scene(self.scene(0), min(num_frames, 1), height, width)  # refuses what cannot be drawn
 
     def __len__(self) -> int:
@@ -235,17 +239,20 @@ class MovingScenes(Dataset[ScenesItem]):
             items.append(SceneObject(shape, color, _pick(rng, SIZES), direction, _pick(rng, SPEEDS)))
         return Scene(items[0], items[1], _pick(rng, RELATIONS), _pick(rng, BACKGROUNDS))
 
-    def captions(self, index: int, count: int = 1) -> list[str]:
-        """Describe a clip in `count` ways, of which some may be equal."""
+    def captions(self, index: int, count: int | None = None) -> list[str]:
+        """Describe a clip in `count` ways, by default `num_captions`, of which some may be equal.
+
+        The first ones do not depend on how many are asked for.
+        """
         rng = np.random.default_rng([self.seed, index, 2])
         scene = self.scene(index)
-        return [describe_scene(scene, rng) for _ in range(count)]
+        return [describe_scene(scene, rng) for _ in range(count or self.num_captions)]
 
     def __getitem__(self, index: int) -> ScenesItem:
         if not 0 <= index < self.num_clips:
             raise IndexError(f"`index` must be from 0 to {self.num_clips - 1}, got {index}.")
         pixels = draw_scene(self.scene(index), self.num_frames, self.height, self.width, self.seed, index)
-        return ScenesItem(pixels, self.captions(index)[0])
+        return ScenesItem(pixels, self.captions(index, 1)[0])
 
 
 def write_scenes(

@@ -127,6 +127,10 @@ class MovingShapes(Dataset[ShapesItem]):
         block, place = divmod(index, NUM_CLASSES)
         return int(np.random.default_rng([self.seed, block]).permutation(NUM_CLASSES)[place])
 
+    def captions(self, index: int) -> list[str]:
+        """Describe a clip, without drawing it."""
+        return [caption(self.label(index))]
+
     def __getitem__(self, index: int) -> ShapesItem:
         if not 0 <= index < self.num_clips:
             raise IndexError(f"`index` must be from 0 to {self.num_clips - 1}, got {index}.")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
 from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
-from .metadata import METADATA_NAMES, decode_text, find_metadata, read_caption, read_metadata
+from .metadata import METADATA_NAMES, decode_text, find_metadata, read_captions, read_metadata
 
 
 _MAGIC = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -30,7 +30,7 @@ class VideoSource(Protocol):
         ...
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """Return `file_name` and the columns of the metadata file, or the caption or other metadata beside it."""
+        """Return `file_name` and the columns of the metadata file, or the captions or other metadata beside it."""
         ...
 
     def open(self, number: int) -> AbstractContextManager[Path]:
@@ -41,8 +41,8 @@ class VideoSource(Protocol):
 class FileSource:
     """The videos and images below a folder, or those that its metadata file lists, with its other columns.
 
-    A file is a list of one, and so are frames by a pattern (`f_%04d.png`). Without a metadata file, the caption of
-    `clip.mp4` is what `clip.txt` beside it says.
+    A file is a list of one, and so are frames by a pattern (`f_%04d.png`). Without a metadata file, the captions of
+    `clip.mp4` are the lines of `clip.txt` beside it: `caption` if it is one, `captions` if there are several.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,9 +71,11 @@ class FileSource:
         if self.rows is not None:
             return dict(self.rows[number])
         path = self.paths[number]
-        caption = read_caption(path)
-        row = {"file_name": path.relative_to(self.folder).as_posix()}
-        return row if caption is None else row | {"caption": caption}
+        captions = read_captions(path)
+        row: dict[str, Any] = {"file_name": path.relative_to(self.folder).as_posix()}
+        if not captions:
+            return row
+        return row | ({"caption": captions[0]} if len(captions) == 1 else {"captions": list(captions)})
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:

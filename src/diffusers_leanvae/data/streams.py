@@ -328,6 +328,8 @@ def _write(example: dict[str, Any], column: str, folder: Path, number: int) -> d
     else:
         _download(origin, path)
     row = {}
+    if isinstance(example.get("json"), dict):  # of a tar file; its keys are columns, as of local ones
+        example = example.pop("json") | example
     for name, cell in example.items():
         try:
             row[name] = json.loads(json.dumps(cell))
