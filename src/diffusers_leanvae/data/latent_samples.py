@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..text_encoders import TextEmbeddings
 from .datasets import ClipDataset
 from .named import NamedDataset
 from .schedule import ALONE, Share, StepBatches, StepSchedule
@@ -34,7 +35,7 @@ class LatentBatch(NamedTuple):
     index: torch.Tensor
     num_skipped: int
     captions: list[str] | None = None
-    text: Any = None
+    text: TextEmbeddings | None = None
 
 
 class _Values(NamedTuple):
