@@ -39,13 +39,13 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 def run(model, output, options, dies):
     torch.set_num_threads(1)
-    write = latent_cache._write
+    write = latent_cache.write_whole
     def killed(path, content):
         if dies and path.name.startswith("latents-00002"):
             partial_path(path, "partial").write_bytes(content[:99])
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
-    latent_cache._write = killed
+    latent_cache.write_whole = killed
     latent_cache.encode_dataset(AutoencoderKLLeanVAE.from_pretrained(model), "shapes", output, **options)
 
 if __name__ == "__main__":

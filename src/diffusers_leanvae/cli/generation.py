@@ -131,7 +131,10 @@ def encode_dataset(
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the latents; an unfinished one is resumed.")
+        str,
+        typer.Argument(
+            metavar="OUT", help="Folder for the latents, here or at a URL (s3://...); an unfinished one is resumed."
+        ),
     ],
     model: Model = bundled.DEFAULT,
     clip_size: Annotated[

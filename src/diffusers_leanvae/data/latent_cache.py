@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ..atomic import replace_file
 from ..checks import check_choice, parse_dtype
 from ..latents import encode_batch, measure_statistics
 from ..launching import start_accelerator
@@ -26,6 +25,7 @@ from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
+from .storage import AnyPath, fetched, open_path, write_whole
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def encode_dataset(
         vae: The autoencoder; it is moved to the device of the process, and works in its own dtype.
         source: `"shapes"` or `"scenes"`; a named data set as `"ucf101:folder"` (`named.NAMED_DATASETS`); or what
             `open_training_data` takes: a folder, tar shards, or a stream.
-        output: Folder to write.
+        output: Folder to write, here or at a URL such as `"s3://bucket/latents"`, see `storage.open_path`.
         clip_size: `[num_frames, height, width]`, legal for `vae`; square for named data sets.
         num_crops: Clips per video, each at a random place and time (named data sets: time).
         flip: `"none"`; `"random"`: mirror every other clip; `"both"`: store every clip as it is and mirrored;
@@ -130,12 +130,13 @@ def encode_dataset(
         num_captions,
     )
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
+    folder = open_path(output)
     try:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise ImportError('Encoding needs accelerate: pip install "diffusers-leanvae[train]".') from error
     clips = open_clip_list(selection, num_workers)
-    _latent_shape(vae, selection.clip_size)  # refuses what cannot be encoded, before anything is written
+    shape = _latent_shape(vae, selection.clip_size)  # refuses what cannot be encoded, before anything is written
     settings = {
         "version": CACHE_VERSION,
         **asdict(selection),
@@ -146,7 +147,6 @@ def encode_dataset(
     }
     # A process may have to wait for the slowest one's last shard.
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
-    folder = Path(output)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _begin(folder, settings)
@@ -160,14 +160,14 @@ def encode_dataset(
         numbers = range(number * size, min((number + 1) * size, len(clips)))
         if not paths[number].exists():
             latents, rows = _encode(vae, clips.read(numbers), selection, options, device)
-            _write(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
+            write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
         if progress is not None:
             progress(len(numbers))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / "index.json").exists():
-        _finish(folder, paths, clips, is_doubled=selection.flip == "both")
+        _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")
     accelerator.wait_for_everyone()
-    return LatentFolder(folder)
+    return LatentFolder(output)
 
 
 def _encode(
@@ -227,12 +227,12 @@ def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
+def _begin(folder: AnyPath, settings: dict[str, Any]) -> None:
     """Write the settings of a new cache, or refuse settings other than those it was begun with."""
     path = folder / "settings.json"
     text = json.dumps(settings, indent=2) + "\n"
     if not path.exists():
-        _write(path, text.encode())
+        write_whole(path, text.encode())
     begun = json.loads(path.read_text(encoding="utf-8"))
     new = json.loads(text)
     different = [key for key in {**begun, **new} if begun.get(key) != new.get(key)]
@@ -244,36 +244,34 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _finish(folder: Path, paths: list[Path], clips: ClipList, is_doubled: bool) -> None:
+def _finish(
+    folder: AnyPath, paths: Sequence[AnyPath], clips: ClipList, shape: Sequence[int], is_doubled: bool
+) -> None:
     """Write statistics and index, the index last: it marks the cache as complete."""
-    shards = [open_shard(path) for path in paths]
-    counts = [len(shard.rows) for shard in shards]
+    counts, encoded = [], set()
+
+    def latents() -> Iterator[torch.Tensor]:
+        for path in paths:
+            with fetched(path) as local:
+                shard = open_shard(local)
+                counts.append(len(shard.rows))
+                encoded.update(row["name"] for row in shard.rows)
+                for row in range(len(shard.rows)):
+                    yield shard.latents(row)[None]
+
+    mean, std = measure_statistics(latents(), shape[0])
     if not sum(counts):
         raise ValueError(f"`source` must hold at least one usable clip, got none of {len(clips)}.")
-    first = next(shard for shard in shards if shard.rows).latents(0)
-
-    def batches() -> Iterator[torch.Tensor]:
-        for shard in shards:
-            for row in range(len(shard.rows)):
-                yield shard.latents(row)[None]
-
-    mean, std = measure_statistics(batches(), first.shape[0])
     statistics = {"mean": mean, "std": std, "num_items": sum(counts)}
     num_skipped = len(clips) - sum(counts) // (2 if is_doubled else 1)
-    encoded = {row["name"] for shard in shards for row in shard.rows}
     names = map(clips.name, range(len(clips))) if num_skipped else ()
     index = {
         "num_items": sum(counts),
         "num_skipped": num_skipped,
         "skipped": [name for name in names if name not in encoded],
-        "shape": list(first.shape),
+        "shape": list(shape),
         "class_names": None if clips.class_names is None else list(clips.class_names),
         "shards": [{"file_name": path.name, "num_items": count} for path, count in zip(paths, counts, strict=True)],
     }
-    _write(folder / "statistics.json", (json.dumps(statistics, indent=2) + "\n").encode())
-    _write(folder / "index.json", (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replace_file(path) as partial:
-        partial.write_bytes(content)
+    write_whole(folder / "statistics.json", (json.dumps(statistics, indent=2) + "\n").encode())
+    write_whole(folder / "index.json", (json.dumps(index, indent=2) + "\n").encode())

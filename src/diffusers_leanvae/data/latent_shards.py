@@ -1,5 +1,6 @@
 """Shards of latents on disk, in two formats, and [`LatentFolder`], which reads a folder of them."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
+
+from .storage import local_copy, open_path
 
 
 FileFormat = Literal["safetensors", "webdataset"]
@@ -29,6 +32,11 @@ class LatentItem(NamedTuple):
 class LatentFolder(Dataset[LatentItem]):
     """Latents that `encode_dataset` wrote, read through memory maps: opening is free, an item costs its own bytes.
 
+    Shards at a URL are copied to this machine when an item of theirs is asked for, see `storage.local_copy`.
+
+    Args:
+        path: A folder, or a URL such as `"s3://bucket/latents"`, see `storage.open_path`.
+
     Attributes:
         class_names: Names of the classes, or `None`.
         statistics: `mean` and `std`, a number per channel, and `num_items`.
@@ -40,11 +48,11 @@ class LatentFolder(Dataset[LatentItem]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = open_path(path)
         try:
-            self.settings = json.loads((self.path / "settings.json").read_text(encoding="utf-8"))
-            self.index = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
-            self.statistics = json.loads((self.path / "statistics.json").read_text(encoding="utf-8"))
+            names = ("settings", "index", "statistics")
+            texts = [(self.path / f"{name}.json").read_text(encoding="utf-8") for name in names]
+            self.settings, self.index, self.statistics = map(json.loads, texts)
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"`path` must be a finished folder of `leanvae encode-dataset`, got {str(path)!r}: {error}."
@@ -58,6 +66,7 @@ class LatentFolder(Dataset[LatentItem]):
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         self._ends = np.cumsum([shard["num_items"] for shard in self.index["shards"]])
         self._shards: dict[int, Shard] = {}
+        self._key = hashlib.sha256("".join([str(self.path), *texts]).encode()).hexdigest()[:32]  # of local copies
 
     def __len__(self) -> int:
         return self.index["num_items"]
@@ -83,7 +92,7 @@ class LatentFolder(Dataset[LatentItem]):
         number = int(np.searchsorted(self._ends, index, side="right"))
         if number not in self._shards:
             described = self.index["shards"][number]
-            self._shards[number] = open_shard(self.path / described["file_name"])
+            self._shards[number] = open_shard(local_copy(self.path / described["file_name"], self._key))
         return self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
 
     def __getstate__(self) -> dict[str, Any]:

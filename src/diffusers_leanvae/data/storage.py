@@ -1,0 +1,164 @@
+"""Folders on this machine or at a URL: a `pathlib.Path`, or a `RemotePath` with a few of its methods, by fsspec.
+
+A file appears whole in both, or not at all.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import cached_assets_path
+
+from ..atomic import replace_file
+from ..checks import reason_of
+
+
+# Stores in which an upload is an object when it is complete, and nothing before.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "cos", "obs", "oci", "r2", "hf", "memory"}
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder in a file system of fsspec.
+
+    Args:
+        file_system: An `fsspec.AbstractFileSystem`.
+        path: Its path there, without the protocol.
+    """
+
+    file_system: Any
+    path: str
+
+    def __str__(self) -> str:
+        return self.file_system.unstrip_protocol(self.path)
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.file_system, f"{self.path.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    @property
+    def is_object(self) -> bool:
+        protocol = self.file_system.protocol
+        return not _OBJECT_STORES.isdisjoint((protocol,) if isinstance(protocol, str) else protocol)
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        if not self.is_object:  # object stores have no folders
+            self.file_system.makedirs(self.path, exist_ok=exist_ok)
+
+    def exists(self) -> bool:
+        self.file_system.invalidate_cache()  # other processes write here, too
+        return self.file_system.exists(self.path)
+
+    def read_bytes(self) -> bytes:
+        """Read a file.
+
+        Raises:
+            OSError: Whatever fails.
+        """
+        self.file_system.invalidate_cache()
+        with _as_os_error(self):
+            return self.file_system.cat_file(self.path)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def replace(self, content: bytes) -> None:
+        """Write a file that appears when it is whole."""
+        with _as_os_error(self):
+            if self.is_object:
+                self.file_system.pipe_file(self.path, content)
+                return
+            front, _, name = self.path.rpartition("/")
+            partial = f"{front}/.{name}.partial"
+            self.file_system.pipe_file(partial, content)
+            self.file_system.mv(partial, self.path)
+
+    def download(self, target: Path) -> None:
+        """Copy a file to this machine."""
+        self.file_system.invalidate_cache()
+        with _as_os_error(self):
+            self.file_system.get_file(self.path, str(target))
+
+
+AnyPath = Path | RemotePath
+
+
+def open_path(place: str | Path | RemotePath) -> AnyPath:
+    """Return the path that a name or a URL stands for; `file://` is this machine.
+
+    Raises:
+        ValueError: If fsspec does not know the protocol of a URL.
+        ImportError: If the package that knows it is not installed, such as s3fs for `s3://`.
+    """
+    if not isinstance(place, str) or "://" not in place:
+        return Path(place) if isinstance(place, str) else place
+    import fsspec.core  # comes with torch and huggingface_hub
+
+    try:
+        file_system, path = fsspec.core.url_to_fs(place)
+    except ImportError as error:
+        raise ImportError(f"{place!r} cannot be reached without another package: {reason_of(error)}.") from error
+    except ValueError as error:
+        raise ValueError(f"A URL must have a protocol of fsspec, got {place!r}: {reason_of(error)}.") from error
+    is_local = "file" in file_system.protocol
+    return Path(path) if is_local else RemotePath(file_system, path)
+
+
+def write_whole(path: AnyPath, content: bytes) -> None:
+    """Write a file, which appears under its name when it is complete, and replaces a former one in one step."""
+    if isinstance(path, RemotePath):
+        path.replace(content)
+        return
+    with replace_file(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def fetched(path: AnyPath) -> Iterator[Path]:
+    """Give a file of this machine with the content of a path, inside the `with` block."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
+        local = Path(folder, path.name)
+        path.download(local)
+        yield local
+
+
+def local_copy(path: AnyPath, key: str) -> Path:
+    """Return a file of this machine with the content of a path: itself, or a copy, which is kept.
+
+    Copies lie in the assets of the Hub's cache (`HF_ASSETS_CACHE`), once for all processes.
+
+    Args:
+        path: The file.
+        key: A name for copies that is another one when the content is.
+    """
+    if isinstance(path, Path):
+        return path
+    local = cached_assets_path("diffusers_leanvae", "latents", key) / path.name
+    if not local.exists():
+        with replace_file(local) as partial:
+            path.download(partial)
+    return local
+
+
+@contextmanager
+def _as_os_error(path: RemotePath) -> Iterator[None]:
+    """Let errors of a file system, of which each has its own, be those of a file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{str(path)!r} cannot be reached: {reason_of(error)}") from error

@@ -1,0 +1,159 @@
+"""Latents at URLs: the same files as on disk, each of them whole or not there, and the same items."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import huggingface_hub.utils._cache_assets as assets
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from torch.utils.data import DataLoader
+
+from diffusers_leanvae.data.latent_cache import encode_dataset
+from diffusers_leanvae.data.latent_samples import LatentData
+from diffusers_leanvae.data.latent_shards import LatentFolder
+from diffusers_leanvae.data.storage import RemotePath, open_path, write_whole
+
+
+OPTIONS = {"num_clips": 10, "seed": 3, "clip_size": (5, 16, 24), "shard_size": 4, "batch_size": 3}
+
+
+class PlainFileSystem(MemoryFileSystem):
+    """Files that grow under their names while they are written, as over SSH."""
+
+    protocol = "plain"
+    store: dict[str, Any] = {}
+    fails = False
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        super().pipe_file(path, value[:9], **options)
+        if self.fails:
+            raise RuntimeError("connection lost")
+        super().pipe_file(path, value, **options)
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty memory, the file system above, and copies in a folder of the test."""
+    monkeypatch.setattr(assets, "HF_ASSETS_CACHE", str(tmp_path / "copies"))
+    fsspec.register_implementation("plain", PlainFileSystem, clobber=True)
+    yield
+    for file_system in (MemoryFileSystem, PlainFileSystem):
+        file_system.store.clear()
+        file_system.pseudo_dirs[:] = [""]
+    PlainFileSystem.fails = False
+
+
+@pytest.fixture(scope="module")
+def vae(make_model) -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def local(vae, tmp_path_factory: pytest.TempPathFactory) -> LatentFolder:
+    return encode_dataset(vae, "shapes", tmp_path_factory.mktemp("cache"), **OPTIONS)
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """All files below a URL, hidden ones too."""
+    file_system, path = fsspec.core.url_to_fs(url)
+    return {file.rpartition("/")[2]: file_system.cat_file(file) for file in file_system.find(path)}
+
+
+def copies(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("protocol", ["memory", "plain", "file"])
+@pytest.mark.parametrize("file_format", ["safetensors", "webdataset"])
+def test_latents_at_a_url_are_those_on_disk(protocol: str, file_format: Any, vae, local: LatentFolder, tmp_path: Path):
+    url = (tmp_path / "there").as_uri() if protocol == "file" else f"{protocol}://bucket/there"
+    options = OPTIONS | {"file_format": file_format}
+    written = encode_dataset(vae, "shapes", url, **options)
+    expected = encode_dataset(vae, "shapes", tmp_path / "here", **options)
+    assert contents(url) == {path.name: path.read_bytes() for path in expected.path.iterdir()}
+    assert isinstance(written.path, Path) == (protocol == "file")
+    assert copies(tmp_path / "copies") == []  # measuring statistics leaves nothing
+    for index in range(10):
+        assert torch.equal(written[index].latents, local[index].latents)
+        assert written[index][1:] == local[index][1:] and written.name(index) == local.name(index)
+    shards = [] if protocol == "file" else [path.name for path in sorted(expected.path.glob("latents-*"))]
+    assert copies(tmp_path / "copies") == shards
+    read = [item.latents[0] for item in DataLoader(written, num_workers=1)]
+    assert all(torch.equal(latents, local[index].latents) for index, latents in enumerate(read))
+    data = LatentData(LatentFolder(url), has_latents=True)
+    assert data.stored is not None and torch.equal(data.stored[0][7], local[7].latents)
+
+
+def test_a_lost_connection_leaves_no_half_file_and_the_next_run_resumes(vae, tmp_path: Path):
+    here = encode_dataset(vae, "shapes", tmp_path / "here", **OPTIONS).path
+    url = "plain://bucket/there"
+
+    def lose_connection(_: int) -> None:
+        PlainFileSystem.fails = True
+
+    with pytest.raises(OSError, match="latents-00001.safetensors' cannot be reached: connection lost"):
+        encode_dataset(vae, "shapes", url, progress=lose_connection, **OPTIONS)
+    found = contents(url)
+    assert set(found) == {"settings.json", "latents-00000.safetensors", ".latents-00001.safetensors.partial"}
+    assert all(found[name] == (here / name).read_bytes() for name in found if not name.startswith("."))
+    with pytest.raises(
+        ValueError, match="`path` must be a finished folder of `leanvae encode-dataset`, got 'plain://"
+    ):
+        LatentFolder(url)
+    PlainFileSystem.fails = False
+    first = open_path(f"{url}/latents-00000.safetensors")
+    assert isinstance(first, RemotePath)
+    created = first.file_system.created(first.path)
+    encode_dataset(vae, "shapes", url, **OPTIONS)
+    assert contents(url) == {path.name: path.read_bytes() for path in here.iterdir()}
+    assert first.file_system.created(first.path) == created  # what was whole is not written again
+    with pytest.raises(ValueError, match="same settings, got 'plain://bucket/there', where `seed` was 3"):
+        encode_dataset(vae, "shapes", url, **OPTIONS | {"seed": 4})
+
+
+def test_copies_follow_what_is_at_the_url(vae, local: LatentFolder):
+    url = "memory://bucket/there"
+    assert torch.equal(encode_dataset(vae, "shapes", url, **OPTIONS)[0].latents, local[0].latents)
+    MemoryFileSystem.store.clear()
+    again = encode_dataset(vae, "shapes", url, **OPTIONS | {"seed": 4})[0].latents
+    assert not torch.equal(again, local[0].latents)
+    MemoryFileSystem.store.clear()
+    assert torch.equal(encode_dataset(vae, "shapes", url, **OPTIONS)[0].latents, local[0].latents)
+
+
+def test_paths():
+    assert open_path("a/b") == Path("a/b") and open_path(Path("a")) == Path("a")
+    assert open_path("file:///a/b") == Path("/a/b")
+    path = open_path("memory://bucket/a.b/c.tar")
+    assert isinstance(path, RemotePath)
+    assert (str(path), path.name, path.suffix) == ("memory:///bucket/a.b/c.tar", "c.tar", ".tar")
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError):
+        path.read_bytes()
+    write_whole(path, b"one")
+    write_whole(path, b"two")
+    assert path.exists() and path.read_text() == "two"
+
+
+def test_urls_that_cannot_be_reached_are_named():
+    with pytest.raises(ValueError, match="A URL must have a protocol of fsspec, got 'nowhere://a'"):
+        open_path("nowhere://a")
+    # Of the packages for stores none is needed here, and some may be there: they are hidden from a fresh process.
+    script = """
+import sys
+sys.modules["s3fs"] = None
+from diffusers_leanvae.data.storage import open_path
+try:
+    open_path("s3://bucket/latents")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == (
+        "'s3://bucket/latents' cannot be reached without another package: Install s3fs to access S3.\n"
+    ), done.stderr
