@@ -13,7 +13,9 @@ Of each pipeline, with each guidance scale, the shares of videos
 - `found`: two objects are there; the rest counts what is not found as wrong;
 and of objects (relation and background: of videos) the share that is right in each property, and of those with a
 held-out look the share that is right in all. Beside them the same scenes as drawn, and through the pipeline's
-autoencoder: what the detector, and the latents, allow. Writes `results/bench_scenes.json`, after every row.
+autoencoder: what the detector, and the latents, allow. The latter is to be known before training: of 60 scenes of
+64x64 pixels 43 % came through compact-4ch with both objects right and 78 % through compact-16ch, of 40 scenes of 96x96
+pixels 88 % and 95 %. Writes `results/bench_scenes.json`, after every row.
 """
 
 import argparse

@@ -26,6 +26,7 @@ from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
+from .lora import LoraLoaderMixin
 from .schedulers import guide_noise
 
 
@@ -154,7 +155,7 @@ def add_noise(
     return scheduler.add_noise(latents, noise, timesteps)
 
 
-class LatentVideoPipeline(DiffusionPipeline):
+class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     """Base of the pipelines, which have a `vae`, a `transformer` and a `scheduler`, and prepare their condition."""
 
     model_cpu_offload_seq = "transformer->vae"

@@ -1,0 +1,124 @@
+"""Low-rank adapters of the pipelines: loaded, weighed, fused and saved, in diffusers' form."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LatteTransformer3DModel
+from safetensors import safe_open
+from tiny import seeded
+
+from diffusers_leanvae.generation.lora import save_lora
+
+
+peft = pytest.importorskip("peft", reason="adapters need peft (extra: lora)")
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def add_adapter(transformer: Any, seed: int = 0, **options: Any) -> None:
+    """Add an adapter that is not zero, and whose output is scaled by 3 / 2."""
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["to_q", "to_v"], "init_lora_weights": False} | options
+    with seeded(seed):
+        transformer.add_adapter(peft.LoraConfig(**config))
+
+
+def run(case: Any, pipeline: Any) -> torch.Tensor:
+    return case.run(pipeline, output_type="latent")
+
+
+@pytest.fixture
+def folder(case, tmp_path: Path) -> Path:
+    transformer = case.components()["transformer"]
+    add_adapter(transformer)
+    save_lora(transformer, tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_adapters_are_loaded_weighed_and_unloaded(case, folder: Path):
+    pipeline, adapted = case.pipeline(), case.pipeline()
+    plain = run(case, pipeline)
+    add_adapter(adapted.transformer)
+    expected = run(case, adapted)
+    assert (expected - plain).abs().max() > 0.01
+    pipeline.load_lora_weights(folder, adapter_name="one")
+    assert torch.equal(run(case, pipeline), expected)
+    pipeline.set_adapters("one", 0.5)
+    half = run(case, pipeline)
+    assert (half - plain).abs().max() > 0.005 and (half - expected).abs().max() > 0.005
+    pipeline.set_adapters("one", 0.0)
+    close(run(case, pipeline), plain, atol=1e-5)
+    pipeline.set_adapters("one", 1.0)
+    pipeline.disable_lora()
+    assert torch.equal(run(case, pipeline), plain)
+    pipeline.enable_lora()
+    assert torch.equal(run(case, pipeline), expected)
+    pipeline.unload_lora_weights()
+    assert torch.equal(run(case, pipeline), plain) and pipeline.get_list_adapters() == {}
+    assert not [name for name in pipeline.transformer.state_dict() if "lora" in name]
+
+
+def test_adapters_are_added_up(case, folder: Path, tmp_path: Path):
+    other = case.components()["transformer"]
+    add_adapter(other, seed=1, target_modules=["to_k"])
+    save_lora(other, tmp_path / "other")
+    pipeline = case.pipeline()
+    for name, place in (("one", folder), ("other", tmp_path / "other")):
+        pipeline.load_lora_weights(place, adapter_name=name)
+    assert pipeline.get_list_adapters() == {"transformer": ["one", "other"]}
+    pipeline.set_adapters(["one", "other"], [1.0, 0.5])
+    both = run(case, pipeline)
+    for name in ("one", "other"):
+        pipeline.set_adapters(name)
+        assert pipeline.get_active_adapters() == [name] and (run(case, pipeline) - both).abs().max() > 0.005
+    pipeline.delete_adapters("other")
+    assert pipeline.get_list_adapters() == {"transformer": ["one"]}
+
+
+def test_fused_adapters_are_weights_like_others(case, folder: Path, tmp_path: Path):
+    pipeline = case.pipeline()
+    plain = run(case, pipeline)
+    pipeline.load_lora_weights(folder)
+    expected = run(case, pipeline)
+    pipeline.fuse_lora()
+    close(run(case, pipeline), expected, atol=1e-4)
+    pipeline.unfuse_lora()
+    close(run(case, pipeline), expected, atol=1e-4)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    fused = run(case, pipeline)
+    close(fused, expected, atol=1e-4)
+    assert (fused - plain).abs().max() > 0.01
+    pipeline.save_pretrained(tmp_path / "fused")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "fused")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(case, loaded), fused)
+
+
+def test_the_file_is_one_of_diffusers(case, folder: Path):
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    with safe_open(folder / FILE, "pt") as file:
+        assert all(name.startswith("transformer.") for name in file.keys())  # noqa: SIM118
+        assert '"transformer.lora_alpha": 3' in file.metadata()["lora_adapter_metadata"]
+    pipeline = case.pipeline()
+    pipeline.load_lora_weights(folder)
+    expected, transformer = run(case, pipeline), case.components()["transformer"]
+    transformer.load_lora_adapter(folder, weight_name=FILE, adapter_name="x")
+    assert torch.equal(run(case, case.pipeline(transformer=transformer)), expected)
+    transformer.save_lora_adapter(folder / "bare", "x")
+    with pytest.raises(ValueError, match=r"names that begin with `transformer.`, got \w*transformer_blocks"):
+        pipeline.load_lora_weights(folder / "bare")
+    with pytest.raises(ValueError, match="`adapter_name` must be one of x, got 'default'"):
+        save_lora(transformer, folder)
+
+
+def test_components_keep_their_class(text_case):
+    pipeline = text_case.pipeline()
+    assert type(pipeline.transformer) is LatteTransformer3DModel
+    again = pickle.loads(pickle.dumps(pipeline.transformer))
+    assert torch.equal(run(text_case, text_case.pipeline(transformer=again)), run(text_case, pipeline))
