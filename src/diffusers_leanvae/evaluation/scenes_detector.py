@@ -17,6 +17,7 @@ from .shapes_detector import direction_of, nearest_hue, straight_way, unit_video
 
 
 _MIN_DISTANCE = 0.2  # of RGB in [0, 1], between an object and the background
+_LARGER_DISTANCES = (0.3, 0.4)  # where blur joins two objects that are near each other
 _HUES = {"red": 0.0, "yellow": 57.0, "blue": 225.0}
 _GROUND_HUES = {"green": 130.0}
 _SIZE_BOUND = (SIZE_RANGES["small"][1] + SIZE_RANGES["large"][0]) / 2
@@ -118,12 +119,11 @@ def _follow(difference: torch.Tensor) -> list[torch.Tensor] | None:
     tracks: list[list[torch.Tensor]] = [[], []]
     centers: list[tuple[float, float]] = []
     for frame, label in zip(distance, labels, strict=True):
-        numbers, counts = label[label > 0].unique(return_counts=True)
-        large = counts.argsort(descending=True)[:2]
-        smallest = 0.002 * frame.numel()
-        if len(large) < 2 or counts[large[1]] < smallest or (counts.sum() - counts[large].sum()) > 0.3 * counts.sum():
+        masks = _two_largest(label)
+        for bound in _LARGER_DISTANCES:
+            masks = masks or _two_largest(_label(frame[None] > bound)[0])
+        if masks is None:
             return None
-        masks = [(label == numbers[place]).float() for place in large]
         # The rim belongs to an object as far as it differs from the background, relative to the object's inside.
         weights = []
         for mask in masks:
@@ -140,6 +140,16 @@ def _follow(difference: torch.Tensor) -> list[torch.Tensor] | None:
         for track, weight in zip(tracks, weights, strict=True):
             track.append(weight)
     return [torch.stack(track) for track in tracks]
+
+
+def _two_largest(label: torch.Tensor) -> list[torch.Tensor] | None:
+    """Return the masks of the two largest regions of a frame; `None` if there is one only, or much besides them."""
+    numbers, counts = label[label > 0].unique(return_counts=True)
+    large = counts.argsort(descending=True)[:2]
+    smallest = 0.002 * label.numel()
+    if len(large) < 2 or counts[large[1]] < smallest or (counts.sum() - counts[large].sum()) > 0.3 * counts.sum():
+        return None
+    return [(label == numbers[place]).float() for place in large]
 
 
 def _label(mask: torch.Tensor) -> torch.Tensor:
