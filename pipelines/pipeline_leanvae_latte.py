@@ -32,6 +32,8 @@ class LeanVAELattePipeline(LatentVideoPipeline):
             [`generation.schedulers.make_scheduler`]; for models trained by flow matching
             `FlowMatchEulerDiscreteScheduler`.
         id2label: Name of each class. Several names of one class are separated by commas. Saved with the pipeline.
+        clean_given_frames: Whether the transformer was trained to be given first frames without noise; otherwise those
+            of `image`, and of windows, get the noise of the others. Saved with the pipeline.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -43,12 +45,16 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         transformer: LeanVAELatteTransformer3DModel,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | dict[int, str] | None = None,
+        clean_given_frames: bool = False,
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         # The index of a saved pipeline is JSON, which turns the ids into strings.
         id2label = None if id2label is None else {int(key): name for key, name in id2label.items()}
-        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        self.register_to_config(
+            id2label=None if id2label is None else {str(k): v for k, v in id2label.items()},
+            clean_given_frames=clean_given_frames,
+        )
         self.labels = {
             name.strip(): key for key, names in sorted((id2label or {}).items()) for name in names.split(",")
         }

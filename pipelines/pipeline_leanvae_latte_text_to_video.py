@@ -17,7 +17,7 @@ from diffusers_leanvae.generation.pipeline import (
     VideoInput,
 )
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
-from diffusers_leanvae.text_encoders import check_length, encode_tokens, tokenize
+from diffusers_leanvae.text_encoders import TextEmbeddings, check_length, encode_tokens, text_arguments, tokenize
 
 
 class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
@@ -33,6 +33,8 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         vae: Any video autoencoder of this package.
         transformer: The transformer.
         scheduler: Any scheduler of diffusers that fits the training.
+        clean_given_frames: Whether the transformer was trained to be given first frames without noise; otherwise those
+            of `image`, and of windows, get the noise of the others. Saved with the pipeline.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -53,11 +55,13 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         vae: VideoAutoencoder,
         transformer: LatteTransformer3DModel,
         scheduler: SchedulerMixin,
+        clean_given_frames: bool = False,
     ):
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
+        self.register_to_config(clean_given_frames=clean_given_frames)
         self._set_up()
 
     tokenizer: Any
@@ -71,11 +75,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         if self.do_classifier_free_guidance:
             embeds = torch.cat([tensors["negative_prompt_embeds"], embeds])
             mask = torch.cat([tensors["negative_prompt_attention_mask"], mask])
-        # The transformer takes a mask only as a bias of its spatial blocks, whose batch is one of frames. With it a
-        # prompt means the same in every batch; multiplying embeddings by the mask would leave keys of padding.
-        bias = (1 - mask.to(self.transformer.dtype)) * -10000.0
-        bias = bias.repeat_interleave(num_latent_frames, dim=0).unsqueeze(1)  # (B * F, 1, length)
-        return {"encoder_hidden_states": embeds.to(self.transformer.dtype), "encoder_attention_mask": bias}
+        return text_arguments(TextEmbeddings(embeds.to(self.transformer.dtype), mask), num_latent_frames)
 
     def _encode_text(
         self, texts: list[str], device: torch.device, max_sequence_length: int | None

@@ -9,6 +9,8 @@ Several GPUs; the second line also starts two processes on CPU:
     accelerate launch training/train_lvdm.py training/configs/lvdm_ucf101_4ch.yaml data.path=path/to/latents
     torchrun --nproc_per_node 2 training/train_lvdm.py training/configs/lvdm_shapes_mini.yaml data.path=path/to/latents
 
+The model is unconditional, of classes (`num_classes`), or of texts (`text`).
+
 The recipe is a YAML file; `key=value` after it overrides one entry. The output folder receives
 
     recipe.yaml         the recipe with every default and override resolved
@@ -16,8 +18,8 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
     validation.jsonl    denoising losses of held-out latents at fixed noise levels, every `validation.every` steps
     validation/         generated videos, a grid in one mp4
     checkpoints/        everything needed to resume; the same command resumes from the newest one
-    pipeline/           autoencoder, averaged transformer, scheduler and names of the classes, with a card, for
-                        `DiffusionPipeline.from_pretrained`
+    pipeline/           autoencoder, averaged transformer, scheduler and names of the classes, or tokenizer and text
+                        encoder, with a card, for `DiffusionPipeline.from_pretrained`
 
 A run that is killed at any moment and started again gives the numbers of one that was not: whatever is random follows
 from the seed and the sample's number, and nothing else is remembered outside the checkpoint.
@@ -26,9 +28,11 @@ from the seed and the sample's number, and nothing else is remembered outside th
 import contextlib
 import copy
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -42,8 +46,9 @@ from diffusers_leanvae.data import ClipOptions, Share, StepSchedule, open_clip_d
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
+from diffusers_leanvae.data.scenes import MovingScenes
 from diffusers_leanvae.data.shapes import MovingShapes
-from diffusers_leanvae.generation.pipeline import LatentVideoPipeline
+from diffusers_leanvae.generation.pipeline import LatentVideoPipeline, Transformer
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
 from diffusers_leanvae.loading import load_autoencoder, load_transformer
@@ -56,17 +61,19 @@ from diffusers_leanvae.losses.representation import (
 )
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
-from diffusers_leanvae.trainer.denoising_validation import measure_losses, write_samples
-from diffusers_leanvae.trainer.draws import draw_step, drop_labels
+from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
+from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
+from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.text_conditioning import Captions, TextRecipe, build_text_transformer, open_captions
 from diffusers_leanvae.video_io.pixels import as_sample
 
 
 # Of `optimizer.name: muon`: layers on the condition, of which a batch has too few to know their covariance, and the
 # layer on top, which starts from zero.
-ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "linear_1", "linear_2", "proj_out")
+ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "adaln_single.linear", "linear_1", "linear_2", "proj_out")
 
 
 # --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------
@@ -76,7 +83,9 @@ ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "linear_1", "linear_2", "proj
 class DataRecipe:
     """Cached latents, or clips that are encoded on the fly."""
 
-    kind: Literal["latents", "videos", "shapes", "ucf101", "skytimelapse", "ffs", "taichi", "videofolder"] = "latents"
+    kind: Literal[
+        "latents", "videos", "shapes", "scenes", "ucf101", "skytimelapse", "ffs", "taichi", "videofolder"
+    ] = "latents"
     # Of "latents": a folder that `leanvae encode-dataset` wrote; of "videos": what `open_training_data` takes, clips
     # cut at random without labels; of the named data sets: their folder, see `open_named_dataset`.
     path: str | None = None
@@ -86,8 +95,10 @@ class DataRecipe:
     short_side: int | None = None  # of "videos": larger ones are scaled down to it
     sampling: Literal["exact", "reference"] = "exact"  # of named data sets
     num_draws: int = 16  # of named data sets: different clips per video
-    num_clips: int = 10_000  # of "shapes"
-    seed: int = 0  # of "shapes" and named data sets: what is drawn
+    num_clips: int = 10_000  # of "shapes" and "scenes"
+    num_captions: int = 1  # of "scenes": descriptions of each clip
+    caption_column: str | None = None  # of "videos" and "videofolder": where captions are; null: the usual names
+    seed: int = 0  # of "shapes", "scenes" and named data sets: what is drawn
     cache_gib: float = 4.0  # latents, or decoded videos, are kept in memory up to this size, by each process
     num_workers: int = 0
 
@@ -111,12 +122,27 @@ class RepresentationRecipe:
 
 
 @dataclass
+class GivenFramesRecipe:
+    """Image to video: some samples are given their first latent frames without noise, to learn to go on from there."""
+
+    share: float = 0.0  # of the samples
+    max_frames: int = 1  # latent frames, 1 to this number; windows of long videos overlap by 2
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"`given_frames.share` must be from 0 to 1, got {self.share}.")
+        if self.max_frames < 1:
+            raise ValueError(f"`given_frames.max_frames` must be at least 1, got {self.max_frames}.")
+
+
+@dataclass
 class ValidationRecipe:
     data: DataRecipe | None = None  # held-out latents or clips; null: no loss is measured
     every: int = 5000
     num_items: int = 64
     noise_levels: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])  # shares of the schedule
-    num_samples: int = 16  # generated videos, of classes in turn; 0: none
+    num_samples: int = 16  # generated videos, of classes or prompts in turn; 0: none
+    prompts: list[str] = field(default_factory=list)  # with `text`; empty: captions of the data
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     fps: int = 8
@@ -137,6 +163,8 @@ class Recipe(RunRecipe):
     init: str | None = None  # a saved transformer or pipeline to start from, or an original Latte checkpoint
     num_classes: int | None = None  # null: unconditional
     class_dropout: float = 0.1  # share of samples that get the null class
+    text: TextRecipe | None = None  # null: not of texts
+    given_frames: GivenFramesRecipe = field(default_factory=GivenFramesRecipe)
     num_images: int = 0  # images added to every video (joint training)
     batch_size: int = 56  # samples per optimizer step, over all processes and accumulation steps
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
@@ -160,6 +188,12 @@ class Recipe(RunRecipe):
                 f"`objective.min_snr_gamma` must be null with `objective.name: flow`, got "
                 f"{self.objective.min_snr_gamma}."
             )
+        if self.text is not None:
+            legal = {"num_classes": None, "num_images": 0, "representation.weight": 0.0}
+            found = (self.num_classes, self.num_images, self.representation.weight)
+            for (name, value), came in zip(legal.items(), found, strict=True):
+                if came != value:
+                    raise ValueError(f"`{name}` must be {'null' if value is None else value} with `text`, got {came}.")
         depth = self.representation.after_block
         if self.representation.weight and (depth < 2 or depth % 2):
             raise ValueError(f"`representation.after_block` must be a positive even number, got {depth}.")
@@ -185,16 +219,19 @@ class LatentDiffusionTrainingModule(nn.Module):
         transformer: The denoiser.
         objective: What its predictions are compared with.
         representation: The head that aligns hidden tokens with features of another encoder, or `None`.
+        text_encoder: A model of transformers that is trained along, or `None`.
     """
 
     def __init__(
         self,
-        transformer: LeanVAELatteTransformer3DModel,
+        transformer: Transformer,
         objective: EpsilonObjective | FlowMatchingObjective,
         representation: RepresentationHead | None = None,
+        text_encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.transformer, self.objective, self.representation = transformer, objective, representation
+        self.text_encoder = text_encoder
 
     def forward(
         self,
@@ -204,6 +241,8 @@ class LatentDiffusionTrainingModule(nn.Module):
         class_labels: torch.Tensor | None = None,
         num_images: int = 0,
         features: torch.Tensor | None = None,
+        text: TextEmbeddings | None = None,
+        num_given: torch.Tensor | None = None,
     ) -> StepOutput:
         """Denoise a batch and compare.
 
@@ -215,12 +254,21 @@ class LatentDiffusionTrainingModule(nn.Module):
             num_images: Number of images of each sample.
             features: What the representation head aims at, `(B, F - num_images, rows, columns, dim)`; without it the
                 head is not used.
+            text: Texts; with a `text_encoder` the ids of their tokens, `(B, length)`, in place of embeddings.
+            num_given: First latent frames of each sample without noise, `(B,)`, which do not count in the loss.
         """
-        noisy, head = self.objective.add_noise(latents, noise, timesteps), self.representation
+        noisy, head, weight = self.objective.add_noise(latents, noise, timesteps), self.representation, None
+        if num_given is not None:
+            is_given = torch.arange(latents.shape[2], device=latents.device) < num_given[:, None]
+            is_given = is_given[:, None, :, None, None]
+            noisy, weight = torch.where(is_given, latents, noisy), ~is_given
+        if text is not None and self.text_encoder is not None:
+            text = text._replace(embeds=encode_tokens(self.text_encoder, text.embeds, text.mask))
         capture = contextlib.nullcontext([]) if features is None or head is None else head.capture(self.transformer)
         with capture as captured:
-            output = self.transformer(noisy, timesteps, class_labels, num_images, return_dict=False)[0]
-        terms = {name: term.mean() for name, term in self.objective.loss(output, latents, noise, timesteps).items()}
+            output = denoise(self.transformer, noisy, timesteps, class_labels, text, num_images)
+        losses = self.objective.loss(output, latents, noise, timesteps, weight)
+        terms = {name: term.mean() for name, term in losses.items()}
         loss = terms.pop("loss")
         if features is not None and head is not None:
             terms["representation"] = head(captured[0], features)
@@ -235,6 +283,8 @@ def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 
     """Open the samples of training, or of validation."""
     if data.kind == "shapes":
         items = MovingShapes(*data.clip_size, seed=data.seed, num_clips=data.num_clips)
+    elif data.kind == "scenes":
+        items = MovingScenes(*data.clip_size, seed=data.seed, num_clips=data.num_clips, num_captions=data.num_captions)
     elif data.path is None:
         raise ValueError(f"`data.path` must be given for `data.kind: {data.kind}`, got null.")
     elif data.kind == "latents":
@@ -244,7 +294,15 @@ def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 
             raise ValueError(f"`num_classes` must be null for `data.kind: videos`, got {recipe.num_classes}.")
         options = ClipOptions([data.clip_size], False, data.short_side, data.stride, flip=bool(data.flip))
         schedule, cache_gib = StepSchedule(recipe.batch_size), data.cache_gib
-        items = open_clip_dataset(data.path, options, schedule, share, seed=recipe.seed, cache_gib=cache_gib)
+        items = open_clip_dataset(
+            data.path,
+            options,
+            schedule,
+            share,
+            seed=recipe.seed,
+            cache_gib=cache_gib,
+            caption_column=data.caption_column,
+        )
     else:
         num_frames, height, width = data.clip_size
         if height != width:
@@ -259,9 +317,11 @@ def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 
             sample_stride=data.stride,
             flip=data.flip,
             num_draws=data.num_draws,
+            caption_column=data.caption_column,
         )
-    has_labels = recipe.num_classes is not None
-    return LatentData(items, data.kind == "latents", has_labels, recipe.seed, num_images, data.cache_gib)
+    has_latents, has_labels = data.kind == "latents", recipe.num_classes is not None
+    has_captions = recipe.text is not None
+    return LatentData(items, has_latents, has_labels, recipe.seed, num_images, data.cache_gib, has_captions)
 
 
 def measure_channels(
@@ -286,8 +346,10 @@ def class_names(data: LatentData, num_classes: int | None) -> dict[int, str] | N
     return {index: name.replace(",", " ") for index, name in enumerate(names)}
 
 
-def build_transformer(recipe: Recipe, latent_shape: tuple[int, ...]) -> LeanVAELatteTransformer3DModel:
-    """The model of a recipe for latents `(C, F, h, w)`; new, or of `init`."""
+def build_transformer(
+    recipe: Recipe, latent_shape: tuple[int, ...], caption_channels: int | None = None
+) -> Transformer:
+    """The model of a recipe for latents `(C, F, h, w)` and texts of so many channels; new, or of `init`."""
     channels, num_frames, height, width = latent_shape
     config: dict[str, Any] = {} if recipe.variant is None else dict(latte_variant(recipe.variant))
     config |= {
@@ -297,6 +359,8 @@ def build_transformer(recipe: Recipe, latent_shape: tuple[int, ...]) -> LeanVAEL
         "sample_size": max(height, width),
         "num_classes": recipe.num_classes,
     }
+    if caption_channels is not None:
+        return build_text_transformer(config, recipe.model, caption_channels, recipe.init)
     config |= recipe.model
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
@@ -326,9 +390,7 @@ def build_feature_encoder(
     return ImageFeatures.from_pretrained(recipe.encoder, vae.temporal_compression_ratio, device)
 
 
-def build_head(
-    recipe: RepresentationRecipe, transformer: LeanVAELatteTransformer3DModel, encoder: FeatureEncoder
-) -> RepresentationHead:
+def build_head(recipe: RepresentationRecipe, transformer: Transformer, encoder: FeatureEncoder) -> RepresentationHead:
     num_layers = transformer.config["num_layers"]
     if recipe.after_block > num_layers:
         raise ValueError(f"`representation.after_block` must be at most {num_layers}, got {recipe.after_block}.")
@@ -336,15 +398,75 @@ def build_head(
 
 
 def build_pipeline(
-    recipe: Recipe, vae: VideoAutoencoder, transformer: LeanVAELatteTransformer3DModel, id2label: dict[int, str] | None
+    recipe: Recipe,
+    vae: VideoAutoencoder,
+    transformer: Transformer,
+    id2label: dict[int, str] | None,
+    tokenizer: Any = None,
+    text_encoder: Any = None,
 ) -> LatentVideoPipeline:
-    from diffusers_leanvae import LeanVAELattePipeline
+    from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTextToVideoPipeline
 
     scheduler = make_scheduler("flow" if recipe.objective.name == "flow" else "ddpm")
-    return LeanVAELattePipeline(vae, transformer, scheduler, id2label)
+    is_clean = recipe.given_frames.share > 0
+    if recipe.text is None:
+        return LeanVAELattePipeline(vae, transformer, scheduler, id2label, is_clean)
+    return LeanVAELatteTextToVideoPipeline(tokenizer, text_encoder, vae, transformer, scheduler, is_clean)
+
+
+def sample_prompts(recipe: Recipe, data: LatentData) -> list[str]:
+    """Texts to show what the model does, at least one: those of the recipe, or captions of the data."""
+    if recipe.validation.prompts:
+        return recipe.validation.prompts
+    count = max(1, recipe.validation.num_samples)
+    return [caption for batch in data.first(count, count) for caption in batch.captions or ()]
+
+
+def sample_conditions(recipe: Recipe, captions: Captions | None, prompts: list[str]) -> dict[str, Any] | None:
+    """The pipeline's arguments for the samples of validation: classes or texts in turn."""
+    count = recipe.validation.num_samples
+    if captions is None:
+        labels = sample_labels(count, recipe.num_classes)
+        return None if labels is None else {"class_labels": labels}
+    return captions.sample_arguments([prompts[number % len(prompts)] for number in range(count)]) if count else None
 
 
 # --- What a step needs -----------------------------------------------------------------------------------------------
+
+
+class StepInput(NamedTuple):
+    """A batch with all that is random about it; `text` as the training module takes it."""
+
+    batch: LatentBatch
+    draws: StepDraws
+    text: TextEmbeddings | None
+    num_given: torch.Tensor | None
+
+
+@dataclass
+class StepMaker:
+    """Draw what is random about a batch, and tokenize its captions, in the workers of the loader.
+
+    Args:
+        recipe: The recipe.
+        noise_shape: Shape of a sample's noise.
+        captions: Turns captions into what the module takes, for a model of texts.
+    """
+
+    recipe: Recipe
+    noise_shape: tuple[int, ...]
+    captions: Captions | None
+
+    def __call__(self, batch: LatentBatch) -> StepInput:
+        recipe, given, indices = self.recipe, self.recipe.given_frames, batch.index.tolist()
+        dropout = recipe.class_dropout if recipe.text is None else recipe.text.caption_dropout
+        spread = recipe.batch_size if recipe.objective.is_stratified else None
+        draws = draw_step(indices, self.noise_shape, recipe.seed, dropout, spread)
+        text = None if self.captions is None else self.captions.prepare(batch, draws.drop)
+        num_given = None
+        if given.share:
+            num_given = draw_given_frames(indices, recipe.seed, given.share, given.max_frames)
+        return StepInput(batch, draws, text, num_given)
 
 
 def to_latents(values: torch.Tensor, has_latents: bool, vae: VideoAutoencoder, device: torch.device) -> torch.Tensor:
@@ -391,6 +513,8 @@ def held_out_latents(
 
 def main(arguments: list[str] | None = None) -> None:
     recipe = parse_recipe(Recipe, __doc__, arguments)
+    if recipe.text is not None and recipe.data.num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 
     # --- Init --------------------------------------------------------------------------------------------------------
     run = TrainingRun(recipe, "leanvae-lvdm")
@@ -401,6 +525,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = open_data(recipe.data, recipe, run.share, recipe.num_images)
     run.say(f"data: {data.describe()}")
     id2label = class_names(data, recipe.num_classes)
+    captions = None if recipe.text is None else open_captions(recipe.text, recipe.init, data, device)
     view = recipe.validation
     held_out = None
     if view.data is not None:  # all of it in every process
@@ -416,48 +541,67 @@ def main(arguments: list[str] | None = None) -> None:
             f"`vae` must have the {latent_shape[0]} channels of the cached latents, got {vae.latent_channels}."
         )
 
+    if recipe.given_frames.max_frames >= latent_shape[1] and recipe.given_frames.share:
+        raise ValueError(
+            f"`given_frames.max_frames` must be less than the {latent_shape[1]} latent frames, got "
+            f"{recipe.given_frames.max_frames}."
+        )
+
     # --- Model -------------------------------------------------------------------------------------------------------
-    transformer = build_transformer(recipe, latent_shape).to(device).train()
+    width = None if captions is None else captions.width
+    transformer = build_transformer(recipe, latent_shape, width).to(device).train()
+    text_encoder = None if captions is None else captions.trained_model
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     objective = build_objective(recipe.objective)
     encoder = build_feature_encoder(recipe.representation, vae, device)
     head = None if encoder is None else build_head(recipe.representation, transformer, encoder).to(device)
-    averaged = copy.deepcopy(transformer).requires_grad_(False).eval()  # filled from `ema` when it is needed
+    # Filled from `ema` when they are needed.
+    averaged = copy.deepcopy(transformer).requires_grad_(False).eval()
+    averaged_encoder = None if text_encoder is None else copy.deepcopy(text_encoder).requires_grad_(False).eval()
+    averaged_parameters = [*averaged.parameters(), *(averaged_encoder.parameters() if averaged_encoder else ())]
     if recipe.compile:
         # The blocks' `forward` and not the blocks: compiled code does not see hooks that come later, and the
         # representation head captures tokens by one.
         for block in (*transformer.transformer_blocks, *transformer.temporal_transformer_blocks):
             block.forward = torch.compile(block.forward)
-    bare_module = LatentDiffusionTrainingModule(transformer, objective, head)
+    bare_module = LatentDiffusionTrainingModule(transformer, objective, head, text_encoder)
     optimizer = build_optimizer(recipe.optimizer, bare_module, ADAMW_LAYERS)
     module = accelerator.prepare(bare_module)
     trained = [parameter for parameter in bare_module.parameters() if parameter.requires_grad]
-    parameters = list(transformer.parameters())
+    parameters = [*transformer.parameters(), *(text_encoder.parameters() if text_encoder else ())]
     ema = EMAModel(parameters, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     run.say(f"model: {num_parameters / 1e6:.2f} M parameters for latents {latent_shape}, on {device}")
 
+    prompts = [] if captions is None else sample_prompts(recipe, held_out or data)
+    conditions = sample_conditions(recipe, captions, prompts)
+
     # --- Resume ------------------------------------------------------------------------------------------------------
     run.resume(data, ema, [optimizer])
 
+    def make_pipeline() -> LatentVideoPipeline:
+        tokenizer, encoder = (None, None) if captions is None else captions.parts(averaged_encoder)
+        return build_pipeline(recipe, vae, averaged, id2label, tokenizer, encoder)
+
     def run_validation() -> None:
-        ema.copy_to(averaged.parameters())
+        ema.copy_to(averaged_parameters)
         if held_out is not None:
             batches = held_out_latents(held_out, recipe, vae, run.share, device)
-            figures = measure_losses(averaged, objective, batches, view.noise_levels, recipe.seed)
+            encode = None if captions is None else partial(captions.encode, model=averaged_encoder)
+            figures = measure_losses(averaged, objective, batches, view.noise_levels, recipe.seed, encode)
             if run.is_main:
                 run.log_validation(figures)
                 run.say(f"step {progress.step}: validation loss {figures['loss']:.4f}")
         if run.is_main and view.num_samples:
-            pipeline = build_pipeline(recipe, vae, averaged, id2label)
+            pipeline = make_pipeline()
             pipeline.set_progress_bar_config(disable=True)
             path = run.output / "validation" / f"step-{progress.step:07d}.mp4"
             write_samples(
                 pipeline,
                 path,
                 view.num_samples,
-                recipe.num_classes,
+                conditions,
                 max(1, recipe.batch_size // recipe.num_accumulation_steps),
                 view.fps,
                 num_frames=vae.num_sample_frames(latent_shape[1]),
@@ -469,16 +613,17 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
     # --- Loop --------------------------------------------------------------------------------------------------------
+    noise_shape = (latent_shape[0], latent_shape[1] + recipe.num_images, *latent_shape[2:])
     batches = run.load(
         data.batches(recipe.batch_size, progress.step, recipe.num_steps, run.share),
         recipe.data.num_workers,
-        collate_fn=lambda batch: batch,  # the data gives whole batches
+        collate_fn=StepMaker(recipe, noise_shape, captions),  # the data gives whole batches
     )
     for step in run.steps():
         # ---- gradients ----------------------------------------------------------------------------------------------
         for _ in run.parts(module):
             with run.loading():
-                batch = next(batches)
+                batch, draws, text, num_given = next(batches)
                 raw = to_latents(batch.videos, has_latents, vae, device)
                 features = None
                 if encoder is not None:
@@ -486,20 +631,16 @@ def main(arguments: list[str] | None = None) -> None:
                 if batch.images is not None:
                     raw = join_images(raw, to_latents(batch.images, has_latents, vae, device))
                 latents = normalize_latents(raw, vae.config)
-                draws = draw_step(
-                    batch.index.tolist(),
-                    latents.shape[1:],
-                    recipe.seed,
-                    recipe.class_dropout,
-                    recipe.batch_size if recipe.objective.is_stratified else None,
-                    device=device,
-                )
+                draws = StepDraws(*(tensor.to(device, non_blocking=True) for tensor in draws))
+                num_given = None if num_given is None else num_given.to(device, non_blocking=True)
+                if captions is not None:
+                    text = captions.place(text)
                 labels = batch.class_labels
                 if labels is not None and recipe.num_classes is not None:
                     labels = drop_labels(labels.to(device, non_blocking=True), draws.drop, recipe.num_classes)
                 run.num_bad_videos += batch.num_skipped
             timesteps = objective.timesteps(draws.uniform)
-            loss, terms = module(latents, draws.noise, timesteps, labels, recipe.num_images, features)
+            loss, terms = module(latents, draws.noise, timesteps, labels, recipe.num_images, features, text, num_given)
             run.backward(loss)
 
         # ---- update -------------------------------------------------------------------------------------------------
@@ -519,13 +660,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- Export ------------------------------------------------------------------------------------------------------
     if run.is_main:
-        ema.copy_to(averaged.parameters())
+        ema.copy_to(averaged_parameters)
         if recipe.save_dtype != "float32":
-            averaged.to(getattr(torch, recipe.save_dtype))
-        pipeline = build_pipeline(recipe, vae, averaged, id2label)
+            for model in filter(None, (averaged, averaged_encoder)):
+                model.to(getattr(torch, recipe.save_dtype))
+        pipeline = make_pipeline()
         with run.export("pipeline") as folder:
             pipeline.save_pretrained(folder)
-            write_pipeline_card(folder, recipe, pipeline, run.summarize())
+            write_pipeline_card(folder, recipe, pipeline, run.summarize(), prompts[0] if prompts else None)
     run.close()
 
 

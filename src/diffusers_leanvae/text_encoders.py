@@ -4,7 +4,6 @@ Everything that turns a caption into hidden states comes through `encode_texts`,
 training, in a cache of embeddings and in the pipeline.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +95,17 @@ def encode_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Te
     return model(input_ids=ids, attention_mask=mask)[0]
 
 
+def text_arguments(text: TextEmbeddings, num_latent_frames: int) -> dict[str, torch.Tensor]:
+    """Return the arguments of `LatteTransformer3DModel` for texts and videos of so many latent frames.
+
+    The transformer takes a mask only as a bias of its spatial blocks, whose batch is one of frames. With it a text
+    means the same in every batch; multiplying embeddings by the mask would leave keys of padding.
+    """
+    bias = (1 - text.mask.to(text.embeds.dtype)) * -10000.0
+    bias = bias.repeat_interleave(num_latent_frames, dim=0).unsqueeze(1)  # (B * F, 1, length)
+    return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": bias}
+
+
 def hidden_width(model: Any) -> int:
     """Return the width of a model's hidden states."""
     return model.config.get_text_config().hidden_size
@@ -173,18 +183,14 @@ def make_text_encoder(
         config: Arguments of `transformers.T5Config`, over a small default of 0.8 M parameters.
         max_length: Tokens of a text, with the one that marks its end.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    splitter = pre_tokenizers.Whitespace()
-    counts = Counter(
-        word for caption in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
-    )
-    special = ("<pad>", "</s>", "<unk>")
-    words = [*special, *sorted(counts, key=lambda word: (-counts[word], word))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -195,5 +201,5 @@ def make_text_encoder(
     )
     default = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
     default["feed_forward_proj"] = "gated-gelu"
-    model = T5EncoderModel(T5Config(vocab_size=len(words), **(default | (config or {}))))
+    model = T5EncoderModel(T5Config(vocab_size=len(wrapped), **(default | (config or {}))))
     return TextEncoder(wrapped, model, max_length)

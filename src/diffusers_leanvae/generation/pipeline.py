@@ -488,8 +488,10 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> torch.Tensor:
         """Sample one window from noise, or from `clean` latents with noise; the `known` first frames stay.
 
-        The transformer has one timestep for all frames, so before every step the known ones are noised to it.
+        The transformer has one timestep for all frames. So before every step the known ones are noised to it, unless
+        the transformer was trained to be given frames without noise.
         """
+        is_clean = self.config["clean_given_frames"]
         channels = self.transformer.config.in_channels
         keeps_variance = takes_variance(scheduler)
         num_known = 0 if known is None else known.shape[2]
@@ -501,11 +503,14 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if self._interrupt:
                 continue
             self._current_timestep = timestep
-            if known is not None:
+            if known is not None and not is_clean:
                 first = add_noise(scheduler, known, noise[:, :, :num_known], timestep)
                 latents = torch.cat([first, latents[:, :, num_known:]], dim=2)
             scale = getattr(scheduler, "scale_model_input", None)
-            output = self._predict(tensors, latents if scale is None else scale(latents, timestep), timestep)
+            model_input = latents if scale is None else scale(latents, timestep)
+            if known is not None and is_clean:
+                model_input = torch.cat([known, model_input[:, :, num_known:]], dim=2)
+            output = self._predict(tensors, model_input, timestep)
             if self.do_classifier_free_guidance:
                 null, condition = output.chunk(2)
                 output = guide_noise(condition, null, self._guidance_scale, channels, num_guided_channels)

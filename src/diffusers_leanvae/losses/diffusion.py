@@ -105,7 +105,12 @@ class EpsilonObjective:
         return mean, fraction * table[7] + (1.0 - fraction) * table[6], predicted
 
     def loss(
-        self, model_output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+        self,
+        model_output: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        weight: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute `loss`, `mse` and `vb` per sample.
 
@@ -114,6 +119,7 @@ class EpsilonObjective:
             latents: `(B, channels, ...)`.
             noise: Shaped like `latents`.
             timesteps: `(B,)`.
+            weight: What counts how much, of a shape that broadcasts to that of the latents; all the same if `None`.
         """
         latents, noise, model_output = latents.float(), noise.float(), model_output.float()
         noisy = self.add_noise(latents, noise, timesteps)
@@ -129,13 +135,14 @@ class EpsilonObjective:
             + torch.exp(true_log_variance - log_variance)
             + (true_mean - mean).square() * torch.exp(-log_variance)
         )
-        bits = [_sample_mean(term) / _LN2 for term in (divergence, -_log_likelihood(latents, mean, log_variance))]
-        mse, vb = _sample_mean((noise - epsilon).square()), torch.where(timesteps == 0, bits[1], bits[0])
-        weight = 1.0
+        likelihood = _log_likelihood(latents, mean, log_variance)
+        bits = [_sample_mean(term, weight) / _LN2 for term in (divergence, -likelihood)]
+        mse, vb = _sample_mean((noise - epsilon).square(), weight), torch.where(timesteps == 0, bits[1], bits[0])
+        factor = 1.0
         if self.min_snr_gamma is not None:
             snr = table[8].flatten()
-            weight = snr.clamp(max=self.min_snr_gamma) / snr
-        return {"loss": weight * mse + vb, "mse": mse, "vb": vb}
+            factor = snr.clamp(max=self.min_snr_gamma) / snr
+        return {"loss": factor * mse + vb, "mse": mse, "vb": vb}
 
     def _coefficients(self, timesteps: torch.Tensor, ndim: int) -> torch.Tensor:
         return self._table.to(timesteps.device)[:, timesteps].view(-1, len(timesteps), *[1] * (ndim - 1))
@@ -171,7 +178,12 @@ class FlowMatchingObjective:
         return (1.0 - level) * latents + level * noise
 
     def loss(
-        self, model_output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+        self,
+        model_output: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        weight: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute `loss` per sample, as [`EpsilonObjective.loss`] does; `model_output` is `(B, channels, ...)`."""
         if model_output.shape != latents.shape:
@@ -179,7 +191,7 @@ class FlowMatchingObjective:
                 f"`model_output` must have the shape of the latents, {tuple(latents.shape)}, got "
                 f"{tuple(model_output.shape)}."
             )
-        return {"loss": _sample_mean((model_output.float() - (noise.float() - latents.float())).square())}
+        return {"loss": _sample_mean((model_output.float() - (noise.float() - latents.float())).square(), weight)}
 
 
 def _check_sampling(sampling: str) -> None:
@@ -191,8 +203,11 @@ def _noise_levels(uniform: torch.Tensor, sampling: str) -> torch.Tensor:
     return uniform if sampling == "uniform" else torch.sigmoid(torch.special.ndtri(uniform.double()))
 
 
-def _sample_mean(values: torch.Tensor) -> torch.Tensor:
-    return values.flatten(1).mean(1)
+def _sample_mean(values: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    if weight is None:
+        return values.flatten(1).mean(1)
+    weight = weight.to(values.dtype).expand_as(values)
+    return (weight * values).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
 
 def _log_likelihood(latents: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ import diffusers_leanvae
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repository}")
-frames = pipeline({arguments}).frames[0]
+{prompt}frames = pipeline({arguments}).frames[0]
 ```
 
 {num_frames} frames of {height}x{width} from latents of {channels}x{num_latent_frames}x{latent_size}; transformer of
@@ -135,7 +135,9 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
     )
 
 
-def write_pipeline_card(folder: Path, recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any]) -> None:
+def write_pipeline_card(
+    folder: Path, recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any], prompt: str | None = None
+) -> None:
     """Write `README.md` into the folder of a saved pipeline.
 
     Args:
@@ -143,37 +145,44 @@ def write_pipeline_card(folder: Path, recipe: Any, pipeline: LatentVideoPipeline
         recipe: The recipe of `train_lvdm.py`.
         pipeline: The pipeline.
         run: As of `write_model_card`.
+        prompt: An example of what a pipeline of texts can be asked for.
     """
-    folder.joinpath("README.md").write_text(render_pipeline_card(recipe, pipeline, run), encoding="utf-8")
+    text = render_pipeline_card(recipe, pipeline, run, prompt)
+    folder.joinpath("README.md").write_text(text, encoding="utf-8")
 
 
-def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any]) -> str:
+def render_pipeline_card(
+    recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any], prompt: str | None = None
+) -> str:
     """The text of the card of a pipeline; arguments as of `write_pipeline_card`."""
-    vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config["id2label"]
+    vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config.get("id2label")
     config, size = transformer.config, transformer.config["sample_size"]
     side = size * vae.spatial_compression_ratio
+    num_latent_frames = config["num_latent_frames" if recipe.text is None else "video_length"]
     repository = recipe.push_to_hub or "path/to/this/folder"
-    label = None if not id2label else json.dumps(next(iter(id2label.values())))
-    arguments = [] if label is None else [f"class_labels={label}"]
+    arguments = ["prompt=prompt"] if recipe.text is not None else []
+    if id2label:
+        arguments += [f"class_labels={json.dumps(next(iter(id2label.values())))}"]
     arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
     arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
     return PIPELINE_TEMPLATE.format(
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
-        of_what="without a condition" if not id2label else f"of {len(id2label)} classes",
+        of_what=_of_what(recipe, id2label),
         autoencoder=type(vae).__name__,
         description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`.",
         repository=repository,
         arguments=", ".join(arguments),
-        num_frames=vae.num_sample_frames(config["num_latent_frames"]),
+        num_frames=vae.num_sample_frames(num_latent_frames),
         height=side,
         width=side,
         channels=config["in_channels"],
-        num_latent_frames=config["num_latent_frames"],
+        num_latent_frames=num_latent_frames,
         latent_size=f"{size}x{size}",
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
         ema_decay=recipe.ema_decay,
         scheduler=type(pipeline.scheduler).__name__,
-        classes="" if not id2label else f"\nClasses: {', '.join(id2label.values())}.\n",
+        prompt="" if recipe.text is None else f"prompt = {json.dumps(prompt)}\n",
+        classes=_describe_condition(pipeline, recipe, id2label),
         figures=_denoising_losses(run["validation"]),
         steps=run["step"],
         batch_size=recipe.batch_size,
@@ -181,6 +190,28 @@ def render_pipeline_card(recipe: Any, pipeline: LatentVideoPipeline, run: dict[s
         num_skipped=run["num_skipped"],
         losses=_losses(run["log"]),
         recipe=dump_recipe(recipe),
+    )
+
+
+def _of_what(recipe: Any, id2label: dict[str, str] | None) -> str:
+    if recipe.text is not None:
+        return "of texts"
+    return f"of {len(id2label)} classes" if id2label else "without a condition"
+
+
+def _describe_condition(pipeline: LatentVideoPipeline, recipe: Any, id2label: dict[str, str] | None) -> str:
+    if id2label:
+        return f"\nClasses: {', '.join(id2label.values())}.\n"
+    if recipe.text is None:
+        return ""
+    encoder, tokenizer = pipeline.components["text_encoder"], pipeline.components["tokenizer"]
+    num_parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    training = "trained along" if recipe.text.train_text_encoder else "frozen"
+    given = recipe.given_frames
+    frames = "" if not given.share else f" Up to {given.max_frames} first latent frames can be given, without noise."
+    return (
+        f"\nTexts of up to {tokenizer.model_max_length} tokens go through a `{type(encoder).__name__}` of "
+        f"{num_parameters:.2f} M parameters, {training}.{frames}\n"
     )
 
 
