@@ -155,7 +155,7 @@ class TestRanges:
         path = encode(tmp_path / "clip.mp4", moving_picture(10))
         chunks = list(iter_video(path, 1, 8, chunk_size=3))
         assert [len(chunk) for chunk in chunks] == [3, 3, 2]
-        assert chunks[0].dtype == torch.uint8 and chunks[0].is_contiguous()
+        assert chunks[0].dtype == torch.uint8 and chunks[0].permute(0, 3, 1, 2).is_contiguous()
         assert torch.equal(torch.cat(chunks), reference(path)[1:9])
         for size in (1, 2, 99):  # memory is used again, but never that of frames which somebody holds
             chunks = list(iter_video(path, chunk_size=size))
@@ -322,6 +322,19 @@ class TestSources:
         finally:
             gc.enable()
 
+    @pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, 1)])
+    @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le", "yuvj420p", "gray"])
+    def test_packed(self, tmp_path: Path, pix_fmt: str, matrix):
+        path = encode(tmp_path / "a.mp4", moving_picture(5), pix_fmt=pix_fmt)
+        turn(path, matrix)
+        with VideoReader(path) as video:
+            for chunk_size in (1, 2, 99):
+                planes = list(video.frames(chunk_size=chunk_size))
+                packed = list(video.frames(chunk_size=chunk_size, packed=True))
+                assert torch.equal(torch.cat(planes), torch.cat(packed))
+                assert all(chunk.permute(0, 3, 1, 2).is_contiguous() for chunk in planes)
+                assert all(chunk.is_contiguous() for chunk in packed)
+
     @pytest.mark.parametrize(
         ("size", "ratio", "square"),
         [
@@ -344,7 +357,7 @@ class TestSources:
         with VideoReader(path, square_pixels=True) as video:
             assert (video.info.height, video.info.width, video.info.pixel_aspect_ratio) == (*square, 1)
             out = video.read()
-        assert out.is_contiguous() and torch.equal(out, resize_frames(stored, *square))
+        assert torch.equal(out, resize_frames(stored, *square))
 
     def test_ten_bit(self, tmp_path: Path):
         frames = moving_picture(4)

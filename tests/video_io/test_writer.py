@@ -85,6 +85,34 @@ class TestWriter:
             sizes.append((tmp_path / name).stat().st_size)
         assert sizes[0] == sizes[1] > sizes[2]
 
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("a.mp4", {}),
+            ("a.mp4", {"pixel_format": "yuv444p10le"}),
+            ("a.mp4", {"pixel_format": "rgb24", "crf": 0}),
+            ("a.mkv", {"codec": "ffv1"}),
+            ("a.gif", {}),
+            ("a.webp", {}),
+            ("%d.jpg", {}),
+            ("%d.png", {}),
+        ],
+    )
+    @pytest.mark.parametrize("size", [(46, 64), (33, 47)])
+    def test_strides_do_not_matter(self, tmp_path: Path, name: str, options: dict, size: tuple[int, int]):
+        frames = moving_picture(3, *size)
+        planes = frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        across = frames.transpose(1, 2).contiguous().transpose(1, 2)
+        written = []
+        for number, kind in enumerate((frames, planes, across)):
+            path = tmp_path / str(number) / name
+            path.parent.mkdir()
+            with VideoWriter(path, 10, **options) as writer:
+                writer.write(kind[:2])
+                writer.write(frames[2:])
+            written.append(torch.cat([read(file) for file in sorted(path.parent.iterdir())]))
+        assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+
     def test_float_rate(self, tmp_path: Path):
         write_video(tmp_path / "a.mp4", moving_picture(12), 30000 / 1001)
         assert probe_video(tmp_path / "a.mp4").fps == Fraction(30000, 1001)

@@ -153,8 +153,12 @@ class OpenVideo:
         """Return scaled frames, uint8 `(num_frames, height, width, 3)`."""
         if self.number in self.videos.cache:
             return self.videos.cache[self.number][start:stop]
-        chunks = self._reader.frames(start, stop)
-        return torch.cat([resize_frames(frames, *self.videos.scaled_size(*frames.shape[1:3])) for frames in chunks])
+        stored = self._reader.info.height, self._reader.info.width
+        size = self.videos.scaled_size(*stored)
+        chunks = self._reader.frames(start, stop, packed=size != stored)
+        # Joined as (num_frames, 3, height, width), a layout that PyTorch keeps, whichever of the two it is.
+        chunks = [resize_frames(frames, *size).permute(0, 3, 1, 2) for frames in chunks]
+        return torch.cat(chunks).permute(0, 2, 3, 1)
 
     def cut(self, size: Size, factor: float, rng: np.random.Generator) -> torch.Tensor | None:
         """Return a random clip, uint8 `(3, num_frames, height, width)`, or `None` where the video cannot be read.

@@ -150,7 +150,8 @@ class _Source:
     def _read(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
         excerpt = self.excerpt
         stop = None if excerpt.num_frames is None else excerpt.start + excerpt.num_frames
-        for frame, times in self.video.timed_frames(excerpt.start, stop, chunk_size=1):
+        packed = excerpt.size is not None
+        for frame, times in self.video.timed_frames(excerpt.start, stop, chunk_size=1, packed=packed):
             yield resize_frames(frame, *excerpt.resized(*frame.shape[1:3])), times[0]
 
 
@@ -539,5 +540,7 @@ def _unit_frames(sample: torch.Tensor | None, height: int, width: int) -> Iterat
 
 def picture(unit: torch.Tensor, original: torch.Tensor | None = None) -> torch.Tensor:
     """Round a frame `(1, 3, H, W)` in `[0, 1]` to uint8 `(1, H, W, 3)` on the CPU, right of `original` if given."""
-    pixels = unit_to_pixels(unit).permute(0, 2, 3, 1).cpu()
-    return pixels if original is None else torch.cat((original, pixels), dim=2)
+    pixels = unit_to_pixels(unit).cpu()
+    if original is not None:
+        pixels = torch.cat((original.permute(0, 3, 1, 2), pixels), dim=3)
+    return pixels.permute(0, 2, 3, 1)

@@ -139,8 +139,17 @@ class Picture:
         size = frame.height, frame.width
         self.height, self.width = size if matrix[0] else size[::-1]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it becomes packed pixels, the three colours of each in a row, and not planes of one colour each."""
+        return self._converter.is_packed or self._frame.format.name == "rgb24"
+
     def write(self, target: torch.Tensor) -> None:
-        """Write RGB, uint8 `(height, width, 3)`, upright, alpha composed over the background."""
+        """Write RGB, uint8 `(height, width, 3)`, upright, alpha composed over the background.
+
+        Args:
+            target: Of any strides; fastest are those that `is_packed` says.
+        """
         a, b, c, d = self.matrix
         if a:
             flips = (d < 0, a < 0)
@@ -148,19 +157,13 @@ class Picture:
             target = target.transpose(0, 1)
             flips = (c < 0, b < 0)
         view = target.numpy()  # which can be flipped without a copy
-        view[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1] = self._converter.convert(self._frame, self._color)
-
-    def pixels(self) -> torch.Tensor:
-        """Return what `write` writes, without a copy where the frame is converted to just that."""
-        import torch
-
-        if self.matrix == (1, 0, 0, 1) and self._frame.format.name.startswith("yuv"):  # which are never RGB already
-            array = self._converter.convert(self._frame, self._color)
-            if array.flags.c_contiguous:
-                return torch.from_numpy(array)
-        pixels = torch.empty(self.height, self.width, 3, dtype=torch.uint8)
-        self.write(pixels)
-        return pixels
+        view = view[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        pixels = self._converter.convert(self._frame, self._color)
+        if isinstance(pixels, list):
+            for channel, plane in enumerate(pixels):
+                view[..., channel] = plane
+        else:
+            view[...] = pixels
 
 
 class Progressive:
@@ -231,48 +234,63 @@ class RgbConverter:
 
     Args:
         background: The RGB colour over which alpha is composed.
+        is_packed: Convert to packed pixels where swscale makes them, which is faster than to put planes together.
     """
 
-    def __init__(self, background: tuple[int, int, int]) -> None:
+    def __init__(self, background: tuple[int, int, int], is_packed: bool = False) -> None:
+        self.is_packed = is_packed
         self._background = background
         self._graph: Graph | None = None
         self._key: tuple[Any, ...] = ()
 
-    def convert(self, frame: VideoFrame, color: Color) -> np.ndarray:
-        """Return RGB or grey pixels, uint8 `(height, width, 3 or 1)`, possibly as a view of `frame` itself."""
-        if frame.format.name in ("rgb24", "rgba"):
-            pixels = packed_pixels(frame)
-            return pixels if pixels.shape[2] == 3 else self._compose(pixels[..., :3], pixels[..., 3], 8)
+    def convert(self, frame: VideoFrame, color: Color) -> np.ndarray | list[np.ndarray]:
+        """Convert a frame to 8-bit RGB.
+
+        Returns:
+            Pixels, uint8 `(height, width, 3)`, or the planes of red, green and blue, uint8 `(height, width)` each.
+            Either may be views of `frame` itself.
+        """
+        if frame.format.name == "rgb24":
+            return packed_pixels(frame)
+        if frame.format.name == "rgba":
+            *rgb, alpha = packed_pixels(frame).transpose(2, 0, 1)
+            return self._compose(rgb, alpha, 8)
         depth = frame.format.components[0].bits
         planes = planes_of(frame)
         alpha = planes.pop() if frame.format.components[-1].is_alpha else None
         if color.matrix == "grey" and depth == 8 and color.is_full and not color.is_foreign:
-            rgb = planes[0][..., None]
+            rgb = [planes[0]] * 3
         elif _is_exact_in_swscale(color, depth, planes):
-            rgb = packed_pixels(self._scale(frame, color))
+            scaled = self._scale(frame, color)
+            if self.is_packed and alpha is None:
+                return packed_pixels(scaled)
+            rgb = [*packed_pixels(scaled).transpose(2, 0, 1)] if self.is_packed else _rgb_planes(scaled)
         else:
             rgb = _convert_in_float(planes, depth, color)
         return rgb if alpha is None else self._compose(rgb, alpha, depth)
 
     def _scale(self, frame: VideoFrame, color: Color) -> VideoFrame:
+        """Convert to planes, or if packed pixels are asked for to those, `gbrp` or `rgb24`."""
         key = (frame.format.name, frame.width, frame.height, color)
         if self._graph is None or key != self._key:
             arguments = f"in_color_matrix={color.matrix}:in_range={'pc' if color.is_full else 'tv'}:{_EXACT}"
             # By way of GBRP: the conversion to packed RGB is six times as slow. Interleaving takes swscale less time
             # than it takes NumPy.
-            self._graph = make_graph(
-                frame, ("scale", arguments), ("format", "gbrp"), ("scale", "flags=neighbor"), ("format", "rgb24")
-            )
+            packing = [("scale", "flags=neighbor"), ("format", "rgb24")] if self.is_packed else []
+            self._graph = make_graph(frame, ("scale", arguments), ("format", "gbrp"), *packing)
             self._key = key
         self._graph.vpush(frame)
         return self._graph.vpull()
 
-    def _compose(self, rgb: np.ndarray, alpha: np.ndarray, depth: int) -> np.ndarray:
+    def _compose(self, rgb: list[np.ndarray], alpha: np.ndarray, depth: int) -> list[np.ndarray]:
         import numpy as np
 
-        weight = (alpha.astype(np.float32) / (2**depth - 1))[..., None]
-        background = np.array(self._background, dtype=np.float32)
-        return np.rint(background + (rgb.astype(np.float32) - background) * weight).astype(np.uint8)
+        weight = alpha.astype(np.float32) / (2**depth - 1)
+        levels = np.array(self._background, dtype=np.float32)
+        planes = zip(rgb, levels, strict=True)
+        return [
+            np.rint(level + (plane.astype(np.float32) - level) * weight).astype(np.uint8) for plane, level in planes
+        ]
 
 
 def _is_exact_in_swscale(color: Color, depth: int, planes: list[np.ndarray]) -> bool:
@@ -290,12 +308,12 @@ def _is_exact_in_swscale(color: Color, depth: int, planes: list[np.ndarray]) -> 
     return reach < 0.9 or (int(planes[0].max()) / unit - 16) / 219 + reach < 1.99
 
 
-def _convert_in_float(planes: list[np.ndarray], depth: int, color: Color) -> np.ndarray:
+def _convert_in_float(planes: list[np.ndarray], depth: int, color: Color) -> list[np.ndarray]:
     """Convert planes to RGB, in bands: what stays in the processor's cache takes half the time, and little memory."""
     import numpy as np
 
     height, width = planes[0].shape
-    rgb = np.empty((height, width, 3), np.uint8)
+    rgb = np.empty((3, height, width), np.uint8)
     rows = max((1 << 16) // width // 4, 1) * 4  # as chroma has at least every fourth row
     for top in range(0, height, rows):
         band = planes[0][top : top + rows]
@@ -304,8 +322,8 @@ def _convert_in_float(planes: list[np.ndarray], depth: int, color: Color) -> np.
             down, across = -(-height // plane.shape[0]), -(-width // plane.shape[1])
             chroma = plane[top // down : -(-(top + len(band)) // down)]
             bands.append(chroma.repeat(down, 0).repeat(across, 1)[: len(band), :width])
-        rgb[top : top + rows] = _convert_band(bands, depth, color)
-    return rgb
+        rgb[:, top : top + rows] = _convert_band(bands, depth, color)
+    return list(rgb)
 
 
 def _convert_band(planes: list[np.ndarray], depth: int, color: Color) -> np.ndarray:
@@ -318,7 +336,7 @@ def _convert_band(planes: list[np.ndarray], depth: int, color: Color) -> np.ndar
     else:
         y, u, v = samples if len(samples) == 3 else (samples[0], None, None)
         signal = yuv_to_rgb(y, u, v, depth, color)
-    return to_sdr(signal, color).mul_(255).round_().byte().permute(1, 2, 0).numpy()
+    return to_sdr(signal, color).mul_(255).round_().byte().numpy()
 
 
 def planar_format(format: VideoFormat, color: Color) -> str:
@@ -374,6 +392,12 @@ def planes_of(frame: VideoFrame) -> list[np.ndarray]:
         ]
         for plane in frame.planes
     ]
+
+
+def _rgb_planes(frame: VideoFrame) -> list[np.ndarray]:
+    """Return views of the planes of red, green and blue of a `gbrp` frame."""
+    green, blue, red = planes_of(frame)
+    return [red, green, blue]
 
 
 def display_matrix(frame: VideoFrame) -> Matrix:

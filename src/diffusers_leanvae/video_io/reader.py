@@ -312,7 +312,13 @@ class VideoReader:
         self._files.close()
 
     def frames(
-        self, start: int = 0, stop: int | None = None, *, chunk_size: int = 16, on_error: OnError = "raise"
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        chunk_size: int = 16,
+        on_error: OnError = "raise",
+        packed: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Stream frames `start` to `stop`, holding one chunk in memory; a new range ends the one before.
 
@@ -323,6 +329,9 @@ class VideoReader:
             on_error: What to do where data are damaged or the frame size changes: `"raise"`, or `"stop"` to end after
                 the last good frame. A cut-off Matroska, WebM or MPEG-TS file looks like a shorter one to FFmpeg and
                 just ends early in both cases.
+            packed: Lay the three colours of a pixel next to each other in memory, from which `resize_frames` is
+                fastest. By default they lie as they are had fastest: those of most videos in three planes per frame,
+                of which the tensor is a permuted view.
 
         Yields:
             RGB frames, uint8 in `[0, 255]`, shape `(n, height, width, 3)`.
@@ -331,11 +340,17 @@ class VideoReader:
             VideoError: If `start` lies beyond the end of the file, or (with `on_error="raise"`) its data are damaged
                 or its frame size changes; the message then names the index of the frame reached.
         """
-        chunks = self.timed_frames(start, stop, chunk_size=chunk_size, on_error=on_error)
+        chunks = self.timed_frames(start, stop, chunk_size=chunk_size, on_error=on_error, packed=packed)
         return (chunk.pixels for chunk in chunks)
 
     def timed_frames(
-        self, start: int = 0, stop: int | None = None, *, chunk_size: int = 16, on_error: OnError = "raise"
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        chunk_size: int = 16,
+        on_error: OnError = "raise",
+        packed: bool = False,
     ) -> Iterator[TimedFrames]:
         """Stream frames as `frames` does, with their times; see `timing.Clock` for what is made of time stamps."""
         if start < 0:
@@ -352,7 +367,7 @@ class VideoReader:
         if self._images is not None:
             frames = self._drawn_frames(self._images, start, stop, on_error)
         else:
-            frames = self._decoded_frames(start, stop, on_error)
+            frames = self._decoded_frames(start, stop, on_error, packed or self._is_resized)
         return self._chunks(frames, None if stop is None else stop - start, chunk_size, self._num_ranges)
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -398,13 +413,9 @@ class VideoReader:
             times: list[Fraction] = []
             buffer: torch.Tensor | None = None
             for frame, time in itertools.islice(frames, size):
-                if size == 1 and isinstance(frame, Picture):
-                    with named_errors(self._name):
-                        buffer = frame.pixels()[None]
-                    times.append(time)
-                    break
                 if buffer is None or len(times) == len(buffer):
-                    buffer = self._room(rooms, buffer, size)
+                    is_packed = frame.is_packed if isinstance(frame, Picture) else True
+                    buffer = self._room(rooms, buffer, size, is_packed)
                 if isinstance(frame, Picture):
                     with named_errors(self._name):
                         frame.write(buffer[len(times)])
@@ -425,15 +436,15 @@ class VideoReader:
             if left != 0 and (self._is_closed or self._num_ranges != number):
                 raise VideoError(f"Cannot read on in {self._name!r}: the reader was closed, or another range begun.")
 
-    def _room(self, rooms: _Rooms, full: torch.Tensor | None, size: int) -> torch.Tensor:
+    def _room(self, rooms: _Rooms, full: torch.Tensor | None, size: int, is_packed: bool) -> torch.Tensor:
         """Return room for up to `size` frames, fewer if a file may be much shorter, with those of a full one."""
         if full is not None:
-            room = rooms.take(min(size, 2 * len(full)))
+            room = rooms.take(min(size, 2 * len(full)), is_packed)
             room[: len(full)] = full
             return room
         height, width = self._stored_size
         expected = min(self.info.num_frames or 0, (1 << 30) // (3 * height * width))
-        return rooms.take(min(size, max(expected, 16)))
+        return rooms.take(min(size, max(expected, 16)), is_packed)
 
     def _drawn_frames(
         self, images: ImageFrames, start: int, stop: int | None, on_error: OnError
@@ -450,9 +461,9 @@ class VideoReader:
                 return
 
     def _decoded_frames(
-        self, start: int, stop: int | None, on_error: OnError
+        self, start: int, stop: int | None, on_error: OnError, is_packed: bool
     ) -> Iterator[tuple[Picture | np.ndarray, Fraction]]:
-        progressive = Progressive(RgbConverter(self._background))
+        progressive = Progressive(RgbConverter(self._background, is_packed))
         clock = Clock(self.info.fps, self._stream.time_base, self._first_stamp, self.info.is_variable_rate)
         # Deinterlacing looks one frame back, so one more is converted on the left; `out` counts what comes out.
         out = first_fed = max(0, start - 1)
@@ -672,8 +683,13 @@ class _Rooms:
         self._height, self._width = height, width
         self._arrays: list[np.ndarray] = []
 
-    def take(self, count: int) -> torch.Tensor:
-        """Return room for `count` frames, not initialised."""
+    def take(self, count: int, is_packed: bool) -> torch.Tensor:
+        """Return room for `count` frames, `(count, height, width, 3)`, not initialised.
+
+        Args:
+            count: Number of frames.
+            is_packed: Whether the three colours of a pixel lie next to each other, or each frame in three planes.
+        """
         import numpy as np
         import torch
 
@@ -682,9 +698,12 @@ class _Rooms:
         idle = _reference_counts([np.empty(0)])[0]
         counts = _reference_counts(self._arrays)
         free = [array for array, n in zip(self._arrays, counts, strict=True) if len(array) == count and n <= idle]
-        array = free[0] if free else np.empty((count, self._height, self._width, 3), np.uint8)
+        array = free[0] if free else np.empty((count, 3 * self._height * self._width), np.uint8)
         self._arrays = [*[other for other in self._arrays if other is not array][-1:], array]
-        return torch.from_numpy(array)
+        room = torch.from_numpy(array)
+        if is_packed:
+            return room.view(count, self._height, self._width, 3)
+        return room.view(count, 3, self._height, self._width).permute(0, 2, 3, 1)
 
 
 def _reference_counts(arrays: list[np.ndarray]) -> list[int]:

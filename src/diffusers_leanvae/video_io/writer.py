@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
 from .containers import PathLike, VideoError
+from .decoding import planes_of
 from .formats import CODECS, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
 from .sound import Accompaniment, cut_end
@@ -127,6 +128,7 @@ class VideoWriter:
         self._container: OutputContainer | None = None
         self._encoder: VideoStream | VideoCodecContext | None = None
         self._graph: Graph
+        self._is_planar = False  # what `_graph` takes
         self._size = (0, 0)  # height, width
         self._timing: _Timing | None = None
         self._ended = Fraction(0)  # seconds, of the frames so far
@@ -184,7 +186,7 @@ class VideoWriter:
                 raise VideoError(f"`times` must be one for each of {len(array)} frames, got {len(times)}.")
             with self._named_errors():
                 if self._encoder is None and len(array):
-                    self._open(*array.shape[1:3], is_variable=times is not None)
+                    self._open(array, is_variable=times is not None)
                 for index, image in enumerate(array):
                     self._write_one(image, None if times is None else times[index])
             if end is not None:
@@ -277,8 +279,8 @@ class VideoWriter:
 
     # --- Opening --------------------------------------------------------------------------------------------------
 
-    def _open(self, height: int, width: int, is_variable: bool) -> None:
-        output = self._output
+    def _open(self, frames: np.ndarray, is_variable: bool) -> None:
+        output, (height, width) = self._output, frames.shape[1:3]
         kind = CODECS[output.codec]
         pixel_format = output.pixel_format or kind.pixel_format(height, width)
         if output.codec == "libx265" and (min(height, width) < 48 or max(height, width) < 64):
@@ -329,7 +331,10 @@ class VideoWriter:
             nodes = [("scale", _SCALE.format(matrix, "pc" if is_full else "tv"))]
             if not is_601:
                 nodes.append(("setparams", "colorspace=bt709:color_primaries=bt709:color_trc=bt709"))  # for ProRes
-        self._graph = _build_graph(height, width, pixel_format, nodes, self._timing.time_base)
+        # Frames as autoencoders give them, and the reader: permuted views of planes. Others are taken for packed.
+        self._is_planar = frames.strides[3] > frames.strides[2]
+        source_format = "gbrp" if self._is_planar else "rgb24"
+        self._graph = _build_graph(height, width, source_format, pixel_format, nodes, self._timing.time_base)
         self._encoder, self._size = encoder, (height, width)
         if self._sound is not None and self._container is not None and held is not None:
             self._sound.attach(self._container, held)
@@ -370,7 +375,7 @@ class VideoWriter:
 
     def _write_one(self, image: np.ndarray, time: Fraction | None) -> None:
         assert self._timing is not None
-        frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = _to_frame(image, self._is_planar)
         for pts, ready, duration in self._timing.push(frame, time):
             self._encode(pts, ready, duration)
         self.num_frames += 1
@@ -575,12 +580,22 @@ class _Timing:
         return [(number, frame, None) for number in range(tick, until)]
 
 
+def _to_frame(image: np.ndarray, is_planar: bool) -> VideoFrame:
+    """Copy RGB, uint8 `(height, width, 3)`, of any strides into a frame: `gbrp` if planar, else `rgb24`."""
+    if not is_planar:
+        return VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    frame = VideoFrame(image.shape[1], image.shape[0], "gbrp")
+    for plane, channel in zip(planes_of(frame), (1, 2, 0), strict=True):
+        plane[...] = image[..., channel]
+    return frame
+
+
 def _build_graph(
-    height: int, width: int, pixel_format: str, nodes: list[tuple[str, str]], time_base: Fraction
+    height: int, width: int, source_format: str, pixel_format: str, nodes: list[tuple[str, str]], time_base: Fraction
 ) -> Graph:
     """Build the conversion of an RGB frame to what the encoder takes."""
     graph = Graph()
-    source = graph.add_buffer(width=width, height=height, format=VideoFormat("rgb24"), time_base=time_base)
+    source = graph.add_buffer(width=width, height=height, format=VideoFormat(source_format), time_base=time_base)
     sink = graph.add("buffersink")
     if pixel_format == "pal8":
         split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
