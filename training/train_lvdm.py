@@ -20,6 +20,7 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
     checkpoints/        everything needed to resume; the same command resumes from the newest one
     pipeline/           autoencoder, averaged transformer, scheduler and names of the classes, or tokenizer and text
                         encoder, with a card, for `DiffusionPipeline.from_pretrained`
+    adapter/            of `tune: lora`, the adapters by themselves, for `load_lora_weights`; pipeline/ has them merged
 
 A run that is killed at any moment and started again gives the numbers of one that was not: whatever is random follows
 from the seed and the sample's number, and nothing else is remembered outside the checkpoint.
@@ -41,6 +42,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.conversion.checkpoints import is_checkpoint_reference
 from diffusers_leanvae.data import ClipOptions, Share, StepSchedule, open_clip_dataset
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
@@ -48,6 +50,7 @@ from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.scenes import MovingScenes
 from diffusers_leanvae.data.shapes import MovingShapes
+from diffusers_leanvae.generation.lora import save_lora
 from diffusers_leanvae.generation.pipeline import LatentVideoPipeline, Transformer
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
@@ -64,6 +67,7 @@ from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
 from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
 from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
+from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_transformer_lora
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
@@ -161,6 +165,8 @@ class Recipe(RunRecipe):
     variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
     model: dict[str, Any] = field(default_factory=dict)  # arguments of LeanVAELatteTransformer3DModel
     init: str | None = None  # a saved transformer or pipeline to start from, or an original Latte checkpoint
+    tune: Literal["full", "lora"] = "full"  # "lora": of the model in `init`, low-rank adapters alone
+    lora: TransformerLoraRecipe = field(default_factory=TransformerLoraRecipe)
     num_classes: int | None = None  # null: unconditional
     class_dropout: float = 0.1  # share of samples that get the null class
     text: TextRecipe | None = None  # null: not of texts
@@ -194,6 +200,11 @@ class Recipe(RunRecipe):
             for (name, value), came in zip(legal.items(), found, strict=True):
                 if came != value:
                     raise ValueError(f"`{name}` must be {'null' if value is None else value} with `text`, got {came}.")
+        if self.tune == "lora":
+            if self.init is None:
+                raise ValueError("`tune` must be 'full' for a new model, got 'lora' without `init`.")
+            if self.text is not None and self.text.train_text_encoder:
+                raise ValueError("`text.train_text_encoder` must be false with `tune: lora`, got true.")
         depth = self.representation.after_block
         if self.representation.weight and (depth < 2 or depth % 2):
             raise ValueError(f"`representation.after_block` must be a positive even number, got {depth}.")
@@ -360,7 +371,9 @@ def build_transformer(
         "num_classes": recipe.num_classes,
     }
     if caption_channels is not None:
-        return build_text_transformer(config, recipe.model, caption_channels, recipe.init)
+        return build_text_transformer(
+            config, recipe.model, caption_channels, recipe.init, may_start_anew=recipe.tune == "full"
+        )
     config |= recipe.model
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
@@ -550,6 +563,8 @@ def main(arguments: list[str] | None = None) -> None:
     # --- Model -------------------------------------------------------------------------------------------------------
     width = None if captions is None else captions.width
     transformer = build_transformer(recipe, latent_shape, width).to(device).train()
+    if recipe.tune == "lora":
+        add_transformer_lora(transformer, recipe.lora)
     text_encoder = None if captions is None else captions.trained_model
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -572,7 +587,8 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = [*transformer.parameters(), *(text_encoder.parameters() if text_encoder else ())]
     ema = EMAModel(parameters, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True)
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    run.say(f"model: {num_parameters / 1e6:.2f} M parameters for latents {latent_shape}, on {device}")
+    tuned = "" if recipe.tune == "full" else f", {sum(x.numel() for x in trained) / 1e6:.2f} M trained"
+    run.say(f"model: {num_parameters / 1e6:.2f} M parameters{tuned} for latents {latent_shape}, on {device}")
 
     prompts = [] if captions is None else sample_prompts(recipe, held_out or data)
     conditions = sample_conditions(recipe, captions, prompts)
@@ -661,6 +677,11 @@ def main(arguments: list[str] | None = None) -> None:
     # --- Export ------------------------------------------------------------------------------------------------------
     if run.is_main:
         ema.copy_to(averaged_parameters)
+        if recipe.tune == "lora":
+            with replace_folder(run.output / "adapter") as folder:
+                save_lora(averaged, folder)
+            averaged.fuse_lora()
+            averaged.unload_lora()
         if recipe.save_dtype != "float32":
             for model in filter(None, (averaged, averaged_encoder)):
                 model.to(getattr(torch, recipe.save_dtype))

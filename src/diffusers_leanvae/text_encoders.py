@@ -153,7 +153,7 @@ def _read_config(transformers: Any, source: str | Path) -> tuple[Any, Callable[[
     """Read the config of a text encoder; with it, the arguments that find the parts of a pipeline."""
     try:
         return transformers.AutoConfig.from_pretrained(source), lambda part: {}
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of a local folder without one: "Unrecognized model"
         try:
             config = transformers.AutoConfig.from_pretrained(source, subfolder="text_encoder")
         except (OSError, ValueError):

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +66,13 @@ class LoraRecipe:
     targets: list[str] = field(default_factory=lambda: ["up_proj", "down_proj"])  # ends of the layers' names
 
 
+@dataclass
+class TransformerLoraRecipe(LoraRecipe):
+    """Low-rank adapters of a transformer's attention."""
+
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
 def add_lora(vae: AutoencoderKLLeanVAE, recipe: LoraRecipe) -> Any:
     """Freeze a model and add low-rank adapters to its linear layers, in place.
 
@@ -74,13 +83,35 @@ def add_lora(vae: AutoencoderKLLeanVAE, recipe: LoraRecipe) -> Any:
     Returns:
         The `peft.PeftModel` around `vae`, which saves and merges the adapters.
     """
+    with _saying_what_fits(recipe):
+        from peft import get_peft_model
+
+        model: Any = vae  # peft asks for a model of transformers, and takes any module
+        return get_peft_model(model, _lora_config(recipe))
+
+
+def add_transformer_lora(transformer: Any, recipe: LoraRecipe) -> None:
+    """Freeze a transformer and add low-rank adapters to it, in place; `generation.lora.save_lora` saves them.
+
+    Args:
+        transformer: The transformer, a model of diffusers with `add_adapter`.
+        recipe: The adapters.
+    """
+    with _saying_what_fits(recipe):
+        transformer.add_adapter(_lora_config(recipe))
+
+
+def _lora_config(recipe: LoraRecipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.targets)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _saying_what_fits(recipe: LoraRecipe) -> Iterator[None]:
     try:
-        from peft import LoraConfig, get_peft_model
+        yield
     except ImportError as error:
         raise ImportError('`tune: lora` needs peft: pip install "diffusers-leanvae[lora]"') from error
-    try:
-        model: Any = vae  # peft asks for a model of transformers, and takes any module
-        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.targets)  # pyright: ignore[reportArgumentType]
-        return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"`lora` must fit the model, got {recipe.targets} of rank {recipe.rank}: {error}") from error

@@ -160,6 +160,7 @@ def render_pipeline_card(
     side = size * vae.spatial_compression_ratio
     num_latent_frames = config["num_latent_frames" if recipe.text is None else "video_length"]
     repository = recipe.push_to_hub or "path/to/this/folder"
+    tuned = {"full": "", "lora": ": low-rank adapters, merged"}[recipe.tune]
     arguments = ["prompt=prompt"] if recipe.text is not None else []
     if id2label:
         arguments += [f"class_labels={json.dumps(next(iter(id2label.values())))}"]
@@ -169,7 +170,7 @@ def render_pipeline_card(
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
         of_what=_of_what(recipe, id2label),
         autoencoder=type(vae).__name__,
-        description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`.",
+        description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`{tuned}.",
         repository=repository,
         arguments=", ".join(arguments),
         num_frames=vae.num_sample_frames(num_latent_frames),

@@ -192,7 +192,11 @@ _LATTE: dict[str, Any] = {
 
 
 def build_text_transformer(
-    config: dict[str, Any], overrides: dict[str, Any], caption_channels: int, init: str | None
+    config: dict[str, Any],
+    overrides: dict[str, Any],
+    caption_channels: int,
+    init: str | None,
+    may_start_anew: bool = True,
 ) -> LatteTransformer3DModel:
     """Build diffusers' transformer of texts, new or from another one's weights.
 
@@ -202,6 +206,7 @@ def build_text_transformer(
         caption_channels: Width of the text encoder's hidden states.
         init: A transformer or a pipeline of diffusers, folder or Hub repository. Its latents may be others: layers
             that do not fit, which are the first and the last, start anew.
+        may_start_anew: Whether they may: they must not where they are not trained.
     """
     shape = {name: config[name] for name in ("in_channels", "out_channels", "sample_size")}
     shape |= {"video_length": config["num_latent_frames"], "caption_channels": caption_channels}
@@ -209,7 +214,7 @@ def build_text_transformer(
         source = _load_latte(init)
         kept = {name: value for name, value in source.config.items() if not name.startswith("_")}
         model = _new_latte(kept | shape | overrides)
-        _take_weights(model, source, init)
+        _take_weights(model, source, init, may_start_anew)
         return model
     sizes = {name: config[name] for name in ("num_attention_heads", "attention_head_dim") if name in config}
     if "num_layers" in config:
@@ -242,11 +247,13 @@ def _load_latte(init: str) -> LatteTransformer3DModel:
         ) from error
 
 
-def _take_weights(model: LatteTransformer3DModel, source: LatteTransformer3DModel, init: str) -> None:
-    """Copy the weights that fit; of the others only those of the first and the last layer may differ."""
+def _take_weights(
+    model: LatteTransformer3DModel, source: LatteTransformer3DModel, init: str, may_start_anew: bool
+) -> None:
+    """Copy the weights that fit; of the others at most those of the first and the last layer may differ."""
     weights, wanted = source.state_dict(), model.state_dict()
     other = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
-    free = ("pos_embed.proj.", "proj_out.", "caption_projection.linear_1.")
+    free = ("pos_embed.proj.", "proj_out.", "caption_projection.linear_1.") if may_start_anew else ()
     for name in other:
         if not name.startswith(free):
             came = tuple(weights[name].shape) if name in weights else "none"
