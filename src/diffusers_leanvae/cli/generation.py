@@ -1,6 +1,7 @@
 """Latent diffusion: `generate`, `encode-dataset`."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -182,6 +183,24 @@ def encode_dataset(
     num_workers: Annotated[
         int, typer.Option(min=0, help="Processes that read videos ahead; 0 reads them in the main process.")
     ] = 0,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Text encoder of transformers (folder or Hub id; T5, CLIP, ...) to store embeddings of the captions "
+            "with; also later, for latents that are there."
+        ),
+    ] = None,
+    text_max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that captions are cut to; without it 120, or as many as the encoder takes."),
+    ] = None,
+    text_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number type of the text encoder and of the stored embeddings: float32 (fp32), bfloat16 (bf16) or "
+            "float16 (fp16)."
+        ),
+    ] = "float32",
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
@@ -197,7 +216,7 @@ def encode_dataset(
 
     size = parse_video_size("--clip-size", clip_size)
     vae = load_model(model, device, dtype)
-    with progress_bar("clips") as bar:
+    with progress_bar("clips") as bar, progress_bar("captions") if text_encoder else nullcontext() as text_bar:
         latents = latent_cache.encode_dataset(
             vae,
             source,
@@ -217,7 +236,11 @@ def encode_dataset(
             shard_size=shard_size,
             batch_size=batch_size,
             num_workers=num_workers,
+            text_encoder=text_encoder,
+            text_max_length=text_max_length,
+            text_dtype=text_dtype,
             progress=bar.update,
+            text_progress=None if text_bar is None else text_bar.update,
         )
     if not dist.is_initialized() or dist.get_rank() == 0:
         shape = " x ".join(str(edge) for edge in latents.index["shape"])

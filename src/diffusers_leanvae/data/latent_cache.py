@@ -6,7 +6,6 @@ is complete, and is a function of the settings and its number alone. So a killed
 number of processes makes the same files, and two runs of the same settings differ in no byte.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_lis
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
 from .storage import AnyPath, fetched, open_path, write_whole
+from .text_cache import begin_texts, checksum_of_weights, encode_captions, open_text_encoder
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ def encode_dataset(
     shard_size: int = 256,
     batch_size: int = 8,
     num_workers: int = 0,
+    text_encoder: str | Path | None = None,
+    text_max_length: int | None = None,
+    text_dtype: str = "float32",
     progress: Callable[[int], Any] | None = None,
+    text_progress: Callable[[int], Any] | None = None,
 ) -> LatentFolder:
     """Encode a data set of clips to a folder of latents, alone or in all processes of `torchrun`.
 
@@ -107,7 +111,13 @@ def encode_dataset(
         batch_size: Clips encoded at once. Like all of the above it must stay the same when a run resumes, since
             rounding can depend on it.
         num_workers: Processes that decode videos ahead, per process.
+        text_encoder: A text encoder that `load_text_encoder` takes, to store the embeddings of all captions with the
+            latents. It may be given later, for latents that are there already.
+        text_max_length: Tokens that captions are cut to: 120 by default, or as many as the tokenizer takes.
+        text_dtype: Dtype that the text encoder works in and embeddings are stored in: `"float32"`, `"bfloat16"` or
+            `"float16"`.
         progress: Called with the number of clips of each finished shard.
+        text_progress: Called with the number of texts of each finished shard of embeddings.
 
     Returns:
         The finished folder, the same in every process.
@@ -131,6 +141,11 @@ def encode_dataset(
     )
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
     folder = open_path(output)
+    encoder, text_settings = None, None
+    if text_encoder is not None:
+        encoder, text_settings = open_text_encoder(text_encoder, text_max_length, text_dtype)
+    elif text_max_length is not None:
+        raise ValueError(f"`text_max_length` must be None without `text_encoder`, got {text_max_length}.")
     try:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
@@ -150,8 +165,12 @@ def encode_dataset(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _begin(folder, settings)
+        if text_settings is not None:
+            begin_texts(folder, text_settings)
     accelerator.wait_for_everyone()
     _begin(folder, settings)
+    if text_settings is not None:
+        begin_texts(folder, text_settings)
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
     vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
     size, num_shards = options.shard_size, -(-len(clips) // options.shard_size)
@@ -167,6 +186,9 @@ def encode_dataset(
     if accelerator.is_main_process and not (folder / "index.json").exists():
         _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")
     accelerator.wait_for_everyone()
+    if encoder is not None:
+        encoder.model.to(device)
+        encode_captions(LatentFolder(output), encoder, accelerator, text_progress)
     return LatentFolder(output)
 
 
@@ -214,15 +236,11 @@ def _latent_shape(vae: VideoAutoencoder, clip_size: Sequence[int]) -> tuple[int,
 
 def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     """Describe an autoencoder: class, config, and a checksum of the names and bytes of its weights."""
-    checksum = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        checksum.update(name.encode())
-        checksum.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return {
         "class": type(vae).__name__,
         "dtype": str(vae.dtype).removeprefix("torch."),
-        "weights_sha256": checksum.hexdigest(),
+        "weights_sha256": checksum_of_weights(vae),
         "config": config,
     }
 

@@ -101,8 +101,9 @@ class LatentData(Dataset[LatentBatch]):
     def __getitems__(self, indices: Sequence[int]) -> LatentBatch:
         if self.has_own_order:
             return self._cut(indices, is_training=True)
-        values, num_skipped = self._get([self.order(index) for index in indices])
-        batch = self._batch(values, indices, num_skipped, is_training=True)
+        items = [self.order(index) for index in indices]
+        values, num_skipped = self._get(items)
+        batch = self._batch(values, items, indices, num_skipped, is_training=True)
         if self.num_images:
             others = [item for index in indices for item in self._images_of(index)]
             (clips, image_labels, _), num_skipped = self._get(others)
@@ -140,7 +141,7 @@ class LatentData(Dataset[LatentBatch]):
                 values, _ = self._get(indices)
             if held is not None:
                 yield held
-            held, num_skipped = self._batch(values, indices, num_skipped, is_training=False), 0
+            held, num_skipped = self._batch(values, indices, indices, num_skipped, is_training=False), 0
         if held is not None:
             yield held._replace(num_skipped=held.num_skipped + num_skipped)
 
@@ -170,7 +171,8 @@ class LatentData(Dataset[LatentBatch]):
     def _cut(self, indices: Sequence[int], is_training: bool) -> LatentBatch:
         clips = [self.items[index] for index in indices]
         num_skipped = sum(clip.num_skipped for clip in clips)
-        return self._batch(self._stack(clips, [clip.video for clip in clips]), indices, num_skipped, is_training)
+        videos = [clip.video for clip in clips]
+        return self._batch(self._stack(clips, videos), videos, indices, num_skipped, is_training)
 
     def _get(self, items: Sequence[int]) -> tuple[_Values, int]:
         if self.stored is None:
@@ -210,15 +212,19 @@ class LatentData(Dataset[LatentBatch]):
                 raise ValueError(f"`captions` must be known of every item, got none for item {number}.")
         return _Values(videos, labels, captions)
 
-    def _batch(self, values: _Values, indices: Sequence[int], num_skipped: int, is_training: bool) -> LatentBatch:
-        captions = None
-        if values.captions is not None:
-            choices = [
-                self._choose(index, len(of_one)) if is_training else 0
-                for index, of_one in zip(indices, values.captions, strict=True)
-            ]
-            captions = [of_one[choice] for of_one, choice in zip(values.captions, choices, strict=True)]
-        return LatentBatch(values.videos, None, values.labels, torch.tensor(indices), num_skipped, captions)
-
-    def _choose(self, index: int, num_captions: int) -> int:
-        return int(np.random.default_rng([self.seed, 22, index]).integers(num_captions))
+    def _batch(
+        self, values: _Values, items: Sequence[int], indices: Sequence[int], num_skipped: int, is_training: bool
+    ) -> LatentBatch:
+        batch = LatentBatch(values.videos, None, values.labels, torch.tensor(indices), num_skipped)
+        if values.captions is None:
+            return batch
+        choices = [0] * len(indices)
+        if is_training:
+            rngs = (np.random.default_rng([self.seed, 22, index]) for index in indices)
+            choices = [int(rng.integers(len(of))) for rng, of in zip(rngs, values.captions, strict=True)]
+        text = None
+        if self.has_latents and self.items.text_settings is not None:
+            read = [self.items.text(item, choice) for item, choice in zip(items, choices, strict=True)]
+            text = TextEmbeddings(torch.cat([one.embeds for one in read]), torch.cat([one.mask for one in read]))
+        captions = [of[choice] for of, choice in zip(values.captions, choices, strict=True)]
+        return batch._replace(captions=captions, text=text)

@@ -5,15 +5,21 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from .storage import local_copy, open_path
+from .storage import fetched, local_copy, open_path
+from .text_shards import NULL_TEXT, TEXT_INDEX, TEXT_SETTINGS, TextShard, list_texts, text_shard_name
+
+
+if TYPE_CHECKING:
+    from ..text_encoders import TextEmbeddings
 
 
 FileFormat = Literal["safetensors", "webdataset"]
@@ -42,6 +48,9 @@ class LatentFolder(Dataset[LatentItem]):
         statistics: `mean` and `std`, a number per channel, and `num_items`.
         settings: The settings it was built with, and the config and checksum of the autoencoder.
         index: `num_items`, `num_skipped` and as `skipped` the names of those clips, `shape` and `shards`.
+        text_settings: Where captions are stored as embeddings: `source`, `max_length` and `dtype` of the text encoder,
+            and checksums; else `None`.
+        null_text: The embeddings of the empty text, of one sample, padded as those of captions; or `None`.
 
     Raises:
         ValueError: If the folder holds no finished cache.
@@ -66,7 +75,9 @@ class LatentFolder(Dataset[LatentItem]):
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         self._ends = np.cumsum([shard["num_items"] for shard in self.index["shards"]])
         self._shards: dict[int, Shard] = {}
+        self._texts: dict[int, tuple[TextShard, dict[str, int]]] = {}
         self._key = hashlib.sha256("".join([str(self.path), *texts]).encode()).hexdigest()[:32]  # of local copies
+        self._open_texts()
 
     def __len__(self) -> int:
         return self.index["num_items"]
@@ -86,6 +97,46 @@ class LatentFolder(Dataset[LatentItem]):
         shard, row = self._find(index)
         return shard.rows[row]["name"]
 
+    def text(self, index: int, number: int = 0) -> "TextEmbeddings":
+        """Return the embeddings of a caption of an item, of one sample, padded with zeros to `max_length`.
+
+        Args:
+            index: The item.
+            number: Which of its captions.
+
+        Raises:
+            ValueError: If the captions are not stored as embeddings.
+        """
+        if self.text_settings is None:
+            raise ValueError(f"`path` must hold text embeddings, got none in {str(self.path)!r}.")
+        shard, row = self._find(index)
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        if place not in self._texts:
+            name = text_shard_name(self.index["shards"][place]["file_name"])
+            numbers = {text: number for number, text in enumerate(list_texts(shard.rows))}
+            self._texts[place] = TextShard(local_copy(self.path / name, self._text_key)), numbers
+        texts, numbers = self._texts[place]
+        return self._pad(texts.read(numbers[shard.rows[row]["captions"][number]]))
+
+    def _open_texts(self) -> None:
+        self.text_settings: dict[str, Any] | None = None
+        self.null_text: TextEmbeddings | None = None
+        if not (self.path / TEXT_INDEX).exists():
+            return
+        text = (self.path / TEXT_SETTINGS).read_text(encoding="utf-8")
+        self.text_settings = json.loads(text)
+        self._text_key = hashlib.sha256((self._key + text).encode()).hexdigest()[:32]
+        with fetched(self.path / NULL_TEXT) as local:
+            self.null_text = self._pad(TextShard(local).read(0))
+
+    def _pad(self, hidden: torch.Tensor) -> "TextEmbeddings":
+        from ..text_encoders import TextEmbeddings
+
+        assert self.text_settings is not None
+        length = self.text_settings["max_length"]
+        mask = (torch.arange(length) < len(hidden)).long()
+        return TextEmbeddings(F.pad(hidden, (0, 0, 0, length - len(hidden)))[None], mask[None])
+
     def _find(self, index: int) -> "tuple[Shard, int]":
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
@@ -96,7 +147,7 @@ class LatentFolder(Dataset[LatentItem]):
         return self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # a worker opens the maps again
+        return self.__dict__ | {"_shards": {}, "_texts": {}}  # a worker opens the maps again
 
 
 class Shard(Protocol):

@@ -1,0 +1,163 @@
+"""Text embeddings on disk, beside the latents of the clips that the texts describe.
+
+As with latents, each shard appears when it is complete and is a function of the settings and its captions alone: a
+killed run resumes where it stopped, and any number of processes makes the same files. `text_settings.json` says what
+they were made with; `text_index.json` is written last.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checks import parse_dtype, reason_of
+from ..text_encoders import TextEncoder, load_text_encoder
+from .latent_shards import LatentFolder, open_shard
+from .storage import AnyPath, fetched, write_whole
+from .text_shards import (
+    NULL_TEXT,
+    TEXT_INDEX,
+    TEXT_SETTINGS,
+    TextShard,
+    list_texts,
+    serialize_texts,
+    text_shard_name,
+)
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_NUM_AT_ONCE = 32  # texts, of which rounding can depend on the number
+
+
+def open_text_encoder(
+    source: str | Path, max_length: int | None = None, dtype: str = "float32"
+) -> tuple[TextEncoder, dict[str, Any]]:
+    """Load a text encoder on the CPU, with its settings: where it came from, and checksums that tell it from others.
+
+    Args:
+        source: What `load_text_encoder` takes.
+        max_length: Tokens that texts are cut to; `None` for the default.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If an argument is not legal.
+    """
+    torch_dtype = parse_dtype("text_dtype", dtype)
+    try:
+        encoder = load_text_encoder(source, torch_dtype, "cpu", max_length)
+    except ValueError as error:
+        raise ValueError(f"`text_encoder` cannot be loaded: {reason_of(error)}") from error
+    return encoder, {
+        "source": str(source),
+        "max_length": encoder.max_length,
+        "dtype": str(torch_dtype).removeprefix("torch."),
+        "width": encoder.width,
+        "num_at_once": _NUM_AT_ONCE,
+        "class": type(encoder.model).__name__,
+        "weights_sha256": checksum_of_weights(encoder.model),
+        "tokenizer_sha256": _checksum_of_tokenizer(encoder.tokenizer),
+    }
+
+
+def begin_texts(folder: AnyPath, settings: dict[str, Any]) -> None:
+    """Write the settings of new embeddings into a folder, or refuse others than those they were begun with."""
+    path = folder / TEXT_SETTINGS
+    if not path.exists():
+        write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for key in {**begun, **settings}:
+        if key != "source" and begun.get(key) != settings.get(key):  # the same encoder may lie elsewhere
+            raise ValueError(
+                f"`text_encoder` must be the one that the embeddings in {str(folder)!r} were begun with, got another: "
+                f"`{key}` was {begun.get(key)!r} and is now {settings.get(key)!r}."
+            )
+
+
+def encode_captions(
+    latents: LatentFolder,
+    encoder: TextEncoder,
+    accelerator: "Accelerator",
+    progress: Callable[[int], Any] | None = None,
+) -> None:
+    """Encode the captions of a finished folder of latents, alone or together with other processes.
+
+    Args:
+        latents: The folder, where `begin_texts` was called.
+        encoder: The text encoder, on its device.
+        accelerator: The processes.
+        progress: Called with the number of texts of each finished shard.
+
+    Raises:
+        ValueError: If no item has a caption.
+    """
+    folder, names = latents.path, [shard["file_name"] for shard in latents.index["shards"]]
+    paths = [folder / text_shard_name(name) for name in names]
+    for number in range(accelerator.process_index, len(names), accelerator.num_processes):
+        if not paths[number].exists():
+            with fetched(folder / names[number]) as local:
+                texts = list_texts(open_shard(local).rows)
+            write_whole(paths[number], serialize_texts(_encode(encoder, texts), encoder.width, encoder.model.dtype))
+            if progress is not None:
+                progress(len(texts))
+    if accelerator.is_main_process and not (folder / NULL_TEXT).exists():
+        write_whole(folder / NULL_TEXT, serialize_texts(_encode(encoder, [""]), encoder.width, encoder.model.dtype))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not (folder / TEXT_INDEX).exists():
+        _finish(folder, paths)
+    accelerator.wait_for_everyone()
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
+    """Return the hidden states `(num_tokens, width)` of each text, on the CPU."""
+    states = []
+    for start in range(0, len(texts), _NUM_AT_ONCE):
+        embeds, mask = encoder(texts[start : start + _NUM_AT_ONCE])
+        lengths = mask.sum(1).tolist()
+        for hidden, kept, length in zip(embeds.cpu(), mask.cpu(), lengths, strict=True):
+            assert kept[:length].all()  # padding is on the right
+            if not hidden[:length].isfinite().all():
+                raise ValueError(
+                    f"`text_dtype` must hold what the text encoder computes, got {embeds.dtype}, in which some is not "
+                    "finite."
+                )
+            states.append(hidden[:length])
+    return states
+
+
+def _finish(folder: AnyPath, paths: Sequence[AnyPath]) -> None:
+    num_texts, num_tokens = [], []
+    for path in paths:
+        with fetched(path) as local:
+            shard = TextShard(local)
+            num_texts.append(len(shard))
+            num_tokens.append(shard.ends[-1] if len(shard) else 0)
+    if not sum(num_texts):
+        raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {str(folder)!r}.")
+    index = {
+        "num_tokens": sum(num_tokens),
+        "shards": [{"file_name": path.name, "num_texts": count} for path, count in zip(paths, num_texts, strict=True)],
+    }
+    write_whole(folder / TEXT_INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def checksum_of_weights(model: nn.Module) -> str:
+    """Return a SHA-256 of the names and bytes of a model's weights, in their own dtype."""
+    checksum = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        checksum.update(name.encode())
+        checksum.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()
+
+
+def _checksum_of_tokenizer(tokenizer: Any) -> str:
+    described: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,262 @@
+"""Text embeddings beside latents: what encoding on the way would give, each text once, however they were written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+from diffusers_leanvae.cli import app
+from diffusers_leanvae.data.latent_cache import encode_dataset
+from diffusers_leanvae.data.latent_samples import LatentData
+from diffusers_leanvae.data.latent_shards import LatentFolder
+from diffusers_leanvae.data.scenes import MovingScenes
+from diffusers_leanvae.text_encoders import TextEncoder, load_text_encoder, make_text_encoder
+from diffusers_leanvae.video_io import write_video
+
+
+pytest.importorskip("transformers", reason="transformers is an optional dependency")
+
+LENGTH = 40
+OPTIONS = {
+    "clip_size": (5, 48, 48),
+    "num_clips": 5,
+    "num_captions": 3,
+    "seed": 5,
+    "shard_size": 2,
+    "text_max_length": LENGTH,
+}
+LAUNCH = """
+import json, os, shutil, signal, sys
+import torch
+from accelerate.launchers import debug_launcher
+from diffusers_leanvae.atomic import partial_path
+from diffusers_leanvae.data import latent_cache, text_cache
+from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from torch.multiprocessing.spawn import ProcessExitedException
+
+def run(model, output, options, dies):
+    torch.set_num_threads(1)
+    write = text_cache.write_whole
+    def killed(path, content):
+        if dies and path.name.startswith("texts-00001"):
+            partial_path(path, "partial").write_bytes(content[:99])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+    text_cache.write_whole = killed
+    latent_cache.encode_dataset(AutoencoderKLLeanVAE.from_pretrained(model), "scenes", output, **options)
+
+if __name__ == "__main__":
+    model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    debug_launcher(run, (model, f"{folder}/one", options, False), 1)
+    debug_launcher(run, (model, f"{folder}/two", options, False), 2)
+    try:
+        debug_launcher(run, (model, f"{folder}/killed", options, True), 1)
+    except ProcessExitedException as error:
+        assert error.signal_name == "SIGKILL"
+    else:
+        raise SystemExit("was not killed")
+    shutil.copytree(f"{folder}/killed", f"{folder}/before")
+    debug_launcher(run, (model, f"{folder}/killed", options, False), 1)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def save_encoder(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    scenes = MovingScenes(5, 48, 48, num_clips=200)
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    made = make_text_encoder((text for index in range(200) for text in scenes.captions(index)), small, LENGTH)
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder: Path) -> TextEncoder:
+    return load_text_encoder(encoder_folder, max_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def vae(make_model) -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def cache(vae, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentFolder:
+    folder = tmp_path_factory.mktemp("cache")
+    return encode_dataset(vae, "scenes", folder, text_encoder=encoder_folder, **OPTIONS)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    (tmp_path / "videos").mkdir()
+    for number in range(2):
+        frames = torch.full((5, 16, 16, 3), 40 * number, dtype=torch.uint8)
+        write_video(tmp_path / "videos" / f"{number}.mkv", frames, fps=8, codec="ffv1")
+    return tmp_path / "videos"
+
+
+def test_cached_embeddings_match_encoding_on_the_fly(cache: LatentFolder, encoder: TextEncoder):
+    scenes = MovingScenes(5, 48, 48, seed=5, num_clips=5, num_captions=3)
+    for index in range(5):
+        texts = scenes.captions(index)
+        assert cache.captions(index) == tuple(texts)
+        for number in range(3):
+            cached, (embeds, mask) = cache.text(index, number), encoder([texts[number]])
+            assert torch.equal(cached.mask, mask) and cached.mask.dtype == mask.dtype
+            assert 10 < mask.sum() < LENGTH and (cached.embeds[mask == 0] == 0).all()
+            # Encoded six at a time there and alone here: the same up to the rounding of sums, 7e-7 of 3.
+            torch.testing.assert_close(cached.embeds[mask == 1], embeds[mask == 1], rtol=0, atol=3e-6)
+            assert embeds[mask == 1].std() > 0.1
+    null, (embeds, mask) = cache.null_text, encoder([""])
+    assert null is not None and torch.equal(null.mask, mask) and null.mask.sum() == 1
+    torch.testing.assert_close(null.embeds[mask == 1], embeds[mask == 1], rtol=0, atol=3e-6)
+    with pytest.raises(IndexError):
+        cache.text(5)
+
+
+def test_training_gets_the_embeddings_of_the_captions_it_gets(cache: LatentFolder, encoder: TextEncoder):
+    for gib in (0.0, 1.0):
+        data = LatentData(cache, has_latents=True, has_captions=True, seed=1, in_memory_gib=gib)
+        loader = DataLoader(data, batch_sampler=data.batches(4, 0, 3), num_workers=1, collate_fn=lambda batch: batch)
+        for number, batch in enumerate(loader):
+            again = data.__getitems__(range(4 * number, 4 * number + 4))
+            assert batch.captions == again.captions and torch.equal(batch.text.embeds, again.text.embeds)
+            embeds, mask = encoder(batch.captions)
+            assert torch.equal(batch.text.mask, mask)
+            torch.testing.assert_close(batch.text.embeds[mask == 1], embeds[mask == 1], rtol=0, atol=3e-6)
+        (first,) = data.first(2, 2)
+        assert first.captions == [cache.captions(index)[0] for index in range(2)] and first.text is not None
+        assert torch.equal(first.text.embeds, torch.cat([cache.text(index).embeds for index in range(2)]))
+    assert LatentData(cache, has_latents=True).__getitems__([0]).text is None
+
+
+def test_files_hold_tokens_only_and_every_text_once(vae, videos: Path, encoder_folder: Path, tmp_path: Path):
+    (videos / "0.txt").write_text("a red circle\na blue square\n")
+    (videos / "1.txt").write_text("a blue square\n")
+    options = {"clip_size": (5, 16, 16), "num_crops": 2, "flip": "both", "text_max_length": 8}
+    cached = encode_dataset(vae, str(videos), tmp_path / "cache", text_encoder=encoder_folder, **options)
+    assert len(cached) == 8
+    stored = load_file(tmp_path / "cache" / "texts-00000.safetensors")
+    assert stored["ends"].tolist() == [4, 8] and stored["embeds"].shape == (8, 16)  # three words and the end
+    assert stored["embeds"].dtype == torch.float32
+    assert json.loads((tmp_path / "cache" / "text_index.json").read_text()) == {
+        "num_tokens": 8,
+        "shards": [{"file_name": "texts-00000.safetensors", "num_texts": 2}],
+    }
+    assert torch.equal(cached.text(0, 1).embeds, cached.text(7).embeds)
+    assert not torch.equal(cached.text(0, 0).embeds, cached.text(0, 1).embeds)
+    assert cached.text_settings is not None and cached.text_settings["source"] == str(encoder_folder)
+    assert (cached.text_settings["max_length"], cached.text_settings["width"]) == (8, 16)
+
+
+def test_embeddings_may_come_later_and_in_another_dtype(cache: LatentFolder, vae, encoder_folder, tmp_path: Path):
+    plain = encode_dataset(vae, "scenes", tmp_path, **OPTIONS | {"text_max_length": None})
+    assert plain.text_settings is plain.null_text is None
+    with pytest.raises(ValueError, match="`path` must hold text embeddings, got none in"):
+        plain.text(0)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    encode_dataset(vae, "scenes", tmp_path, text_encoder=encoder_folder, **OPTIONS)
+    assert contents(tmp_path) == contents(cache.path)  # type: ignore[arg-type]
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
+    encode_dataset(vae, "scenes", tmp_path, **OPTIONS | {"text_max_length": None})  # leaves them where they are
+    assert LatentFolder(tmp_path).text_settings == cache.text_settings
+
+    for name in [path.name for path in tmp_path.glob("text*")]:
+        (tmp_path / name).unlink()
+    half = encode_dataset(vae, "scenes", tmp_path, text_encoder=encoder_folder, text_dtype="bf16", **OPTIONS)
+    embeds, expected = half.text(2, 1).embeds, load_text_encoder(encoder_folder, torch.bfloat16, max_length=LENGTH)
+    assert embeds.dtype == torch.bfloat16
+    found = expected([half.captions(2)[1]])
+    difference = (found.embeds - embeds)[found.mask == 1].abs().max()
+    assert difference <= 2**-6, difference  # one rounding of numbers up to 4
+    torch.testing.assert_close(embeds.float(), cache.text(2, 1).embeds, rtol=0, atol=0.1)
+
+
+def test_two_processes_and_a_killed_run_write_the_same_files(
+    cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path
+):
+    vae.save_pretrained(tmp_path / "model")
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    options = json.dumps(OPTIONS | {"text_encoder": str(encoder_folder)})
+    # One thread from the start: MKL sums in another order where the number is lowered later, as in this process.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, (tmp_path / "launch.py", tmp_path / "model", tmp_path, options))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    expected = contents(tmp_path / "one")
+    assert expected.keys() == contents(cache.path).keys() >= {"texts-00002.safetensors", "text_null.safetensors"}  # type: ignore[arg-type]
+    assert contents(tmp_path / "two") == expected
+
+    before = contents(tmp_path / "before")
+    assert "texts-00000.safetensors" in before and "texts-00001.safetensors" not in before
+    assert "text_index.json" not in before and any("partial" in name for name in before)
+    assert LatentFolder(tmp_path / "before").text_settings is None  # the latents are whole
+    assert contents(tmp_path / "killed") == expected
+    times = [(tmp_path / name / "texts-00000.safetensors").stat().st_mtime_ns for name in ("before", "killed")]
+    assert times[0] == times[1]  # what was whole is not written again
+
+
+def test_another_text_encoder_is_refused(cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path):
+    before = contents(cache.path)  # type: ignore[arg-type]
+    other = save_encoder(tmp_path / "other", seed=1)
+    for options, message in (
+        ({"text_encoder": other}, "`weights_sha256` was .* and is now"),
+        ({"text_encoder": encoder_folder, "text_max_length": 20}, "`max_length` was 40 and is now 20"),
+        ({"text_encoder": encoder_folder, "text_dtype": "bfloat16"}, "`dtype` was 'float32' and is now 'bfloat16'"),
+    ):
+        with pytest.raises(ValueError, match=f"`text_encoder` must be the one that the embeddings in .*{message}"):
+            encode_dataset(vae, "scenes", cache.path, **OPTIONS | options)  # type: ignore[arg-type]
+    assert contents(cache.path) == before  # type: ignore[arg-type]
+
+
+def test_bad_arguments_are_named(vae, videos: Path, encoder_folder: Path, tmp_path: Path):
+    size = {"clip_size": (5, 16, 16)}
+    for options, message in (
+        ({"text_max_length": 8}, "`text_max_length` must be None without `text_encoder`, got 8"),
+        ({"text_encoder": encoder_folder, "text_dtype": "int8"}, "`text_dtype` must be one of .*, got 'int8'"),
+        ({"text_encoder": tmp_path / "nothing"}, "`text_encoder` cannot be loaded: .*nothing"),
+        ({"text_encoder": encoder_folder, "text_max_length": 4000}, "`text_encoder` cannot be loaded: .*got 4000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_dataset(vae, str(videos), tmp_path / "bad", **size, **options)
+        assert not (tmp_path / "bad").exists(), message
+    with pytest.raises(ValueError, match="`text_encoder` must be None where no clip has a caption, as in"):
+        encode_dataset(vae, str(videos), tmp_path / "bare", text_encoder=encoder_folder, **size)
+    assert LatentFolder(tmp_path / "bare").text_settings is None
+
+
+def test_embeddings_at_a_url(cache: LatentFolder, vae, encoder_folder, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
+    url = "memory://texts"
+    remote = encode_dataset(vae, "scenes", url, text_encoder=encoder_folder, **OPTIONS)
+    assert remote.text_settings == cache.text_settings and remote.null_text is not None
+    for index in range(5):
+        for ours, theirs in zip(remote.text(index, 2), cache.text(index, 2), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_on_the_command_line(cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path):
+    vae.save_pretrained(tmp_path / "model")
+    arguments = ["encode-dataset", "scenes", tmp_path / "out", "--model", tmp_path / "model", "--clip-size", "5x48x48"]
+    arguments += ["--num-clips", 5, "--num-captions", 3, "--seed", 5, "--shard-size", 2]
+    arguments += ["--text-encoder", encoder_folder, "--text-max-length", LENGTH]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0 and "5 latents of 4 x 2 x 6 x 6" in result.stdout, result.output
+    assert contents(tmp_path / "out") == contents(cache.path)  # type: ignore[arg-type]
