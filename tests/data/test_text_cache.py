@@ -121,7 +121,7 @@ def test_cached_embeddings_match_encoding_on_the_fly(cache: LatentFolder, encode
             cached, (embeds, mask) = cache.text(index, number), encoder([texts[number]])
             assert torch.equal(cached.mask, mask) and cached.mask.dtype == mask.dtype
             assert 10 < mask.sum() < LENGTH and (cached.embeds[mask == 0] == 0).all()
-            # Encoded six at a time there and alone here: the same up to the rounding of sums, 7e-7 of 3.
+            # Encoded six at a time there and alone here, which other processors may round otherwise (values to 2.8).
             torch.testing.assert_close(cached.embeds[mask == 1], embeds[mask == 1], rtol=0, atol=3e-6)
             assert embeds[mask == 1].std() > 0.1
     null, (embeds, mask) = cache.null_text, encoder([""])
@@ -173,7 +173,7 @@ def test_embeddings_may_come_later_and_in_another_dtype(cache: LatentFolder, vae
         plain.text(0)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     encode_dataset(vae, "scenes", tmp_path, text_encoder=encoder_folder, **OPTIONS)
-    assert contents(tmp_path) == contents(cache.path)  # type: ignore[arg-type]
+    assert contents(tmp_path) == contents(cache.path)
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
     encode_dataset(vae, "scenes", tmp_path, **OPTIONS | {"text_max_length": None})  # leaves them where they are
     assert LatentFolder(tmp_path).text_settings == cache.text_settings
@@ -185,8 +185,8 @@ def test_embeddings_may_come_later_and_in_another_dtype(cache: LatentFolder, vae
     assert embeds.dtype == torch.bfloat16
     found = expected([half.captions(2)[1]])
     difference = (found.embeds - embeds)[found.mask == 1].abs().max()
-    assert difference <= 2**-6, difference  # one rounding of numbers up to 4
-    torch.testing.assert_close(embeds.float(), cache.text(2, 1).embeds, rtol=0, atol=0.1)
+    assert difference <= 2**-6, difference  # measured 0; one rounding of numbers up to 4
+    torch.testing.assert_close(embeds.float(), cache.text(2, 1).embeds, rtol=0, atol=0.15)  # measured 0.035
 
 
 def test_two_processes_and_a_killed_run_write_the_same_files(
@@ -201,7 +201,7 @@ def test_two_processes_and_a_killed_run_write_the_same_files(
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     expected = contents(tmp_path / "one")
-    assert expected.keys() == contents(cache.path).keys() >= {"texts-00002.safetensors", "text_null.safetensors"}  # type: ignore[arg-type]
+    assert expected.keys() == contents(cache.path).keys() >= {"texts-00002.safetensors", "text_null.safetensors"}
     assert contents(tmp_path / "two") == expected
 
     before = contents(tmp_path / "before")
@@ -214,7 +214,7 @@ def test_two_processes_and_a_killed_run_write_the_same_files(
 
 
 def test_another_text_encoder_is_refused(cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path):
-    before = contents(cache.path)  # type: ignore[arg-type]
+    before = contents(cache.path)
     other = save_encoder(tmp_path / "other", seed=1)
     for options, message in (
         ({"text_encoder": other}, "`weights_sha256` was .* and is now"),
@@ -222,8 +222,8 @@ def test_another_text_encoder_is_refused(cache: LatentFolder, vae, encoder_folde
         ({"text_encoder": encoder_folder, "text_dtype": "bfloat16"}, "`dtype` was 'float32' and is now 'bfloat16'"),
     ):
         with pytest.raises(ValueError, match=f"`text_encoder` must be the one that the embeddings in .*{message}"):
-            encode_dataset(vae, "scenes", cache.path, **OPTIONS | options)  # type: ignore[arg-type]
-    assert contents(cache.path) == before  # type: ignore[arg-type]
+            encode_dataset(vae, "scenes", cache.path, **OPTIONS | options)
+    assert contents(cache.path) == before
 
 
 def test_bad_arguments_are_named(vae, videos: Path, encoder_folder: Path, tmp_path: Path):
@@ -259,4 +259,4 @@ def test_on_the_command_line(cache: LatentFolder, vae, encoder_folder: Path, tmp
     arguments += ["--text-encoder", encoder_folder, "--text-max-length", LENGTH]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0 and "5 latents of 4 x 2 x 6 x 6" in result.stdout, result.output
-    assert contents(tmp_path / "out") == contents(cache.path)  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == contents(cache.path)
