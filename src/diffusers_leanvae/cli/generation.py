@@ -181,7 +181,12 @@ def encode_dataset(
     shard_size: Annotated[int, typer.Option(min=1, help="Clips in each file.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips to encode at once.")] = 8,
     num_workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read videos ahead; 0 reads them in the main process.")
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that read videos ahead; 0 reads them in the main process. With ray: at most so many on "
+            "all machines; 0 for as many as there are processors.",
+        ),
     ] = 0,
     text_encoder: Annotated[
         str | None,
@@ -201,6 +206,20 @@ def encode_dataset(
             "float16 (fp16)."
         ),
     ] = "float32",
+    engine: Annotated[
+        Literal["processes", "ray"],
+        typer.Option(
+            help="Program that shares out the work: processes for this one or those of torchrun, ray for Ray Data, on "
+            "this machine or a cluster. The files are the same."
+        ),
+    ] = "processes",
+    num_encoders: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes of ray that encode; without it one per GPU, or one per two processors without GPUs.",
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
@@ -239,6 +258,8 @@ def encode_dataset(
             text_encoder=text_encoder,
             text_max_length=text_max_length,
             text_dtype=text_dtype,
+            engine=engine,
+            num_encoders=num_encoders,
             progress=bar.update,
             text_progress=None if text_bar is None else text_bar.update,
         )

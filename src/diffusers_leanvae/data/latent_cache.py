@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,8 +25,13 @@ from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
+from .ray_cache import encode_with_ray
 from .storage import AnyPath, fetched, open_path, write_whole
+from .streams import is_stream
 from .text_cache import begin_texts, checksum_of_weights, encode_captions, open_text_encoder
+
+
+Engine = Literal["processes", "ray"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,12 @@ def encode_dataset(
     text_encoder: str | Path | None = None,
     text_max_length: int | None = None,
     text_dtype: str = "float32",
+    engine: Engine = "processes",
+    num_encoders: int | None = None,
     progress: Callable[[int], Any] | None = None,
     text_progress: Callable[[int], Any] | None = None,
 ) -> LatentFolder:
-    """Encode a data set of clips to a folder of latents, alone or in all processes of `torchrun`.
+    """Encode a data set of clips to a folder of latents: alone, in all processes of `torchrun`, or with Ray.
 
     Call it again with the same arguments to resume after an interruption.
 
@@ -110,12 +118,16 @@ def encode_dataset(
         shard_size: Clips per shard, not counting mirrored ones.
         batch_size: Clips encoded at once. Like all of the above it must stay the same when a run resumes, since
             rounding can depend on it.
-        num_workers: Processes that decode videos ahead, per process.
         text_encoder: A text encoder that `load_text_encoder` takes, to store the embeddings of all captions with the
             latents. It may be given later, for latents that are there already.
         text_max_length: Tokens that captions are cut to: 120 by default, or as many as the tokenizer takes.
         text_dtype: Dtype that the text encoder works in and embeddings are stored in: `"float32"`, `"bfloat16"` or
             `"float16"`.
+        num_workers: Processes that decode videos ahead, per process. With Ray: on all machines together, at most; 0
+            for as many as there are processors.
+        engine: `"processes"`, or `"ray"`: Ray Data shares the work between processes that read and processes that
+            encode, on this machine or on a cluster, see `ray_cache.encode_with_ray`. The files are the same.
+        num_encoders: Processes of Ray that encode; by default one per GPU, or one per two processors without GPUs.
         progress: Called with the number of clips of each finished shard.
         text_progress: Called with the number of texts of each finished shard of embeddings.
 
@@ -124,7 +136,7 @@ def encode_dataset(
 
     Raises:
         ValueError: If an argument is not legal, `output` was begun with other settings, or no clip could be used.
-        ImportError: If accelerate is not installed.
+        ImportError: If accelerate, or Ray where it is asked for, is not installed.
     """
     selection = ClipSelection(
         source,
@@ -140,6 +152,9 @@ def encode_dataset(
         num_captions,
     )
     options = ShardOptions(dtype, file_format, shard_size, batch_size)
+    check_choice("engine", engine, get_args(Engine))
+    if num_encoders is not None and (engine != "ray" or num_encoders < 1):
+        raise ValueError(f"`num_encoders` must be at least 1, and None without Ray, got {num_encoders}.")
     folder = open_path(output)
     encoder, text_settings = None, None
     if text_encoder is not None:
@@ -162,6 +177,8 @@ def encode_dataset(
     }
     # A process may have to wait for the slowest one's last shard.
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    if engine == "ray" and accelerator.num_processes > 1:
+        raise ValueError(f"`engine` must be 'processes' in a job of {accelerator.num_processes} processes, got 'ray'.")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _begin(folder, settings)
@@ -172,16 +189,28 @@ def encode_dataset(
     if text_settings is not None:
         begin_texts(folder, text_settings)
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
-    vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
-    size, num_shards = options.shard_size, -(-len(clips) // options.shard_size)
+    num_shards = -(-len(clips) // options.shard_size)
     paths = [folder / f"latents-{number:05d}{SHARD_SUFFIXES[options.file_format]}" for number in range(num_shards)]
+    count = progress or (lambda number: None)
+    missing = []
     for number in range(accelerator.process_index, num_shards, accelerator.num_processes):
-        numbers = range(number * size, min((number + 1) * size, len(clips)))
-        if not paths[number].exists():
-            latents, rows = _encode(vae, clips.read(numbers), selection, options, device)
-            write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
-        if progress is not None:
-            progress(len(numbers))
+        if paths[number].exists():
+            count(len(_clips_of(number, clips, options)))
+        else:
+            missing.append(number)
+    encode = partial(_encode, is_doubled=selection.flip == "both", options=options)
+    if engine == "ray":
+        num_readers = 1 if is_stream(source) else num_workers or None  # a stream is read from front to back
+        open_reader = partial(_open_reader, selection, options)
+        encoded = encode_with_ray(missing, open_reader, vae.eval(), encode, num_readers, num_encoders)
+    else:
+        vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
+        encoded = ((number, [encode(vae, batch) for batch in _read(number, clips, options)]) for number in missing)
+    for number, batches in encoded:
+        latents = torch.cat([torch.empty(0, *shape, dtype=options.torch_dtype), *(batch for batch, _ in batches)])
+        rows = [row for _, described in batches for row in described]
+        write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
+        count(len(_clips_of(number, clips, options)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / "index.json").exists():
         _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")
@@ -192,32 +221,35 @@ def encode_dataset(
     return LatentFolder(output)
 
 
-def _encode(
-    vae: VideoAutoencoder,
-    clips: Iterator[SourceClip | None],
-    selection: ClipSelection,
-    options: ShardOptions,
-    device: torch.device,
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Encode a shard: latents `(n, C, F, h, w)`, and label, captions and name of each."""
-    latents = [torch.empty(0, *_latent_shape(vae, selection.clip_size), dtype=options.torch_dtype)]
-    rows: list[dict[str, Any]] = []
-    usable = (clip for clip in clips if clip is not None)
+def _clips_of(number: int, clips: ClipList, options: ShardOptions) -> range:
+    return range(number * options.shard_size, min((number + 1) * options.shard_size, len(clips)))
+
+
+def _open_reader(selection: ClipSelection, options: ShardOptions) -> Callable[[int], Iterator[list[SourceClip]]]:
+    return partial(_read, clips=open_clip_list(selection), options=options)
+
+
+def _read(number: int, clips: ClipList, options: ShardOptions) -> Iterator[list[SourceClip]]:
+    """Read the clips of a shard that can be used, in the batches to encode."""
+    usable = (clip for clip in clips.read(_clips_of(number, clips, options)) if clip is not None)
     while batch := list(itertools.islice(usable, options.batch_size)):
-        pixels = as_sample(torch.stack([clip.pixels for clip in batch]).to(device)).to(vae.dtype)
-        encoded = [encode_batch(vae, pixels)]
-        described = [
-            {"class_label": clip.class_label, "captions": list(clip.captions), "name": clip.name} for clip in batch
-        ]
-        if selection.flip == "both":
-            encoded.append(encode_batch(vae, pixels.flip(-1)))
-            described = [entry for row in described for entry in (row, row | {"name": f"{row['name']}#mirrored"})]
-        stored = torch.stack(encoded, 1).flatten(0, 1).to("cpu", options.torch_dtype)
-        if not stored.isfinite().all():
-            raise ValueError(f"`dtype` must hold the latents, got {options.dtype}, in which some are not finite.")
-        latents.append(stored)
-        rows += described
-    return torch.cat(latents), rows
+        yield batch
+
+
+def _encode(
+    vae: VideoAutoencoder, batch: list[SourceClip], *, is_doubled: bool, options: ShardOptions
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Encode a batch: latents `(n, C, F, h, w)` on the CPU, and label, captions and name of each."""
+    pixels = as_sample(torch.stack([clip.pixels for clip in batch]).to(vae.device)).to(vae.dtype)
+    encoded = [encode_batch(vae, pixels)]
+    rows = [{"class_label": clip.class_label, "captions": list(clip.captions), "name": clip.name} for clip in batch]
+    if is_doubled:
+        encoded.append(encode_batch(vae, pixels.flip(-1)))
+        rows = [entry for row in rows for entry in (row, row | {"name": f"{row['name']}#mirrored"})]
+    latents = torch.stack(encoded, 1).flatten(0, 1).to("cpu", options.torch_dtype)
+    if not latents.isfinite().all():
+        raise ValueError(f"`dtype` must hold the latents, got {options.dtype}, in which some are not finite.")
+    return latents, rows
 
 
 def _latent_shape(vae: VideoAutoencoder, clip_size: Sequence[int]) -> tuple[int, int, int, int]:
