@@ -82,6 +82,7 @@ class Captions:
         """
         if self.null is not None:
             text = batch.text
+            assert text is not None
             if drop is None or not drop.any():
                 return text
             null = [part.expand(len(drop), *part.shape[1:]) for part in self.null]
