@@ -35,7 +35,6 @@ from .containers import MAX_PIXELS, PathLike, VideoError
 
 if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
     import numpy as np
-    import torch
     from PIL import Image
 
 # What Pillow says of damaged files is in the errors; without this it comes on stderr as well if nobody set up logging.
@@ -79,6 +78,7 @@ _PIXEL_FORMATS = {
     "I": "gray16le",
     "F": "grayf32le",
 }
+SEQUENCE_FPS = Fraction(25)  # frames per second of pictures that make up a video
 # Orientations of EXIF: degrees clockwise. The other ones mirror.
 _CLOCKWISE = {3: 180, 6: 90, 8: 270}
 # Of pixels with 16 bits Pillow keeps the high byte. Read with the bytes swapped, it keeps the low one.
@@ -97,7 +97,6 @@ class ImageFrames:
     Args:
         files: One file, or the pictures of a sequence in order.
         background: Colour that shows where a picture is transparent, RGB in `[0, 255]`.
-        fps: Frame rate of a sequence.
         name: What messages call a single file; its path by default.
 
     Attributes:
@@ -110,7 +109,6 @@ class ImageFrames:
         codec: Name of the format, such as `"png"`.
         pixel_format: FFmpeg's name, where it has one, of the format of the stored pixels, such as `"rgb24"`.
         rotation: Degrees clockwise (0, 90, 180, 270) by which stored pixels are turned; already applied.
-        has_alpha: Whether the (first) picture may be transparent in places.
 
     Raises:
         VideoError: If the file is no picture, is damaged, or claims more than `MAX_PIXELS` pixels.
@@ -120,7 +118,6 @@ class ImageFrames:
         self,
         files: PathLike | Sequence[PathLike],
         background: tuple[int, int, int] = (255, 255, 255),
-        fps: Fraction = Fraction(25),
         name: str | None = None,
     ) -> None:
         if isinstance(files, str | os.PathLike):
@@ -137,12 +134,12 @@ class ImageFrames:
         first = self._picture
         self.width, self.height = first.width, first.height
         self.codec, self.pixel_format = first.codec, first.pixel_format
-        self.rotation, self.has_alpha = first.rotation, first.has_alpha
+        self.rotation = first.rotation
         self.is_animated = not is_sequence and len(first.delays) > 1
         self.duration: Fraction | None = None
         if is_sequence:
-            self.times = [number / fps for number in range(len(self._files))]
-            self.duration = len(self._files) / fps
+            self.times = [number / SEQUENCE_FPS for number in range(len(self._files))]
+            self.duration = len(self._files) / SEQUENCE_FPS
         elif self.is_animated:
             ends = [Fraction(0)]
             for delay in first.delays:
@@ -164,22 +161,15 @@ class ImageFrames:
             self._picture.close()
         self._picture = None
 
-    def frames_from(self, index: int) -> Iterator[torch.Tensor]:
+    def arrays_from(self, index: int) -> Iterator[np.ndarray]:
         """Read the frames from number `index` on.
 
         Yields:
-            RGB frames, uint8 in `[0, 255]`, shape `(height, width, 3)`.
+            RGB frames, uint8 in `[0, 255]`, shape `(height, width, 3)`, which must not be changed.
 
         Raises:
             VideoError: If a file is missing or damaged, or its size is not that of the first.
         """
-        import torch
-
-        for pixels in self.arrays_from(index):
-            yield torch.from_numpy(pixels.copy())
-
-    def arrays_from(self, index: int) -> Iterator[np.ndarray]:
-        """Read the frames from number `index` on, as `frames_from`, into arrays that must not be changed."""
         for number in range(index, self.num_frames):
             if self._picture is None:
                 raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
@@ -246,7 +236,6 @@ class _Picture:
         self.width, self.height = self.size
         if self.orientation >= 5 and not self.is_turned:
             self.height, self.width = self.size
-        self.has_alpha = image.has_transparency_data
         self.pixel_format = _PIXEL_FORMATS.get(image.mode, image.mode.lower())
         raw_mode = _raw_mode(image)
         self.white = 65535
@@ -639,43 +628,50 @@ def _read_wide(high: Image.Image, low: Image.Image) -> np.ndarray:
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert grey, RGB, CMYK or LAB pixels to RGB in sRGB, by the profile where it is for such pixels."""
-    if image.mode != "LAB" and (not profile or _is_srgb(profile, image.mode)):
+    from PIL import Image
+
+    transform = _find_transform(None if image.mode == "LAB" else profile or b"", image.mode)
+    if transform is None:
         return image if image.mode == "RGB" else image.convert("RGB")
-    from PIL import Image, ImageCms
-
-    if image.mode == "LAB":
-        opened = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    else:
-        opened = ImageCms.ImageCmsProfile(BytesIO(profile or b""))
-    return _transform(opened, image.mode).apply(image, Image.new("RGB", image.size))
-
-
-def _transform(profile: Any, mode: str) -> Any:
-    from PIL import ImageCms
-
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    # What a photograph is shown with: white stays white, and black stays black.
-    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-    return ImageCms.buildTransform(profile, srgb, mode, "RGB", intent, flags)
+    return transform.apply(image, Image.new("RGB", image.size))
 
 
 @lru_cache(64)
-def _is_srgb(profile: bytes, mode: str) -> bool:
-    """Tell whether a profile may be left out: it changes nothing, is for other pixels, or cannot be applied."""
+def _find_transform(profile: bytes | None, mode: str) -> Any:
+    """Build the transform of pixels to sRGB by a profile, that of LAB without one.
+
+    Returns:
+        The transform, or `None` where it may be left out: the profile is empty, changes nothing, is for other pixels,
+        or cannot be applied.
+    """
     import numpy as np
     from PIL import Image, ImageCms
 
+    if profile is None:
+        return _build_transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)
+    if not profile:
+        return None
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     lattice = np.stack(np.meshgrid(*[levels] * Image.getmodebands(mode)), axis=-1)
     sample = Image.frombytes(mode, (lattice[..., 0].size, 1), lattice.tobytes())
     try:
         opened = ImageCms.ImageCmsProfile(BytesIO(profile))
         if cast(Any, opened.profile).xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return True
-        converted = _transform(opened, mode).apply(sample, Image.new("RGB", sample.size))
+            return None
+        transform = _build_transform(opened, mode)
+        converted = transform.apply(sample, Image.new("RGB", sample.size))
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return True
+        return None
     if mode == "CMYK":
-        return False
+        return transform
     difference = np.asarray(converted).astype(int) - np.asarray(sample.convert("RGB")).astype(int)
-    return int(np.abs(difference).max()) <= 1
+    return transform if int(np.abs(difference).max()) > 1 else None
+
+
+def _build_transform(profile: Any, mode: str) -> Any:
+    from PIL import ImageCms
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    # What a photograph is shown with: white stays white, and black stays black.
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    return ImageCms.buildTransform(profile, srgb, mode, "RGB", intent, flags)
