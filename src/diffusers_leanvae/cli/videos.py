@@ -240,12 +240,8 @@ def decode(
         with open_latents(file) as (_, info):
             pass  # the file is closed while the model is loaded
         vae, checksum = load(info)
-        if not any_weights and info.weights_sha256 not in ("", checksum):
-            name = model or info.model
-            raise ValueError(
-                f"`--model` must have the weights that encoded {str(path)!r}, got {name!r} with others (SHA-256 "
-                f"{checksum[:12]}..., not {info.weights_sha256[:12]}...); `--any-weights` decodes all the same."
-            )
+        if not any_weights:
+            info.check_weights(checksum, path, "--model", "; `--any-weights` decodes all the same")
         decode_video(vae, file, output, audio_from=audio_from, max_memory=limit, progress=progress, **options)
         return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
 

@@ -260,8 +260,8 @@ def encode_video(
 ) -> LatentsInfo:
     """Encode a video or image file into `target`, a safetensors file with one tensor `latents` `(1, z, t, h, w)`.
 
-    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]. Sound, subtitles and
-    chapters of the excerpt are kept in the same file, as the tensor `sound`, a Matroska file.
+    The latents are posterior means, not normalised. Arguments as of [`reconstruct_video`]. Sound, subtitles,
+    chapters and metadata of the excerpt are kept in the same file, as the tensor `sound`, a Matroska file.
 
     Args:
         model: Name of the model, which is stored with the latents.
@@ -344,11 +344,8 @@ def decode_video(
             f"`source` must hold latents of shape {expected} for {info.num_frames} frames of "
             f"{info.width}x{info.height}, got {shape} in {str(source)!r}."
         )
-    if checksum is not None and info.weights_sha256 not in ("", checksum):
-        raise ValueError(
-            f"`vae` must have the weights that encoded {str(source)!r}, those of {info.model!r} with the SHA-256 "
-            f"{info.weights_sha256[:12]}..., got others, {checksum[:12]}...."
-        )
+    if checksum is not None:
+        info.check_weights(checksum, source)
     times = read_times(source)
     job = VideoJob(info.num_frames, info.height, info.width, encode=False)
     streams = _open_streams(vae, job, target, num_frames_per_step, max_memory, writer_options)

@@ -44,7 +44,7 @@ class LatentsInfo:
         pixel_aspect_ratio: Width of a pixel over its height, as a fraction.
         start: Time of the first frame in the source, in seconds, as a fraction.
         time_unit: Unit of the times of frames in seconds, as a fraction; empty if the frame rate is constant.
-        has_sound: Whether sound, subtitles or chapters of the source are kept with the latents.
+        has_sound: Whether sound, subtitles, chapters or metadata of the source are kept with the latents.
     """
 
     model: str
@@ -73,6 +73,21 @@ class LatentsInfo:
             raise TypeError(f"`start` must be a fraction from 0 on, got {self.start!r}")
         if self.time_unit != "" and not _fraction(self.time_unit) > 0:
             raise TypeError(f"`time_unit` must be empty or a positive fraction, got {self.time_unit!r}")
+
+    def check_weights(self, checksum: str, source: str | Path, argument: str = "vae", advice: str = "") -> None:
+        """Refuse weights with another checksum than those that encoded, if those are known.
+
+        Args:
+            checksum: [`weights_sha256`] of the model as it is stored.
+            source: What to call the file of latents.
+            argument: What to call the model.
+            advice: The end of the sentence.
+        """
+        if self.weights_sha256 not in ("", checksum):
+            raise ValueError(
+                f"`{argument}` must have the weights that encoded {str(source)!r}, those of {self.model!r} with the "
+                f"SHA-256 {self.weights_sha256[:12]}..., got others, {checksum[:12]}...{advice}."
+            )
 
 
 def _fraction(text: str) -> Fraction:
