@@ -440,6 +440,22 @@ class TestEverythingElse:
                 metadata = {key.lower(): value for key, value in container.metadata.items()}
             assert {key: metadata.get(key) for key in tags} == tags
 
+    def test_metadata_of_a_silent_video(self, tmp_path: Path):
+        frames = torch.zeros(3, 48, 64, 3, dtype=torch.uint8)
+        with av.open(str(tmp_path / "titled.mkv"), "w") as container:
+            container.metadata["title"] = "Silence"
+            stream = container.add_stream("ffv1", rate=FPS, width=64, height=48, pix_fmt="bgr0")
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+            container.mux(stream.encode(None))
+        assert copy_streams(tmp_path / "titled.mkv", tmp_path / "side.mkv", Fraction(0), None)
+        for source in ("titled.mkv", "side.mkv"):
+            with VideoWriter(tmp_path / "out.mp4", FPS, audio_from=tmp_path / source) as writer:
+                writer.write(frames)
+            with av.open(str(tmp_path / "out.mp4")) as container:
+                assert container.metadata["title"] == "Silence" and not container.streams.audio
+                assert container.duration == 3 / FPS * 1_000_000
+
     def test_nothing_to_copy(self, tmp_path: Path):
         with VideoWriter(tmp_path / "silent.mp4", FPS) as writer:
             writer.write(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))

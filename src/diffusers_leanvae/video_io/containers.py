@@ -9,7 +9,7 @@ from typing import Any, cast
 import av
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
@@ -73,18 +73,28 @@ def named_errors(path: PathLike) -> Iterator[None]:
         ) from error
 
 
+def find_pictures(container: InputContainer) -> VideoStream | None:
+    """Return the video stream that counts: the first one that is no cover picture, as music files have it."""
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+
+
+def codec_name(stream: Stream) -> str:
+    """Return the name of a stream's codec, `"unknown"` without a decoder for it."""
+    context = cast(Any, stream).codec_context
+    return "unknown" if context is None else context.codec.canonical_name
+
+
 def find_video_stream(container: InputContainer, path: PathLike) -> VideoStream:
     """Return the video stream to read, set up to report damage and to use all threads.
 
     Raises:
         VideoError: If there is none, or no decoder for it.
     """
-    # Cover art of a music file is a video stream to FFmpeg, "tty" renders text as a video, playlists name other files.
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams or container.format.name in ("tty", "hls", "concat", "dash"):
+    stream = find_pictures(container)
+    # "tty" renders text as a video, playlists name other files.
+    if stream is None or container.format.name in ("tty", "hls", "concat", "dash"):
         kind = "only audio" if container.streams.audio else "no video or image"
         raise VideoError(f"Cannot read {str(path)!r}: it holds {kind}, expected a video stream.")
-    stream = streams[0]
     if cast(Any, stream).codec_context is None:
         raise VideoError(f"Cannot read {str(path)!r}: there is no decoder for its video codec.")
     context = stream.codec_context

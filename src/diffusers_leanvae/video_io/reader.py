@@ -29,10 +29,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import av
-from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
@@ -40,7 +39,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .color import color_of
-from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
+from .containers import PathLike, VideoError, codec_name, find_video_stream, named_errors, open_input
 from .decoding import CutOff, Damaged, Decoding, Matrix, Picture, Progressive, RgbConverter, display_matrix
 from .inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence, list_frames, list_videos, local_file
 from .seeking import SeekPoint, SeekPoints
@@ -664,11 +663,6 @@ def _stamp(frame: VideoFrame) -> int | None:
     return frame.dts if frame.pts is None else frame.pts
 
 
-def _codec_name(sound: AudioStream) -> str:
-    context = cast(Any, sound).codec_context  # `None` without a decoder
-    return "unknown" if context is None else context.codec.canonical_name
-
-
 def _has_sample_table(container: InputContainer) -> bool:
     return "mp4" in container.format.name.split(",")
 
@@ -756,8 +750,8 @@ def _describe(
         num_frames=1 if is_still else num_frames,
         duration=duration,
         rotation=_CLOCKWISE.get(matrix, 0),
-        audio_codecs=tuple(_codec_name(sound) for sound in container.streams.audio),
-        codec=stream.codec_context.codec.canonical_name,
+        audio_codecs=tuple(codec_name(sound) for sound in container.streams.audio),
+        codec=codec_name(stream),
         pixel_format=frame.format.name,
         is_image=is_still or is_avif or container.format.name in ("gif", "apng", "webp", "webp_anim"),
         pixel_aspect_ratio=ratio if is_upright else 1 / ratio,

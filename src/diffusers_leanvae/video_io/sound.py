@@ -34,7 +34,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import replace_file
-from .containers import PathLike, named_errors, open_input
+from .containers import PathLike, codec_name, find_pictures, named_errors, open_input
 from .formats import CONTAINERS, Container
 from .inputs import local_file
 
@@ -116,7 +116,7 @@ class Accompaniment:
 
     Attributes:
         lead: Seconds of sound before that frame that are to be kept; 0 after a cut.
-        delay: Seconds from the start of the output to that frame, `lead` or somewhat more.
+        delay: Seconds from the start of the output to that frame, `lead` or somewhat more; known after `attach`.
         damage: What went wrong with sound that could not be read or stored.
         overhangs: Whether subtitles or chapters go on after the end; known after `rest`.
     """
@@ -164,10 +164,17 @@ class Accompaniment:
     def has_any(self) -> bool:
         """Whether there is anything to write."""
         streams = self._container.streams
-        return bool(self._sounds or streams.subtitles or self._container.chapters())
+        return bool(self._sounds or streams.subtitles or self._container.chapters() or _kept_metadata(self._container))
 
-    def attach(self, output: OutputContainer, held: Container) -> None:
-        """Add tracks to `output`, which must not have begun, and chapters and metadata."""
+    def attach(self, output: OutputContainer, held: Container, tick: Fraction) -> None:
+        """Add tracks, chapters and metadata to `output`, which must not have begun, and settle `delay`.
+
+        Args:
+            output: Where the pictures already have a stream.
+            held: Its kind.
+            tick: Seconds of which the delay of the first frame is a multiple.
+        """
+        self.delay = ceil(self.lead / tick) * tick
         used: list[Stream] = [] if self._video is None else [self._video]
         for stream in self._container.streams:
             if stream is self._video:
@@ -182,15 +189,11 @@ class Accompaniment:
         if self._tracks:
             self._packets = self._demux(used)
         self._copy_metadata(output, held)
-
-    def begin(self, output: OutputContainer, held: Container, delay: Fraction) -> None:
-        """Say where the first frame is in the output; comes after `attach` and before the first packet."""
-        self.delay = delay
         if held.sound_encoder is not None:
             self._set_chapters(output)
 
     def _add_track(self, stream: Stream, output: OutputContainer, held: Container) -> _Track | None:
-        codec = _codec_name(stream)
+        codec = codec_name(stream)
         track: _Track | None = None
         target: Stream | None = None
         if isinstance(stream, AudioStream):
@@ -629,8 +632,7 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
                 assert isinstance(marker, VideoStream)
                 marker.width = marker.height = 16
                 marker.pix_fmt, marker.time_base = "gray", Fraction(1, 1000)
-                streams.attach(output, held)
-                streams.begin(output, held, Fraction(ceil(streams.lead * 1000), 1000))
+                streams.attach(output, held, Fraction(1, 1000))
                 frame = VideoFrame.from_ndarray(np.zeros((16, 16), np.uint8), format="gray")
                 frame.pts, frame.time_base = round(streams.delay * 1000), Fraction(1, 1000)
                 output.mux(marker.encode(frame))
@@ -646,12 +648,6 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
 
 
 # --- Streams of the source -------------------------------------------------------------------------------------------
-
-
-def find_pictures(container: InputContainer) -> VideoStream | None:
-    """Return the video stream that counts, which is no cover picture."""
-    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    return videos[0] if videos else None
 
 
 def _first_frame_time(path: PathLike, video: VideoStream | None, sounds: list[AudioStream]) -> Fraction:
@@ -688,11 +684,6 @@ def _start_time(stream: Stream) -> Fraction | None:
     if stream.start_time is None or stream.time_base is None:
         return None
     return stream.start_time * stream.time_base
-
-
-def _codec_name(stream: Stream) -> str:
-    context = cast(Any, stream).codec_context
-    return "unknown" if context is None else context.codec.canonical_name
 
 
 def _plain_layout(layout: AudioLayout) -> str:

@@ -337,9 +337,8 @@ class VideoWriter:
         self._graph = _build_graph(height, width, source_format, pixel_format, nodes, self._timing.time_base)
         self._encoder, self._size = encoder, (height, width)
         if self._sound is not None and self._container is not None and held is not None:
-            self._sound.attach(self._container, held)
-            self._timing.lead = ceil(self._sound.lead / self._timing.time_base)
-            self._sound.begin(self._container, held, self._timing.lead * self._timing.time_base)
+            self._sound.attach(self._container, held, self._timing.time_base)
+            self._timing.lead = round(self._sound.delay / self._timing.time_base)
         if output.codec == "libsvtav1":
             with _quiet_svt():
                 context.open()
