@@ -43,9 +43,8 @@ class Case:
         self.noise = train_vae.posterior_noise(self.vae, self.sample, list(range(batch_size)), seed=0)
 
     def gradients(self) -> None:
-        enabled = self.recipe.mixed_precision is not None
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.mixed_precision or "bf16")
-        with torch.autocast(self.sample.device.type, dtype, enabled=enabled):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.mixed_precision or "fp32")
+        with torch.autocast(self.sample.device.type, dtype, enabled=dtype is not None):
             loss = self.module(self.sample, self.noise).loss
         loss.backward()
 

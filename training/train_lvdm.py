@@ -38,9 +38,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.conversion.checkpoints import is_checkpoint_reference
@@ -71,6 +69,7 @@ from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_tran
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.sharding import WeightAverage, clip_gradients
 from diffusers_leanvae.trainer.text_conditioning import Captions, TextRecipe, build_text_transformer, open_captions
 from diffusers_leanvae.video_io.pixels import as_sample
 
@@ -530,7 +529,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 
     # --- Init --------------------------------------------------------------------------------------------------------
-    run = TrainingRun(recipe, "leanvae-lvdm")
+    run = TrainingRun(recipe, "leanvae-lvdm", can_shard=True)
     accelerator, device, progress = run.accelerator, run.device, run.progress
 
     # --- Data --------------------------------------------------------------------------------------------------------
@@ -571,21 +570,24 @@ def main(arguments: list[str] | None = None) -> None:
     objective = build_objective(recipe.objective)
     encoder = build_feature_encoder(recipe.representation, vae, device)
     head = None if encoder is None else build_head(recipe.representation, transformer, encoder).to(device)
-    # Filled from `ema` when they are needed.
+    # Filled from `ema` when they are needed; with FSDP, which is to save memory, on the processor until then.
     averaged = copy.deepcopy(transformer).requires_grad_(False).eval()
     averaged_encoder = None if text_encoder is None else copy.deepcopy(text_encoder).requires_grad_(False).eval()
     averaged_parameters = [*averaged.parameters(), *(averaged_encoder.parameters() if averaged_encoder else ())]
+    averaged_device = "cpu" if run.is_sharding else device
+    averaged.to(averaged_device)
+    blocks = (*transformer.transformer_blocks, *transformer.temporal_transformer_blocks)
     if recipe.compile:
         # The blocks' `forward` and not the blocks: compiled code does not see hooks that come later, and the
         # representation head captures tokens by one.
-        for block in (*transformer.transformer_blocks, *transformer.temporal_transformer_blocks):
+        for block in blocks:
             block.forward = torch.compile(block.forward)
     bare_module = LatentDiffusionTrainingModule(transformer, objective, head, text_encoder)
     optimizer = build_optimizer(recipe.optimizer, bare_module, ADAMW_LAYERS)
-    module = accelerator.prepare(bare_module)
+    module = run.prepare(bare_module, optimizer, blocks)
     trained = [parameter for parameter in bare_module.parameters() if parameter.requires_grad]
     parameters = [*transformer.parameters(), *(text_encoder.parameters() if text_encoder else ())]
-    ema = EMAModel(parameters, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True)
+    ema = WeightAverage(parameters, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     tuned = "" if recipe.tune == "full" else f", {sum(x.numel() for x in trained) / 1e6:.2f} M trained"
     run.say(f"model: {num_parameters / 1e6:.2f} M parameters{tuned} for latents {latent_shape}, on {device}")
@@ -602,6 +604,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def run_validation() -> None:
         ema.copy_to(averaged_parameters)
+        averaged.to(device)
         if held_out is not None:
             batches = held_out_latents(held_out, recipe, vae, run.share, device)
             encode = None if captions is None else partial(captions.encode, model=averaged_encoder)
@@ -626,6 +629,7 @@ def main(arguments: list[str] | None = None) -> None:
                 num_inference_steps=view.num_inference_steps,
                 guidance_scale=view.guidance_scale,
             )
+        averaged.to(averaged_device)
         accelerator.wait_for_everyone()
 
     # --- Loop --------------------------------------------------------------------------------------------------------
@@ -661,7 +665,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         # ---- update -------------------------------------------------------------------------------------------------
         max_norm = recipe.optimizer.max_grad_norm if step >= recipe.clip_start_step else math.inf
-        grad_norm = clip_grad_norm_(trained, max_norm)
+        grad_norm = clip_gradients(trained, max_norm)
         if run.is_finite(grad_norm):
             optimizer.step()
             ema.step(parameters)
@@ -675,8 +679,8 @@ def main(arguments: list[str] | None = None) -> None:
             run.save()
 
     # --- Export ------------------------------------------------------------------------------------------------------
+    ema.copy_to(averaged_parameters)
     if run.is_main:
-        ema.copy_to(averaged_parameters)
         if recipe.tune == "lora":
             with replace_folder(run.output / "adapter") as folder:
                 save_lora(averaged, folder)

@@ -31,7 +31,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -60,6 +59,7 @@ from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
 from diffusers_leanvae.trainer.recipe import RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.sharding import WeightAverage
 from diffusers_leanvae.trainer.validation import (
     gather_failures,
     load_validation_clips,
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = list(vae.parameters())
     judges_parameters = [p for discriminator in discriminators for p in discriminator.parameters()]
     judges_optimizer = build_discriminator_optimizer(recipe.adversarial, judges_parameters)
-    ema = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
+    ema = WeightAverage(parameters, decay=recipe.ema_decay, foreach=True)
     num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     run.say(f"model: {num_parameters / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, on {device}")

@@ -20,7 +20,8 @@ def start_accelerator(**options: Any) -> Accelerator:
     """Start Accelerate in every process of a job, on the processor where there is no GPU for them.
 
     By itself Accelerate connects processes without a GPU only if it is told that they are to do without: `torchrun`
-    would run as many jobs, each as its own first process, in one folder.
+    would run as many jobs, each as its own first process, in one folder. And it would not shard models there, where
+    the environment asks for FSDP, but say nothing.
 
     Args:
         options: Of `Accelerator`.
@@ -29,7 +30,8 @@ def start_accelerator(**options: Any) -> Accelerator:
         ImportError: If accelerate is not installed.
         RuntimeError: If there are more processes than Accelerate has connected.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
 
     asked = max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
     # `accelerate launch` says so much where it was asked for several processes, and starts one: without GPUs it leaves
@@ -45,6 +47,9 @@ def start_accelerator(**options: Any) -> Accelerator:
             f"Accelerate must connect the {asked} processes of this job, got {accelerator.num_processes}: it has no "
             f"way to do so for {found}."
         )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and is_asked_for("ACCELERATE_USE_FSDP"):
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # of all instances
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if is_alone and accelerator.num_processes == 1:
         warnings.warn(
             "This is a job of one process: without GPUs `accelerate launch` starts one, however many it is asked for; "
@@ -52,3 +57,8 @@ def start_accelerator(**options: Any) -> Accelerator:
             stacklevel=2,
         )
     return accelerator
+
+
+def is_asked_for(flag: str) -> bool:
+    """Return whether the launcher has set a flag in the environment, read as Accelerate reads it."""
+    return os.environ.get(flag, "false").lower() == "true"

@@ -19,9 +19,9 @@ def run_jobs(*jobs: dict[str, Any]) -> None:
     """Run jobs one after the other, each in processes forked from this one, which find everything imported.
 
     Args:
-        jobs: `{"script": "train_vae", "arguments": [...], "num_processes": 2, "kill": None}`; `kill` may be
-            `["update", n]`: SIGKILL the last process in its n-th update of the averaged weights; or `["save", step]`:
-            SIGKILL it with a half-written checkpoint.
+        jobs: `{"script": "train_vae", "arguments": [...], "num_processes": 2, "kill": None, "environment": {}}`;
+            `kill` may be `["update", n]`: SIGKILL the last process in its n-th update of the averaged weights; or
+            `["save", step]`: SIGKILL it with a half-written checkpoint. The environment is what a launcher sets.
     """
     for job in jobs:
         try:
@@ -40,6 +40,7 @@ def run_jobs(*jobs: dict[str, Any]) -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
+    os.environ.update(job["environment"])
     is_last = dist.get_rank() == job["num_processes"] - 1
     if job["kill"] is not None and is_last:
         moment, number = job["kill"]

@@ -45,10 +45,17 @@ class Script:
         assert finished.returncode == 0, finished.stderr
         return finished.stdout + finished.stderr
 
-    def job(self, output: Path, *overrides: str, num_processes: int = 2, kill: list | None = None) -> dict[str, Any]:
-        """A job for `launch`; `kill` as of `run_jobs`."""
-        arguments = self.arguments(output, *overrides)
-        return {"script": self.name, "arguments": arguments, "num_processes": num_processes, "kill": kill}
+    def job(
+        self,
+        output: Path,
+        *overrides: str,
+        num_processes: int = 2,
+        kill: list | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """A job for `launch`; `kill` and `environment` as of `run_jobs`."""
+        options = {"num_processes": num_processes, "kill": kill, "environment": environment or {}}
+        return {"script": self.name, "arguments": self.arguments(output, *overrides)} | options
 
 
 def launch(folder: Path, *jobs: dict[str, Any]) -> None:

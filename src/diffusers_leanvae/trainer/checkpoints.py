@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..atomic import commit, replace_file
+from .sharding import WeightAverage
 
 
 @dataclass
@@ -65,7 +66,9 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     return existing[-1] if existing else None
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int, data_state: dict[str, Any]) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, keep: int, data_state: dict[str, Any], ema: WeightAverage
+) -> None:
     """Write a checkpoint, then drop the oldest; every process calls.
 
     Args:
@@ -74,9 +77,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         step: Optimizer steps done.
         keep: The number of checkpoints to keep.
         data_state: This process's position in the data, as JSON; may be empty.
+        ema: The averaged weights.
     """
     partial, final = folder / f"partial-{step:07d}", folder / f"step-{step:07d}"
     accelerator.save_state(str(partial))
+    ema.save_shards(partial)
     if data_state:
         path = partial / f"data_{accelerator.process_index}.json"
         path.write_text(json.dumps(data_state), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The frame around the loop of a training script: start, resume, log, save and stop. The step stays in the script.
 
 run = TrainingRun(recipe, "leanvae")
-...                                                  # data, and models prepared by `run.accelerator`
+...                                                  # data, and models prepared by `run.accelerator`, or `run.prepare`
 run.resume(dataset, ema, [optimizer])
 batches = run.load(dataset.batches(run.progress.step, recipe.num_steps))
 for step in run.steps():
@@ -10,7 +10,7 @@ for step in run.steps():
             batch = next(batches)
         loss, terms = module(batch)
         run.backward(loss)
-    norm = clip_grad_norm_(parameters, max_norm)
+    norm = clip_gradients(parameters, max_norm)
     if run.is_finite(norm):
         optimizer.step()
         ema.step(parameters)
@@ -27,15 +27,14 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -56,6 +55,7 @@ from .checkpoints import (
 )
 from .model_card import describe_recipe
 from .recipe import OptimizerRecipe, RunRecipe, save_recipe
+from .sharding import WeightAverage, check_checkpoint, check_launcher, shard
 from .whitened_muon import WhitenedMuon
 
 
@@ -67,11 +67,13 @@ class TrainingRun:
         name: The run's name for trackers.
         find_unused_parameters: Whether some steps leave parameters without a gradient; as of
             `torch.nn.parallel.DistributedDataParallel`.
+        can_shard: Whether the script prepares its model by `prepare`, and so can be launched with FSDP.
 
     Attributes:
         accelerator: Prepares models and optimizers.
         device, is_main: This process.
         share: What this process draws of every step.
+        is_sharding: Whether FSDP shards the model.
         say: Print a line, in the main process alone.
         checkpoint: The folder that the run resumes from, or `None` for a new run.
         progress: Counters of the run, which checkpoints keep.
@@ -79,13 +81,17 @@ class TrainingRun:
         num_bad_videos: Unusable videos met in this step by this process, for the script to count.
     """
 
-    def __init__(self, recipe: RunRecipe, name: str, find_unused_parameters: bool = False) -> None:
+    def __init__(
+        self, recipe: RunRecipe, name: str, find_unused_parameters: bool = False, can_shard: bool = False
+    ) -> None:
         self._started = time.monotonic()
         self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
         torch.set_float32_matmul_precision("high")
         check_trackers(recipe.trackers)
+        check_launcher(recipe, can_shard)
+        is_mixed = recipe.mixed_precision not in (None, "fp32")
         self.accelerator = start_accelerator(
-            mixed_precision=recipe.mixed_precision or "no",
+            mixed_precision=recipe.mixed_precision if is_mixed else "no",
             log_with=list(recipe.trackers) or None,
             project_dir=self.output,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
@@ -93,16 +99,19 @@ class TrainingRun:
         if recipe.num_threads is not None:  # after Accelerate, which has a number of its own for several processes
             torch.set_num_threads(recipe.num_threads)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.is_sharding = self.accelerator.distributed_type == DistributedType.FSDP
         self.share = Share(
             self.accelerator.process_index, self.accelerator.num_processes, recipe.num_accumulation_steps
         )
-        if recipe.mixed_precision and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if is_mixed and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.say("warning: this CPU has no bfloat16 arithmetic, `mixed_precision=null` is many times faster")
         if recipe.push_to_hub is not None and self.is_main:  # now, and not when the work is done
             check_push(recipe.push_to_hub)
         set_seed(recipe.seed)
         self._checkpoints = self.output / "checkpoints"
         self.checkpoint = find_checkpoint(self._checkpoints, recipe.resume)
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint, self.is_sharding)
         self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
         self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
         self._step_started = self._data_seconds = self._learning_rate = 0.0
@@ -113,8 +122,22 @@ class TrainingRun:
 
     # --- Start -------------------------------------------------------------------------------------------------------
 
+    def prepare(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, blocks: Iterable[torch.nn.Module]
+    ) -> torch.nn.Module:
+        """Prepare the one module that a step calls: with FSDP it is sharded, in place, and otherwise wrapped.
+
+        Args:
+            module: On its device.
+            optimizer: Of the module, which gets the new parameters.
+            blocks: As of `shard`.
+        """
+        if self.is_sharding:
+            return shard(self.accelerator, module, optimizer, blocks)
+        return self.accelerator.prepare(module)
+
     def resume(
-        self, dataset: ClipDataset | LatentData, ema: EMAModel, optimizers: Sequence[torch.optim.Optimizer]
+        self, dataset: ClipDataset | LatentData, ema: WeightAverage, optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         """Take up the checkpoint, if there is one, and open the logs; once all models are prepared.
 
@@ -124,12 +147,13 @@ class TrainingRun:
             optimizers: Prepared here, for checkpoints and fp16; steps are taken on the optimizers themselves. The
                 first follows the learning rate of the recipe.
         """
-        self._dataset, self._optimizers = dataset, optimizers
-        for optimizer in optimizers:
+        self._dataset, self._optimizers, self._ema = dataset, optimizers, ema
+        for optimizer in () if self.is_sharding else optimizers:
             self.accelerator.prepare(optimizer)
         self.accelerator.register_for_checkpointing(ema, self.progress)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
+            ema.load_shards(self.checkpoint)
             ema.to(self.device)
             dataset.load_state_dict(load_data_state(self.checkpoint, self.share.rank))
             self.say(f"resumed from {self.checkpoint}")
@@ -259,7 +283,8 @@ class TrainingRun:
         """Write a checkpoint; every process calls."""
         step = self.progress.step
         data_state = self._dataset.state_dict(step)
-        save_checkpoint(self.accelerator, self._checkpoints, step, self.recipe.keep_checkpoints, data_state)
+        keep = self.recipe.keep_checkpoints
+        save_checkpoint(self.accelerator, self._checkpoints, step, keep, data_state, self._ema)
 
     # --- End ---------------------------------------------------------------------------------------------------------
 

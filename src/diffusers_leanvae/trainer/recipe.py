@@ -9,6 +9,7 @@ A script owns its dataclasses, but for what every run has (`RunRecipe`); this fi
 import argparse
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..checks import check_choice
 
 
 Recipe = TypeVar("Recipe")
+Run = TypeVar("Run", bound="RunRecipe")
 
 
 @dataclasses.dataclass
@@ -62,7 +64,8 @@ class RunRecipe:
     num_accumulation_steps: int = 1
     num_steps: int = 1000
     max_minutes: float | None = None  # stop early, with a checkpoint and the model as it is
-    mixed_precision: Literal["bf16", "fp16"] | None = None
+    # null: what the launcher says (`accelerate launch --mixed_precision`), and else float32
+    mixed_precision: Literal["bf16", "fp16", "fp32"] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     num_threads: int | None = None  # CPU threads of each process
@@ -89,8 +92,10 @@ class RunRecipe:
             )
 
 
-def parse_recipe(recipe_class: type[Recipe], description: str | None, arguments: Sequence[str] | None) -> Recipe:
+def parse_recipe(recipe_class: type[Run], description: str | None, arguments: Sequence[str] | None) -> Run:
     """Read the recipe that a command line names: a YAML file, then any number of `key=value`.
+
+    A precision that the recipe leaves open is what the launcher asks for.
 
     Args:
         recipe_class: As of `load_recipe`.
@@ -101,7 +106,18 @@ def parse_recipe(recipe_class: type[Recipe], description: str | None, arguments:
     parser.add_argument("recipe", help="the YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one entry of the recipe")
     options = parser.parse_args(arguments)
-    return load_recipe(recipe_class, options.recipe, options.overrides)
+    recipe = load_recipe(recipe_class, options.recipe, options.overrides)
+    launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    check_choice("--mixed_precision", launched, ("no", "bf16", "fp16"))
+    # "no" says nothing: `accelerate launch` sets it where it was not told.
+    if launched != "no" and recipe.mixed_precision not in (launched, None):
+        raise ValueError(
+            f"`mixed_precision` must be null or {launched!r}, which the launcher asks for, got "
+            f"{recipe.mixed_precision!r}."
+        )
+    if launched != "no":
+        recipe.mixed_precision = launched
+    return recipe
 
 
 def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
