@@ -4,12 +4,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers_leanvae.training.train_lvdm as train_lvdm
 import diffusers_leanvae.training.train_vae as train_vae
 import pytest
 import torch
 
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, save_recipe
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, parse_recipe, save_recipe
 
 
 CONFIGS = sorted(Path(train_vae.__file__).resolve().parent.glob("configs/*.yaml"))
@@ -219,3 +220,52 @@ GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 def test_training_starts_from_an_original_checkpoint():
     vae = train_vae.build_vae(recipe_with(init=str(GOLDEN / "leanvae_4ch_release.ckpt")))
     assert vae.config.low_freq_dim == 8 and next(vae.parameters()).requires_grad
+
+
+# --- The precision that the launcher asks for ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_lvdm"])
+@pytest.mark.parametrize(
+    ("launched", "given", "expected"),
+    [
+        (None, "null", None),
+        (None, "bf16", "bf16"),
+        ("no", "fp16", "fp16"),  # which `accelerate launch` sets where nobody asked for anything
+        ("no", "fp32", "fp32"),
+        ("bf16", "null", "bf16"),
+        ("bf16", "bf16", "bf16"),
+    ],
+)
+def test_a_precision_that_the_recipe_leaves_open_is_the_launchers(
+    script: str, launched: str | None, given: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert _parse(script, given).mixed_precision == expected
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "message"),
+    [
+        ("bf16", "fp16", "`mixed_precision` must be null or 'bf16', which the launcher asks for, got 'fp16'"),
+        ("fp16", "fp32", "`mixed_precision` must be null or 'fp16', which the launcher asks for, got 'fp32'"),
+        ("fp8", "null", "`--mixed_precision` must be one of 'no', 'bf16', 'fp16', got 'fp8'"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_recipe_is_refused(
+    launched: str, given: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(ValueError, match=message):
+        _parse("train_lvdm", given)
+
+
+def _parse(script: str, precision: str) -> Any:
+    recipe_class, name, given = {
+        "train_vae": (train_vae.Recipe, "smoke.yaml", ["data.train=clips"]),
+        "train_lvdm": (train_lvdm.Recipe, "lvdm_smoke.yaml", []),
+    }[script]
+    path = Path(train_vae.__file__).resolve().parent / "configs" / name
+    return parse_recipe(recipe_class, None, [str(path), *given, f"mixed_precision={precision}"])
