@@ -138,7 +138,6 @@ def test_the_command_of_the_configuration_shards(script: Script, tmp_path: Path)
     assert (tmp_path / "run/checkpoints/step-0000001/average/.metadata").is_file()
 
 
-@pytest.mark.slow
 def test_another_number_of_processes_goes_on_from_shards(launched: Path, script: Script):
     fsdp = environment("fsdp2", "--num_processes", "4")
     settings = (*FULL, f"resume={launched / 'fsdp/checkpoints/step-0000002'}")
