@@ -96,8 +96,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch
     Returns:
         The norm before, the same in all processes.
     """
-    norm = clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return _whole(clip_grad_norm_(parameters, max_norm))
 
 
 class WeightAverage(EMAModel):
@@ -106,6 +105,15 @@ class WeightAverage(EMAModel):
     @property
     def is_sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.shadow_params)
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """As of diffusers."""
+        whole = self.shadow_params
+        # On the shares as plain tensors: PyTorch spends seconds on how each operation on a long list of shards is to
+        # be done, once.
+        self.shadow_params = [_share(weight) for weight in whole]
+        super().step([_share(parameter) for parameter in parameters])
+        self.shadow_params = whole
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Copy the average into as many whole parameters; if it is sharded, every process calls."""
@@ -138,6 +146,10 @@ class WeightAverage(EMAModel):
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
