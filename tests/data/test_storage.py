@@ -1,5 +1,7 @@
-"""Latents at URLs: the same files as on disk, each of them whole or not there, and the same items."""
+"""Latents and clips at URLs: the same files and items as on disk, each file whole or not there."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch.utils.data import DataLoader
 
+from diffusers_leanvae.data import open_training_data
 from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
@@ -27,7 +30,13 @@ class PlainFileSystem(MemoryFileSystem):
 
     protocol = "plain"
     store: dict[str, Any] = {}
-    fails = False
+    fails = False  # to write
+    is_cut_off = False  # from videos
+
+    def get_file(self, rpath: str, lpath: Any, **options: Any) -> None:
+        if self.is_cut_off and rpath.endswith(".mp4"):
+            raise RuntimeError("connection lost")
+        super().get_file(rpath, lpath, **options)
 
     def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
         super().pipe_file(path, value[:9], **options)
@@ -45,7 +54,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for file_system in (MemoryFileSystem, PlainFileSystem):
         file_system.store.clear()
         file_system.pseudo_dirs[:] = [""]
-    PlainFileSystem.fails = False
+    PlainFileSystem.fails = PlainFileSystem.is_cut_off = False
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,79 @@ def test_copies_follow_what_is_at_the_url(vae, local: LatentFolder):
     assert not torch.equal(again, local[0].latents)
     MemoryFileSystem.store.clear()
     assert torch.equal(encode_dataset(vae, "shapes", url, **OPTIONS)[0].latents, local[0].latents)
+
+
+@pytest.fixture(scope="module")
+def videos(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos in two folders, two of them with captions."""
+    folder = tmp_path_factory.mktemp("videos")
+    shutil.copytree(clips, folder, dirs_exist_ok=True)
+    (folder / "a.txt").write_text("one caption")
+    (folder / "nested" / "c.txt").write_text("two\ncaptions")
+    (folder / ".hidden.mp4").write_bytes(b"nothing")
+    return folder
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            write_whole(open_path(f"{url}/{path.relative_to(folder)}"), path.read_bytes())
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_clips_at_a_url_are_those_on_disk(is_listed: bool, vae, videos: Path, tmp_path: Path):
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    if is_listed:
+        rows = [{"file_name": name, "label": name, "text": f"it is {name}"} for name in ("nested/c.mp4", "a.mp4")]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    upload(folder, "memory://bucket/videos")
+    options = {"clip_size": (5, 16, 24), "num_crops": 2, "seed": 3, "num_clips": None}
+    sources = (str(folder), "memory://bucket/videos", folder.as_uri())
+    caches = [encode_dataset(vae, source, tmp_path / f"{n}", **options) for n, source in enumerate(sources)]
+    found = [
+        {path.name: path.read_bytes() for path in cache.path.glob("*") if path.name != "settings.json"}
+        for cache in caches
+    ]  # type: ignore[union-attr]
+    assert found[0] == found[1] == found[2]
+    captions = [caches[1].captions(index) for index in range(0, len(caches[1]), 2)]
+    assert captions == (
+        [("it is nested/c.mp4",), ("it is a.mp4",)] if is_listed else [("one caption",), (), ("two", "captions")]
+    )
+    batches = []
+    for source in sources[:2]:
+        data = open_training_data(source, batch_size=2, clip_sizes=[[5, 16, 24]], cache_gib=0.0)
+        batches += DataLoader(data, batch_sampler=data.batches(0, 2), num_workers=1)
+    assert torch.equal(batches[0].pixels, batches[2].pixels) and torch.equal(batches[1].pixels, batches[3].pixels)
+
+
+def test_a_lost_connection_is_no_bad_video(vae, videos: Path, tmp_path: Path):
+    """Else a clip would be missing from the latents for ever."""
+    upload(videos, "plain://bucket/videos")
+    PlainFileSystem.is_cut_off = True
+    with pytest.raises(ConnectionError, match="plain://bucket/videos/a.mp4' cannot be reached: connection lost"):
+        encode_dataset(vae, "plain://bucket/videos", tmp_path, clip_size=(5, 16, 24))
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    PlainFileSystem.is_cut_off = False
+    assert len(encode_dataset(vae, "plain://bucket/videos", tmp_path, clip_size=(5, 16, 24))) == 3
+
+
+def test_folders_at_a_url_without_videos_are_named():
+    for name in ("metadata.csv", "metadata.jsonl"):
+        write_whole(open_path(f"memory://two/{name}"), b'{"file": 1}')
+    write_whole(open_path("memory://bad/metadata.jsonl"), b'{"file": 1}')
+    write_whole(open_path("memory://tars/000.tar"), b"")
+    for name, message in (
+        ("none", "`train` must be a folder of videos, or tar files .*, got no video in 'memory:///none'"),
+        ("tars", "`train` must be a folder of videos, or tar files such as 's3://bucket/{000..003}.tar', where it is"),
+        ("two", "`train` must hold one metadata file, got metadata.csv and metadata.jsonl in 'memory:///two'"),
+        (
+            "bad",
+            "must give a `file_name` in every row, got the columns file in line 1 of 'memory:///bad/metadata.jsonl'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_training_data(f"memory://{name}", batch_size=1)
 
 
 def test_paths():

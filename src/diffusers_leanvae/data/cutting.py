@@ -121,6 +121,8 @@ class VideoSet:
         return short_side_size(height, width, short_side)
 
     def skip(self, number: int, error: Exception) -> None:
+        if isinstance(error, ConnectionError):  # which says nothing of the video
+            raise error
         self.shapes[number] = None
         warnings.warn(f"Skipping a video: {error}", stacklevel=4)
 

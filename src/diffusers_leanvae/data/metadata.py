@@ -60,7 +60,7 @@ def read_captions(video: Path) -> tuple[str, ...]:
         text = video.with_suffix(".txt").read_bytes()
     except (OSError, ValueError):
         return ()
-    return _split_lines(decode_text(text))
+    return split_captions(decode_text(text))
 
 
 def decode_text(content: bytes) -> str:
@@ -102,7 +102,7 @@ def list_captions(rows: Sequence[dict[str, Any]], column: str | None = None) -> 
 def _captions(column: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         if column == "txt":
-            return _split_lines(value)
+            return split_captions(value)
         if not value.lstrip().startswith("["):
             return (value.strip(),) if value.strip() else ()
         try:
@@ -120,7 +120,8 @@ def _captions(column: str, value: Any) -> tuple[str, ...]:
     return tuple(filter(None, texts))
 
 
-def _split_lines(text: str) -> tuple[str, ...]:
+def split_captions(text: str) -> tuple[str, ...]:
+    """Split a text into its lines, each of them a caption."""
     # Not `splitlines`, which also breaks at separators that a caption may hold.
     return tuple(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip())
 

@@ -37,8 +37,9 @@ def open_training_data(
     Args:
         train: A folder (searched recursively; with a `metadata.jsonl`, `.csv` or `.parquet` in it, what that lists),
             one video, uncompressed WebDataset shards (a folder of them, `"shards/{000..003}.tar"` or
-            `"shards/*.tar"`), shards at a URL, or a dataset of the Hub as `"hub:user/name[:config][:split]"` or
-            `"hf://user/name..."`. The last two are streamed, see `VideoStream`.
+            `"shards/*.tar"`), a folder at a URL of fsspec (`"s3://bucket/clips"`), shards at a URL, or a dataset of
+            the Hub as `"hub:user/name[:config][:split]"` or `"hf://user/name..."`. The last two are streamed, see
+            `VideoStream`.
         batch_size: Clips of one optimizer step, over all processes and accumulation steps.
         num_accumulation_steps: Batches per step and process.
         rank: This process.

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
 from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
-from .metadata import METADATA_NAMES, decode_text, find_metadata, read_captions, read_metadata
+from .metadata import METADATA_NAMES, decode_text, find_metadata, read_captions, read_metadata, split_captions
+from .storage import RemotePath, fetched, open_path
 
 
 _MAGIC = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -71,15 +72,65 @@ class FileSource:
         if self.rows is not None:
             return dict(self.rows[number])
         path = self.paths[number]
-        captions = read_captions(path)
-        row: dict[str, Any] = {"file_name": path.relative_to(self.folder).as_posix()}
-        if not captions:
-            return row
-        return row | ({"caption": captions[0]} if len(captions) == 1 else {"captions": list(captions)})
+        return _describe(path.relative_to(self.folder).as_posix(), read_captions(path))
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:
         yield self.paths[number]
+
+
+def _describe(file_name: str, captions: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"file_name": file_name}
+    if not captions:
+        return row
+    return row | ({"caption": captions[0]} if len(captions) == 1 else {"captions": list(captions)})
+
+
+class RemoteSource:
+    """The videos and images below a folder at a URL, described as [`FileSource`] describes those of a local one.
+
+    A file is downloaded whenever it is opened, and removed afterwards.
+    """
+
+    def __init__(self, folder: RemotePath) -> None:
+        files = folder.list_files()
+        self.folder, self.texts = folder, frozenset(name for name in files if name.endswith(".txt"))
+        listings = [name for name in METADATA_NAMES if name in files]
+        if len(listings) > 1:
+            raise ValueError(f"`train` must hold one metadata file, got {' and '.join(listings)} in {str(folder)!r}.")
+        self.rows = None
+        if listings:
+            with fetched(folder / listings[0]) as path:
+                try:
+                    self.rows = read_metadata(path)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(str(path), str(folder / path.name))) from error
+            self.names = [row["file_name"] for row in self.rows]
+        else:
+            self.names = [name for name in files if is_visual(name)]
+        if not self.names:
+            raise ValueError(
+                f"`train` must be a folder of videos, or tar files such as 's3://bucket/{{000..003}}.tar', where it "
+                f"is a URL, got no video in {str(folder)!r}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, number: int) -> str:
+        return str(self.folder / self.names[number])
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        if self.rows is not None:
+            return dict(self.rows[number])
+        text = f"{self.names[number].rpartition('.')[0]}.txt"
+        content = (self.folder / text).read_bytes() if text in self.texts else b""
+        return _describe(self.names[number], split_captions(decode_text(content)))
+
+    @contextmanager
+    def open(self, number: int) -> Iterator[Path]:
+        with fetched(self.folder / self.names[number]) as path:
+            yield path
 
 
 class _Example(NamedTuple):
@@ -157,12 +208,14 @@ class TarSource:
 
 
 def open_source(train: str | Path) -> VideoSource:
-    """Open the local videos that `train` names: a folder, a video, a folder of tar shards, or tar files as a pattern.
+    """Open the videos that `train` names: a folder, a video, a folder of tar shards, tar files, or a folder at a URL.
 
     Raises:
         ValueError: If it names nothing that is there, or a file of another kind.
     """
-    path = Path(train)
+    path = open_path(train)
+    if isinstance(path, RemotePath):
+        return RemoteSource(path)
     if path.is_dir():
         shards = sorted(file for file in path.iterdir() if _is_tar(file.name) and file.is_file())
         if not shards:

@@ -59,6 +59,15 @@ class RemotePath:
         self.file_system.invalidate_cache()  # other processes write here, too
         return self.file_system.exists(self.path)
 
+    def list_files(self) -> list[str]:
+        """Return the names of all files below a folder, relative to it, in order; without hidden ones."""
+        self.file_system.invalidate_cache()
+        front = self.path.rstrip("/") + "/"
+        with _as_os_error(self):
+            found = self.file_system.find(self.path)
+        names = [path.removeprefix(front).split("/") for path in found if path.startswith(front)]
+        return ["/".join(parts) for parts in sorted(names) if not any(part.startswith(".") for part in parts)]
+
     def read_bytes(self) -> bytes:
         """Read a file.
 
@@ -155,10 +164,10 @@ def local_copy(path: AnyPath, key: str) -> Path:
 
 @contextmanager
 def _as_os_error(path: RemotePath) -> Iterator[None]:
-    """Let errors of a file system, of which each has its own, be those of a file."""
+    """Let errors of a file system, of which each has its own, be those of a file, or else of a connection."""
     try:
         yield
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise OSError(f"{str(path)!r} cannot be reached: {reason_of(error)}") from error
+        raise ConnectionError(f"{str(path)!r} cannot be reached: {reason_of(error)}") from error

@@ -29,8 +29,9 @@ _NUM_BATCHES_AHEAD = 64  # a block stays on disk until this many batches were ha
 
 
 def is_stream(train: str) -> bool:
-    """Tell streamed datasets, which are on the Hub or at a URL, from local ones."""
-    return train.startswith("hub:") or "://" in train
+    """Tell streamed datasets, which are on the Hub or tar files at a URL, from those whose files can be listed."""
+    is_tar = train.endswith(".tar") or is_compressed_tar(train)
+    return train.startswith(("hub:", "hf://", "http://", "https://")) or ("://" in train and is_tar)
 
 
 def open_stream(train: str) -> Any:
