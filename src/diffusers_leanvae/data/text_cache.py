@@ -53,12 +53,36 @@ def open_text_encoder(
         encoder = load_text_encoder(source, torch_dtype, "cpu", max_length)
     except ValueError as error:
         raise ValueError(f"`text_encoder` cannot be loaded: {reason_of(error)}") from error
-    return encoder, {
-        "source": str(source),
+    return encoder, {"source": str(source), "num_at_once": _NUM_AT_ONCE, **_describe(encoder)}
+
+
+def check_text_encoder(name: str, encoder: TextEncoder, settings: dict[str, Any]) -> None:
+    """Refuse a text encoder that is not the one of stored embeddings.
+
+    Args:
+        name: The argument that named it, for the message.
+        encoder: The text encoder.
+        settings: `LatentFolder.text_settings`.
+
+    Raises:
+        ValueError: If it is another one. Weights are compared where their dtype is the same.
+    """
+    found = _describe(encoder)
+    if found["dtype"] != settings["dtype"]:
+        del found["dtype"], found["weights_sha256"]
+    for key, value in found.items():
+        if settings[key] != value:
+            raise ValueError(
+                f"`{name}` must be the one of the stored embeddings, whose `{key}` is {settings[key]!r}, got "
+                f"{value!r}."
+            )
+
+
+def _describe(encoder: TextEncoder) -> dict[str, Any]:
+    return {
         "max_length": encoder.max_length,
-        "dtype": str(torch_dtype).removeprefix("torch."),
+        "dtype": str(encoder.model.dtype).removeprefix("torch."),
         "width": encoder.width,
-        "num_at_once": _NUM_AT_ONCE,
         "class": type(encoder.model).__name__,
         "weights_sha256": checksum_of_weights(encoder.model),
         "tokenizer_sha256": _checksum_of_tokenizer(encoder.tokenizer),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checks import parse_dtype, reason_of
 from ..data.latent_samples import LatentBatch, LatentData
+from ..data.text_cache import check_text_encoder
 from ..text_encoders import (
     TextEmbeddings,
     TextEncoder,
@@ -82,7 +83,8 @@ class Captions:
         """
         if self.null is not None:
             text = batch.text
-            assert text is not None
+            if text is None:
+                raise ValueError("`validation.data` must hold text embeddings as `data` does, got latents without.")
             if drop is None or not drop.any():
                 return text
             null = [part.expand(len(drop), *part.shape[1:]) for part in self.null]
@@ -163,11 +165,8 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     if recipe.train_text_encoder:
         encoder.model.train()
         return Captions(encoder, device, is_trained=True)
-    if null is not None and null.embeds.shape[2] != encoder.width:
-        raise ValueError(
-            f"`text.encoder` must be the one of the cached embeddings, of width {null.embeds.shape[2]}, got one of "
-            f"{encoder.width}."
-        )
+    if settings is not None:
+        check_text_encoder("text.encoder", encoder, settings)
     return Captions(encoder, device, is_trained=False, null=null)
 
 
