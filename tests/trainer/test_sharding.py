@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers_leanvae.training.train_vae as train_vae
 import pytest
 import torch
 import torch.distributed as dist
@@ -144,6 +145,14 @@ def test_what_the_scripts_do_not_do_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         check_launcher(recipe(**options), can_shard)
+
+
+def test_the_script_of_autoencoders_refuses_to_shard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = Path(train_vae.__file__).resolve().parent / "configs/smoke.yaml"
+    with pytest.raises(ValueError, match="must not ask for FSDP"):
+        train_vae.main([str(config), "data.train=clips", f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_pretrained_weights_are_loaded_in_every_process(monkeypatch: pytest.MonkeyPatch):

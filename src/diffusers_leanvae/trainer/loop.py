@@ -86,9 +86,9 @@ class TrainingRun:
     ) -> None:
         self._started = time.monotonic()
         self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
+        check_launcher(recipe, can_shard)
         torch.set_float32_matmul_precision("high")
         check_trackers(recipe.trackers)
-        check_launcher(recipe, can_shard)
         is_mixed = recipe.mixed_precision not in (None, "fp32")
         self.accelerator = start_accelerator(
             mixed_precision=recipe.mixed_precision if is_mixed else "no",
