@@ -223,6 +223,23 @@ def test_a_column_of_captions_may_be_chosen(kind: str, clips: Path, tmp_path: Pa
         open_named_dataset("ffs", tmp_path, 5, 16, caption_column="many")
 
 
+def test_columns_of_a_hub_dataset(clips: Path, tmp_path: Path):
+    pytest.importorskip("datasets", reason="datasets is an optional dependency")
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / name, tmp_path)
+    write_jsonl(tmp_path / "metadata.jsonl", [row | {"many": json.loads(row["many"])} for row in COLUMNS])
+    for column, captions in ((None, [("short",), ("brief",)]), ("many", MANY)):
+        options = {"batch_size": 2, "clip_sizes": [[5, 16, 16]], "shuffle_buffer": 2, "caption_column": column}
+        data = open_training_data(f"hub:{tmp_path}", **options)
+        samples = LatentData(data, has_latents=False, has_captions=True)
+        batch = samples.__getitems__([0, 1])
+        assert batch.captions is not None
+        for number, caption in enumerate(batch.captions):
+            assert caption in data.captions(data[number].video)
+        assert {data.captions(data[number].video) for number in range(2)} == set(captions)
+        data.close()
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_key_of_json_in_shards_may_be_chosen(is_stream: bool, clips: Path, tmp_path: Path):
     if is_stream:

@@ -166,6 +166,31 @@ def test_files_hold_tokens_only_and_every_text_once(vae, videos: Path, encoder_f
     assert (cached.text_settings["max_length"], cached.text_settings["width"]) == (8, 16)
 
 
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "Qwen2Model"])
+def test_other_kinds_of_text_encoders(kind: str, vae, encoder: TextEncoder, tmp_path: Path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {
+        "num_key_value_heads": 2,
+        "vocab_size": len(encoder.tokenizer),
+        "eos_token_id": 1,
+        "max_position_embeddings": LENGTH,
+    }
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**sizes)).save_pretrained(tmp_path / "encoder")
+    encoder.tokenizer.save_pretrained(tmp_path / "encoder")
+    options = OPTIONS | {"num_clips": 2, "text_encoder": tmp_path / "encoder"}
+    cached = encode_dataset(vae, "scenes", tmp_path / "cache", **options)
+    other = load_text_encoder(tmp_path / "encoder", max_length=LENGTH)
+    assert type(other.model).__name__ == kind
+    for text, captions in ((cached.text(1, 2), [cached.captions(1)[2]]), (cached.null_text, [""])):
+        embeds, mask = other(captions)
+        assert text is not None and torch.equal(text.mask, mask) and embeds[mask == 1].std() > 0.1
+        torch.testing.assert_close(text.embeds[mask == 1], embeds[mask == 1], rtol=0, atol=3e-6)
+
+
 def test_embeddings_may_come_later_and_in_another_dtype(cache: LatentFolder, vae, encoder_folder, tmp_path: Path):
     plain = encode_dataset(vae, "scenes", tmp_path, **OPTIONS | {"text_max_length": None})
     assert plain.text_settings is plain.null_text is None
