@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 from .checks import reason_of
 
@@ -106,6 +107,20 @@ def text_arguments(text: TextEmbeddings, num_latent_frames: int) -> dict[str, to
     return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": bias}
 
 
+def freeze_unused(model: Any) -> None:
+    """Freeze the weights that hidden states do not depend on, such as a pooler's.
+
+    They would never get a gradient, which training by several processes takes for a fault.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.enable_grad():
+        hidden = encode_tokens(model, ids, torch.ones_like(ids))
+        gradients = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def hidden_width(model: Any) -> int:
     """Return the width of a model's hidden states."""
     return model.config.get_text_config().hidden_size
@@ -139,14 +154,33 @@ def load_text_encoder(
         config, in_folder = _read_config(transformers, source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **in_folder("tokenizer"))
         model = _model_class(transformers, config).from_pretrained(source, dtype=dtype, **in_folder("text_encoder"))
-    except (OSError, ValueError, KeyError) as error:
+        if tokenizer.pad_token is None:  # any will do, for the mask hides it
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has no token to pad with")
+        _check_model(model, tokenizer)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"`source` must be the folder or Hub id of a text encoder of transformers, got {str(source)!r}: "
             f"{reason_of(error)}."
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    # Some tokenizers do not tell how many tokens their model has positions for.
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return TextEncoder(tokenizer, model.to(device).eval(), check_length("max_length", max_length, tokenizer))
+
+
+def _check_model(model: Any, tokenizer: Any) -> None:
+    """Refuse a model that does not turn tokens alone into hidden states, such as one that wants an image with them."""
+    ids, mask = tokenize(tokenizer, [""], 1)
+    try:
+        with torch.no_grad():
+            shape = tuple(encode_tokens(model, ids, mask).shape)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"a {type(model).__name__} gives no hidden states of texts: {reason_of(error)}") from error
+    if shape != (1, 1, hidden_width(model)):
+        raise ValueError(f"a {type(model).__name__} gives no hidden states of texts")
 
 
 def _read_config(transformers: Any, source: str | Path) -> tuple[Any, Callable[[str], dict[str, str]]]:

@@ -15,6 +15,7 @@ from ..text_encoders import (
     TextEmbeddings,
     TextEncoder,
     encode_tokens,
+    freeze_unused,
     load_text_encoder,
     make_text_encoder,
     tokenize,
@@ -162,8 +163,10 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     # A pipeline cuts texts where its tokenizer says, and so as in training.
     encoder.tokenizer.model_max_length = encoder.max_length
     encoder.model.requires_grad_(recipe.train_text_encoder)
+    # Dropout stays off even where the encoder is trained: it would come from the process and not from the sample.
+    encoder.model.eval()
     if recipe.train_text_encoder:
-        encoder.model.train()
+        freeze_unused(encoder.model)
         return Captions(encoder, device, is_trained=True)
     if settings is not None:
         check_text_encoder("text.encoder", encoder, settings)
