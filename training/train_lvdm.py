@@ -431,7 +431,7 @@ def sample_prompts(recipe: Recipe, data: LatentData) -> list[str]:
     if recipe.validation.prompts:
         return recipe.validation.prompts
     count = max(1, recipe.validation.num_samples)
-    return [caption for batch in data.first(count, count) for caption in batch.captions or ()]
+    return [caption for batch in data.first(count, count) for caption in batch.captions or ()] or [""]
 
 
 def sample_conditions(recipe: Recipe, captions: Captions | None, prompts: list[str]) -> dict[str, Any] | None:
@@ -542,6 +542,8 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = None
     if view.data is not None:  # all of it in every process
         held_out = open_data(view.data, recipe, Share(num_accumulation_steps=recipe.num_accumulation_steps))
+        if captions is not None:
+            captions.check(held_out)
     has_latents = data.has_latents
     if recipe.latent_statistics == "data":
         mean, std = measure_channels(data, recipe.num_statistics_items, vae, device)

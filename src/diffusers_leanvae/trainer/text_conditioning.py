@@ -8,6 +8,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 from torch import nn
 
+from .. import bundled
 from ..checks import parse_dtype, reason_of
 from ..data.latent_samples import LatentBatch, LatentData
 from ..data.text_cache import check_text_encoder
@@ -31,7 +32,8 @@ class TextRecipe:
     encoder: str | None = None
     config: dict[str, Any] = field(default_factory=dict)  # of "new": arguments of `transformers.T5Config`
     max_length: int | None = None  # tokens; null: 120, or as many as the tokenizer takes ("new": 48)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of a frozen encoder
+    # Of a frozen encoder; null: that of the cached embeddings, or else float32.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     train_text_encoder: bool = False
     caption_dropout: float = 0.1  # share of samples that get the empty text
 
@@ -42,9 +44,9 @@ class TextRecipe:
             raise ValueError("`text.train_text_encoder` must be true with `text.encoder: new`, got false.")
         if self.encoder != "new" and self.config:
             raise ValueError(f"`text.config` must be empty but for `text.encoder: new`, got {self.config}.")
-        if self.train_text_encoder and self.dtype != "float32":
+        if self.train_text_encoder and self.dtype not in (None, "float32"):
             raise ValueError(
-                f"`text.dtype` must be float32 with `text.train_text_encoder`, got {self.dtype}: "
+                f"`text.dtype` must be float32 or null with `text.train_text_encoder`, got {self.dtype}: "
                 "`mixed_precision` sets what it computes in."
             )
 
@@ -74,6 +76,12 @@ class Captions:
     def trained_model(self) -> nn.Module | None:
         """The model, if it is trained along."""
         return self.encoder.model if self.is_trained else None
+
+    def check(self, data: LatentData) -> None:
+        """Refuse held-out data whose cached hidden states are of another encoder than those of the training data."""
+        settings = getattr(data.items, "text_settings", None)
+        if self.null is not None and settings is not None:
+            check_text_encoder("validation.data", self.encoder, settings)
 
     def prepare(self, batch: LatentBatch, drop: torch.Tensor | None = None) -> TextEmbeddings:
         """Turn the captions of a batch into tokens, or take their cached hidden states; on the CPU.
@@ -154,12 +162,12 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     else:
         if settings is not None and max_length is None and not recipe.train_text_encoder:
             max_length = settings["max_length"]
-        dtype = parse_dtype("text.dtype", recipe.dtype)
+        dtype = parse_dtype("text.dtype", recipe.dtype or (settings or {}).get("dtype", "float32"))
         try:
             is_used = null is None or recipe.train_text_encoder
-            encoder = load_text_encoder(source, dtype, device if is_used else "cpu", max_length)
+            encoder = load_text_encoder(_pipeline_folder(source), dtype, device if is_used else "cpu", max_length)
         except ValueError as error:
-            raise ValueError(f"`text.encoder` cannot be loaded: {reason_of(error)}") from error
+            raise ValueError(f"`text.encoder` cannot be loaded: {reason_of(error)}.") from error
     # A pipeline cuts texts where its tokenizer says, and so as in training.
     encoder.tokenizer.model_max_length = encoder.max_length
     encoder.model.requires_grad_(recipe.train_text_encoder)
@@ -171,6 +179,11 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     if settings is not None:
         check_text_encoder("text.encoder", encoder, settings)
     return Captions(encoder, device, is_trained=False, null=null)
+
+
+def _pipeline_folder(source: str) -> str:
+    """Replace the name of a bundled pipeline by its folder."""
+    return str(bundled.pipeline_path(source)) if source in bundled.PIPELINES else source
 
 
 def _all_captions(data: LatentData) -> Iterator[str]:
@@ -217,6 +230,7 @@ def build_text_transformer(
         source = _load_latte(init)
         kept = {name: value for name, value in source.config.items() if not name.startswith("_")}
         model = _new_latte(kept | shape | overrides)
+        _initialize(model)
         _take_weights(model, source, init, may_start_anew)
         return model
     sizes = {name: config[name] for name in ("num_attention_heads", "attention_head_dim") if name in config}
@@ -238,11 +252,12 @@ def _new_latte(config: dict[str, Any]) -> LatteTransformer3DModel:
 
 
 def _load_latte(init: str) -> LatteTransformer3DModel:
+    folder = _pipeline_folder(init)
     try:
         try:
-            return LatteTransformer3DModel.from_pretrained(init, subfolder="transformer")
+            return LatteTransformer3DModel.from_pretrained(folder, subfolder="transformer")
         except OSError:
-            return LatteTransformer3DModel.from_pretrained(init)
+            return LatteTransformer3DModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`init` must be a LatteTransformer3DModel or a pipeline with one, folder or Hub repository, got "
