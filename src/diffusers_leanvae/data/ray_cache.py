@@ -39,7 +39,7 @@ def encode_with_ray(
         The number of a shard and its encoded batches in order, whenever a shard is done.
 
     Raises:
-        ValueError: Such an error of `open_reader`, of a reader, or of `encode`.
+        ValueError: Such an error of a reader, or of `encode`.
         ImportError: If Ray is not installed.
     """
     ray, pyarrow = _import_ray()
@@ -76,9 +76,6 @@ def encode_with_ray(
             **place,
         )
         yield from _collect(encoded.iter_rows())
-    except ray.exceptions.RayTaskError as error:
-        cause = _find_value_error(error)
-        raise error if cause is None else cause from error
     finally:
         if is_ours:
             ray.shutdown()
@@ -106,9 +103,12 @@ class _Reader:
     def __call__(self, table: Any) -> Iterator[Any]:
         for shard in table["shard"].to_pylist():
             counter = itertools.count()
-            for batch in self.read(shard):
-                yield _to_table([(shard, next(counter), pickle.dumps(batch))])
-            yield _to_table([(shard, next(counter), b"")])
+            try:
+                for batch in self.read(shard):
+                    yield _to_table([(shard, next(counter), pickle.dumps(batch))])
+                yield _to_table([(shard, next(counter), b"")])
+            except ValueError as error:  # as content, since Ray keeps no more of an error than its text
+                yield _to_table([(shard, next(counter), pickle.dumps(error))])
 
 
 class _Encoder:
@@ -128,7 +128,13 @@ class _Encoder:
         )
 
     def _encode(self, content: bytes) -> bytes:
-        return pickle.dumps(self.encode(self.model, pickle.loads(content)))
+        batch = pickle.loads(content)
+        if isinstance(batch, ValueError):
+            return content
+        try:
+            return pickle.dumps(self.encode(self.model, batch))
+        except ValueError as error:
+            return pickle.dumps(error)
 
 
 def _to_table(rows: list[tuple[int, int, bytes]]) -> Any:
@@ -140,20 +146,13 @@ def _to_table(rows: list[tuple[int, int, bytes]]) -> Any:
 
 def _collect(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, list[Any]]]:
     """Put batches, which come in any order, together to shards."""
-    contents: dict[int, dict[int, bytes]] = {}
+    shards: dict[int, dict[int, Any]] = {}
     for row in rows:
-        shard = contents.setdefault(row["shard"], {})
-        shard[row["batch"]] = row["content"]
-        last = max(shard)
-        if not shard[last] and len(shard) == last + 1:
-            del contents[row["shard"]]
-            yield row["shard"], [pickle.loads(shard[number]) for number in range(last)]
-
-
-def _find_value_error(error: BaseException | None) -> ValueError | None:
-    """Find the error of argument that was the cause of an error of Ray."""
-    while error is not None:
-        if type(error) is ValueError:
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+        batches = shards.setdefault(row["shard"], {})
+        batches[row["batch"]] = batch = pickle.loads(row["content"]) if row["content"] else None
+        if isinstance(batch, ValueError):
+            raise batch
+        last = max(batches)
+        if batches[last] is None and len(batches) == last + 1:
+            del shards[row["shard"]]
+            yield row["shard"], [batches[number] for number in range(last)]
