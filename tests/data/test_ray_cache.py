@@ -123,8 +123,9 @@ def quick(folder: Path) -> Path:
 
 def run(folder: Path, part: str) -> Path:
     command = [sys.executable, str(folder / "script.py"), str(folder), json.dumps(OPTIONS), part]
-    # Workers of Ray are nice to others, which on a busy machine is to do nothing.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    # Workers of Ray are nice to others, which on a busy machine is to do nothing; a token would lie at home.
+    quiet = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | quiet
     found = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
     return folder
