@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from .containers import VideoError
+from .info import VideoInfo
 from .inputs import list_videos
-from .reader import TimedFrames, VideoInfo, VideoReader, iter_video, probe_video, read_video
+from .reader import TimedFrames, VideoReader, iter_video, probe_video, read_video
 from .timing import at_constant_rate
 
 

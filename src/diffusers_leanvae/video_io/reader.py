@@ -26,25 +26,25 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
-import av
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .color import color_of
-from .containers import PathLike, VideoError, codec_name, find_video_stream, named_errors, open_input
-from .decoding import CutOff, Damaged, Decoding, Matrix, Picture, Progressive, RgbConverter, display_matrix
+from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
+from .decoding import CutOff, Damaged, Decoding, Picture, Progressive, RgbConverter, display_matrix
+from .info import CLOCKWISE, VideoInfo, describe_images, describe_video, has_sample_table
 from .inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence, list_frames, list_videos, local_file
+from .rooms import Rooms
 from .seeking import SeekPoint, SeekPoints
 from .stills import ImageFrames, can_read
-from .timing import Clock, frame_rate, is_variable
+from .timing import Clock
 
 
 if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
@@ -63,8 +63,6 @@ __all__ = [
     "read_video",
 ]
 
-# Degrees of a display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y with y pointing down. Others mirror.
-_CLOCKWISE = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 90, (-1, 0, 0, -1): 180, (0, -1, 1, 0): 270}
 # How far to look ahead for time stamps where the container has no table of them.
 _NUM_AHEAD, _BYTES_AHEAD = 64, 1 << 22
 
@@ -82,69 +80,6 @@ class TimedFrames(NamedTuple):
 
     pixels: torch.Tensor
     times: list[Fraction]
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """Properties of a file, from its header, its first packets and its first decoded frame.
-
-    Attributes:
-        path: The file, as given.
-        width: Pixels as displayed, after rotation, and after pixels were made square if that was asked for.
-        height: Pixels as displayed, likewise.
-        fps: Average frame rate in frames per second, exact (`Fraction(30000, 1001)`); 25 for a still image.
-        num_frames: Frame count of the header, `None` where it has none. A header can be wrong: count what is read.
-        duration: Seconds as in the header, `None` where it has none and for still images.
-        rotation: Degrees clockwise (0, 90, 180, 270) by which stored frames are turned; already applied to `width`,
-            `height` and to every frame read.
-        audio_codecs: Name of the codec of each audio stream.
-        codec: Name of the video codec, such as `"h264"`.
-        pixel_format: FFmpeg's name of the stored pixel format, such as `"yuv420p10le"`.
-        is_image: Whether the file is an image (still or animated) and not a video.
-        pixel_aspect_ratio: Width of a pixel by its height, as displayed.
-        matrix: Colour matrix as stored: `"bt709"`, `"bt601"`, `"bt2020"`, `"rgb"`, `"grey"`, ...; by the rule where
-            there is no tag.
-        primaries: FFmpeg's name of the stored colour primaries, `"bt709"` where there is no tag.
-        transfer: FFmpeg's name of the stored transfer curve, such as `"smpte2084"`; `"bt709"` where there is no tag.
-        color_range: `"limited"` or `"full"`.
-        is_variable_rate: Whether frames come at unequal times, as far as the table of samples (MP4, MOV) or the first
-            packets tell.
-    """
-
-    path: str
-    width: int
-    height: int
-    fps: Fraction
-    num_frames: int | None
-    duration: float | None
-    rotation: int
-    audio_codecs: tuple[str, ...]
-    codec: str
-    pixel_format: str
-    is_image: bool
-    pixel_aspect_ratio: Fraction = Fraction(1)
-    matrix: str = "bt709"
-    primaries: str = "bt709"
-    transfer: str = "bt709"
-    color_range: str = "limited"
-    is_variable_rate: bool = False
-
-    @property
-    def has_audio(self) -> bool:
-        """Tell whether there is an audio stream."""
-        return bool(self.audio_codecs)
-
-    @property
-    def display_size(self) -> tuple[int, int]:
-        """Width and height with square pixels: one of them is enlarged, and stays even if it was."""
-        ratio = self.pixel_aspect_ratio
-        if ratio >= 1:
-            return _enlarged(self.width, ratio), self.height
-        return self.width, _enlarged(self.height, 1 / ratio)
-
-
-def _enlarged(edge: int, ratio: Fraction) -> int:
-    return 2 * round(edge * ratio / 2) if edge % 2 == 0 else round(edge * ratio)
 
 
 def probe_video(path: Source) -> VideoInfo:
@@ -285,7 +220,7 @@ class VideoReader:
                     self._images = self._files.enter_context(
                         ImageFrames(files, background=background, name=self._name)
                     )
-                    self.info = _describe_images(self._name, self._images)
+                    self.info = describe_images(self._name, self._images)
                 else:
                     self._open_video()
             self._stored_size = self.info.height, self.info.width
@@ -405,7 +340,7 @@ class VideoReader:
         """Write every frame once, into its chunk."""
         from .pixels import resize_frames
 
-        rooms = _Rooms(*self._stored_size)
+        rooms = Rooms(*self._stored_size)
         left = total
         while left is None or left > 0:
             size = chunk_size if left is None else min(left, chunk_size)
@@ -435,7 +370,7 @@ class VideoReader:
             if left != 0 and (self._is_closed or self._num_ranges != number):
                 raise VideoError(f"Cannot read on in {self._name!r}: the reader was closed, or another range begun.")
 
-    def _room(self, rooms: _Rooms, full: torch.Tensor | None, size: int, is_packed: bool) -> torch.Tensor:
+    def _room(self, rooms: Rooms, full: torch.Tensor | None, size: int, is_packed: bool) -> torch.Tensor:
         """Return room for up to `size` frames, fewer if a file may be much shorter, with those of a full one."""
         if full is not None:
             room = rooms.take(min(size, 2 * len(full)), is_packed)
@@ -528,11 +463,11 @@ class VideoReader:
         frame = self._start(packets)
         self._first_stamp = _stamp(frame)
         matrix = display_matrix(frame)
-        self.info = _describe(self._name, self._container, self._stream, frame, matrix, stamps)
+        self.info = describe_video(self._name, self._container, self._stream, frame, matrix, stamps)
         # Where seeking may be exact; alpha of WebM is a stream of its own, with key frames of its own.
         is_alone = len(self._container.streams.video) == 1 and not self.info.is_image
         has_alpha_stream = "alpha_mode" in self._stream.metadata
-        if is_alone and not has_alpha_stream and not frame.interlaced_frame and matrix in _CLOCKWISE:
+        if is_alone and not has_alpha_stream and not frame.interlaced_frame and matrix in CLOCKWISE:
             self._seek_points = SeekPoints.of(self._container, self._stream)
 
     def _start(self, packets: Iterator[Packet]) -> VideoFrame:
@@ -555,7 +490,7 @@ class VideoReader:
     def _look_ahead(self) -> tuple[list[int], Iterator[Packet]]:
         """Return ordered time stamps, all or the first ones, and the packets from the first on."""
         packets = self._packets(0)
-        if _has_sample_table(self._container):
+        if has_sample_table(self._container):
             return sorted(entry.timestamp for entry in self._stream.index_entries if not entry.is_discard), packets
         seen: list[Packet] = []
         error: FFmpegError | CutOff | None = None
@@ -599,7 +534,7 @@ class VideoReader:
     def _check_end(self, num_packets: int) -> None:
         # FFmpeg takes a file that ends between two packets for a whole one.
         entries = self._stream.index_entries
-        if _has_sample_table(self._container) and num_packets < len(entries):
+        if has_sample_table(self._container) and num_packets < len(entries):
             lost = entries[num_packets]
             if lost.pos + lost.size > self._file.stat().st_size:
                 raise CutOff(lost.timestamp)
@@ -661,103 +596,3 @@ class VideoReader:
 
 def _stamp(frame: VideoFrame) -> int | None:
     return frame.dts if frame.pts is None else frame.pts
-
-
-def _has_sample_table(container: InputContainer) -> bool:
-    return "mp4" in container.format.name.split(",")
-
-
-class _Rooms:
-    """Memory for chunks of frames: that of chunks which nobody holds any more comes first.
-
-    The system clears memory that it gives out, which takes as long as filling it.
-    """
-
-    def __init__(self, height: int, width: int) -> None:
-        self._height, self._width = height, width
-        self._arrays: list[np.ndarray] = []
-
-    def take(self, count: int, is_packed: bool) -> torch.Tensor:
-        """Return room for `count` frames, `(count, height, width, 3)`, not initialised.
-
-        Args:
-            count: Number of frames.
-            is_packed: Whether the three colours of a pixel lie next to each other, or each frame in three planes.
-        """
-        import numpy as np
-        import torch
-
-        # A tensor refers to its array. How many references there are besides differs between versions of Python, so
-        # they are counted in the same way for an array that nobody holds.
-        idle = _reference_counts([np.empty(0)])[0]
-        counts = _reference_counts(self._arrays)
-        free = [array for array, n in zip(self._arrays, counts, strict=True) if len(array) == count and n <= idle]
-        array = free[0] if free else np.empty((count, 3 * self._height * self._width), np.uint8)
-        self._arrays = [*[other for other in self._arrays if other is not array][-1:], array]
-        room = torch.from_numpy(array)
-        if is_packed:
-            return room.view(count, self._height, self._width, 3)
-        return room.view(count, 3, self._height, self._width).permute(0, 2, 3, 1)
-
-
-def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(array) for array in arrays]
-
-
-def _describe_images(name: str, images: ImageFrames) -> VideoInfo:
-    steps = {after - before for before, after in itertools.pairwise(images.times)}
-    return VideoInfo(
-        path=name,
-        width=images.width,
-        height=images.height,
-        fps=Fraction(25) if not images.duration else images.num_frames / Fraction(images.duration),
-        num_frames=images.num_frames,
-        duration=None if images.duration is None else float(images.duration),
-        rotation=images.rotation,
-        audio_codecs=(),
-        codec=images.codec,
-        pixel_format=images.pixel_format,
-        is_image=images.num_frames == 1 or images.is_animated,
-        matrix="grey" if images.pixel_format.startswith(("gray", "ya")) else "rgb",
-        color_range="full",
-        is_variable_rate=len(steps) > 1,
-    )
-
-
-def _describe(
-    name: str, container: InputContainer, stream: VideoStream, frame: VideoFrame, matrix: Matrix, stamps: list[int]
-) -> VideoInfo:
-    is_avif = container.metadata.get("major_brand") in ("avif", "avis")
-    is_still = container.format.name.endswith("_pipe") or container.format.name == "image2"
-    is_still = is_still or (is_avif and stream.frames == 1)
-    duration: float | None = None
-    if not is_still and stream.duration is not None and stream.time_base is not None:
-        duration = float(stream.duration * stream.time_base)
-    elif not is_still and container.duration is not None:
-        duration = container.duration / av.time_base
-    num_frames = stream.frames or None
-    if num_frames and _has_sample_table(container):
-        num_frames = len(stamps) or num_frames  # without those that an edit list leaves out
-    ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
-    ratio = Fraction(ratio) if Fraction(1, 16) <= ratio <= 16 else Fraction(1)  # others are no pixels
-    is_upright = bool(matrix[0])
-    color = color_of(frame)
-    return VideoInfo(
-        path=name,
-        width=frame.width if is_upright else frame.height,
-        height=frame.height if is_upright else frame.width,
-        fps=Fraction(25) if is_still else frame_rate(stream, stamps),
-        num_frames=1 if is_still else num_frames,
-        duration=duration,
-        rotation=_CLOCKWISE.get(matrix, 0),
-        audio_codecs=tuple(codec_name(sound) for sound in container.streams.audio),
-        codec=codec_name(stream),
-        pixel_format=frame.format.name,
-        is_image=is_still or is_avif or container.format.name in ("gif", "apng", "webp", "webp_anim"),
-        pixel_aspect_ratio=ratio if is_upright else 1 / ratio,
-        matrix=color.matrix,
-        primaries=color.primaries,
-        transfer=color.transfer,
-        color_range="full" if color.is_full else "limited",
-        is_variable_rate=not is_still and is_variable(stream, stamps),
-    )

@@ -21,7 +21,6 @@ import struct
 import sys
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from .containers import MAX_PIXELS, PathLike, VideoError
+from .delays import avif_delays, gif_delays, walk_png, webp_delays
 
 
 if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
@@ -204,7 +204,7 @@ class _Picture:
             self._first = 0  # Pillow's number of the first frame
             _check_size(name, _stored_size(path, codec))
             if codec == "png":
-                self.delays, exif, is_apart = _walk_png(path)
+                self.delays, exif, is_apart = walk_png(path)
                 self._first = int(is_apart)
             self._reader = _import_reader(name, codec)
             self._file: IO[bytes] = path.open("rb")
@@ -221,11 +221,11 @@ class _Picture:
     def _describe(self) -> None:
         image = self._image
         if self.codec == "gif":
-            self.delays = _gif_delays(self.path.read_bytes())
+            self.delays = gif_delays(self.path.read_bytes())
         elif self.codec == "webp":
-            self.delays = _webp_delays(self.path.read_bytes())
+            self.delays = webp_delays(self.path.read_bytes())
         elif self.codec == "avif":
-            self.delays = _avif_delays(self.path, image)
+            self.delays = avif_delays(self.path, image)
         count = getattr(image, "n_frames", 1) - self._first if len(self.delays) > 1 else 1
         self.delays = self.delays[:count]
         self.orientation = _orientation(image, self.codec)
@@ -374,7 +374,7 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
 def _orientation(image: Image.Image, codec: str) -> int:
     """Return the orientation as EXIF numbers it, 1 for upright."""
     if codec == "png" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
-        return 1  # Pillow would decode the picture to look behind it, where `_walk_png` has looked
+        return 1  # Pillow would decode the picture to look behind it, where `walk_png` has looked
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:  # whatever a broken EXIF block leads to, the picture may be good
@@ -428,111 +428,6 @@ def _named_errors(name: str) -> Iterator[None]:
     except Exception as error:  # damaged files lead Pillow to errors of every kind
         reason = re.sub(r"\s+", " ", str(error)).rstrip(". ") or type(error).__name__
         raise VideoError(f"Cannot read {name!r}: the picture is damaged or truncated ({reason}).") from error
-
-
-# --- Delays ----------------------------------------------------------------------------------------------------------
-
-
-def _as_browsers(delay: Fraction) -> Fraction:
-    return delay if delay > Fraction(1, 100) else Fraction(1, 10)
-
-
-def _walk_png(path: Path) -> tuple[list[Fraction], bytes | None, bool]:
-    """Check the sums of all chunks, which Pillow does not, and find the delays and the EXIF block.
-
-    Returns:
-        Delays of the frames of an APNG, empty for others; EXIF; whether the first picture is none of them.
-    """
-    delays: list[Fraction] = []
-    exif, is_animated, is_apart, has_data = None, False, False, False
-    with path.open("rb") as file:
-        file.seek(8)
-        while True:
-            head = file.read(8)
-            if len(head) < 8:
-                raise ValueError("it ends before its end is marked")
-            length, kind = struct.unpack(">I4s", head)
-            total, left, data = zlib.crc32(kind), length, b""
-            while left:
-                block = file.read(min(left, 1 << 20))
-                if not block:
-                    raise ValueError("it ends within a chunk")
-                total, left = zlib.crc32(block, total), left - len(block)
-                if kind in (b"fcTL", b"eXIf"):
-                    data += block
-            if file.read(4) != struct.pack(">I", total):
-                raise ValueError(f"the check sum of a chunk {kind.decode('latin-1')!r} is wrong")
-            if kind == b"IEND":
-                return (delays if is_animated else []), exif, is_apart
-            if kind == b"acTL":
-                is_animated = True
-            elif kind == b"IDAT" and not has_data:
-                has_data, is_apart = True, is_animated and not delays
-            elif kind == b"eXIf":
-                exif = b"Exif\0\0" + data
-            elif kind == b"fcTL" and length >= 24:
-                numerator, denominator = struct.unpack(">HH", data[20:24])
-                delays.append(_as_browsers(Fraction(numerator, denominator or 100)))
-
-
-def _gif_delays(data: bytes) -> list[Fraction]:
-    """Find the delays of the frames of a GIF file in its blocks."""
-    delays: list[Fraction] = []
-    place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
-    delay = 0
-    while place < len(data) and data[place] != 0x3B:
-        if data[place] == 0x21:  # an extension
-            if data[place + 1 : place + 3] == b"\xf9\x04":
-                delay = int.from_bytes(data[place + 4 : place + 6], "little")
-            place += 2
-        elif data[place] == 0x2C and place + 9 < len(data):  # a frame
-            delays.append(_as_browsers(Fraction(delay, 100)))
-            delay = 0
-            flags = data[place + 9]
-            place += 11 + (3 << (flags & 7) + 1 if flags & 128 else 0)
-        else:  # as decoders do, go on to what looks like a block
-            place += 1
-            continue
-        while place < len(data) and data[place]:
-            place += 1 + data[place]
-        place += 1
-    return delays
-
-
-def _webp_delays(data: bytes) -> list[Fraction]:
-    """Find the delays of the frames of a WebP file in its chunks."""
-    delays: list[Fraction] = []
-    place = 12
-    while place + 8 <= len(data):
-        length = int.from_bytes(data[place + 4 : place + 8], "little")
-        if data[place : place + 4] == b"ANMF":
-            delays.append(_as_browsers(Fraction(int.from_bytes(data[place + 20 : place + 23], "little"), 1000)))
-        place += 8 + length + length % 2
-    return delays
-
-
-def _avif_delays(path: Path, image: Image.Image) -> list[Fraction]:
-    """Find the delays of the frames of an AVIF sequence, exactly from FFmpeg's demuxer."""
-    count = getattr(image, "n_frames", 1)
-    if count < 2:
-        return []
-    import av
-
-    options = {"protocol_whitelist": "file"}
-    with av.open(str(path.absolute()), "r", options=options) as container:
-        for stream in container.streams.video:
-            if stream.time_base is None or stream.frames != count:
-                continue
-            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-            times = sorted(int(packet.pts or 0) for packet in packets)
-            if len(times) != count:
-                break
-            last = int(packets[-1].duration or times[-1] - times[-2])
-            steps = [after - before for before, after in zip(times, [*times[1:], times[-1] + last], strict=True)]
-            if min(steps) > 0:
-                return [step * stream.time_base for step in steps]
-            break
-    return [Fraction(1, 25)] * count
 
 
 # --- Pixels ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,16 +27,14 @@ from .decoding import planes_of
 from .formats import CODECS, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
 from .sound import Accompaniment, cut_end
+from .ticks import Ticks
 
 
 _COLORSPACES = {"bt709": 1, "bt601": 5}  # AVColorSpace
 # Chroma is averaged over the pixels that share it, which is what the reader, repeating it, takes it to be.
 _SCALE = "flags=area+accurate_rnd+full_chroma_int:out_color_matrix={}:out_range={}"
-# Players show a GIF's frame of less than two ticks for ten ticks.
-_MIN_GIF_TICKS = 2
 # More frames than x265 reorders.
 _X265_DELAY = 8
-_MAX_ROUNDING = Fraction(6, 10000)
 
 
 class VideoWriter:
@@ -130,7 +127,7 @@ class VideoWriter:
         self._graph: Graph
         self._is_planar = False  # what `_graph` takes
         self._size = (0, 0)  # height, width
-        self._timing: _Timing | None = None
+        self._timing: Ticks | None = None
         self._ended = Fraction(0)  # seconds, of the frames so far
         self._sound: Accompaniment | None = None
         self._last_packet: Packet | None = None  # held back at a variable rate
@@ -217,7 +214,7 @@ class VideoWriter:
                     self._mux_sound(self._sound.rest(self._ended, 1 / self._fps))
                 self._resources.close()
                 if self._sound is not None and self._sound.overhangs:
-                    self._cut_end(self._sound.delay + self._ended)
+                    self._cut_end(self._sound.timeline.delay + self._ended)
                 if self._aspect != 1 and self._has_display_size and self._partial is not None:
                     set_pixel_aspect_ratio(self._partial, self._aspect)
                 self._commit()
@@ -309,7 +306,7 @@ class VideoWriter:
             if output.codec == "libx265" and held.muxer != "matroska":
                 context.codec_tag = "hvc1"  # the tag without which Apple's players refuse the file
         context.width, context.height, context.pix_fmt = width, height, pixel_format
-        self._timing = _Timing.choose(self._fps, held.muxer if held is not None else None, is_variable)
+        self._timing = Ticks.choose(self._fps, held.muxer if held is not None else None, is_variable)
         context.time_base = self._timing.time_base
         if held is None:
             context.framerate = self._fps
@@ -338,7 +335,7 @@ class VideoWriter:
         self._encoder, self._size = encoder, (height, width)
         if self._sound is not None and self._container is not None and held is not None:
             self._sound.attach(self._container, held, self._timing.time_base)
-            self._timing.lead = round(self._sound.delay / self._timing.time_base)
+            self._timing.lead = round(self._sound.timeline.delay / self._timing.time_base)
         if output.codec == "libsvtav1":
             with _quiet_svt():
                 context.open()
@@ -479,104 +476,6 @@ class VideoWriter:
         for number, file in former.items():
             if number > self._num_images or number < 1:
                 file.unlink(missing_ok=True)
-
-
-class _Timing:
-    """Time stamps of frames, in ticks; one frame is held back where its duration must be known.
-
-    Attributes:
-        time_base: Seconds per tick.
-        lead: Ticks before the first frame.
-        num_left_out: Frames that were left out since they came too soon for the format.
-        ended: Seconds from the first frame to the end of the last one.
-        end_tick: Tick at which the last frame ends, once it is known.
-    """
-
-    def __init__(self, fps: Fraction, time_base: Fraction, mode: str, min_ticks: int = 1) -> None:
-        self.time_base = time_base
-        self.lead = 0
-        self.num_left_out = 0
-        self.ended = Fraction(0)
-        self.end_tick = 0
-        self._fps, self._mode, self._min_ticks = fps, mode, min_ticks
-        self._count = 0
-        self._last_time = Fraction(0)
-        self._is_regular = True  # so far
-        self._held: tuple[int, VideoFrame] | None = None  # with its tick
-
-    @property
-    def is_variable(self) -> bool:
-        """Whether packets say how long a frame lasts."""
-        return self._mode == "variable"
-
-    @classmethod
-    def choose(cls, fps: Fraction, muxer: str | None, has_times: bool) -> Self:
-        """Choose the ticks for a format."""
-        if muxer is None:
-            return cls(fps, 1 / fps, "images")
-        if muxer == "gif":
-            return cls(fps, Fraction(1, 100), "variable", _MIN_GIF_TICKS)
-        if muxer == "webp":
-            return cls(fps, Fraction(1, 1000), "variable")
-        if muxer == "yuv4mpegpipe":
-            return cls(fps, 1 / fps, "repeated")
-        if has_times:  # multiples of 1 / fps are exact, and nothing is off by more than 0.05 ms
-            return cls(fps, Fraction(1, fps.numerator * ceil(Fraction(10000, fps.numerator))), "variable")
-        return cls(fps, 1 / fps, "constant")
-
-    def push(self, frame: VideoFrame, time: Fraction | None) -> list[tuple[int, VideoFrame, int | None]]:
-        """Take a frame, and return those that are ready, with time stamp and duration."""
-        if time is None and self._mode == "variable" and self.time_base.denominator > 1000:
-            raise VideoError("`times` must come with every call or with none, got None after others.")
-        if time is not None and self._mode == "constant":
-            raise VideoError("`times` must come with every call or with none, got some after none.")
-        if time is None or self._mode == "images":
-            time = self._count / self._fps
-        elif time < 0 or (self._count and time <= self._last_time):
-            raise VideoError(f"`times` must ascend from 0, got {float(time):g} s.")
-        # Containers with a tick of 1 ms round the times of a constant rate, which is that rate again here.
-        regular = self._count / self._fps
-        self._is_regular = self._is_regular and abs(time - regular) <= _MAX_ROUNDING
-        time = regular if self._is_regular else time
-        self._last_time = time
-        self.ended = time + 1 / self._fps
-        self._count += 1
-        if self._mode in ("constant", "images"):
-            return [(self._count - 1 + self.lead, frame, None)]
-        tick = round(time / self.time_base)
-        if self._mode == "repeated":
-            ready = self._repeated(tick)
-            self._held = (ready[-1][0] + 1 if ready else self._held[0] if self._held else 0, frame)
-            return ready
-        if self._held is None:
-            self._held = (tick, frame)
-            return []
-        before, held = self._held
-        if tick < before + self._min_ticks:
-            if self._min_ticks > 1:
-                self.num_left_out += 1
-                return []
-            tick = before + 1
-        self._held = (tick, frame)
-        return [(before + self.lead, held, tick - before)]
-
-    def finish(self, end: Fraction) -> list[tuple[int, VideoFrame, int | None]]:
-        """Return the frames held back, where all end after `end` seconds."""
-        if self._held is None:
-            return []
-        tick, frame = self._held
-        last = max(round(end / self.time_base), tick + self._min_ticks)
-        if self._mode == "repeated":
-            return self._repeated(last)
-        self.end_tick = last + self.lead
-        return [(tick + self.lead, frame, last - tick)]
-
-    def _repeated(self, until: int) -> list[tuple[int, VideoFrame, int | None]]:
-        """Return the frame held back as often as it is seen before tick `until`."""
-        if self._held is None:
-            return []
-        tick, frame = self._held
-        return [(number, frame, None) for number in range(tick, until)]
 
 
 def _to_frame(image: np.ndarray, is_planar: bool) -> VideoFrame:
