@@ -253,11 +253,15 @@ def _new_latte(config: dict[str, Any]) -> LatteTransformer3DModel:
 
 def _load_latte(init: str) -> LatteTransformer3DModel:
     folder = _pipeline_folder(init)
+    options: dict[str, Any] = {"subfolder": "transformer"}
     try:
         try:
-            return LatteTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+            config: Any = LatteTransformer3DModel.load_config(folder, **options)
         except OSError:
-            return LatteTransformer3DModel.from_pretrained(folder)
+            config, options = LatteTransformer3DModel.load_config(folder), {}
+        if config.get("_class_name") != "LatteTransformer3DModel":
+            raise ValueError(f"it is a {config.get('_class_name')}")
+        return LatteTransformer3DModel.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`init` must be a LatteTransformer3DModel or a pipeline with one, folder or Hub repository, got "
