@@ -152,6 +152,34 @@ def test_timesteps_cover_all_steps_evenly():
         assert timesteps.dtype == torch.int64 and timesteps[0] == 0 and 990 <= timesteps[1] <= 999
 
 
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective", [EpsilonObjective(min_snr_gamma=5.0), FlowMatchingObjective()], ids=["epsilon", "flow"]
+)
+def test_what_has_no_weight_does_not_count(objective):
+    latents, noise = draw(3, 4, 3, 4, 4), draw(3, 4, 3, 4, 4, seed=1)
+    is_flow = isinstance(objective, FlowMatchingObjective)
+    output = draw(3, 4 if is_flow else 8, 3, 4, 4, seed=2).requires_grad_()
+    timesteps = torch.tensor([0.0, 400.0, 900.0]) if is_flow else torch.tensor([0, 400, 900])
+    plain = objective.loss(output, latents, noise, timesteps)
+    ones = objective.loss(output, latents, noise, timesteps, torch.ones(3, 1, 1, 1, 1, dtype=torch.bool))
+    counts = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])[:, None, :, None, None]
+    weighted = objective.loss(output, latents, noise, timesteps, counts)
+    for name in plain:
+        torch.testing.assert_close(ones[name], plain[name], rtol=1e-6, atol=0)
+        for number in range(3):  # as if the frames were not there
+            rest = [x[number : number + 1, :, number:] for x in (output, latents, noise)]
+            alone = objective.loss(*rest, timesteps[number : number + 1])[name]
+            torch.testing.assert_close(weighted[name][number : number + 1], alone, rtol=1e-5, atol=0)
+    assert (weighted["loss"][1:] - plain["loss"][1:]).abs().min() > 1e-3
+    (gradient,) = torch.autograd.grad(weighted["loss"].sum(), output)
+    assert not gradient[1, :, :1].any() and not gradient[2, :, :2].any() and gradient[2, :, 2].abs().min() > 0
+    double = objective.loss(output, latents, noise, timesteps, 2.0 * counts)
+    torch.testing.assert_close(double["loss"], weighted["loss"], rtol=1e-6, atol=0)
+
+
 # --- Flow ------------------------------------------------------------------------------------------------------------
 
 

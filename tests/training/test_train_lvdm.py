@@ -32,7 +32,7 @@ from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
 from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.trainer.draws import draw_step, drop_labels
+from diffusers_leanvae.trainer.draws import draw_given_frames, draw_step, drop_labels
 from diffusers_leanvae.trainer.recipe import load_recipe
 from diffusers_leanvae.video_io import probe_video
 
@@ -263,6 +263,18 @@ def test_the_dropout_rate_and_the_stratification_are_as_asked():
     assert drop_labels(labels[:, 0], torch.tensor([False, True]), 36).tolist() == [3, 36]
 
 
+def test_the_number_of_given_frames_follows_from_seed_and_index_alone():
+    together = draw_given_frames(range(2000), seed=3, share=0.4, max_frames=3)
+    apart = torch.cat([draw_given_frames([index], seed=3, share=0.4, max_frames=3) for index in range(2000)])
+    assert torch.equal(together, apart) and together.dtype == torch.int64
+    counts = together.bincount()
+    assert len(counts) == 4 and counts[0].item() == pytest.approx(1200, abs=90)  # four deviations
+    assert all(count.item() == pytest.approx(800 / 3, abs=60) for count in counts[1:])
+    assert not torch.equal(draw_given_frames(range(2000), seed=4, share=0.4, max_frames=3), together)
+    assert not draw_given_frames(range(50), 0, share=0.0, max_frames=3).any()
+    assert (draw_given_frames(range(50), 0, share=1.0, max_frames=1) == 1).all()
+
+
 def test_every_epoch_has_each_item_once_and_images_are_first_latent_frames(vae_folder: Path):
     data = LatentData(MovingShapes(5, 16, 16, num_clips=7), has_latents=False, has_labels=True, num_images=2)
     orders = [[data.order(index) for index in range(7 * epoch, 7 * epoch + 7)] for epoch in range(3)]
@@ -484,9 +496,9 @@ def test_shipped_recipes_load_build_and_say_how_to_run(path: Path):
     assert not any(Path(entry).is_absolute() for entry in (recipe.data.path or "x", recipe.output))
     train_lvdm.build_objective(recipe.objective)
     with torch.device("meta"):
-        transformer = train_lvdm.build_transformer(recipe, (4, 5, 32, 32))
+        transformer = train_lvdm.build_transformer(recipe, (4, 5, 32, 32), 128 if recipe.text else None)
     if not recipe.variant:
-        assert transformer.num_parameters() <= 8_000_000
+        assert transformer.num_parameters() <= (12_000_000 if recipe.text else 8_000_000)
 
 
 @pytest.mark.slow
