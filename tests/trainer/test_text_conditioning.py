@@ -9,6 +9,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 from tiny import enliven, make_tiny, seeded
 
+from diffusers_leanvae import bundled
 from diffusers_leanvae.data.latent_samples import LatentBatch
 from diffusers_leanvae.text_encoders import TextEncoder, make_text_encoder
 from diffusers_leanvae.trainer.text_conditioning import Captions, TextRecipe, build_text_transformer, open_captions
@@ -169,6 +170,17 @@ def test_a_new_transformer_is_latte_1s_and_starts_from_zero():
 @pytest.mark.parametrize("source", ["", "transformer"], ids=["pipeline", "transformer"])
 def test_the_weights_of_a_model_of_the_same_latents_are_kept(source: str, latte: Path):
     assert differing(build_text_transformer(CONFIG, {}, 16, str(latte / source)), latte) == set()
+
+
+def test_bundled_pipelines_are_known_by_their_names(latte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder = make_encoder()
+    encoder.model.save_pretrained(latte / "text_encoder")
+    encoder.tokenizer.save_pretrained(latte / "tokenizer")
+    monkeypatch.setitem(bundled.PIPELINES, "texts", bundled.BundledPipeline("compact-4ch", 2.0))
+    monkeypatch.setattr(bundled, "pipeline_path", {"texts": latte}.__getitem__)
+    assert differing(build_text_transformer(CONFIG, {}, 16, "texts"), latte) == set()
+    encoder.model.eval()
+    assert torch.equal(open_for(TextRecipe(), "texts").encoder(CAPTIONS).embeds, encoder(CAPTIONS).embeds)
 
 
 @pytest.mark.parametrize(

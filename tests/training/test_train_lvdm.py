@@ -48,6 +48,7 @@ FULL = (
     "batch_size=4",
     "num_images=1",
     "class_dropout=0.5",
+    "given_frames.share=0.5",
     "objective.name=epsilon",
     "objective.sampling=logit_normal",
     "objective.is_stratified=true",
