@@ -72,7 +72,9 @@ def check_length(name: str, length: int | None, tokenizer: Any) -> int:
     return length
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], length: int, warn: Callable[[str], Any] = logger.warning
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn texts into ids and a mask, both int64 `(n, length)`; longer texts are cut, with a warning.
 
     Padding is on the right, whatever the tokenizer prefers: a model that counts positions from the first place would
@@ -85,7 +87,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[torch.T
     )
     longest = max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
     if longest > length:
-        logger.warning(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
+        warn(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
     mask = inputs.attention_mask.clone()
     mask[:, 0] = 1
     return inputs.input_ids, mask

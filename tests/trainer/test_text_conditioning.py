@@ -57,6 +57,13 @@ def test_dropped_captions_are_the_empty_text():
     assert torch.equal(frozen.encode(make_batch()).embeds, encoder(CAPTIONS).embeds)
 
 
+def test_a_caption_that_is_too_long_is_warned_of_once(caplog: pytest.LogCaptureFixture):
+    captions = Captions(make_encoder(), CPU, is_trained=False)
+    for _ in range(2):
+        captions.prepare(make_batch()._replace(captions=["a circle", "a red circle " * 5]))
+    assert caplog.text.count("A text of 16 tokens was cut to 9") == 1
+
+
 def test_cached_hidden_states_are_taken_and_dropped_alike():
     encoder = make_encoder()
     cached = make_batch(text=encoder(CAPTIONS))

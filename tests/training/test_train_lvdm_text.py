@@ -11,7 +11,17 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from launch import at_update
 from processes import run_python
-from runs import Script, assert_same_run, assert_same_training, changed, interrupt, launch, read_log, weights_at
+from runs import (
+    Script,
+    assert_same_run,
+    assert_same_training,
+    changed,
+    interrupt,
+    launch,
+    optimizer_at,
+    read_log,
+    weights_at,
+)
 from safetensors.torch import load_file
 from tiny import make_tiny, seeded
 
@@ -172,6 +182,18 @@ def test_processes_and_accumulation_give_the_same_model(
 def test_a_pooler_is_left_as_it_was(launched: Path, sources: dict[str, Path]):
     moved = changed(load_file(sources["bert"] / "model.safetensors"), text_encoder_of(launched / "bert"))
     assert len(moved) > 10 and not any("pooler" in name for name in moved)
+
+
+def test_muon_moves_an_encoder_in_mixed_precision(script: Script, sources: dict[str, Path], tmp_path: Path):
+    settings = ("optimizer.name=muon", "mixed_precision=bf16", "num_steps=6", "save_every=3", "keep_checkpoints=2")
+    run = script.train(tmp_path / "run", *filled(BERT, sources), *settings)
+    # Linear maps stand still until Muon has seen enough of their inputs.
+    assert "text_encoder.encoder.layer.0.attention.self.value.weight" in changed(
+        weights_at(run, 3), weights_at(run, 6)
+    )
+    assert all(
+        state["covariance"].dtype == torch.float32 for state in optimizer_at(run, 6).values() if "root" in state
+    )
 
 
 def test_captions_are_tokenized_in_workers_alike(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

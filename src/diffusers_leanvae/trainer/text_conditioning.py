@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import LatteTransformer3DModel
+from diffusers.utils import logging
 from torch import nn
 
 from .. import bundled
@@ -21,6 +22,9 @@ from ..text_encoders import (
     make_text_encoder,
     tokenize,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Captions:
     device: torch.device
     is_trained: bool
     null: TextEmbeddings | None = None
+    _has_warned: bool = field(default=False, init=False)
 
     @property
     def width(self) -> int:
@@ -103,7 +108,12 @@ class Captions:
         captions = list(batch.captions or ())
         if drop is not None:
             captions = ["" if is_dropped else text for text, is_dropped in zip(captions, drop.tolist(), strict=True)]
-        return TextEmbeddings(*tokenize(self.encoder.tokenizer, captions, self.encoder.max_length))
+        return TextEmbeddings(*tokenize(self.encoder.tokenizer, captions, self.encoder.max_length, self._warn_once))
+
+    def _warn_once(self, message: str) -> None:
+        if not self._has_warned:  # and not in every step
+            logger.warning(message)
+            self._has_warned = True
 
     @torch.no_grad()
     def place(self, text: TextEmbeddings) -> TextEmbeddings:
@@ -175,6 +185,9 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     encoder.model.eval()
     if recipe.train_text_encoder:
         freeze_unused(encoder.model)
+        for layer in encoder.model.modules():
+            if isinstance(layer, nn.Linear):  # which compute alike; Muon watches the inputs of those that train
+                layer.train()
         return Captions(encoder, device, is_trained=True)
     if settings is not None:
         check_text_encoder("text.encoder", encoder, settings)

@@ -144,7 +144,8 @@ class WhitenedMuon(torch.optim.Optimizer):
     def _look_at_rows(self, layer: nn.Module, weight: torch.Tensor, inputs: torch.Tensor) -> None:
         if self._wants_look(layer, weight):
             rows = inputs.reshape(-1, inputs.shape[-1]).float()
-            self._seen.setdefault(weight, []).append(rows.t() @ rows / rows.shape[0])
+            with torch.autocast(rows.device.type, enabled=False):  # a covariance wants float32
+                self._seen.setdefault(weight, []).append(rows.t() @ rows / rows.shape[0])
 
     def _look_at_linear(self, layer: nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
         self._look_at_rows(layer, layer.weight, args[0])
@@ -168,7 +169,8 @@ class WhitenedMuon(torch.optim.Optimizer):
             for x in range(3)
         ]
         inputs = torch.stack(taps).permute(2, 0, 1).contiguous()  # (c, 27, tokens)
-        self._seen.setdefault(layer.weight, []).append(inputs @ inputs.mT / inputs.shape[2])
+        with torch.autocast(inputs.device.type, enabled=False):
+            self._seen.setdefault(layer.weight, []).append(inputs @ inputs.mT / inputs.shape[2])
 
     def _whiten(self, looks: list[torch.Tensor], state: dict[str, Any], damping: float) -> None:
         covariance = torch.stack(looks).mean(0)  # one look for each pass of a step
