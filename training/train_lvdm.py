@@ -110,6 +110,7 @@ class DataRecipe:
 class ObjectiveRecipe:
     name: Literal["epsilon", "flow"] = "epsilon"  # "epsilon": noise and variance, as Latte; "flow": flow matching
     sampling: TimestepSampling = "uniform"
+    shift: float = 1.0  # of "flow": above 1 more training, and more steps of sampling, at high noise
     is_stratified: bool = False  # spread the timesteps of a step evenly
     min_snr_gamma: float | None = None  # of "epsilon"
 
@@ -192,6 +193,11 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"`objective.min_snr_gamma` must be null with `objective.name: flow`, got "
                 f"{self.objective.min_snr_gamma}."
+            )
+        if self.objective.name != "flow" and self.objective.shift != 1.0:
+            raise ValueError(
+                f"`objective.shift` must be 1.0 with `objective.name: {self.objective.name}`, got "
+                f"{self.objective.shift}."
             )
         if self.text is not None:
             legal = {"num_classes": None, "num_images": 0, "representation.weight": 0.0}
@@ -388,7 +394,7 @@ def build_transformer(
 
 def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingObjective:
     if recipe.name == "flow":
-        return FlowMatchingObjective(recipe.sampling)
+        return FlowMatchingObjective(recipe.sampling, shift=recipe.shift)
     return EpsilonObjective(recipe.min_snr_gamma, recipe.sampling)
 
 
@@ -419,7 +425,8 @@ def build_pipeline(
 ) -> LatentVideoPipeline:
     from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTextToVideoPipeline
 
-    scheduler = make_scheduler("flow" if recipe.objective.name == "flow" else "ddpm")
+    objective = recipe.objective
+    scheduler = make_scheduler("flow", objective.shift) if objective.name == "flow" else make_scheduler("ddpm")
     is_clean = recipe.given_frames.share > 0
     if recipe.text is None:
         return LeanVAELattePipeline(vae, transformer, scheduler, id2label, is_clean)

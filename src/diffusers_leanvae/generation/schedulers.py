@@ -27,7 +27,9 @@ _BETAS: dict[str, Any] = {
 SCHEDULERS = ("ddpm", "ddim", "dpm++", "flow")
 
 
-def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+def make_scheduler(
+    name: str, shift: float = 1.0
+) -> DDPMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """Make a scheduler with the settings of Latte.
 
     Args:
@@ -37,6 +39,7 @@ def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | F
             `t - 1000 // n` and not to the next listed one. `step` takes the epsilon half of the output.
             `"dpm++"`: second-order DPM-Solver++, for few steps. `step` takes the epsilon half.
             `"flow"`: Euler steps of flow matching, for models trained so. `step` takes the velocity.
+        shift: Of `"flow"`: above 1, more of the steps are at high noise; that of the training.
 
     The three diffusion schedulers take the reference's steps by `set_timesteps(timesteps=respaced_timesteps(n))`.
     """
@@ -48,7 +51,7 @@ def make_scheduler(name: str) -> DDPMScheduler | DPMSolverMultistepScheduler | F
         return DPMSolverMultistepScheduler(
             **_BETAS, algorithm_type="dpmsolver++", solver_order=order, final_sigmas_type="zero"
         )
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=1.0)
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
 
 
 def respaced_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> list[int]:

@@ -158,15 +158,23 @@ class FlowMatchingObjective:
         sampling: `"uniform"`, or `"logit_normal"`: more levels from the middle, where the input says least about
             the prediction (arXiv 2403.03206).
         num_train_timesteps: Of the scheduler.
+        shift: Above 1 towards more noise: a level becomes `shift * level / (1 + (shift - 1) * level)`, as that of the
+            scheduler of the same `shift` does (arXiv 2403.03206, section 5.3.2). Latents that say the same thing in
+            many numbers show it through much noise: then what the whole looks like is decided at high levels.
     """
 
-    def __init__(self, sampling: TimestepSampling = "uniform", num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self, sampling: TimestepSampling = "uniform", num_train_timesteps: int = 1000, shift: float = 1.0
+    ) -> None:
         _check_sampling(sampling)
-        self.sampling, self.num_train_timesteps = sampling, num_train_timesteps
+        if shift <= 0:
+            raise ValueError(f"`shift` must be positive, got {shift}.")
+        self.sampling, self.num_train_timesteps, self.shift = sampling, num_train_timesteps, shift
 
     def timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         """Timesteps `(B,)` as float32 in `[0, num_train_timesteps]`, from numbers `(B,)` in `[0, 1)`."""
-        return self.timesteps_at(_noise_levels(uniform, self.sampling))
+        levels = _noise_levels(uniform, self.sampling)
+        return self.timesteps_at(self.shift * levels / (1.0 + (self.shift - 1.0) * levels))
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
         """Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels."""
