@@ -132,6 +132,7 @@ def run(folder: Path, part: str) -> Path:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_ray_writes_the_files_of_one_process_whoever_is_killed(quick: Path):
     expected = contents(quick / "one")
     index = json.loads(expected["index.json"])
@@ -143,6 +144,7 @@ def test_ray_writes_the_files_of_one_process_whoever_is_killed(quick: Path):
 
 
 @needs_ray
+@pytest.mark.slow
 def test_ray_does_no_work_again(quick: Path):
     times = [(quick / name / "latents-00001.safetensors").stat().st_mtime_ns for name in ("one", "killed")]
     assert times[0] == times[1]

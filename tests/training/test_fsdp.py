@@ -155,6 +155,7 @@ def test_a_checkpoint_of_shards_says_that_it_needs_fsdp(launched: Path, script: 
         script.train(tmp_path, *FULL, f"resume={checkpoint}")
 
 
+@pytest.mark.slow
 def test_the_command_of_the_configuration_shards(script: Script, tmp_path: Path):
     """All of `accelerate launch`, which starts as many processes on the processor where its configuration says so."""
     arguments = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--main_process_port", "0"]
@@ -165,6 +166,7 @@ def test_the_command_of_the_configuration_shards(script: Script, tmp_path: Path)
     assert (tmp_path / "run/checkpoints/step-0000001/average/.metadata").is_file()
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_from_shards(launched: Path, script: Script):
     fsdp = environment("fsdp2", "--num_processes", "4")
     settings = (*FULL, f"resume={launched / 'fsdp/checkpoints/step-0000002'}")
