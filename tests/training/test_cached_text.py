@@ -1,5 +1,7 @@
 """Text embeddings that lie with the latents train a model as the text encoder does on the fly."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,8 +86,16 @@ def test_what_does_not_fit_the_cached_text_is_refused(script: Script, encoder: P
     encode_dataset(make_tiny("leanvae"), "scenes", tmp_path / "plain", **CLIPS)
     data, plain = f"data={{kind: latents, path: {cache}}}", f"{{kind: latents, path: {tmp_path / 'plain'}}}"
     other = save_encoder(tmp_path / "other", seed=1)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(other, tmp_path / "pipeline" / part)
+    index = {"_class_name": "LeanVAELatteTextToVideoPipeline", "text_encoder": ["transformers", "T5EncoderModel"]}
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
     for settings, message in (
         ((f"text.encoder={other}",), "`text.encoder` must be the one of the stored .*, whose `weights_sha256` is"),
+        (
+            (f"init={tmp_path / 'pipeline'}",),
+            "`text.encoder` must be the one of the stored .*, whose `weights_sha256`",
+        ),
         (("text.max_length=30",), "`text.encoder` must be the one of the stored .*, whose `max_length` is 48, got 30"),
         ((f"text.encoder={encoder}", f"validation.data={plain}"), "`validation.data` must hold text embeddings as"),
     ):

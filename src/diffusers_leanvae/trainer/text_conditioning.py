@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import LatteTransformer3DModel
+from diffusers import DiffusionPipeline, LatteTransformer3DModel
 from diffusers.utils import logging
 from torch import nn
 
@@ -32,7 +32,7 @@ class TextRecipe:
     """Conditioning on texts, by diffusers' `LatteTransformer3DModel`."""
 
     # A text encoder of transformers or a pipeline's, folder or Hub repository | "new": a small T5 that knows the words
-    # of the captions | null: that of the cached embeddings, or else of the pipeline in `init`.
+    # of the captions | null: that of the pipeline in `init`, or else of the cached embeddings.
     encoder: str | None = None
     config: dict[str, Any] = field(default_factory=dict)  # of "new": arguments of `transformers.T5Config`
     max_length: int | None = None  # tokens; null: 120, or as many as the tokenizer takes ("new": 48)
@@ -163,7 +163,9 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
     """
     null, settings = getattr(data.items, "null_text", None), getattr(data.items, "text_settings", None)
     cached = None if settings is None else settings["source"]
-    source, max_length = recipe.encoder or cached or init, recipe.max_length
+    # The pipeline's own comes first: it is what its transformer knows, and cached embeddings must be of it.
+    own = init if init is not None and _has_text_encoder(init) else None
+    source, max_length = recipe.encoder or own or cached or init, recipe.max_length
     if source is None:
         raise ValueError("`text.encoder` must be given where neither the latents nor `init` tell it, got null.")
     if source == "new":
@@ -197,6 +199,15 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
 def _pipeline_folder(source: str) -> str:
     """Replace the name of a bundled pipeline by its folder."""
     return str(bundled.pipeline_path(source)) if source in bundled.PIPELINES else source
+
+
+def _has_text_encoder(source: str) -> bool:
+    """Tell whether a transformer or pipeline, folder or Hub repository, comes with a text encoder."""
+    try:
+        index = DiffusionPipeline.load_config(_pipeline_folder(source))
+    except (OSError, ValueError):
+        return False
+    return index.get("text_encoder", [None])[0] is not None
 
 
 def _all_captions(data: LatentData) -> Iterator[str]:
