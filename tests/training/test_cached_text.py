@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_cached_text_is_refused(script: Script, encoder: P
     for settings, message in (
         ((f"text.encoder={other}",), "`text.encoder` must be the one of the stored .*, whose `weights_sha256` is"),
         (
-            (f"init={tmp_path / 'pipeline'}",),
+            (f"init={tmp_path / 'pipeline'}", "text.encoder=null", "text.caption_dropout=0.1"),
             "`text.encoder` must be the one of the stored .*, whose `weights_sha256`",
         ),
         (("text.max_length=30",), "`text.encoder` must be the one of the stored .*, whose `max_length` is 48, got 30"),
