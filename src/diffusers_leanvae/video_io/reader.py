@@ -385,7 +385,7 @@ class VideoReader:
     ) -> Iterator[tuple[Picture | np.ndarray, Fraction]]:
         if start >= images.num_frames:
             raise self._beyond_end(images.num_frames, start)
-        frames = images.arrays_from(start)
+        frames = images.arrays_from(start, stop)
         for index in range(start, images.num_frames if stop is None else min(stop, images.num_frames)):
             try:
                 yield next(frames), images.times[index]

@@ -21,7 +21,9 @@ import struct
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
@@ -161,8 +163,8 @@ class ImageFrames:
             self._picture.close()
         self._picture = None
 
-    def arrays_from(self, index: int) -> Iterator[np.ndarray]:
-        """Read the frames from number `index` on.
+    def arrays_from(self, index: int, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Read the frames from number `index` on, until before `stop`.
 
         Yields:
             RGB frames, uint8 in `[0, 255]`, shape `(height, width, 3)`, which must not be changed.
@@ -170,10 +172,24 @@ class ImageFrames:
         Raises:
             VideoError: If a file is missing or damaged, or its size is not that of the first.
         """
-        for number in range(index, self.num_frames):
+        numbers = range(index, self.num_frames if stop is None else min(stop, self.num_frames))
+        frames = map(self._read, numbers) if len(self._files) == 1 else self._read_ahead(numbers)
+        for _ in numbers:
             if self._picture is None:
                 raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
-            yield self._read(number)
+            yield next(frames)
+
+    def _read_ahead(self, numbers: range) -> Iterator[np.ndarray]:
+        """Read pictures of a sequence while earlier ones are used: Pillow decodes one in one thread."""
+        if numbers:  # the first one alone: what all have in common, such as a colour transform, is made once
+            yield self._read(numbers[0])
+        rest, num_threads = numbers[1:], min(4, os.cpu_count() or 1)
+        with ThreadPoolExecutor(num_threads) as pool:
+            waiting = deque(pool.submit(self._read, number) for number in rest[:num_threads])
+            for number in rest:
+                yield waiting.popleft().result()
+                if number + num_threads in rest:
+                    waiting.append(pool.submit(self._read, number + num_threads))
 
     def _read(self, number: int) -> np.ndarray:
         if len(self._files) == 1 or number == 0:
