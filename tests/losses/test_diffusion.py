@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_leanvae.conversion.latte import config_from_original, from_original, to_original
+from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
 
@@ -205,6 +206,14 @@ def test_levels_are_uniform_or_logit_normal():
     assert math.isfinite(FlowMatchingObjective("logit_normal").timesteps(torch.zeros(1)).item())
 
 
+def test_shifted_levels_are_those_of_the_scheduler():
+    scheduler = make_scheduler("flow", shift=5.0)  # whose steps are, until it is told others, all of training's
+    levels = torch.arange(1000, 0, -1) / 1000
+    timesteps = FlowMatchingObjective(shift=5.0).timesteps(levels)
+    torch.testing.assert_close(timesteps, scheduler.timesteps.float(), rtol=0, atol=1e-3)
+    assert (timesteps > 900).float().mean() > 0.35 > 3 * (levels > 0.9).float().mean()
+
+
 def test_what_cannot_be_is_refused():
     latents, timesteps = draw(1, 4, 2, 4, 4), torch.tensor([3])
     with pytest.raises(ValueError, match="`model_output` must have 8 channels, noise and variance, got 4"):
@@ -213,5 +222,7 @@ def test_what_cannot_be_is_refused():
         FlowMatchingObjective().loss(draw(1, 8, 2, 4, 4), latents, latents, timesteps)
     with pytest.raises(ValueError, match="`min_snr_gamma` must be positive or None, got 0"):
         EpsilonObjective(min_snr_gamma=0)
+    with pytest.raises(ValueError, match="`shift` must be positive, got 0"):
+        FlowMatchingObjective(shift=0)
     with pytest.raises(ValueError, match="`sampling` must be one of 'uniform', 'logit_normal', got 'cosine'"):
         FlowMatchingObjective("cosine")  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers_leanvae.training.train_lvdm as train_lvdm
 import numpy as np
@@ -30,6 +31,7 @@ from diffusers_leanvae.conversion.latte import write_original_checkpoint
 from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.shapes import CLASS_NAMES, NUM_CLASSES, MovingShapes
+from diffusers_leanvae.generation.videos import choose_scheduler
 from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.draws import draw_given_frames, draw_step, drop_labels
@@ -462,6 +464,14 @@ def test_any_autoencoder_makes_the_latents(family: str, script: Script, tmp_path
         script.train(tmp_path / "other", given, "representation.weight=1", "representation.after_block=2")
 
 
+def test_the_shift_of_training_is_that_of_sampling(script: Script, tmp_path: Path):
+    run = script.train(tmp_path / "run", "objective.shift=3", "num_steps=1", "validation.num_samples=0")
+    pipeline: Any = DiffusionPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.scheduler.config["shift"] == 3.0
+    assert choose_scheduler(pipeline, "flow", 4) == {"num_inference_steps": 4}
+    assert pipeline.scheduler.config["shift"] == 3.0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -470,6 +480,10 @@ def test_any_autoencoder_makes_the_latents(family: str, script: Script, tmp_path
         (
             ("objective.min_snr_gamma=5",),
             "`objective.min_snr_gamma` must be null with `objective.name: flow`, got 5.0",
+        ),
+        (
+            ("objective.name=epsilon", "objective.shift=2"),
+            "`objective.shift` must be 1.0 with `objective.name: epsilon`, got 2.0",
         ),
         (("representation.weight=1", "representation.after_block=3"), "must be a positive even number, got 3"),
         (
