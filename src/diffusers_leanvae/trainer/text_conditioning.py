@@ -204,7 +204,7 @@ def _pipeline_folder(source: str) -> str:
 def _has_text_encoder(source: str) -> bool:
     """Tell whether a transformer or pipeline, folder or Hub repository, comes with a text encoder."""
     try:
-        index = DiffusionPipeline.load_config(_pipeline_folder(source))
+        index: Any = DiffusionPipeline.load_config(_pipeline_folder(source))
     except (OSError, ValueError):
         return False
     return index.get("text_encoder", [None])[0] is not None
