@@ -94,6 +94,7 @@ def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return {key.removeprefix("transformer."): x for key, x in weights if key.startswith("transformer.")}
 
 
+@pytest.mark.slow
 def test_shards_train_as_the_whole_does(launched: Path):
     assert_same_training(launched / "fsdp", launched / "ddp", 4)
     for name in ("log", "validation"):
@@ -105,6 +106,7 @@ def test_shards_train_as_the_whole_does(launched: Path):
     assert difference.double().quantile(0.999) <= 4e-6  # of a mean of weights, as in `assert_same_training`
 
 
+@pytest.mark.slow
 def test_a_run_on_shards_resumes_to_the_same_numbers(launched: Path):
     for name in ("checkpoints/step-0000004", "pipeline"):
         assert_same_run(launched / "resumed" / name, launched / "fsdp" / name)
@@ -115,6 +117,7 @@ def test_a_run_on_shards_resumes_to_the_same_numbers(launched: Path):
     assert changed(_weights(launched / "fsdp", 2), _weights(launched / "fsdp", 4))
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_shards_and_the_pipeline_the_whole_average(launched: Path):
     checkpoint = launched / "fsdp/checkpoints/step-0000004"
     names = list(dict(_parameters(launched / "fsdp")))
@@ -137,6 +140,7 @@ def _parameters(run: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_is_trained_along_is_sharded_too(launched: Path):
     runs = [launched / "fsdp_text", launched / "ddp_text"]
     for key, tolerance in (("loss", 4e-6), ("grad_norm", 4e-6)):  # measured: 5e-7
@@ -149,6 +153,7 @@ def test_a_text_encoder_that_is_trained_along_is_sharded_too(launched: Path):
         assert difference.double().quantile(0.999) <= 4e-6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_shards_says_that_it_needs_fsdp(launched: Path, script: Script, tmp_path: Path):
     checkpoint = launched / "fsdp/checkpoints/step-0000002"
     with pytest.raises(ValueError, match="A run that began with FSDP must go on with it, got the checkpoint .*0002"):

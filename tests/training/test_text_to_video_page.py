@@ -159,6 +159,7 @@ def test_the_three_commands_come_first():
     assert [command[:2] for command in commands()[:3]] == [ENCODE, TRAIN, GENERATE]
 
 
+@pytest.mark.slow
 def test_all_clips_and_captions_are_encoded(done: Done):
     captions = {row["file_name"]: row["caption"] for row in done.rows}
     for name in ("clips", "t5"):
@@ -171,6 +172,7 @@ def test_all_clips_and_captions_are_encoded(done: Done):
     assert settings and settings["source"] == "google/t5-v1_1-xxl" and latents.text(0, 0).embeds.shape[2] == 24
 
 
+@pytest.mark.slow
 def test_every_run_leaves_a_pipeline_of_its_text_encoder(done: Done):
     widths = {"text": 16, "t5": 24, "new": 128, "tuned": 16, "lora": 16, "latte": 32}
     assert {path.name for path in (done.folder / "runs").iterdir()} == set(widths)
@@ -187,6 +189,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_first_run(done: Done):
     text, tuned, lora = (weights(done.folder / "runs" / name) for name in ("text", "tuned", "lora"))
     assert changed(text, tuned) and all(".attn" in name for name in changed(text, lora))
@@ -194,12 +197,14 @@ def test_fine_tuning_starts_from_the_first_run(done: Done):
         torch.testing.assert_close(tuned[name], weight, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_what_is_generated(done: Done):
     for name in ("rabbit.mp4", "river.mp4", "from_image.mp4", "rain.mp4"):
         video = probe_video(done.folder / name)
         assert (video.num_frames, video.height, video.width) == (9, 32, 32), name
 
 
+@pytest.mark.slow
 def test_the_pushed_pipeline_is_that_of_the_first_run_and_works_in_a_new_process(done: Done):
     folder = done.folder / "runs/text/pipeline"
     assert set(done.pushed) == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -207,6 +212,7 @@ def test_the_pushed_pipeline_is_that_of_the_first_run_and_works_in_a_new_process
     assert (count, size, shape) == (9, [32, 32], [9, 3, 32, 32]) and std > 0
 
 
+@pytest.mark.slow
 def test_captions_in_text_files_are_the_same(done: Done, tmp_path: Path):
     write_clips(tmp_path)
     (tmp_path / "metadata.jsonl").unlink()
