@@ -13,9 +13,7 @@ Of each pipeline, with each guidance scale, the shares of videos
 - `found`: two objects are there; the rest counts what is not found as wrong;
 and of objects (relation and background: of videos) the share that is right in each property, and of those with a
 held-out look the share that is right in all. Beside them the same scenes as drawn, and through the pipeline's
-autoencoder: what the detector, and the latents, allow. The latter is to be known before training: of 60 scenes of
-64x64 pixels 43 % came through compact-4ch with both objects right and 78 % through compact-16ch, of 40 scenes of 96x96
-pixels 88 % and 95 %. Writes `results/bench_scenes.json`, after every row.
+autoencoder: what the detector, and the latents, allow. Writes `results/bench_scenes.json`, after every row.
 """
 
 import argparse
@@ -36,15 +34,16 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_leanvae import bundled
+from diffusers_leanvae.checks import parse_dtype
 from diffusers_leanvae.data.scenes import HELD_OUT, MovingScenes, Scene, SceneObject
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.evaluation.scenes_detector import ObjectDetection, SceneDetection, count_matches, detect_scene
 from diffusers_leanvae.generation import load_pipeline
+from diffusers_leanvae.video_io.pixels import unit_to_pixels
 
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMED = (r"\b(small|large)\b", r"\b(slowly|quickly|fast)\b", r"\bbackground\b")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_SHOWN_FRAMES = 5
 TEXT_WIDTH = 320
 
@@ -169,7 +168,7 @@ def judge_generator(
 def draw_strip(video: torch.Tensor, prompt: str, scene: Scene, found: SceneDetection) -> Image.Image:
     """Draw some frames of a video `(T, 3, H, W)` in `[0, 1]` side by side, the prompt, and how many objects fit."""
     places = torch.linspace(0, len(video) - 1, NUM_SHOWN_FRAMES).round().long()
-    frames = video[places].clamp(0, 1).mul(255).round().byte().permute(2, 0, 3, 1)  # (H, T, W, 3)
+    frames = unit_to_pixels(video[places].clamp(0, 1)).permute(2, 0, 3, 1)  # (H, T, W, 3)
     picture = Image.fromarray(frames.flatten(1, 2).numpy())
     strip = Image.new("RGB", (picture.width + TEXT_WIDTH, max(picture.height, 60)), "white")
     strip.paste(picture)
@@ -208,13 +207,14 @@ def main() -> None:
         "--seed", type=int, default=1000, help="of the scenes and the noise; training must use another"
     )
     parser.add_argument("--device", default="cpu", help="that generates, cpu or cuda; noise is always the CPU's")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", default="float32", help="to generate in, float32 or bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that detect")
     parser.add_argument("--sheet", type=Path, help="picture of some videos, with their prompts")
     parser.add_argument("--num-shown", type=int, default=4, help="videos of each row in the picture")
     parser.add_argument("--output", default=ROOT / "results/bench_scenes.json")
     options = parser.parse_args()
+    dtype = parse_dtype("--dtype", options.dtype, ("float32", "bfloat16"))
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     sections: list[tuple[str, list[Image.Image]]] = []
@@ -234,7 +234,7 @@ def main() -> None:
     drawn: set[tuple[int, int, int]] = set()
     with open_detectors(options.workers) as detectors:
         for name in options.pipelines:
-            pipeline = load_pipeline(name, torch.device(options.device), DTYPES[options.dtype])
+            pipeline = load_pipeline(name, torch.device(options.device), dtype)
             if not hasattr(pipeline, "encode_prompt"):
                 raise ValueError(f"`pipelines` must be text-to-video pipelines, got {name!r} of other conditions.")
             pipeline.set_progress_bar_config(disable=True)

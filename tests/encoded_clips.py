@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_leanvae.video_io import read_video
+
 
 def moving_picture(num_frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
     """Smooth colours that drift, with a bright square at a place that tells the frames apart."""
@@ -101,3 +103,8 @@ def count_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(av, "open", counting)
     return opened
+
+
+def read(path: Path, start: int = 0, num_frames: int | None = None) -> torch.Tensor:
+    """The frames of a file, as the package reads them."""
+    return read_video(path, start, num_frames)[0]

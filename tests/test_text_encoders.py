@@ -284,3 +284,8 @@ def test_weights_that_hidden_states_do_not_need_are_frozen(kind: str, tmp_path: 
     frozen = {name for name, weight in encoder.model.named_parameters() if not weight.requires_grad}
     assert frozen == ({"pooler.dense.weight", "pooler.dense.bias"} if kind == "bert" else set())
     assert all(weight.grad is None for weight in encoder.model.parameters())
+
+
+def test_a_new_encoder_knows_all_that_its_config_holds():
+    with pytest.raises(ValueError, match="`config` must hold arguments of T5Config, got 'num_layer'"):
+        make_text_encoder(["a wave"], {"d_model": 8, "num_layer": 1})

@@ -54,6 +54,27 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+# Arguments of diffusers' transformer of texts, of which it has no defaults that work.
+LATTE_TEXT: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "attention_bias": True,
+    "sample_size": 4,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 16,
+    "video_length": 3,
+}
+
+
 def make_tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
     """Make a tiny model of a family with lively weights, in evaluation mode.
 

@@ -163,8 +163,10 @@ class Recipe(RunRecipe):
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
     num_statistics_items: int = 256  # for "data", where the latents are not cached
     variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of LeanVAELatteTransformer3DModel
-    init: str | None = None  # a saved transformer or pipeline to start from, or an original Latte checkpoint
+    # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel.
+    model: dict[str, Any] = field(default_factory=dict)
+    # A saved transformer or pipeline to start from; for a model that is not of texts, also an original checkpoint.
+    init: str | None = None
     tune: Literal["full", "lora"] = "full"  # "lora": of the model in `init`, low-rank adapters alone
     lora: TransformerLoraRecipe = field(default_factory=TransformerLoraRecipe)
     num_classes: int | None = None  # null: unconditional

@@ -1,7 +1,7 @@
 """Text encoders of transformers: load one, make a small one from captions, encode texts as the pipeline does.
 
-Everything that turns a caption into hidden states comes through `encode_texts`, so that a caption means the same in
-training, in a cache of embeddings and in the pipeline.
+A caption becomes hidden states by `tokenize` and `encode_tokens` alone, so that it means the same in training, in a
+cache of embeddings and in the pipeline.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -41,10 +41,7 @@ class TextEncoder:
 
     tokenizer: Any
     model: Any
-    max_length: int = MAX_SEQUENCE_LENGTH
-
-    def __post_init__(self) -> None:
-        self.max_length = check_length("max_length", self.max_length, self.tokenizer)
+    max_length: int
 
     @property
     def width(self) -> int:
@@ -85,10 +82,12 @@ def tokenize(
     inputs = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, padding_side="right", return_tensors="pt"
     )
-    longest = max(len(ids) for ids in tokenizer(texts, verbose=False).input_ids)
+    mask = inputs.attention_mask.clone()
+    # Only a text that leaves no place for padding can have been longer.
+    full = [text for text, is_full in zip(texts, mask.all(dim=1).tolist(), strict=True) if is_full]
+    longest = max(map(len, tokenizer(full, verbose=False).input_ids)) if full else 0
     if longest > length:
         warn(f"A text of {longest} tokens was cut to {length}, the `max_sequence_length`.")
-    mask = inputs.attention_mask.clone()
     mask[:, 0] = 1
     return inputs.input_ids, mask
 
@@ -218,6 +217,9 @@ def make_text_encoder(
         captions: All that the vocabulary is made from.
         config: Arguments of `transformers.T5Config`, over a small default of 0.8 M parameters.
         max_length: Tokens of a text, with the one that marks its end.
+
+    Raises:
+        ValueError: If `config` holds what a `T5Config` does not know.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -235,6 +237,10 @@ def make_text_encoder(
         unk_token="<unk>",
         model_max_length=max_length,
     )
+    known = T5Config().to_dict()
+    for name in config or {}:
+        if name not in known:  # transformers would keep it, and do nothing with it
+            raise ValueError(f"`config` must hold arguments of T5Config, got {name!r}.")
     default = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
     default["feed_forward_proj"] = "gated-gelu"
     model = T5EncoderModel(T5Config(vocab_size=len(wrapped), **(default | (config or {}))))

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny import enliven, make_tiny, seeded
+from tiny import LATTE_TEXT, enliven, make_tiny, seeded
 
 import diffusers_leanvae
 from diffusers_leanvae.generation.schedulers import make_scheduler
@@ -76,24 +76,8 @@ def text_case() -> Case:
             vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
         )
         with seeded(0):
-            transformer = diffusers.LatteTransformer3DModel(
-                num_attention_heads=2,
-                attention_head_dim=12,
-                in_channels=4,
-                out_channels=8,
-                num_layers=num_layers,
-                cross_attention_dim=24,
-                attention_bias=True,
-                sample_size=sample_size,
-                patch_size=2,
-                activation_fn="gelu-approximate",
-                num_embeds_ada_norm=1000,
-                norm_type="ada_norm_single",
-                norm_elementwise_affine=False,
-                norm_eps=1e-6,
-                caption_channels=16,
-                video_length=3,
-            )
+            changed = {"num_layers": num_layers, "sample_size": sample_size}
+            transformer = diffusers.LatteTransformer3DModel(**(LATTE_TEXT | changed))
             text_encoder = transformers.T5EncoderModel(config)
         return {
             "tokenizer": make_tokenizer(),

@@ -31,13 +31,6 @@ def save_encoder(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
-    folder = tmp_path_factory.mktemp("vae")
-    make_tiny("leanvae").save_pretrained(folder)
-    return Script("train_lvdm", "lvdm_smoke.yaml", f"vae={folder}")
-
-
-@pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("encoder"), seed=0)
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from runs import Script, assert_same_run, assert_same_training, changed, join_shards, launch, read_log, weights_at
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
@@ -56,18 +53,6 @@ def environment(name: str, *options: str) -> dict[str, str]:
     arguments = launch_command_parser().parse_args(["--config_file", path, *options, "script.py"])
     found = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., AutoencoderKLLeanVAE]) -> Path:
-    folder = tmp_path_factory.mktemp("vae")
-    make_model().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def script(vae_folder: Path) -> Script:
-    return Script("train_lvdm", "lvdm_smoke.yaml", f"vae={vae_folder}")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import LatteTransformer3DModel
 from diffusers_leanvae.training import train_lvdm
-from tiny import enliven, make_latents, seeded
+from tiny import LATTE_TEXT, enliven, make_latents, seeded
 
 from diffusers_leanvae.data.latent_samples import LatentBatch
 from diffusers_leanvae.text_encoders import TextEmbeddings, TextEncoder, make_text_encoder
@@ -37,24 +37,7 @@ def encoder() -> TextEncoder:
 
 def make_module(name: str, text_encoder: Any) -> Any:
     with seeded(0):
-        transformer = LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4 if name == "flow" else 8,
-            num_layers=2,
-            cross_attention_dim=24,
-            attention_bias=True,
-            sample_size=4,
-            patch_size=2,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-            caption_channels=16,
-            video_length=3,
-        )
+        transformer = LatteTransformer3DModel(**(LATTE_TEXT | {"out_channels": 4 if name == "flow" else 8}))
     transformer = torch.nn.Module.to(enliven(transformer), torch.float64)
     return train_lvdm.LatentDiffusionTrainingModule(transformer, OBJECTIVES[name][0](), text_encoder=text_encoder)
 

@@ -18,6 +18,7 @@ from patterns import drifting_pattern
 from processes import run_python
 from runs import changed, read_log
 from safetensors.torch import load_file
+from tiny import LATTE_TEXT
 
 from diffusers_leanvae.data import LatentFolder, open_training_data
 from diffusers_leanvae.text_encoders import make_text_encoder
@@ -99,22 +100,7 @@ def publish_models(server: LocalHub, folder: Path) -> None:
         for part, model in parts.items():
             model.save_pretrained(folder / name / (part if "Latte" in name else ""))
     latte = LatteTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=24,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=names["maxin-cn/Latte-1"],
-        video_length=16,
+        **(LATTE_TEXT | {"num_layers": 1, "sample_size": 8, "caption_channels": 32, "video_length": 16})
     )
     latte.save_pretrained(folder / "maxin-cn/Latte-1/transformer")
     for name in names:

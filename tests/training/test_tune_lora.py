@@ -10,7 +10,6 @@ from diffusers.training_utils import EMAModel
 from launch import at_update
 from runs import Script, assert_same_run, changed, interrupt, read_log
 from safetensors.torch import load_file
-from tiny import make_tiny
 
 
 pytest.importorskip("peft", reason="`tune: lora` needs peft (extra: lora)")
@@ -22,13 +21,6 @@ TEXT = (
     "num_classes=null",
     "text.config={d_model: 8, d_kv: 4, d_ff: 8, num_layers: 1, num_heads: 2}",
 )
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
-    folder = tmp_path_factory.mktemp("vae")
-    make_tiny("leanvae").save_pretrained(folder)
-    return Script("train_lvdm", "lvdm_smoke.yaml", f"vae={folder}")
 
 
 @pytest.fixture(scope="module")

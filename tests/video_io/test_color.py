@@ -61,7 +61,7 @@ def expected(planes: list[np.ndarray], depth: int, matrix: str, is_full: bool) -
 def converted(frame: av.VideoFrame) -> np.ndarray:
     progressive = Progressive(RgbConverter((255, 255, 255)))
     (picture,) = progressive.push(frame) + progressive.push(None)
-    out = torch.empty(picture.height, picture.width, 3, dtype=torch.uint8)
+    out = torch.empty(frame.height, frame.width, 3, dtype=torch.uint8)  # none is turned here
     picture.write(out)
     return out.numpy().astype(np.float64)
 

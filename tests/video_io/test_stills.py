@@ -3,9 +3,10 @@
 import io
 import struct
 import sys
+import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from pictures import noise, png_chunk, png_header, read, read_all, tiff
 from PIL import Image, ImageCms
 
-from diffusers_leanvae.video_io import VideoError
-from diffusers_leanvae.video_io.stills import MAX_PIXELS, ImageFrames, can_read
+from diffusers_leanvae.video_io import VideoError, stills
+from diffusers_leanvae.video_io.stills import ImageFrames, can_read
 
 
 Transpose = Image.Transpose
@@ -34,11 +36,6 @@ UPRIGHT = {
 }
 
 
-def noise(height: int = 20, width: int = 30, channels: int = 3, seed: int = 0) -> np.ndarray:
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def wide_noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 65536, shape).astype(np.uint16)
 
@@ -52,20 +49,6 @@ def over(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]
     return np.rint(pixels * share + np.array(background) * (1 - share)).astype(np.uint8)
 
 
-def read(path: Path, **options: Any) -> np.ndarray:
-    with ImageFrames(path, **options) as frames:
-        (frame,) = frames.arrays_from(0)
-        (again,) = frames.arrays_from(0)
-    np.testing.assert_array_equal(frame, again)
-    assert frame.dtype == np.uint8 and frame.shape == (frames.height, frames.width, 3)
-    return frame
-
-
-def read_all(path: Path, **options: Any) -> list[np.ndarray]:
-    with ImageFrames(path, **options) as frames:
-        return list(frames.arrays_from(0))
-
-
 def write_by_ffmpeg(path: Path, codec: str, pixels: np.ndarray, pixel_format: str) -> None:
     with av.open(str(path), "w", format="image2", options={"update": "1"}) as container:
         stream = container.add_stream(codec, rate=1)
@@ -73,21 +56,6 @@ def write_by_ffmpeg(path: Path, codec: str, pixels: np.ndarray, pixel_format: st
         stream.pix_fmt = pixel_format
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=pixel_format)
         container.mux([*stream.encode(frame), *stream.encode()])
-
-
-def tiff(width: int, height: int, strip: bytes, bits: int, photometric: int) -> bytes:
-    """A little-endian grey TIFF of one strip without compression."""
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(strip)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
 
 
 class TestFormats:
@@ -548,141 +516,52 @@ class TestSequence:
         with pytest.raises(VideoError, match="`files` must name at least one picture, got none"):
             ImageFrames([])
 
+    @pytest.mark.parametrize("stop", [None, 6])
+    @pytest.mark.parametrize("num_at_once", [1, 2, 4])
+    def test_threads_change_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_at_once: int, stop: int | None
+    ):
+        monkeypatch.setattr(stills, "count_cores", lambda: 4)
+        paths = [tmp_path / f"{number}.png" for number in range(9)]
+        pictures = [noise(seed=number) for number in range(9)]
+        for path, pixels in zip(paths, pictures, strict=True):
+            Image.fromarray(pixels).save(path)
+        paths[7].write_bytes(b"damaged")
+        num_before = threading.active_count()
+        with ImageFrames(paths) as frames:
+            arrays = frames.arrays_from(2, stop, num_at_once)
+            for number in range(2, stop or 7):
+                np.testing.assert_array_equal(next(arrays), pictures[number])
+                assert threading.active_count() == num_before  # nothing works while the caller does
+            with pytest.raises(
+                VideoError if stop is None else StopIteration
+            ):  # when its turn has come, and not before
+                next(arrays)
+            assert list(frames.arrays_from(9, None, num_at_once)) == []
+
+    def test_threads_are_as_many_as_fit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        for number in range(5):
+            Image.fromarray(noise(seed=number)).save(tmp_path / f"{number}.png")
+        used = []
+
+        def note(self: ImageFrames, numbers: range, num_threads: int) -> Iterator[np.ndarray]:
+            used.append(num_threads)
+            return map(self._read, numbers)
+
+        monkeypatch.setattr(ImageFrames, "_read_by_threads", note)
+        monkeypatch.setattr(stills, "count_cores", lambda: 8)
+        with ImageFrames(sorted(tmp_path.iterdir())) as frames:
+            for at_once, num_bytes in ((16, 1 << 30), (3, 1 << 30), (16, 35 * 600 * 2), (1, 1 << 30), (16, 1)):
+                monkeypatch.setattr(stills, "_BYTES_AT_ONCE", num_bytes)
+                next(frames.arrays_from(0, None, at_once))
+        assert used == [4, 3, 2]
+
     def test_closed(self, tmp_path: Path):
         Image.fromarray(noise()).save(tmp_path / "a.png")
         frames = ImageFrames(tmp_path / "a.png")
         frames.close()
         with pytest.raises(VideoError, match="the reader is closed"):
             next(frames.arrays_from(0))
-
-
-DAMAGE: list[tuple[str, dict[str, Any]]] = [
-    ("x.png", {}),
-    ("x.jpg", {}),
-    ("x.gif", {"save_all": True}),
-    ("x.webp", {"lossless": True}),
-    ("anim.webp", {"save_all": True}),
-    ("anim.png", {"save_all": True}),
-    ("x.tif", {}),
-    ("x.tif", {"compression": "tiff_lzw"}),
-    ("x.bmp", {}),
-    ("x.tga", {}),
-    ("x.qoi", {}),
-    ("x.jp2", {}),
-    ("x.avif", {}),
-    ("anim.avif", {"save_all": True}),
-    ("x.ppm", {}),
-    ("x.sgi", {}),
-    ("x.pcx", {}),
-]
-
-
-class TestDamage:
-    @pytest.mark.parametrize(("name", "options"), DAMAGE)
-    @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
-    def test_truncated(self, tmp_path: Path, name: str, options: dict[str, Any], share: float):
-        path = tmp_path / name
-        if options.get("save_all"):
-            options = options | {"append_images": [Image.fromarray(noise(seed=seed)) for seed in (1, 2)]}
-        Image.fromarray(noise()).save(path, **options)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(VideoError, match=r"^Cannot read '[^\n]*\.$"), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            if len(read_all(path)) < 3 and options.get("save_all"):  # a shorter animation
-                raise VideoError("Cannot read 'it' as it was.")
-
-    @pytest.mark.parametrize(("name", "options"), DAMAGE)
-    def test_flipped_bits(self, tmp_path: Path, name: str, options: dict[str, Any]):
-        path = tmp_path / name
-        if options.get("save_all"):
-            options = options | {"append_images": [Image.fromarray(noise(seed=seed)) for seed in (1, 2)]}
-        Image.fromarray(noise()).save(path, **options)
-        content = path.read_bytes()
-        rng = np.random.default_rng(0)
-        for _ in range(40):
-            changed = bytearray(content)
-            for place in rng.integers(0, len(content), 4):
-                changed[place] ^= 1 << int(rng.integers(8))
-            path.write_bytes(changed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                try:
-                    read_all(path)
-                except VideoError as error:
-                    assert str(error).startswith("Cannot read '") and "\n" not in str(error)
-
-    def test_every_bit_of_a_png_counts(self, tmp_path: Path):
-        Image.fromarray(noise(4, 5)).save(tmp_path / "x.png")
-        content = (tmp_path / "x.png").read_bytes()
-        for place in range(8, len(content)):
-            changed = bytearray(content)
-            changed[place] ^= 16
-            (tmp_path / "x.png").write_bytes(changed)
-            with pytest.raises(VideoError, match="Cannot read"):
-                read(tmp_path / "x.png")
-
-    @pytest.mark.parametrize(
-        "suffix", [".png", ".tif", ".webp", ".bmp", ".tga", ".qoi", ".ppm", ".jp2", ".avif", ".sgi"]
-    )
-    def test_bombs(self, tmp_path: Path, suffix: str):
-        side = 100_000
-        Image.fromarray(noise()).save(tmp_path / f"x{suffix}")
-        content = bytearray((tmp_path / f"x{suffix}").read_bytes())
-        if suffix == ".png":
-            content = bytearray(png_header(side, side) + png_chunk(b"IDAT", b"x") + png_chunk(b"IEND", b""))
-        elif suffix == ".tif":
-            content = bytearray(tiff(side, side, b"x", 8, 1))
-        elif suffix == ".webp":
-            extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (side - 1).to_bytes(3, "little") * 2
-            content = bytearray(b"RIFF" + struct.pack("<I", 4 + len(extended)) + b"WEBP" + extended)
-        elif suffix == ".bmp":
-            content[18:26] = struct.pack("<ii", side, side)
-        elif suffix == ".tga":
-            side = 65_535
-            content[12:16] = struct.pack("<HH", side, side)
-        elif suffix == ".qoi":
-            content[4:12] = struct.pack(">II", side, side)
-        elif suffix == ".ppm":
-            content = bytearray(f"P6 {side} {side} 255\n".encode() + bytes(100))
-        elif suffix == ".jp2":
-            place = content.index(b"ihdr") + 4
-            content[place : place + 8] = struct.pack(">II", side, side)
-        elif suffix == ".avif":
-            place = content.index(b"ispe") + 8
-            content[place : place + 8] = struct.pack(">II", side, side)
-        elif suffix == ".sgi":
-            side = 65_535
-            content[6:10] = struct.pack(">HH", side, side)
-        (tmp_path / f"x{suffix}").write_bytes(content)
-        expected = rf"its header claims {side}x{side} pixels, expected at most {MAX_PIXELS}\.$"
-        with pytest.raises(VideoError, match=expected), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            ImageFrames(tmp_path / f"x{suffix}")
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda: (
-                b"GIF89a"
-                + struct.pack("<HH", 65_535, 65_535)
-                + b"\0\0\0,"
-                + struct.pack("<HHHH", 0, 0, 65_535, 65_535)
-                + b"\0\2\2\x4c\1\0;"
-            ),
-            lambda: (
-                b"\xff\xd8\xff\xc0\0\x11\x08"
-                + struct.pack(">HH", 65_500, 65_500)
-                + bytes.fromhex("03011100021101031101")
-                + b"\xff\xd9"
-            ),
-        ],
-        ids=["gif", "jpeg"],
-    )
-    def test_bombs_by_hand(self, tmp_path: Path, make: Callable[[], bytes]):
-        (tmp_path / "x").write_bytes(make())
-        with pytest.raises(VideoError, match="its header claims 65[0-9]{3}x65[0-9]{3} pixels"):
-            ImageFrames(tmp_path / "x")
 
 
 def test_large_pictures_are_read_without_a_warning(tmp_path: Path):

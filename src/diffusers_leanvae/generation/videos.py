@@ -44,7 +44,8 @@ def choose_scheduler(pipeline: LatentVideoPipeline, name: str | None, num_infere
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     legal = [n for n in SCHEDULERS if (n == "flow") == is_flow]
     check_choice("scheduler", name, legal, "for this model")
-    pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config.shift if is_flow else 1.0)
+    if not is_flow:  # of which there is only the pipeline's own
+        pipeline.scheduler = make_scheduler(name)
     if name in ("ddpm", "ddim"):  # exactly the steps of the reference
         return {"timesteps": respaced_timesteps(num_inference_steps)}
     return {"num_inference_steps": num_inference_steps}

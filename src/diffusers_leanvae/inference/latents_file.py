@@ -146,8 +146,9 @@ def copy_sound(path: str | Path, target: Path) -> None:
     with open(target, "wb") as output:
         for begin in range(0, num_bytes, _COPY_BYTES):
             # Opened again for every piece: what was read of a mapped file stays in memory until it is closed.
-            with safetensors.safe_open(path, "pt") as file:
-                output.write(file.get_slice("sound")[begin : begin + _COPY_BYTES].numpy().data)
+            with _named_errors(path), safetensors.safe_open(path, "pt") as file:
+                piece = file.get_slice("sound")[begin : begin + _COPY_BYTES]
+            output.write(piece.numpy().data)
 
 
 @torch.no_grad()

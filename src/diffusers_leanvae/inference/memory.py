@@ -1,12 +1,12 @@
 """Memory of a job from file to file: what FFmpeg and the frames take, and steps and tiles that fit into a bound."""
 
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ..models.leanvae_memory import OtherMemory, StreamPlan
 from ..models.video_autoencoder import VideoAutoencoder
+from ..video_io.containers import count_cores
 
 
 # Bytes per pixel that FFmpeg holds (`results/bench_memory.json`, cases `codec-*`, with a margin): a decoder, an
@@ -109,7 +109,7 @@ def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: 
         num_threads: Threads of FFmpeg, one per core by default.
     """
     if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = count_cores()
     num_pixels, threads = job.height * job.width, _THREAD_BYTES * num_threads
     fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
     if job.encode:

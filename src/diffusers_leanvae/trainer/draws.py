@@ -72,12 +72,10 @@ def drop_labels(class_labels: torch.Tensor, drop: torch.Tensor, null_class: int)
     return torch.where(drop.view(-1, *[1] * (class_labels.ndim - 1)), null_class, class_labels)
 
 
-def draw_given_frames(
-    indices: Sequence[int], seed: int, share: float, max_frames: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def draw_given_frames(indices: Sequence[int], seed: int, share: float, max_frames: int) -> torch.Tensor:
     """Draw how many latent frames each sample is given, `(B,)`: 0, or for a `share` of them 1 to `max_frames`."""
     numbers = []
     for index in indices:
         rng = np.random.default_rng([seed, 12, index])
         numbers.append(int(rng.integers(1, max_frames + 1)) if rng.random() < share else 0)
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    return torch.tensor(numbers)

@@ -163,7 +163,7 @@ def render_pipeline_card(
     tuned = {"full": "", "lora": ": low-rank adapters, merged"}[recipe.tune]
     arguments = ["prompt=prompt"] if recipe.text is not None else []
     if id2label:
-        arguments += [f"class_labels={json.dumps(next(iter(id2label.values())))}"]
+        arguments += [f"class_labels={json.dumps(next(iter(id2label.values())), ensure_ascii=False)}"]
     arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
     arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
     return PIPELINE_TEMPLATE.format(
@@ -182,7 +182,7 @@ def render_pipeline_card(
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
         ema_decay=recipe.ema_decay,
         scheduler=type(pipeline.scheduler).__name__,
-        prompt="" if recipe.text is None else f"prompt = {json.dumps(prompt)}\n",
+        prompt="" if recipe.text is None else f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n",
         classes=_describe_condition(pipeline, recipe, id2label),
         figures=_denoising_losses(run["validation"]),
         steps=run["step"],

@@ -136,12 +136,12 @@ class Captions:
         """Return the arguments of a pipeline for texts; of a frozen encoder their hidden states, encoded once."""
         if self.is_trained:
             return {"prompt": prompts}
-        text, null = self.encoder(prompts), self.encoder([""] * len(prompts))
+        text, null = self.encoder(prompts), self.encoder([""])
         return {
             "prompt_embeds": text.embeds.to(self.device),
             "prompt_attention_mask": text.mask.to(self.device),
-            "negative_prompt_embeds": null.embeds.to(self.device),
-            "negative_prompt_attention_mask": null.mask.to(self.device),
+            "negative_prompt_embeds": null.embeds.to(self.device).expand_as(text.embeds),
+            "negative_prompt_attention_mask": null.mask.to(self.device).expand_as(text.mask),
         }
 
     def parts(self, model: nn.Module | None = None) -> tuple[Any, Any]:

@@ -24,6 +24,11 @@ MAX_FRAME_PIXELS = 1 << 27  # of a frame of a video, of which a decoder holds se
 _DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_FRAME_PIXELS)}
 
 
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class VideoError(ValueError):
     """A file cannot be read or written, or a range, size or option is not legal for it; the message says which."""
 

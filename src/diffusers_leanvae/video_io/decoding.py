@@ -130,14 +130,10 @@ class Picture:
 
     Attributes:
         matrix: Its display matrix, as `display_matrix` returns it.
-        height: Of the upright picture.
-        width: Of the upright picture.
     """
 
     def __init__(self, frame: VideoFrame, matrix: Matrix, color: Color, converter: RgbConverter) -> None:
         self._frame, self._color, self.matrix, self._converter = frame, color, matrix, converter
-        size = frame.height, frame.width
-        self.height, self.width = size if matrix[0] else size[::-1]
 
     @property
     def is_packed(self) -> bool:
@@ -261,22 +257,23 @@ class RgbConverter:
         if color.matrix == "grey" and depth == 8 and color.is_full and not color.is_foreign:
             rgb = [planes[0]] * 3
         elif _is_exact_in_swscale(color, depth, planes):
-            scaled = self._scale(frame, color)
-            if self.is_packed and alpha is None:
+            is_packed = self.is_packed and alpha is None  # what is to be composed is, as planes
+            scaled = self._scale(frame, color, is_packed)
+            if is_packed:
                 return packed_pixels(scaled)
-            rgb = [*packed_pixels(scaled).transpose(2, 0, 1)] if self.is_packed else _rgb_planes(scaled)
+            rgb = _rgb_planes(scaled)
         else:
             rgb = _convert_in_float(planes, depth, color)
         return rgb if alpha is None else self._compose(rgb, alpha, depth)
 
-    def _scale(self, frame: VideoFrame, color: Color) -> VideoFrame:
+    def _scale(self, frame: VideoFrame, color: Color, is_packed: bool) -> VideoFrame:
         """Convert to planes, or if packed pixels are asked for to those, `gbrp` or `rgb24`."""
-        key = (frame.format.name, frame.width, frame.height, color)
+        key = (frame.format.name, frame.width, frame.height, color, is_packed)
         if self._graph is None or key != self._key:
             arguments = f"in_color_matrix={color.matrix}:in_range={'pc' if color.is_full else 'tv'}:{_EXACT}"
             # By way of GBRP: the conversion to packed RGB is six times as slow. Interleaving takes swscale less time
             # than it takes NumPy.
-            packing = [("scale", "flags=neighbor"), ("format", "rgb24")] if self.is_packed else []
+            packing = [("scale", "flags=neighbor"), ("format", "rgb24")] if is_packed else []
             self._graph = make_graph(frame, ("scale", arguments), ("format", "gbrp"), *packing)
             self._key = key
         self._graph.vpush(frame)

@@ -299,7 +299,7 @@ class VideoReader:
             raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
         self._num_ranges += 1
         if self._images is not None:
-            frames = self._drawn_frames(self._images, start, stop, on_error)
+            frames = self._drawn_frames(self._images, start, stop, on_error, chunk_size)
         else:
             frames = self._decoded_frames(start, stop, on_error, packed or self._is_resized)
         return self._chunks(frames, None if stop is None else stop - start, chunk_size, self._num_ranges)
@@ -381,18 +381,15 @@ class VideoReader:
         return rooms.take(min(size, max(expected, 16)), is_packed)
 
     def _drawn_frames(
-        self, images: ImageFrames, start: int, stop: int | None, on_error: OnError
+        self, images: ImageFrames, start: int, stop: int | None, on_error: OnError, chunk_size: int
     ) -> Iterator[tuple[Picture | np.ndarray, Fraction]]:
         if start >= images.num_frames:
             raise self._beyond_end(images.num_frames, start)
-        frames = images.arrays_from(start, stop)
-        for index in range(start, images.num_frames if stop is None else min(stop, images.num_frames)):
-            try:
-                yield next(frames), images.times[index]
-            except VideoError:
-                if on_error == "raise":
-                    raise
-                return
+        try:
+            yield from zip(images.arrays_from(start, stop, chunk_size), images.times[start:], strict=False)
+        except VideoError:
+            if on_error == "raise":
+                raise
 
     def _decoded_frames(
         self, start: int, stop: int | None, on_error: OnError, is_packed: bool

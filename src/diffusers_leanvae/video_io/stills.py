@@ -21,7 +21,6 @@ import struct
 import sys
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +30,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 
-from .containers import MAX_PIXELS, PathLike, VideoError
+from ..checks import reason_of
+from .containers import MAX_PIXELS, PathLike, VideoError, count_cores
 from .delays import avif_delays, gif_delays, walk_png, webp_delays
 
 
@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
 
 # What Pillow says of damaged files is in the errors; without this it comes on stderr as well if nobody set up logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+# Of threads that read pictures of a sequence; in bytes, about what one holds where that is most, transparent pictures.
+_MAX_THREADS, _BYTES_PER_PIXEL, _BYTES_AT_ONCE = 4, 35, 1 << 30
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
 _READERS = {
@@ -163,8 +166,13 @@ class ImageFrames:
             self._picture.close()
         self._picture = None
 
-    def arrays_from(self, index: int, stop: int | None = None) -> Iterator[np.ndarray]:
+    def arrays_from(self, index: int, stop: int | None = None, num_at_once: int = 1) -> Iterator[np.ndarray]:
         """Read the frames from number `index` on, until before `stop`.
+
+        Args:
+            index: The first frame.
+            stop: The frame after the last; all if `None`.
+            num_at_once: Pictures of a sequence that may be in memory at once, for threads to decode them.
 
         Yields:
             RGB frames, uint8 in `[0, 255]`, shape `(height, width, 3)`, which must not be changed.
@@ -173,23 +181,27 @@ class ImageFrames:
             VideoError: If a file is missing or damaged, or its size is not that of the first.
         """
         numbers = range(index, self.num_frames if stop is None else min(stop, self.num_frames))
-        frames = map(self._read, numbers) if len(self._files) == 1 else self._read_ahead(numbers)
+        frames = map(self._read, numbers)
+        fitting = max(1, _BYTES_AT_ONCE // (_BYTES_PER_PIXEL * self.width * self.height))
+        num_threads = min(num_at_once, _MAX_THREADS, count_cores(), fitting)
+        if len(self._files) > 1 and num_threads > 1:
+            frames = self._read_by_threads(numbers, num_threads)
         for _ in numbers:
             if self._picture is None:
                 raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
             yield next(frames)
 
-    def _read_ahead(self, numbers: range) -> Iterator[np.ndarray]:
-        """Read pictures of a sequence while earlier ones are used: Pillow decodes one in one thread."""
+    def _read_by_threads(self, numbers: range, num_threads: int) -> Iterator[np.ndarray]:
+        """Read as many pictures of a sequence at once as there are threads: Pillow decodes one in one thread.
+
+        No thread works while the caller does: filters of warnings, which reading sets, belong to the process.
+        """
         if numbers:  # the first one alone: what all have in common, such as a colour transform, is made once
             yield self._read(numbers[0])
-        rest, num_threads = numbers[1:], min(4, os.cpu_count() or 1)
-        with ThreadPoolExecutor(num_threads) as pool:
-            waiting = deque(pool.submit(self._read, number) for number in rest[:num_threads])
-            for number in rest:
-                yield waiting.popleft().result()
-                if number + num_threads in rest:
-                    waiting.append(pool.submit(self._read, number + num_threads))
+        for start in range(1, len(numbers), num_threads):
+            with ThreadPoolExecutor(num_threads) as pool:
+                waiting = [pool.submit(self._read, number) for number in numbers[start : start + num_threads]]
+            yield from (future.result() for future in waiting)
 
     def _read(self, number: int) -> np.ndarray:
         if len(self._files) == 1 or number == 0:
@@ -442,8 +454,7 @@ def _named_errors(name: str) -> Iterator[None]:
     except MemoryError as error:
         raise VideoError(f"Cannot read {name!r}: there is not enough memory for its pixels.") from error
     except Exception as error:  # damaged files lead Pillow to errors of every kind
-        reason = re.sub(r"\s+", " ", str(error)).rstrip(". ") or type(error).__name__
-        raise VideoError(f"Cannot read {name!r}: the picture is damaged or truncated ({reason}).") from error
+        raise VideoError(f"Cannot read {name!r}: the picture is damaged or truncated ({reason_of(error)}).") from error
 
 
 # --- Pixels ----------------------------------------------------------------------------------------------------------
