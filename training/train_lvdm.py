@@ -339,7 +339,8 @@ def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 
         )
     has_latents, has_labels = data.kind == "latents", recipe.num_classes is not None
     has_captions = recipe.text is not None
-    return LatentData(items, has_latents, has_labels, recipe.seed, num_images, data.cache_gib, has_captions)
+    has_text = recipe.text is not None and not recipe.text.train_text_encoder  # else they are encoded in every step
+    return LatentData(items, has_latents, has_labels, recipe.seed, num_images, data.cache_gib, has_captions, has_text)
 
 
 def measure_channels(

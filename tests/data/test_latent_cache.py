@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_runs import contents, launch_runs
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -28,43 +26,6 @@ from diffusers_leanvae.video_io import write_video
 
 
 SIZE = {"clip_size": (5, 16, 24), "shard_size": 4, "batch_size": 3}
-LAUNCH = """
-import json, os, shutil, signal, sys
-import torch
-from accelerate.launchers import debug_launcher
-from diffusers_leanvae.atomic import partial_path
-from diffusers_leanvae.data import latent_cache
-from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from torch.multiprocessing.spawn import ProcessExitedException
-
-def run(model, output, options, dies):
-    torch.set_num_threads(1)
-    write = latent_cache.write_whole
-    def killed(path, content):
-        if dies and path.name.startswith("latents-00002"):
-            partial_path(path, "partial").write_bytes(content[:99])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, content)
-    latent_cache.write_whole = killed
-    latent_cache.encode_dataset(AutoencoderKLLeanVAE.from_pretrained(model), "shapes", output, **options)
-
-if __name__ == "__main__":
-    model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    debug_launcher(run, (model, f"{folder}/one", options, False), 1)
-    debug_launcher(run, (model, f"{folder}/two", options, False), 2)
-    try:
-        debug_launcher(run, (model, f"{folder}/killed", options, True), 1)
-    except ProcessExitedException as error:
-        assert error.signal_name == "SIGKILL"
-    else:
-        raise SystemExit("was not killed")
-    shutil.copytree(f"{folder}/killed", f"{folder}/before")
-    debug_launcher(run, (model, f"{folder}/killed", options, False), 1)
-"""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -114,6 +75,7 @@ def test_statistics_index_and_settings_of_the_folder(cache: LatentFolder):
     assert cache.statistics["num_items"] == 10
     np.testing.assert_allclose(cache.statistics["mean"], latents.mean(1), rtol=0, atol=1e-9)
     np.testing.assert_allclose(cache.statistics["std"], latents.std(1, correction=0), rtol=0, atol=1e-9)
+    assert cache.index["num_captions"] == 10
     assert cache.index["shape"] == [4, 2, 2, 3] and (cache.index["num_skipped"], cache.index["skipped"]) == (0, [])
     assert [shard["num_items"] for shard in cache.index["shards"]] == [4, 4, 2]
     assert (
@@ -204,18 +166,7 @@ def test_captions_of_videos_that_stand_in_for_others(videos: Path, tmp_path: Pat
 
 def test_two_processes_and_a_killed_run_write_the_same_files(cache: LatentFolder, vae, tmp_path: Path):
     vae.save_pretrained(tmp_path / "model")
-    (tmp_path / "launch.py").write_text(LAUNCH)
-    arguments = [
-        tmp_path / "launch.py",
-        tmp_path / "model",
-        tmp_path,
-        json.dumps({"num_clips": 10, "seed": 3, **SIZE}),
-    ]
-    # One thread from the start: MKL sums in another order where the number is lowered later, as in this process.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    launch_runs(tmp_path, "shapes", {"num_clips": 10, "seed": 3, **SIZE}, fatal="latents-00002")
     expected = contents(tmp_path / "one")
     assert expected.keys() == contents(cache.path).keys()
     for index, item in enumerate(LatentFolder(tmp_path / "one")):  # type: ignore[arg-type]

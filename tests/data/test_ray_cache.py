@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_runs import contents
 
 from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.ray_cache import encode_with_ray
@@ -39,8 +40,9 @@ def encode(vae, *arguments, **options):
     die("encoders", 4)
     return type(vae).encode(vae, *arguments, **options)
 
-def open_reader(open_as_usual, *arguments):
-    read = open_as_usual(*arguments)
+def open_reader(open_as_usual, clips, options):
+    assert len(clips) == 18  # opened once, and sent
+    read = open_as_usual(clips, options)
     def dying(number):
         for batch in read(number):
             yield batch
@@ -91,10 +93,6 @@ ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING")
 {"quick": quick, "slow": slow}[sys.argv[3]]()
 ray.shutdown()
 """
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,29 @@
 """Latents and clips at URLs: the same files and items as on disk, each file whole or not there."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import huggingface_hub.utils._cache_assets as assets
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import open_training_data
+from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
 from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
+from diffusers_leanvae.data.sources import open_source
 from diffusers_leanvae.data.storage import RemotePath, open_path, write_whole
+from diffusers_leanvae.data.streams import BlockReader
 
 
 OPTIONS = {"num_clips": 10, "seed": 3, "clip_size": (5, 16, 24), "shard_size": 4, "batch_size": 3}
@@ -31,11 +35,14 @@ class PlainFileSystem(MemoryFileSystem):
     protocol = "plain"
     store: dict[str, Any] = {}
     fails = False  # to write
-    is_cut_off = False  # from videos
+    error: Exception | None = None  # of downloads of videos
+    num_downloads = 0  # before that error
 
     def get_file(self, rpath: str, lpath: Any, **options: Any) -> None:
-        if self.is_cut_off and rpath.endswith(".mp4"):
-            raise RuntimeError("connection lost")
+        if self.error is not None and rpath.endswith(".mp4"):
+            if self.num_downloads == 0:
+                raise self.error
+            type(self).num_downloads -= 1
         super().get_file(rpath, lpath, **options)
 
     def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
@@ -46,15 +53,12 @@ class PlainFileSystem(MemoryFileSystem):
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def places(copies: Path) -> Iterator[None]:
     """An empty memory, the file system above, and copies in a folder of the test."""
-    monkeypatch.setattr(assets, "HF_ASSETS_CACHE", str(tmp_path / "copies"))
     fsspec.register_implementation("plain", PlainFileSystem, clobber=True)
     yield
-    for file_system in (MemoryFileSystem, PlainFileSystem):
-        file_system.store.clear()
-        file_system.pseudo_dirs[:] = [""]
-    PlainFileSystem.fails = PlainFileSystem.is_cut_off = False
+    PlainFileSystem.store.clear()
+    PlainFileSystem.fails, PlainFileSystem.error = False, None
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def contents(url: str) -> dict[str, bytes]:
     return {file.rpartition("/")[2]: file_system.cat_file(file) for file in file_system.find(path)}
 
 
-def copies(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
@@ -86,12 +90,12 @@ def test_latents_at_a_url_are_those_on_disk(protocol: str, file_format: Any, vae
     expected = encode_dataset(vae, "shapes", tmp_path / "here", **options)
     assert contents(url) == {path.name: path.read_bytes() for path in expected.path.iterdir()}
     assert isinstance(written.path, Path) == (protocol == "file")
-    assert copies(tmp_path / "copies") == []  # measuring statistics leaves nothing
+    assert file_names(tmp_path / "copies") == []  # measuring statistics leaves nothing
     for index in range(10):
         assert torch.equal(written[index].latents, local[index].latents)
         assert written[index][1:] == local[index][1:] and written.name(index) == local.name(index)
     shards = [] if protocol == "file" else [path.name for path in sorted(expected.path.glob("latents-*"))]
-    assert copies(tmp_path / "copies") == shards
+    assert file_names(tmp_path / "copies") == shards
     read = [item.latents[0] for item in DataLoader(written, num_workers=1)]
     assert all(torch.equal(latents, local[index].latents) for index, latents in enumerate(read))
     data = LatentData(LatentFolder(url), has_latents=True)
@@ -179,15 +183,79 @@ def test_clips_at_a_url_are_those_on_disk(is_listed: bool, vae, videos: Path, tm
     assert torch.equal(batches[0].pixels, batches[2].pixels) and torch.equal(batches[1].pixels, batches[3].pixels)
 
 
-def test_a_lost_connection_is_no_bad_video(vae, videos: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("error", "num_downloads"),
+    [(RuntimeError("connection lost"), 0), (RuntimeError("connection lost"), 1), (PermissionError("expired"), 0)],
+)
+def test_a_lost_connection_is_no_bad_video(error: Exception, num_downloads: int, vae, videos: Path, tmp_path: Path):
     """Else a clip would be missing from the latents for ever."""
     upload(videos, "plain://bucket/videos")
-    PlainFileSystem.is_cut_off = True
+    options = {"clip_size": (5, 16, 24), "num_crops": 2}
+    PlainFileSystem.error, PlainFileSystem.num_downloads = error, num_downloads
+    with pytest.raises(ConnectionError, match=f"plain://bucket/videos/a.mp4' cannot be reached: {error}"):
+        encode_dataset(vae, "plain://bucket/videos", tmp_path, **options)
+    assert PlainFileSystem.num_downloads == 0 and [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    PlainFileSystem.error = None
+    assert len(encode_dataset(vae, "plain://bucket/videos", tmp_path, **options)) == 6
+
+
+def test_a_lost_connection_is_no_bad_example_of_a_stream(videos: Path, tmp_path: Path):
+    datasets = pytest.importorskip("datasets", reason="datasets is an optional dependency")
+    upload(videos, "plain://bucket/videos")
+    names = ("plain://bucket/videos/a.mp4", "plain://bucket/none.mp4", "nowhere://a.mp4", None)
+    rows = [{"mp4": {"bytes": None, "path": name}} for name in names]
+    reader = BlockReader(datasets.Dataset.from_list(rows).to_iterable_dataset(), 4, tmp_path, seed=0)
+    PlainFileSystem.error = RuntimeError("connection lost")
     with pytest.raises(ConnectionError, match="plain://bucket/videos/a.mp4' cannot be reached: connection lost"):
-        encode_dataset(vae, "plain://bucket/videos", tmp_path, clip_size=(5, 16, 24))
-    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
-    PlainFileSystem.is_cut_off = False
-    assert len(encode_dataset(vae, "plain://bucket/videos", tmp_path, clip_size=(5, 16, 24))) == 3
+        reader.fetch(0)
+    PlainFileSystem.error = None
+    reader = BlockReader(datasets.Dataset.from_list(rows).to_iterable_dataset(), 4, tmp_path, seed=0)
+    found = sorted(path.read_bytes() for path in reader.fetch(0).iterdir() if path.name != "metadata.jsonl")
+    assert found == [b"", b"", b"", (videos / "a.mp4").read_bytes()]
+
+
+def test_a_look_that_fails_does_not_take_a_file_for_missing(vae, monkeypatch: pytest.MonkeyPatch):
+    """Else the settings of finished latents would be replaced by those of others."""
+    url = "plain://bucket/there"
+    encode_dataset(vae, "shapes", url, **OPTIONS)
+    before, info, errors = contents(url), PlainFileSystem.info, [RuntimeError("connection lost")]
+
+    def fail_once(file_system: Any, path: str, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return info(file_system, path, **options)
+
+    monkeypatch.setattr(PlainFileSystem, "info", fail_once)
+    with pytest.raises(ConnectionError, match="settings.json' cannot be reached: connection lost"):
+        encode_dataset(vae, "shapes", url, **OPTIONS | {"seed": 4})
+    assert errors == [] and contents(url) == before
+
+
+def test_captions_at_a_url_are_read_once(videos: Path, monkeypatch: pytest.MonkeyPatch):
+    url = "plain://bucket/videos"
+    upload(videos, url)
+    there, here = open_source(url), open_source(videos)
+    PlainFileSystem.store.clear()
+    assert [there.metadata(number) for number in range(3)] == [here.metadata(number) for number in range(3)]
+    upload(videos, url)
+    monkeypatch.setattr(PlainFileSystem, "cat_file", partial(fail, RuntimeError("connection lost")))
+    with pytest.raises(ConnectionError, match="plain://bucket/videos/a.txt' cannot be reached: connection lost"):
+        open_source(url)
+
+
+def fail(error: Exception, *_: Any, **options: Any) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("source", ["memory://bucket/videos", "{videos}", "ffs:{videos}", "shapes"])
+def test_opened_clips_can_be_sent(source: str, videos: Path):
+    """As those of Ray are, to every reader."""
+    upload(videos, "memory://bucket/videos")
+    size = [5, 16, 16]
+    clips = open_clip_list(ClipSelection(source.format(videos=videos), size, stride=1, num_clips=3))
+    sent = pickle.loads(pickle.dumps(clips))
+    for ours, theirs in zip(clips.read(range(3)), sent.read(range(3)), strict=True):
+        assert ours is not None and torch.equal(ours.pixels, theirs.pixels) and ours[1:] == theirs[1:]
 
 
 def test_folders_at_a_url_without_videos_are_named():
@@ -220,6 +288,8 @@ def test_paths():
     write_whole(path, b"one")
     write_whole(path, b"two")
     assert path.exists() and path.read_text() == "two"
+    cached = open_path("filecache::memory://bucket/a.b/c.tar")  # a file system whose name holds "file"
+    assert isinstance(cached, RemotePath) and cached.exists() and cached.read_text() == "two"
 
 
 def test_urls_that_cannot_be_reached_are_named():

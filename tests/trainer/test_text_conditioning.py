@@ -76,6 +76,20 @@ def test_cached_hidden_states_are_taken_and_dropped_alike():
         torch.testing.assert_close(ours.embeds, theirs.embeds, rtol=0, atol=1e-5)
 
 
+def test_held_out_hidden_states_must_be_of_the_same_encoder():
+    """As their settings say: the weights of the encoder are not read again."""
+    settings = {"source": "here", "num_at_once": 32, "max_length": 9, "dtype": "float32", "width": 16, "class": "T5"}
+    settings |= {"weights_sha256": "a", "tokenizer_sha256": "b"}
+    captions = Captions(Any, CPU, is_trained=False, null=Any, settings=settings)  # pyright: ignore[reportArgumentType]
+    for other in ({}, {"source": "there"}, {"dtype": "bfloat16", "weights_sha256": "c"}):
+        captions.check(SimpleNamespace(items=SimpleNamespace(text_settings=settings | other)))  # pyright: ignore[reportArgumentType]
+    for key, value in (("weights_sha256", "c"), ("tokenizer_sha256", "c"), ("max_length", 8), ("width", 8)):
+        data: Any = SimpleNamespace(items=SimpleNamespace(text_settings=settings | {key: value}))
+        with pytest.raises(ValueError, match=f"`validation.data` must hold .*, whose `{key}` is .*, got {value!r}"):
+            captions.check(data)
+        Captions(Any, CPU, is_trained=True).check(data)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_half_precision_encoder_gives_the_transformer_float32():
     encoder = make_encoder()
     encoder.model.bfloat16()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny
 
 from diffusers_leanvae.data.latent_cache import encode_dataset
+from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.scenes import MovingScenes
 from diffusers_leanvae.text_encoders import make_text_encoder
 
@@ -73,6 +74,16 @@ def test_cached_text_trains_like_text_encoded_on_the_way(script: Script, encoder
     )
     assert all(torch.equal(exported[name], weight) for name, weight in stored.items())
     assert DiffusionPipeline.from_pretrained(runs[0] / "pipeline").tokenizer.model_max_length == 48
+
+
+def test_cached_text_is_not_read_where_the_encoder_is_trained(
+    script: Script, encoder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(LatentFolder, "text", None)  # which may not be called
+    latents = f"{{kind: latents, path: {cache}}}"
+    data = (f"data={latents}", f"validation.data={latents}", f"text.encoder={encoder}")
+    run = script.train(tmp_path / "run", *data, "text.train_text_encoder=true", *TEXT)
+    assert len(read_log(run)) == 3
 
 
 def test_what_does_not_fit_the_cached_text_is_refused(script: Script, encoder: Path, cache: Path, tmp_path: Path):

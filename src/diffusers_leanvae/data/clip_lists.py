@@ -82,6 +82,7 @@ class ClipList(Protocol):
     """Clips by number, each a function of its number; `None` in place of one that cannot be used."""
 
     class_names: tuple[str, ...] | None
+    has_captions: bool | None  # whether any clip has one; `None` where only reading tells
 
     def __len__(self) -> int: ...
 
@@ -158,8 +159,12 @@ def _clip_options(selection: ClipSelection) -> ClipOptions:
 class _MapClips(Dataset[SourceClip | None]):
     """Clips that can be asked for in any order, so that workers can share them."""
 
-    def __init__(self, num_clips: int, class_names: tuple[str, ...] | None, num_workers: int) -> None:
-        self.num_clips, self.class_names, self.num_workers = num_clips, class_names, num_workers
+    def __init__(
+        self, num_clips: int, class_names: tuple[str, ...] | None, has_captions: bool, num_workers: int
+    ) -> None:
+        self.num_clips, self.class_names = num_clips, class_names
+        self.has_captions: bool | None = has_captions
+        self.num_workers = num_workers
 
     def __len__(self) -> int:
         return self.num_clips
@@ -182,7 +187,7 @@ def _as_it_is(clip: Any) -> Any:
 
 class _DrawnClips(_MapClips):
     def __init__(self, source: str, clips: MovingShapes | MovingScenes, num_workers: int) -> None:
-        super().__init__(len(clips), clips.class_names, num_workers)
+        super().__init__(len(clips), clips.class_names, True, num_workers)
         self.source, self.clips = source, clips
 
     def __getitem__(self, number: int) -> SourceClip:
@@ -196,7 +201,8 @@ class _DrawnClips(_MapClips):
 
 class _NamedClips(_MapClips):
     def __init__(self, clips: NamedDataset, num_clips: int | None, num_workers: int) -> None:
-        super().__init__(min(len(clips), num_clips or len(clips)), clips.class_names, num_workers)
+        num_clips = min(len(clips), num_clips or len(clips))
+        super().__init__(num_clips, clips.class_names, any(map(clips.captions, range(num_clips))), num_workers)
         self.clips = clips
 
     def __getitem__(self, number: int) -> SourceClip | None:
@@ -216,7 +222,9 @@ class _FileClips(_MapClips):
         self.labels, class_names = number_labels(rows)
         self.names, self.captions = [row["file_name"] for row in rows], list_captions(rows, selection.caption_column)
         total = len(source) * selection.num_crops
-        super().__init__(min(total, selection.num_clips or total), class_names, num_workers)
+        num_clips = min(total, selection.num_clips or total)
+        num_videos = -(-num_clips // selection.num_crops)
+        super().__init__(num_clips, class_names, any(self.captions[:num_videos]), num_workers)
         options = _clip_options(selection)
         self.videos = VideoSet(source, options.sizes, options)
         self.num_crops, self.seed = selection.num_crops, selection.seed
@@ -238,6 +246,8 @@ class _StreamClips:
 
     At the end of the stream it starts over, with other crops.
     """
+
+    has_captions: bool | None = None
 
     def __init__(self, selection: ClipSelection) -> None:
         if selection.num_clips is None:

@@ -193,6 +193,8 @@ class OpenVideo:
                     f"{self.videos.source.name(self.number)!r} ends before frame {start + span} or changes its size, "
                     "against what its header promises."
                 )
+        except ConnectionError:  # which says nothing of the video
+            raise
         except Exception as error:
             # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
             warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)

@@ -7,7 +7,6 @@ number of processes makes the same files, and two runs of the same settings diff
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,7 +25,7 @@ from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_lis
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
 from .ray_cache import encode_with_ray
-from .storage import AnyPath, fetched, open_path, write_whole
+from .storage import AnyPath, begin_settings, fetched, open_path, write_json, write_whole
 from .streams import is_stream
 from .text_cache import begin_texts, checksum_of_weights, encode_captions, open_text_encoder
 
@@ -165,7 +164,9 @@ def encode_dataset(
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise ImportError('Encoding needs accelerate: pip install "diffusers-leanvae[train]".') from error
-    clips = open_clip_list(selection, num_workers)
+    clips = open_clip_list(selection, 0 if engine == "ray" else num_workers)  # the readers of Ray read each by itself
+    if encoder is not None and clips.has_captions is False:
+        raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {source!r}.")
     shape = _latent_shape(vae, selection.clip_size)  # refuses what cannot be encoded, before anything is written
     settings = {
         "version": CACHE_VERSION,
@@ -181,13 +182,9 @@ def encode_dataset(
         raise ValueError(f"`engine` must be 'processes' in a job of {accelerator.num_processes} processes, got 'ray'.")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder, settings)
-        if text_settings is not None:
-            begin_texts(folder, text_settings)
+        _begin(folder, settings, text_settings)
     accelerator.wait_for_everyone()
-    _begin(folder, settings)
-    if text_settings is not None:
-        begin_texts(folder, text_settings)
+    _begin(folder, settings, text_settings)
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
     num_shards = -(-len(clips) // options.shard_size)
     paths = [folder / f"latents-{number:05d}{SHARD_SUFFIXES[options.file_format]}" for number in range(num_shards)]
@@ -201,7 +198,7 @@ def encode_dataset(
     encode = partial(_encode, is_doubled=selection.flip == "both", options=options)
     if engine == "ray":
         num_readers = 1 if is_stream(source) else num_workers or None  # a stream is read from front to back
-        open_reader = partial(_open_reader, selection, options)
+        open_reader = partial(_open_reader, selection if is_stream(source) else clips, options)
         encoded = encode_with_ray(missing, open_reader, vae.eval(), encode, num_readers, num_encoders)
     else:
         vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
@@ -225,8 +222,11 @@ def _clips_of(number: int, clips: ClipList, options: ShardOptions) -> range:
     return range(number * options.shard_size, min((number + 1) * options.shard_size, len(clips)))
 
 
-def _open_reader(selection: ClipSelection, options: ShardOptions) -> Callable[[int], Iterator[list[SourceClip]]]:
-    return partial(_read, clips=open_clip_list(selection), options=options)
+def _open_reader(
+    clips: ClipList | ClipSelection, options: ShardOptions
+) -> Callable[[int], Iterator[list[SourceClip]]]:
+    """Return the function that reads a shard: of an opened list, or of a selection, as a stream is, opened here."""
+    return partial(_read, clips=open_clip_list(clips) if isinstance(clips, ClipSelection) else clips, options=options)
 
 
 def _read(number: int, clips: ClipList, options: ShardOptions) -> Iterator[list[SourceClip]]:
@@ -277,35 +277,32 @@ def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     }
 
 
-def _begin(folder: AnyPath, settings: dict[str, Any]) -> None:
+def _begin(folder: AnyPath, settings: dict[str, Any], text_settings: dict[str, Any] | None) -> None:
     """Write the settings of a new cache, or refuse settings other than those it was begun with."""
-    path = folder / "settings.json"
-    text = json.dumps(settings, indent=2) + "\n"
-    if not path.exists():
-        write_whole(path, text.encode())
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    new = json.loads(text)
-    different = [key for key in {**begun, **new} if begun.get(key) != new.get(key)]
-    if different:
-        key = different[0]
+    difference = begin_settings(folder / "settings.json", settings)
+    if difference is not None:
         raise ValueError(
-            f"`output` must be a new folder, or one begun with the same settings, got {str(folder)!r}, where `{key}` "
-            f"was {begun.get(key)!r} and is now {new.get(key)!r}."
+            f"`output` must be a new folder, or one begun with the same settings, got {str(folder)!r}, where "
+            f"{difference}."
         )
+    if text_settings is not None:
+        begin_texts(folder, text_settings)
 
 
 def _finish(
     folder: AnyPath, paths: Sequence[AnyPath], clips: ClipList, shape: Sequence[int], is_doubled: bool
 ) -> None:
     """Write statistics and index, the index last: it marks the cache as complete."""
-    counts, encoded = [], set()
+    counts, encoded, num_captions = [], set(), 0
 
     def latents() -> Iterator[torch.Tensor]:
+        nonlocal num_captions
         for path in paths:
             with fetched(path) as local:
                 shard = open_shard(local)
                 counts.append(len(shard.rows))
                 encoded.update(row["name"] for row in shard.rows)
+                num_captions += sum(len(row["captions"]) for row in shard.rows)
                 for row in range(len(shard.rows)):
                     yield shard.latents(row)[None]
 
@@ -319,9 +316,10 @@ def _finish(
         "num_items": sum(counts),
         "num_skipped": num_skipped,
         "skipped": [name for name in names if name not in encoded],
+        "num_captions": num_captions,
         "shape": list(shape),
         "class_names": None if clips.class_names is None else list(clips.class_names),
         "shards": [{"file_name": path.name, "num_items": count} for path, count in zip(paths, counts, strict=True)],
     }
-    write_whole(folder / "statistics.json", (json.dumps(statistics, indent=2) + "\n").encode())
-    write_whole(folder / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+    write_json(folder / "statistics.json", statistics)
+    write_json(folder / "index.json", index)

@@ -59,6 +59,7 @@ class LatentData(Dataset[LatentBatch]):
             frames, which are latents of their own.
         in_memory_gib: Size up to which latents are read into memory once.
         has_captions: Whether to use the items' captions. Of several, a sample of training gets one at random.
+        has_text: Whether captions come with their embeddings, where these are stored with the latents.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class LatentData(Dataset[LatentBatch]):
         num_images: int = 0,
         in_memory_gib: float = 4.0,
         has_captions: bool = False,
+        has_text: bool = True,
     ) -> None:
         self.items, self.has_latents, self.has_labels = items, has_latents, has_labels
-        self.seed, self.num_images, self.has_captions = seed, num_images, has_captions
+        self.seed, self.num_images, self.has_captions, self.has_text = seed, num_images, has_captions, has_text
         self.has_own_order = isinstance(items, ClipDataset)
         if num_images and self.has_own_order:
             raise ValueError(f"`num_images` must be 0 for clips cut at random from videos, got {num_images}.")
@@ -223,7 +225,7 @@ class LatentData(Dataset[LatentBatch]):
             rngs = (np.random.default_rng([self.seed, 22, index]) for index in indices)
             choices = [int(rng.integers(len(of))) for rng, of in zip(rngs, values.captions, strict=True)]
         text = None
-        if self.has_latents and self.items.text_settings is not None:
+        if self.has_text and self.has_latents and self.items.text_settings is not None:
             read = [self.items.text(item, choice) for item, choice in zip(items, choices, strict=True)]
             text = TextEmbeddings(torch.cat([one.embeds for one in read]), torch.cat([one.mask for one in read]))
         captions = [of[choice] for of, choice in zip(values.captions, choices, strict=True)]

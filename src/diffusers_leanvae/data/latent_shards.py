@@ -47,7 +47,8 @@ class LatentFolder(Dataset[LatentItem]):
         class_names: Names of the classes, or `None`.
         statistics: `mean` and `std`, a number per channel, and `num_items`.
         settings: The settings it was built with, and the config and checksum of the autoencoder.
-        index: `num_items`, `num_skipped` and as `skipped` the names of those clips, `shape` and `shards`.
+        index: `num_items`, `num_skipped` and as `skipped` the names of those clips, `num_captions`, `shape` and
+            `shards`.
         text_settings: Where captions are stored as embeddings: `source`, `max_length` and `dtype` of the text encoder,
             and checksums; else `None`.
         null_text: The embeddings of the empty text, of one sample, padded as those of captions; or `None`.
@@ -83,18 +84,18 @@ class LatentFolder(Dataset[LatentItem]):
         return self.index["num_items"]
 
     def __getitem__(self, index: int) -> LatentItem:
-        shard, row = self._find(index)
+        _, shard, row = self._find(index)
         described = shard.rows[row]
         return LatentItem(shard.latents(row).float(), described["class_label"], tuple(described["captions"]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of an item, without its latents."""
-        shard, row = self._find(index)
+        _, shard, row = self._find(index)
         return tuple(shard.rows[row]["captions"])
 
     def name(self, index: int) -> str:
         """Return the name of an item: its video and the number of its clip."""
-        shard, row = self._find(index)
+        _, shard, row = self._find(index)
         return shard.rows[row]["name"]
 
     def text(self, index: int, number: int = 0) -> "TextEmbeddings":
@@ -109,8 +110,7 @@ class LatentFolder(Dataset[LatentItem]):
         """
         if self.text_settings is None:
             raise ValueError(f"`path` must hold text embeddings, got none in {str(self.path)!r}.")
-        shard, row = self._find(index)
-        place = int(np.searchsorted(self._ends, index, side="right"))
+        place, shard, row = self._find(index)
         if place not in self._texts:
             name = text_shard_name(self.index["shards"][place]["file_name"])
             numbers = {text: number for number, text in enumerate(list_texts(shard.rows))}
@@ -137,14 +137,15 @@ class LatentFolder(Dataset[LatentItem]):
         mask = (torch.arange(length) < len(hidden)).long()
         return TextEmbeddings(F.pad(hidden, (0, 0, 0, length - len(hidden)))[None], mask[None])
 
-    def _find(self, index: int) -> "tuple[Shard, int]":
+    def _find(self, index: int) -> "tuple[int, Shard, int]":
+        """Return the number of an item's shard, the shard, and the item's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}, got {index}.")
         number = int(np.searchsorted(self._ends, index, side="right"))
         if number not in self._shards:
             described = self.index["shards"][number]
             self._shards[number] = open_shard(local_copy(self.path / described["file_name"], self._key))
-        return self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
+        return number, self._shards[number], index - int(self._ends[number]) + len(self._shards[number].rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}, "_texts": {}}  # a worker opens the maps again

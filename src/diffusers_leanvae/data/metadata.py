@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,28 @@ def find_metadata(folder: Path) -> Path | None:
     Raises:
         ValueError: If there are several, of which none can be preferred.
     """
-    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    name = choose_metadata("folder", folder, [name for name in METADATA_NAMES if (folder / name).is_file()])
+    return None if name is None else folder / name
+
+
+def choose_metadata(argument: str, folder: Any, files: Iterable[str]) -> str | None:
+    """Return the name of the metadata file among those of a folder, if there is one.
+
+    Args:
+        argument: The argument that names the folder, for the message.
+        folder: The folder, for the message.
+        files: The names of its files.
+
+    Raises:
+        ValueError: If there are several, of which none can be preferred.
+    """
+    found = sorted(set(METADATA_NAMES).intersection(files))
     if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise ValueError(f"`folder` must hold one metadata file, got {names} in {str(folder)!r}.")
+        raise ValueError(f"`{argument}` must hold one metadata file, got {' and '.join(found)} in {str(folder)!r}.")
     return found[0] if found else None
 
 
-def read_metadata(path: Path) -> list[dict[str, Any]]:
+def read_metadata(path: Path, origin: Any = None) -> list[dict[str, Any]]:
     """Read the rows of a metadata file: `file_name` and other columns.
 
     A CSV file is UTF-8 and has a header. An empty cell is `None`; a column of numbers holds numbers, as `datasets`
@@ -38,17 +52,19 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`.
+        origin: Where a copy came from, for messages.
 
     Raises:
         ValueError: If it cannot be read, or a row has no `file_name`; the message names the row.
         ImportError: If it is a Parquet file and pyarrow is not installed.
     """
-    rows = []
-    for place, row in {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}[path.suffix](path):
+    rows, shown_path = [], str(origin or path)
+    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}[path.suffix]
+    for place, row in read(path, shown_path):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
             shown = f"the columns {', '.join(map(str, row))}" if isinstance(row, dict) else repr(row)
             raise ValueError(
-                f"`{path.name}` must give a `file_name` in every row, got {shown} in {place} of {str(path)!r}."
+                f"`{path.name}` must give a `file_name` in every row, got {shown} in {place} of {shown_path!r}."
             )
         rows.append(row)
     return rows
@@ -151,33 +167,31 @@ def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tup
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, shown: str) -> Iterator[tuple[str, Any]]:
     # Not `splitlines`, which also breaks at separators that JSON allows inside a caption.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path, shown).split("\n"), start=1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
             except ValueError as error:
                 raise ValueError(
                     f"Every line of `{path.name}` must be a JSON object with `file_name`, got {error!r} in line "
-                    f"{number} of {str(path)!r}."
+                    f"{number} of {shown!r}."
                 ) from error
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(path: Path, shown: str) -> Iterator[tuple[str, Any]]:
     # A caption may be longer than the 128 KiB that the module takes a field for damaged at.
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        rows = list(csv.DictReader(io.StringIO(_read_text(path)), strict=True))
+        rows = list(csv.DictReader(io.StringIO(_read_text(path, shown)), strict=True))
     except csv.Error as error:
-        raise ValueError(f"`{path.name}` must be a CSV file with a header, got {error} in {str(path)!r}.") from error
+        raise ValueError(f"`{path.name}` must be a CSV file with a header, got {error} in {shown!r}.") from error
     finally:
         csv.field_size_limit(limit)
     if any(None in row for row in rows):  # where `DictReader` puts what the header has no column for
         number = next(number for number, row in enumerate(rows, start=1) if None in row)
-        raise ValueError(
-            f"`{path.name}` must have a column for every cell, got more in row {number} of {str(path)!r}."
-        )
+        raise ValueError(f"`{path.name}` must have a column for every cell, got more in row {number} of {shown!r}.")
     columns = {name: [row[name] or None for row in rows] for name in (rows[0] if rows else ())}
     typed = {name: cells if name in ("file_name", *CAPTION_KEYS) else _typed(cells) for name, cells in columns.items()}
     for number in range(len(rows)):
@@ -192,7 +206,7 @@ def _typed(cells: list[str | None]) -> list[Any]:
     return list(cells)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, shown: str) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -203,13 +217,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = reason_of(error)
-        raise ValueError(f"`{path.name}` must be a Parquet file, got {str(path)!r}: {reason}.") from error
+        raise ValueError(f"`{path.name}` must be a Parquet file, got {shown!r}: {reason}.") from error
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, shown: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:  # with BOM, as spreadsheets write it; newlines become "\n"
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{path.name}` must be UTF-8, got {error} in {str(path)!r}.") from error
+        raise ValueError(f"`{path.name}` must be UTF-8, got {error} in {shown!r}.") from error

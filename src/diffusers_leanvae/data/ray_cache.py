@@ -57,7 +57,7 @@ def encode_with_ray(
         shards.context.enable_progress_bars = False
         batches = shards.map_batches(
             _Reader,
-            fn_constructor_args=(open_reader, os.getcwd()),
+            fn_constructor_args=(ray.put(open_reader), os.getcwd()),  # which may hold a long list
             batch_format="pyarrow",
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_readers or num_cpus),
@@ -95,10 +95,11 @@ def _import_ray() -> tuple[Any, Any]:
 class _Reader:
     """Gives the batches of shards: a row for each, and a last one without content."""
 
-    def __init__(self, open_reader: Callable[[], Callable[[int], Iterator[Any]]], folder: str) -> None:
+    def __init__(self, sent: Any, folder: str) -> None:
         if os.path.isdir(folder):  # which relative names of files start from
             os.chdir(folder)
-        self.read = open_reader()
+        ray, _ = _import_ray()
+        self.read: Callable[[int], Iterator[Any]] = ray.get(sent)()
 
     def __call__(self, table: Any) -> Iterator[Any]:
         for shard in table["shard"].to_pylist():
@@ -116,7 +117,7 @@ class _Encoder:
 
     def __init__(self, sent: Any, encode: Callable[[Any, Any], Any]) -> None:
         ray, _ = _import_ray()
-        model = ray.get(sent) if isinstance(sent, ray.ObjectRef) else sent
+        model = ray.get(sent)
         self.model, self.encode = model.to("cuda" if ray.get_gpu_ids() else "cpu"), encode
 
     def __call__(self, table: Any) -> Any:

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple, Protocol
 
 from ..video_io import list_videos
 from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
-from .metadata import METADATA_NAMES, decode_text, find_metadata, read_captions, read_metadata, split_captions
+from .metadata import (
+    METADATA_NAMES,
+    choose_metadata,
+    decode_text,
+    find_metadata,
+    read_captions,
+    read_metadata,
+    split_captions,
+)
 from .storage import RemotePath, fetched, open_path
 
 
@@ -94,43 +102,39 @@ class RemoteSource:
 
     def __init__(self, folder: RemotePath) -> None:
         files = folder.list_files()
-        self.folder, self.texts = folder, frozenset(name for name in files if name.endswith(".txt"))
-        listings = [name for name in METADATA_NAMES if name in files]
-        if len(listings) > 1:
-            raise ValueError(f"`train` must hold one metadata file, got {' and '.join(listings)} in {str(folder)!r}.")
-        self.rows = None
-        if listings:
-            with fetched(folder / listings[0]) as path:
-                try:
-                    self.rows = read_metadata(path)
-                except ValueError as error:
-                    raise ValueError(str(error).replace(str(path), str(folder / path.name))) from error
-            self.names = [row["file_name"] for row in self.rows]
+        self.folder = folder
+        listing = choose_metadata("train", folder, files)
+        if listing is None:
+            self.rows = _describe_all(folder, files)
         else:
-            self.names = [name for name in files if is_visual(name)]
-        if not self.names:
+            with fetched(folder / listing) as path:
+                self.rows = read_metadata(path, origin=folder / listing)
+        if not self.rows:
             raise ValueError(
                 f"`train` must be a folder of videos, or tar files such as 's3://bucket/{{000..003}}.tar', where it "
                 f"is a URL, got no video in {str(folder)!r}."
             )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.rows)
 
     def name(self, number: int) -> str:
-        return str(self.folder / self.names[number])
+        return str(self.folder / self.rows[number]["file_name"])
 
     def metadata(self, number: int) -> dict[str, Any]:
-        if self.rows is not None:
-            return dict(self.rows[number])
-        text = f"{self.names[number].rpartition('.')[0]}.txt"
-        content = (self.folder / text).read_bytes() if text in self.texts else b""
-        return _describe(self.names[number], split_captions(decode_text(content)))
+        return dict(self.rows[number])
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:
-        with fetched(self.folder / self.names[number]) as path:
+        with fetched(self.folder / self.rows[number]["file_name"]) as path:
             yield path
+
+
+def _describe_all(folder: RemotePath, files: Sequence[str]) -> list[dict[str, Any]]:
+    """Describe the videos and images among the files of a folder, with their captions, which are read once for all."""
+    texts = {name: f"{name.rpartition('.')[0]}.txt" for name in files if is_visual(name)}
+    contents = folder.read_files(sorted(set(files).intersection(texts.values())))
+    return [_describe(name, split_captions(decode_text(contents.get(text, b"")))) for name, text in texts.items()]
 
 
 class _Example(NamedTuple):

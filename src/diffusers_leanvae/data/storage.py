@@ -3,8 +3,9 @@
 A file appears whole in both, or not at all.
 """
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -56,14 +57,24 @@ class RemotePath:
             self.file_system.makedirs(self.path, exist_ok=exist_ok)
 
     def exists(self) -> bool:
-        self.file_system.invalidate_cache()  # other processes write here, too
-        return self.file_system.exists(self.path)
+        """Tell whether a file is there.
+
+        Raises:
+            ConnectionError: If that cannot be known; `exists` of fsspec takes every error for a no.
+        """
+        with _as_os_error(self):
+            try:
+                self.file_system.invalidate_cache(self.path)  # other processes write here, too
+                self.file_system.info(self.path)
+            except FileNotFoundError:
+                return False
+        return True
 
     def list_files(self) -> list[str]:
         """Return the names of all files below a folder, relative to it, in order; without hidden ones."""
-        self.file_system.invalidate_cache()
         front = self.path.rstrip("/") + "/"
         with _as_os_error(self):
+            self.file_system.invalidate_cache()  # of all, since some keep each folder below this one for itself
             found = self.file_system.find(self.path)
         names = [path.removeprefix(front).split("/") for path in found if path.startswith(front)]
         return ["/".join(parts) for parts in sorted(names) if not any(part.startswith(".") for part in parts)]
@@ -74,9 +85,23 @@ class RemotePath:
         Raises:
             OSError: Whatever fails.
         """
-        self.file_system.invalidate_cache()
         with _as_os_error(self):
+            self.file_system.invalidate_cache(self.path)
             return self.file_system.cat_file(self.path)
+
+    def read_files(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Read files below a folder, many at once where the file system can.
+
+        Raises:
+            OSError: Whatever fails.
+        """
+        with _as_os_error(self):
+            contents = self.file_system.cat_ranges([(self / name).path for name in names], None, None)
+        for name, content in zip(names, contents, strict=True):
+            with _as_os_error(self / name):
+                if isinstance(content, Exception):
+                    raise content
+        return dict(zip(names, contents, strict=True))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
@@ -94,8 +119,8 @@ class RemotePath:
 
     def download(self, target: Path) -> None:
         """Copy a file to this machine."""
-        self.file_system.invalidate_cache()
         with _as_os_error(self):
+            self.file_system.invalidate_cache(self.path)
             self.file_system.get_file(self.path, str(target))
 
 
@@ -112,6 +137,7 @@ def open_path(place: str | Path | RemotePath) -> AnyPath:
     if not isinstance(place, str) or "://" not in place:
         return Path(place) if isinstance(place, str) else place
     import fsspec.core  # comes with torch and huggingface_hub
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         file_system, path = fsspec.core.url_to_fs(place)
@@ -119,8 +145,7 @@ def open_path(place: str | Path | RemotePath) -> AnyPath:
         raise ImportError(f"{place!r} cannot be reached without another package: {reason_of(error)}.") from error
     except ValueError as error:
         raise ValueError(f"A URL must have a protocol of fsspec, got {place!r}: {reason_of(error)}.") from error
-    is_local = "file" in file_system.protocol
-    return Path(path) if is_local else RemotePath(file_system, path)
+    return Path(path) if isinstance(file_system, LocalFileSystem) else RemotePath(file_system, path)
 
 
 def write_whole(path: AnyPath, content: bytes) -> None:
@@ -130,6 +155,31 @@ def write_whole(path: AnyPath, content: bytes) -> None:
         return
     with replace_file(path) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Write a value as JSON, as [`write_whole`] writes files."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def begin_settings(path: AnyPath, settings: dict[str, Any], ignored: Collection[str] = ()) -> str | None:
+    """Write the settings of new files, or compare them with those that the files were begun with.
+
+    Args:
+        path: The file of the settings.
+        settings: The settings, as far as JSON goes.
+        ignored: Keys that may differ.
+
+    Returns:
+        What differs first, for an error: "`seed` was 3 and is now 4"; `None` if nothing does.
+    """
+    if not path.exists():
+        write_json(path, settings)
+    begun, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for key in {**begun, **new}:
+        if key not in ignored and begun.get(key) != new.get(key):
+            return f"`{key}` was {begun.get(key)!r} and is now {new.get(key)!r}"
+    return None
 
 
 @contextmanager
@@ -164,10 +214,13 @@ def local_copy(path: AnyPath, key: str) -> Path:
 
 @contextmanager
 def _as_os_error(path: RemotePath) -> Iterator[None]:
-    """Let errors of a file system, of which each has its own, be those of a file, or else of a connection."""
+    """Let errors of a file system, of which each has its own, be that of a missing file, or else of a connection.
+
+    So are those of credentials, which may have expired: like a lost connection, they say nothing of the file.
+    """
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         raise
     except Exception as error:
         raise ConnectionError(f"{str(path)!r} cannot be reached: {reason_of(error)}") from error

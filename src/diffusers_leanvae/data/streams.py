@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .cutting import ClipOptions, VideoOrder, VideoSet
 from .datasets import ClipDataset, make_image_order, wanted_sizes
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource, expand_braces, is_compressed_tar
+from .storage import RemotePath, open_path
 
 
 _NUM_BATCHES_AHEAD = 64  # a block stays on disk until this many batches were handed out after its last one
@@ -340,13 +342,13 @@ def _write(example: dict[str, Any], column: str, folder: Path, number: int) -> d
 
 
 def _download(origin: str, path: Path) -> None:
-    import fsspec  # comes with datasets
-
-    try:
-        with fsspec.open(origin, "rb") as source, open(path, "wb") as target:
-            shutil.copyfileobj(source, target)  # pyright: ignore[reportArgumentType]
-    except Exception:  # each file system has its own; the reader will find an empty file and pass the example over
-        path.write_bytes(b"")
+    path.write_bytes(b"")  # which the reader passes over, where the example names no file or one that is not there
+    with suppress(FileNotFoundError, ValueError):
+        place = open_path(origin)
+        if isinstance(place, RemotePath):
+            place.download(path)
+        elif place.is_file():
+            shutil.copyfile(place, path)
 
 
 def _remove_folder(folder: Path, pid: int) -> None:

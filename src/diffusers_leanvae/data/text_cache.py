@@ -2,7 +2,7 @@
 
 As with latents, each shard appears when it is complete and is a function of the settings and its captions alone: a
 killed run resumes where it stopped, and any number of processes makes the same files. `text_settings.json` says what
-they were made with; `text_index.json` is written last.
+they were made with; an empty `text_index.json`, written last, says that all is there.
 """
 
 import hashlib
@@ -17,12 +17,11 @@ from torch import nn
 from ..checks import parse_dtype, reason_of
 from ..text_encoders import TextEncoder, load_text_encoder
 from .latent_shards import LatentFolder, open_shard
-from .storage import AnyPath, fetched, write_whole
+from .storage import AnyPath, begin_settings, fetched, write_json, write_whole
 from .text_shards import (
     NULL_TEXT,
     TEXT_INDEX,
     TEXT_SETTINGS,
-    TextShard,
     list_texts,
     serialize_texts,
     text_shard_name,
@@ -52,55 +51,61 @@ def open_text_encoder(
     try:
         encoder = load_text_encoder(source, torch_dtype, "cpu", max_length)
     except ValueError as error:
-        raise ValueError(f"`text_encoder` cannot be loaded: {reason_of(error)}") from error
+        raise ValueError(f"`text_encoder` cannot be loaded: {reason_of(error)}.") from error
     return encoder, {"source": str(source), "num_at_once": _NUM_AT_ONCE, **_describe(encoder)}
 
 
-def check_text_encoder(name: str, encoder: TextEncoder, settings: dict[str, Any]) -> None:
+def check_text_encoder(encoder: TextEncoder, settings: dict[str, Any]) -> None:
     """Refuse a text encoder that is not the one of stored embeddings.
 
     Args:
-        name: The argument that named it, for the message.
         encoder: The text encoder.
         settings: `LatentFolder.text_settings`.
 
     Raises:
-        ValueError: If it is another one. Weights are compared where their dtype is the same.
+        ValueError: If it is another one, see `differing_setting`.
     """
-    found = _describe(encoder)
-    if found["dtype"] != settings["dtype"]:
-        del found["dtype"], found["weights_sha256"]
-    for key, value in found.items():
-        if settings[key] != value:
-            raise ValueError(
-                f"`{name}` must be the one of the stored embeddings, whose `{key}` is {settings[key]!r}, got "
-                f"{value!r}."
-            )
+    found = _describe(encoder, settings["dtype"])
+    key = differing_setting(found, settings)
+    if key is not None:
+        raise ValueError(
+            f"`text.encoder` must be the one of the stored embeddings, whose `{key}` is {settings[key]!r}, got "
+            f"{found[key]!r}."
+        )
 
 
-def _describe(encoder: TextEncoder) -> dict[str, Any]:
+def differing_setting(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Return the first key by which the settings of two text encoders tell these apart; `None` if none does.
+
+    Weights are compared where their dtype is the same.
+    """
+    keys = ["max_length", "width", "class", "tokenizer_sha256"]
+    if one["dtype"] == other["dtype"]:
+        keys.append("weights_sha256")
+    return next((key for key in keys if one[key] != other[key]), None)
+
+
+def _describe(encoder: TextEncoder, dtype: str | None = None) -> dict[str, Any]:
+    """Describe a text encoder; its weights, which take long, not if they are of another dtype than a given one."""
+    found = str(encoder.model.dtype).removeprefix("torch.")
     return {
         "max_length": encoder.max_length,
-        "dtype": str(encoder.model.dtype).removeprefix("torch."),
+        "dtype": found,
         "width": encoder.width,
         "class": type(encoder.model).__name__,
-        "weights_sha256": checksum_of_weights(encoder.model),
+        "weights_sha256": checksum_of_weights(encoder.model) if dtype in (None, found) else None,
         "tokenizer_sha256": _checksum_of_tokenizer(encoder.tokenizer),
     }
 
 
 def begin_texts(folder: AnyPath, settings: dict[str, Any]) -> None:
     """Write the settings of new embeddings into a folder, or refuse others than those they were begun with."""
-    path = folder / TEXT_SETTINGS
-    if not path.exists():
-        write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    for key in {**begun, **settings}:
-        if key != "source" and begun.get(key) != settings.get(key):  # the same encoder may lie elsewhere
-            raise ValueError(
-                f"`text_encoder` must be the one that the embeddings in {str(folder)!r} were begun with, got another: "
-                f"`{key}` was {begun.get(key)!r} and is now {settings.get(key)!r}."
-            )
+    difference = begin_settings(folder / TEXT_SETTINGS, settings, ["source"])  # the same encoder may lie elsewhere
+    if difference is not None:
+        raise ValueError(
+            f"`text_encoder` must be the one that the embeddings in {str(folder)!r} were begun with, got another: "
+            f"{difference}."
+        )
 
 
 def encode_captions(
@@ -120,6 +125,8 @@ def encode_captions(
     Raises:
         ValueError: If no item has a caption.
     """
+    if latents.index.get("num_captions") == 0:
+        raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {str(latents.path)!r}.")
     folder, names = latents.path, [shard["file_name"] for shard in latents.index["shards"]]
     paths = [folder / text_shard_name(name) for name in names]
     for number in range(accelerator.process_index, len(names), accelerator.num_processes):
@@ -133,7 +140,7 @@ def encode_captions(
         write_whole(folder / NULL_TEXT, serialize_texts(_encode(encoder, [""]), encoder.width, encoder.model.dtype))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / TEXT_INDEX).exists():
-        _finish(folder, paths)
+        write_json(folder / TEXT_INDEX, {})
     accelerator.wait_for_everyone()
 
 
@@ -154,28 +161,12 @@ def _encode(encoder: TextEncoder, texts: Sequence[str]) -> list[torch.Tensor]:
     return states
 
 
-def _finish(folder: AnyPath, paths: Sequence[AnyPath]) -> None:
-    num_texts, num_tokens = [], []
-    for path in paths:
-        with fetched(path) as local:
-            shard = TextShard(local)
-            num_texts.append(len(shard))
-            num_tokens.append(shard.ends[-1] if len(shard) else 0)
-    if not sum(num_texts):
-        raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {str(folder)!r}.")
-    index = {
-        "num_tokens": sum(num_tokens),
-        "shards": [{"file_name": path.name, "num_texts": count} for path, count in zip(paths, num_texts, strict=True)],
-    }
-    write_whole(folder / TEXT_INDEX, (json.dumps(index, indent=2) + "\n").encode())
-
-
 def checksum_of_weights(model: nn.Module) -> str:
     """Return a SHA-256 of the names and bytes of a model's weights, in their own dtype."""
     checksum = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         checksum.update(name.encode())
-        checksum.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        checksum.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return checksum.hexdigest()
 
 

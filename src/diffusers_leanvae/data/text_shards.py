@@ -43,9 +43,6 @@ class TextShard:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"`path` must hold sound shards, got {str(path)!r}: {error}.") from error
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
     def read(self, number: int) -> torch.Tensor:
         """Return the hidden states of a text, `(num_tokens, width)`."""
         return self.embeds[self.ends[number - 1] if number else 0 : self.ends[number]]

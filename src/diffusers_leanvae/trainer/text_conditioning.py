@@ -12,7 +12,7 @@ from torch import nn
 from .. import bundled
 from ..checks import parse_dtype, reason_of
 from ..data.latent_samples import LatentBatch, LatentData
-from ..data.text_cache import check_text_encoder
+from ..data.text_cache import check_text_encoder, differing_setting
 from ..text_encoders import (
     TextEmbeddings,
     TextEncoder,
@@ -64,12 +64,14 @@ class Captions:
         device: Where training happens. An encoder whose hidden states are cached need not be there.
         is_trained: Whether the model is trained along: then a step takes tokens, and else hidden states.
         null: Cached hidden states of the empty text, where those of captions come with the latents.
+        settings: The text encoder of these, `LatentFolder.text_settings`.
     """
 
     encoder: TextEncoder
     device: torch.device
     is_trained: bool
     null: TextEmbeddings | None = None
+    settings: dict[str, Any] | None = None
     _has_warned: bool = field(default=False, init=False)
 
     @property
@@ -85,8 +87,14 @@ class Captions:
     def check(self, data: LatentData) -> None:
         """Refuse held-out data whose cached hidden states are of another encoder than those of the training data."""
         settings = getattr(data.items, "text_settings", None)
-        if self.null is not None and settings is not None:
-            check_text_encoder("validation.data", self.encoder, settings)
+        if self.settings is None or settings is None:
+            return
+        key = differing_setting(self.settings, settings)
+        if key is not None:
+            raise ValueError(
+                f"`validation.data` must hold embeddings of the text encoder of `data`, whose `{key}` is "
+                f"{self.settings[key]!r}, got {settings[key]!r}."
+            )
 
     def prepare(self, batch: LatentBatch, drop: torch.Tensor | None = None) -> TextEmbeddings:
         """Turn the captions of a batch into tokens, or take their cached hidden states; on the CPU.
@@ -192,8 +200,8 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
                 layer.train()
         return Captions(encoder, device, is_trained=True)
     if settings is not None:
-        check_text_encoder("text.encoder", encoder, settings)
-    return Captions(encoder, device, is_trained=False, null=null)
+        check_text_encoder(encoder, settings)
+    return Captions(encoder, device, is_trained=False, null=null, settings=settings)
 
 
 def _pipeline_folder(source: str) -> str:
