@@ -214,6 +214,15 @@ def test_a_lost_connection_is_no_bad_example_of_a_stream(videos: Path, tmp_path:
     assert found == [b"", b"", b"", (videos / "a.mp4").read_bytes()]
 
 
+def test_a_file_that_a_web_server_forbids_is_missing(tmp_path: Path):
+    place = open_path("plain://bucket/a.mp4")
+    for status in (403, 500):
+        PlainFileSystem.error = RuntimeError("sorry")
+        PlainFileSystem.error.status = status  # type: ignore[attr-defined]  # as aiohttp's errors have it
+        with pytest.raises(FileNotFoundError if status == 403 else ConnectionError, match="a.mp4' cannot be .*sorry"):
+            place.download(tmp_path / "a.mp4")
+
+
 def test_a_look_that_fails_does_not_take_a_file_for_missing(vae, monkeypatch: pytest.MonkeyPatch):
     """Else the settings of finished latents would be replaced by those of others."""
     url = "plain://bucket/there"

@@ -216,11 +216,14 @@ def local_copy(path: AnyPath, key: str) -> Path:
 def _as_os_error(path: RemotePath) -> Iterator[None]:
     """Let errors of a file system, of which each has its own, be that of a missing file, or else of a connection.
 
-    So are those of credentials, which may have expired: like a lost connection, they say nothing of the file.
+    So are those of credentials, which may have expired: like a lost connection, they say nothing of the file. A web
+    server that answers that it forbids one file, or has it no longer, does: in a list of addresses that is usual.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except Exception as error:
+        if getattr(error, "status", None) in (403, 404, 410, 451):  # as aiohttp's errors have it
+            raise FileNotFoundError(f"{str(path)!r} cannot be had: {reason_of(error)}") from error
         raise ConnectionError(f"{str(path)!r} cannot be reached: {reason_of(error)}") from error
