@@ -1,5 +1,6 @@
 """Opening of media files, and the error that names them."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ MAX_FRAME_PIXELS = 1 << 27  # of a frame of a video, of which a decoder holds se
 
 # Report damage instead of concealing it, and allocate nothing for a size that comes up later.
 _DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_FRAME_PIXELS)}
+
+
+# Containers of PyAV and their streams refer to each other, so that decoders wait for Python's collector. In a forked
+# process, such as a worker of a `DataLoader`, it must leave those of the parent alone: freeing one waits for its
+# threads, which are not there, for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def count_cores() -> int:
