@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae.benchmark.clock import seconds
 from diffusers_leanvae.benchmark.rounds import (
     KEYS,
     MeasurementError,
@@ -30,6 +29,7 @@ from diffusers_leanvae.benchmark.rounds import (
 from diffusers_leanvae.benchmark.subjects import Subject, build_model
 from diffusers_leanvae.benchmark.work import DIRECTIONS
 from diffusers_leanvae.checks import parse_dtype, parse_video_size
+from diffusers_leanvae.clock import seconds
 from diffusers_leanvae.evaluation.results import write_result
 
 

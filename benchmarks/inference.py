@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from diffusers_leanvae.atomic import replace_file
-from diffusers_leanvae.benchmark.clock import MIB, keep_freed_memory, status_bytes
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import (
     KEYS,
@@ -42,6 +41,7 @@ from diffusers_leanvae.benchmark.rounds import (
 from diffusers_leanvae.benchmark.subjects import LEANVAE, PEERS, VARIANTS, Subject, build_model
 from diffusers_leanvae.benchmark.work import DIRECTIONS
 from diffusers_leanvae.checks import DTYPES, parse_dtype, parse_video_size
+from diffusers_leanvae.clock import MIB, keep_freed_memory, status_bytes
 from diffusers_leanvae.evaluation.results import provenance, write_result
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
-from diffusers_leanvae.benchmark.clock import MIB, status_bytes
+from diffusers_leanvae.clock import MIB, status_bytes
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.inference import files, memory
 from diffusers_leanvae.video_io import VideoReader, VideoWriter, iter_video

@@ -21,8 +21,8 @@ from diffusers_leanvae.training import train_vae  # pyright: ignore[reportMissin
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_leanvae.benchmark.clock import seconds
 from diffusers_leanvae.benchmark.work import FIRST_FACTOR, RecordProducts
+from diffusers_leanvae.clock import seconds
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.trainer.recipe import load_recipe
 

@@ -17,7 +17,7 @@ FOLDERS = {"src/diffusers_leanvae": PACKAGE, "pipelines": f"{PACKAGE}.pipelines"
 # The one import rule: a file imports from its own folder and from what stands above it here, never from what stands
 # below, and never from its own line.
 ORDER = (
-    ("_version", "checks", "atomic", "launching", "registration"),
+    ("_version", "checks", "atomic", "clock", "launching", "registration"),
     ("video_io", "kernels", "conversion"),
     ("models",),
     ("latents", "losses", "text_encoders"),

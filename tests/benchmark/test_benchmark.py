@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from diffusers_leanvae.benchmark.clock import MIB, end_of_peak, start_of_peak
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import KEYS, MeasurementError, Record, run_rounds, summarize
 from diffusers_leanvae.benchmark.subjects import Subject, build_model
-from diffusers_leanvae.benchmark.work import DIRECTIONS, Layout, MatrixFloor, count_work, encode
+from diffusers_leanvae.benchmark.work import DIRECTIONS, Layout, MatrixFloor, count_work
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.clock import MIB, end_of_peak, start_of_peak
+from diffusers_leanvae.evaluation.autoencoders import encode
 from diffusers_leanvae.generation.schedulers import make_scheduler
 
 

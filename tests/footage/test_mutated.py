@@ -74,7 +74,7 @@ class Journal:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def run(self, name: str, command: str, work: Any) -> None:
-        from diffusers_leanvae.benchmark.clock import end_of_peak, start_of_peak
+        from diffusers_leanvae.clock import end_of_peak, start_of_peak
 
         self.file.write(json.dumps({"file": name, "command": command}) + "\n")
         faulthandler.dump_traceback_later(HANG, exit=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .clock import keep_freed_memory
+from ..clock import keep_freed_memory
 from .subjects import Subject
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..checks import check_choice
+from ..clock import MIB, end_of_peak, seconds, start_of_peak
+from ..evaluation.autoencoders import decode, encode, legal_sample
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from .clock import MIB, end_of_peak, seconds, start_of_peak
-from .work import Layout, MatrixFloor, Size, count_work, decode, encode, legal_sample
+from .work import Layout, MatrixFloor, Size, count_work
 
 
 # How a variant of LeanVAE is fused (arguments of `AutoencoderKLLeanVAE.fuse`), or not.

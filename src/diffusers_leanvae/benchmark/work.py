@@ -10,29 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .clock import seconds
+from ..clock import seconds
+from ..evaluation.autoencoders import decode, encode, legal_sample
 
 
 Size = tuple[int, int, int]  # frames, height, width
 DIRECTIONS = ("encode", "decode")
-
-
-def encode(vae: Any, x: torch.Tensor) -> torch.Tensor:
-    """Encode videos with any autoencoder of diffusers; returns the posterior mean."""
-    return vae.encode(x).latent_dist.mode()
-
-
-def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """Decode latents with any autoencoder of diffusers."""
-    output = vae.decode(z)
-    return output if isinstance(output, torch.Tensor) else output.sample
-
-
-def legal_sample(vae: Any, x: torch.Tensor) -> torch.Tensor:
-    """Prepare `x` for `encode`: VidTok's own `forward` repeats the first frame before it calls `encode`."""
-    if type(vae).__name__ != "AutoencoderVidTok":
-        return x
-    return torch.cat((x[:, :, :1].expand(-1, -1, vae.temporal_compression_ratio - 1, -1, -1), x), dim=2)
 
 
 FIRST_FACTOR = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}

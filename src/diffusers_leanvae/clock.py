@@ -4,22 +4,29 @@ import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 
 MIB = 2**20
+_Result = TypeVar("_Result")
+
+
+def timed(work: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:
+    """Return the result of one call and its seconds, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time one call, the GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return timed(work, device)[1]
 
 
 def status_bytes(key: str) -> int:
