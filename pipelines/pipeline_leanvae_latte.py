@@ -8,6 +8,7 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 
+from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
     Generator,
@@ -16,7 +17,6 @@ from diffusers_leanvae.generation.pipeline import (
     VideoInput,
 )
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel
-from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 
 
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
@@ -26,7 +26,8 @@ class LeanVAELattePipeline(LatentVideoPipeline):
     """Class-conditional or unconditional videos by a Latte transformer on the latents of a video autoencoder.
 
     Args:
-        vae: Any video autoencoder of this package.
+        vae: Any video autoencoder of this package, or an `AutoencoderKLWan`, `AutoencoderKLCogVideoX` or
+            `AutoencoderKLHunyuanVideo` of diffusers.
         transformer: The transformer, of as many channels as the latents have.
         scheduler: Any scheduler of diffusers that fits the training. For the original weights see
             [`generation.schedulers.make_scheduler`]; for models trained by flow matching
@@ -41,7 +42,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
 
     def __init__(
         self,
-        vae: VideoAutoencoder,
+        vae: Autoencoder,
         transformer: LeanVAELatteTransformer3DModel,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | dict[int, str] | None = None,

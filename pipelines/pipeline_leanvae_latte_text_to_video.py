@@ -8,6 +8,7 @@ from diffusers import LatteTransformer3DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 
+from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
     Frames,
@@ -16,7 +17,6 @@ from diffusers_leanvae.generation.pipeline import (
     LatentVideoPipelineOutput,
     VideoInput,
 )
-from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.text_encoders import TextEmbeddings, check_length, encode_tokens, text_arguments, tokenize
 
 
@@ -30,7 +30,8 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         tokenizer: Tokenizer of the text encoder. It and the encoder may be `None` where embeddings are passed.
         text_encoder: T5 or any other text encoder of transformers that has `transformer.config.caption_channels` wide
             hidden states.
-        vae: Any video autoencoder of this package.
+        vae: Any video autoencoder of this package, or an `AutoencoderKLWan`, `AutoencoderKLCogVideoX` or
+            `AutoencoderKLHunyuanVideo` of diffusers.
         transformer: The transformer.
         scheduler: Any scheduler of diffusers that fits the training.
         clean_given_frames: Whether the transformer was trained to be given first frames without noise; otherwise those
@@ -52,7 +53,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         self,
         tokenizer,
         text_encoder,
-        vae: VideoAutoencoder,
+        vae: Autoencoder,
         transformer: LatteTransformer3DModel,
         scheduler: SchedulerMixin,
         clean_given_frames: bool = False,
@@ -186,9 +187,10 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         legal = (1, self.transformer.config.video_length)
         for window in frames.windows:
             if window.stop - window.start not in legal:
+                length = self.layout.num_sample_frames(legal[1])
                 raise ValueError(
-                    f"`num_frames` must be {self.vae.num_sample_frames(legal[1])}, more, or 1 for this transformer, "
-                    f"which knows {legal[1]} latent frames, got {frames.num_frames}."
+                    f"`num_frames` must be {length}, more, or 1 for this transformer, which knows {legal[1]} latent "
+                    f"frames, got {frames.num_frames}."
                 )
 
     @torch.no_grad()

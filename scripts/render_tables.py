@@ -19,7 +19,14 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "model_card.md", "results/README.md", "docs/benchmarks.md", "docs/speed.md")
+PAGES = (
+    "README.md",
+    "model_card.md",
+    "results/README.md",
+    "docs/benchmarks.md",
+    "docs/diffusers_pipelines.md",
+    "docs/speed.md",
+)
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
 PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"

@@ -1,5 +1,6 @@
 """The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
 
+import json
 import re
 import time
 from fractions import Fraction
@@ -412,6 +413,11 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
         (("convert", model, tmp_path / "o.onnx", "--to-original"), "must end in"),
         (("convert", source, tmp_path / "o"), "must be"),
+        (
+            ("convert", model, tmp_path / "o.pt", "--to-original", "--latents-like", "wan2.1"),
+            "`--latents-like` must not be given with `--to-original`",
+        ),
+        (("convert", model, tmp_path / "o", "--latents-like", "wan"), "`--latents-like` must be 'wan2.1', 'wan2.2'"),
         (("info", tmp_path / "nothing.mp4"), "nothing.mp4"),
     ]:
         code, _, err = leanvae(*arguments)
@@ -421,6 +427,13 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
 
 def test_convert_there_and_back(model, make_model, tmp_path):
     assert leanvae("convert", model, tmp_path / "original.ckpt", "--to-original")[0] == 0
+    (tmp_path / "teacher.json").write_text(json.dumps({"latents_mean": [1, 0, 0, 0], "latents_std": [2, 1, 1, 1]}))
+    options = ("--latents-like", tmp_path / "teacher.json")
+    assert leanvae("convert", tmp_path / "original.ckpt", tmp_path / "aligned", *options)[0] == 0
+    config = json.loads((tmp_path / "aligned" / "config.json").read_text())
+    assert config["latents_mean"] == [1.0, 0.0, 0.0, 0.0] and config["latents_std"] == [2.0, 1.0, 1.0, 1.0]
+    code, out, err = leanvae("convert", tmp_path / "original.ckpt", tmp_path / "other", "--latents-like", "wan2.1")
+    assert code == 1 and "`latents_mean` must have 4 entries, got 16" in err
     code, out, err = leanvae("convert", tmp_path / "original.ckpt", tmp_path / "back")
     assert code == 0, err
     back = type(make_model()).from_pretrained(tmp_path / "back")

@@ -39,6 +39,14 @@ def convert(
             "Without it as stored in the file, else 0.5."
         ),
     ] = None,
+    latents_like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            help="For weights that were trained to make the latents of another autoencoder: take over its mean and "
+            "deviation of latents. wan2.1, wan2.2, or the folder, config.json or Hub id of that autoencoder.",
+        ),
+    ] = None,
     num_attention_heads: Annotated[
         int | None,
         typer.Option(min=1, help="Attention heads of a Latte checkpoint whose size is none of S, B, L and XL."),
@@ -47,17 +55,26 @@ def convert(
     """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to model folders of diffusers, and back."""
     from .. import loading
     from ..conversion.checkpoints import resolve_checkpoint
+    from ..latents import statistics_of
 
     torch_dtype = None if dtype is None else parse_dtype("--dtype", dtype)
     if to_original:
         if target.suffix not in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must end in {', '.join(CHECKPOINT_SUFFIXES)}, got {str(target)!r}.")
+        given = {
+            "pixel-factor": pixel_factor,
+            "latents-like": latents_like,
+            "num-attention-heads": num_attention_heads,
+        }
+        for option in [option for option, value in given.items() if value is not None]:
+            raise ValueError(f"`--{option}` must not be given with `--to-original`.")
         model = loading.load_model(source, torch_dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
         model.conversion.write_original_checkpoint(target, dict(model.config), model.state_dict())
     else:
         if target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
+        statistics = {} if latents_like is None else statistics_of("--latents-like", latents_like)
         file = resolve_checkpoint(source)
         model_class = loading.class_of_checkpoint(file)
         options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
@@ -65,7 +82,9 @@ def convert(
         for name in options.keys() - set(model_class.conversion.OPTIONS):
             option = name.replace("_", "-")
             raise ValueError(f"`--{option}` must not be given for a checkpoint of {model_class.conversion.NAME}.")
-        model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options)
+        if statistics and model_class not in loading.AUTOENCODERS:
+            raise ValueError(f"`--latents-like` must not be given for a checkpoint of {model_class.conversion.NAME}.")
+        model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options, **statistics)
         model.save_pretrained(target)
     typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 

@@ -26,6 +26,7 @@ from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
+from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
 from .schedulers import guide_noise
 
@@ -161,14 +162,12 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
-    vae: VideoAutoencoder
+    vae: Autoencoder
     transformer: Transformer
     scheduler: Scheduler
 
     def _set_up(self) -> None:
-        self.video_processor = VideoProcessor(
-            vae_scale_factor=1 if self.vae is None else self.vae.spatial_compression_ratio
-        )
+        self.video_processor = VideoProcessor(vae_scale_factor=1 if self.vae is None else self.layout.ratio_s)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
@@ -187,6 +186,11 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _condition(self, tensors: dict[str, Any], num_latent_frames: int) -> dict[str, torch.Tensor]:
         """Return the transformer's arguments other than latents and timestep, for both halves of a guided batch."""
         raise NotImplementedError
+
+    @property
+    def layout(self) -> LatentLayout:
+        """How the autoencoder turns videos into latents."""
+        return LatentLayout.of(self.vae)
 
     # ---- state, which callbacks read and may change -----------------------------------------------------------------
 
@@ -237,10 +241,10 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         channels = self.transformer.config.in_channels
         if num_guided_channels is not None and not 1 <= num_guided_channels <= channels:
             raise ValueError(f"`num_guided_channels` must be 1 to {channels}, got {num_guided_channels}.")
-        if channels != self.vae.latent_channels:
+        latent_channels = self.layout.latent_channels
+        if channels != latent_channels:
             raise ValueError(
-                f"`transformer` must have the {self.vae.latent_channels} channels of the latents of `vae`, got "
-                f"{channels}."
+                f"`transformer` must have the {latent_channels} channels of the latents of `vae`, got {channels}."
             )
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be more than 0 and at most 1, got {strength}.")
@@ -264,30 +268,33 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: If a size is not legal.
         """
-        ratio_t, ratio_s = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
-        length: int = self.vae.num_sample_frames(self._num_trained_latent_frames())
-        side: int = self.transformer.config.sample_size * ratio_s
+        layout = self.layout
+        length = layout.num_sample_frames(self._num_trained_latent_frames())
+        side: int = self.transformer.config.sample_size * layout.ratio_s
         num_frames, window = (length if n is None else n for n in (num_frames, num_frames_per_window))
         height, width = (side if size is None else size for size in (height, width))
-        for name, count in (("num_frames", num_frames), ("num_frames_per_window", window)):
-            if not isinstance(count, int) or count < 1 or count % ratio_t != 1 % ratio_t:
-                raise ValueError(f"`{name}` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, ...), got {count!r}.")
-        step = ratio_s * self.transformer.config.patch_size
+        for name, count, ratio in (
+            ("num_frames", num_frames, layout.num_frames_step),
+            ("num_frames_per_window", window, layout.ratio_t),
+        ):
+            if not isinstance(count, int) or count < 1 or count % ratio != 1 % ratio:
+                raise ValueError(f"`{name}` must be {ratio} * n + 1 (1, {ratio + 1}, ...), got {count!r}.")
+        step = layout.ratio_s * self.transformer.config.patch_size
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int) or size < step or size % step:
                 raise ValueError(f"`{name}` must be a positive multiple of {step}, got {size!r}.")
-        num_latent_frames, window = self.vae.num_latent_frames(num_frames), self.vae.num_latent_frames(window)
+        num_latent_frames, window = layout.num_latent_frames(num_frames), layout.num_latent_frames(window)
         if num_latent_frames > window and not 1 <= num_overlap_latent_frames < window:
             raise ValueError(
                 f"`num_overlap_latent_frames` must be 1 to {window - 1} for windows of {window} latent frames, got "
                 f"{num_overlap_latent_frames}."
             )
         windows = plan_windows(num_latent_frames, window, num_overlap_latent_frames)
-        if reencode_overlap and len(windows) > 1 and self.vae.num_delayed_frames:
-            raise ValueError(
-                f"`reencode_overlap` must be False for an {type(self.vae).__name__}, which decodes the last frames of "
-                "a window only with the next."
-            )
+        if reencode_overlap and len(windows) > 1:
+            is_ours = isinstance(self.vae, VideoAutoencoder)
+            if not is_ours or self.vae.num_delayed_frames:
+                why = "decodes the last frames of a window only with the next" if is_ours else "decodes whole videos"
+                raise ValueError(f"`reencode_overlap` must be False for an {type(self.vae).__name__}, which {why}.")
         return Frames(num_frames, height, width, windows, reencode_overlap and len(windows) > 1)
 
     def prepare_latents(
@@ -302,10 +309,9 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: If the number of generators or the shape of `latents` is not legal.
         """
-        ratio = self.vae.spatial_compression_ratio
-        num_latent_frames = self.vae.num_latent_frames(frames.num_frames)
-        channels = self.transformer.config.in_channels
-        shape = (batch_size, channels, num_latent_frames, frames.height // ratio, frames.width // ratio)
+        layout, channels = self.layout, self.transformer.config.in_channels
+        size = (frames.height // layout.ratio_s, frames.width // layout.ratio_s)
+        shape = (batch_size, channels, layout.num_latent_frames(frames.num_frames), *size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` must be one generator or {batch_size}, one for each video, got {len(generator)}."
@@ -330,10 +336,11 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _encode_input(self, name: str, video: torch.Tensor, batch_size: int, num_frames: int) -> torch.Tensor:
         """Encode the argument `name`, given as videos in `[-1, 1]`, to normalised latents, one for each video."""
-        if video.shape[1] != self.vae.in_channels or video.shape[2] != num_frames:
+        in_channels = self.layout.in_channels
+        if video.shape[1] != in_channels or video.shape[2] != num_frames:
             raise ValueError(
-                f"`{name}` must have {num_frames} frames of {self.vae.in_channels} channels, got "
-                f"{video.shape[2]} of {video.shape[1]}."
+                f"`{name}` must have {num_frames} frames of {in_channels} channels, got {video.shape[2]} of "
+                f"{video.shape[1]}."
             )
         if video.min() < -1 or video.max() > 1:
             raise ValueError(
@@ -466,7 +473,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """
         if not pieces:
             return result[:, :, window.start :]
-        num_frames = self.vae.num_sample_frames(window.num_known)
+        num_frames = self.layout.num_sample_frames(window.num_known)
         last: list[torch.Tensor] = []
         for piece in reversed(pieces):
             missing = num_frames - sum(part.shape[2] for part in last)
@@ -539,7 +546,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _decode(self, latents: torch.Tensor, cache: TemporalCache | None = None) -> torch.Tensor:
         latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
-        return self.vae.decode(latents, return_dict=False, cache=cache)[0]
+        return decode(self.vae, latents, cache)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents to videos, all frames at once, since the frames of a video are not independent.
@@ -560,6 +567,8 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[Any]:
         """Decode normalised latents piece by piece: a long video in the memory of a short one.
 
+        An autoencoder of diffusers decodes them at once.
+
         Args:
             latents: What a pipeline returns for `output_type="latent"`.
             output_type: `"pil"`, `"np"` or `"pt"`.
@@ -569,6 +578,11 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             Consecutive frames, as [`LatentVideoPipelineOutput`] describes them, of all videos of the batch.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
+        if not isinstance(self.vae, VideoAutoencoder):
+            piece = self._decode(latents.to(self._execution_device))
+            yield self.video_processor.postprocess_video(piece, output_type=output_type)
+            self.maybe_free_model_hooks()
+            return
         decoder = StreamingDecoder(self.vae, num_latent_frames_per_step)
         for latent_frames in latents.split(1, dim=2):
             latent_frames = denormalize_latents(latent_frames.to(self._execution_device), self.vae.config)

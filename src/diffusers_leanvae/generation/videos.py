@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from .. import bundled
 from ..checks import check_choice
 from ..loading import load_diffusion_pipeline
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoWriter, read_video
 from ..video_io.formats import check_output, is_sequence
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
@@ -114,6 +115,9 @@ def generate_videos(
         _check_files([folder / "000.mp4"], writer_options | {"overwrite": True})
     pipeline = load_pipeline(model, device, dtype)
     if max_memory is not None:
+        if not isinstance(pipeline.vae, VideoAutoencoder):
+            name = type(pipeline.vae).__name__
+            raise ValueError(f"`max_memory` needs an autoencoder of this package, got an `{name}`.")
         pipeline.vae.check_predicts_memory("max_memory")
         pipeline.vae.enable_tiling(budget=max_memory)
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)

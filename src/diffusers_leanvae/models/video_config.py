@@ -16,9 +16,10 @@ def check_statistics(latent_channels: int, latents_mean: list[float] | None, lat
 class VideoAutoencoderConfig(FrozenDict):
     """The config, which also answers to the derived names that diffusers' pipelines for videos read.
 
-    Those are attributes only: they are neither items of the config nor stored. `latents_mean` and `latents_std`, where
-    they are not set, are 0 and `1 / scaling_factor`, so that `(latents - mean) / std` is what `scaling_factor` says;
-    the items `config["latents_mean"]` and `config["latents_std"]` are what is set.
+    Those are attributes only: they are neither items of the config nor stored. The attributes `latents_mean` and
+    `latents_std` hold all that there is, `scaling_factor` included, so that the `(latents - mean) / std` of pipelines
+    which know no factor is the same as [`latents.normalize_latents`]; the items `config["latents_mean"]` and
+    `config["latents_std"]` are what is set.
     """
 
     z_dim: int
@@ -42,9 +43,9 @@ class VideoAutoencoderConfig(FrozenDict):
             "block_out_channels": (latent_channels,) * (1 + round(math.log2(ratio_s))),
             "invert_scale_latents": False,
         }
-        if config["latents_mean"] is None:
-            derived["latents_mean"] = [0.0] * latent_channels
-        if config["latents_std"] is None:
-            derived["latents_std"] = [1 / config["scaling_factor"]] * latent_channels
+        mean, std, factor = config["latents_mean"], config["latents_std"], config["scaling_factor"]
+        if mean is None or std is None:
+            mean, std = [0.0] * latent_channels, [1.0] * latent_channels
+        derived["latents_mean"], derived["latents_std"] = mean, [value / factor for value in std]
         config.__dict__.update(derived)
         return config

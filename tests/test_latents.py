@@ -1,0 +1,54 @@
+"""Statistics of latents that are taken over from another autoencoder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from huggingface_hub import constants
+from local_hub import LocalHub
+from tiny import make_tiny
+
+from diffusers_leanvae.latents import statistics_of
+
+
+WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 0.25]}
+
+
+def test_of_wan():
+    known = statistics_of("teacher", "wan2.1")
+    with torch.device("meta"):
+        config = AutoencoderKLWan().config
+    assert known == {key: config[key] for key in ("latents_mean", "latents_std")}
+    known = statistics_of("teacher", "wan2.2")
+    assert [len(values) for values in known.values()] == [48, 48]
+    assert known["latents_mean"][0] == -0.2289 and known["latents_mean"][-1] == -0.0667
+    assert known["latents_std"][0] == 0.4765 and known["latents_std"][-1] == 0.7744
+    assert min(known["latents_std"]) == 0.3523  # all positive
+
+
+def test_of_a_folder_a_file_and_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    AutoencoderKLWan(**WAN, **STATISTICS).save_pretrained(tmp_path)
+    assert statistics_of("teacher", str(tmp_path)) == STATISTICS
+    assert statistics_of("teacher", str(tmp_path / "config.json")) == STATISTICS
+    config = (tmp_path / "config.json").read_bytes()
+    with LocalHub() as server:
+        server.connect(monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        server.repositories = {"someone/wan": {"vae/config.json": config}}
+        assert statistics_of("teacher", "someone/wan/vae") == STATISTICS
+        with pytest.raises(ValueError, match="`teacher` must be an autoencoder, got 'someone/wan': .*config.json"):
+            statistics_of("teacher", "someone/wan")
+
+
+def test_refusals(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"`teacher` must be 'wan2.1', 'wan2.2', or .* got 'wan3', which does not"):
+        statistics_of("teacher", "wan3")
+    make_tiny("leanvae", latents_mean=[0.0] * 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`teacher` must be an autoencoder with statistics, .* without `latents_std`"):
+        statistics_of("teacher", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLHunyuanVideo"}))
+    with pytest.raises(ValueError, match="without `latents_mean` and `latents_std`"):
+        statistics_of("teacher", str(tmp_path))
