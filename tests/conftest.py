@@ -54,6 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (order[item.path], rng.random()))
 
 
+@pytest.fixture(autouse=True)
+def keep_priority() -> Iterator[None]:
+    """Undo what SVT-AV1 does to a root's thread that opens it by PyAV: a priority at which other processes starve."""
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Before the fixtures too, so that what a test draws without a seed of its own depends on no other test.

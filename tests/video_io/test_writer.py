@@ -325,6 +325,17 @@ class TestEveryKind:
         assert run_python(code, tmp_path / "said.txt", tmp_path / "a.mp4") == ""
         assert (tmp_path / "said.txt").read_text() == "" and probe_video(tmp_path / "a.mp4").codec == "av1"
 
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads")
+    def test_svt_av1_leaves_the_processor_to_others(self, tmp_path: Path):
+        def policies() -> set[int]:
+            return {os.sched_getscheduler(int(name)) for name in os.listdir("/proc/self/task")}
+
+        frames = moving_picture(5)
+        with VideoWriter(tmp_path / "a.mp4", 25, codec="libsvtav1") as writer:
+            writer.write(frames[:3])
+            assert os.SCHED_FIFO not in policies()
+            writer.write(frames[3:])
+
 
 class TestSequences:
     def test_replaced_together(self, tmp_path: Path):
