@@ -95,6 +95,43 @@ def test_lpips_gradients_reach_the_reconstruction_alone(vgg16, vgg16_file):
     torch.testing.assert_close(reconstruction.grad, expected, rtol=0, atol=1e-10)
 
 
+def test_lpips_on_alexnet_is_the_straight_computation(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    weights = {"classifier.1.weight": torch.zeros(2, 2)}
+    for index, (width, num_channels, size) in shapes.items():
+        gain = (2 / (size**2 * num_channels)) ** 0.5
+        weights[f"features.{index}.weight"] = gain * torch.randn(width, num_channels, size, size, generator=generator)
+        weights[f"features.{index}.bias"] = 0.1 * torch.randn(width, generator=generator)
+    torch.save(weights, tmp_path / "alexnet.pth")
+    sample, reconstruction = frames(2, 64, 72, noise=0.3)
+
+    heads = torch.load(HEADS.with_name("alex.pth"), map_location="cpu", weights_only=True)
+    scaling, expected = theirs.ScalingLayer().double(), torch.zeros(2, dtype=torch.float64)
+    a, b = scaling(sample.double()), scaling(reconstruction.double())
+    for number, (index, (_, _, size)) in enumerate(shapes.items()):
+        if index in (3, 6):
+            a, b = F.max_pool2d(a, 3, 2), F.max_pool2d(b, 3, 2)
+        weight, bias = (weights[f"features.{index}.{name}"].double() for name in ("weight", "bias"))
+        stride, padding = (4, 2) if index == 0 else (1, size // 2)
+        a, b = (F.conv2d(x, weight, bias, stride, padding).relu() for x in (a, b))
+        difference = (theirs._normalize_tensor(a) - theirs._normalize_tensor(b)) ** 2
+        weighted = F.conv2d(difference, heads[f"lin{number}.model.1.weight"].double())
+        expected = expected + weighted.mean(dim=(1, 2, 3))
+
+    lpips = LPIPS.from_weights(tmp_path / "alexnet.pth", trunk="alexnet")
+    assert (expected > 0.01).all()
+    torch.testing.assert_close(lpips(sample, reconstruction).double(), expected, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="sides of at least 31"):
+        lpips(sample[..., :30, :30], sample[..., :30, :30])
+    with pytest.raises(ValueError, match="`alexnet` must be a file of torchvision's AlexNet weights, https://down"):
+        LPIPS.from_weights(trunk="alexnet")
+    with pytest.raises(ValueError, match="`vgg16` must hold exactly the weights of LPIPS's VGG16"):
+        LPIPS.from_weights(tmp_path / "alexnet.pth")
+    with pytest.raises(ValueError, match="`trunk` must be one of 'vgg16', 'alexnet', got 'vgg'"):
+        LPIPS(trunk="vgg")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_pickled_weights_load_too(suffix: str, vgg16, tmp_path):
     torch.save(vgg16, tmp_path / f"vgg16{suffix}")

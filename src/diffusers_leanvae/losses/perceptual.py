@@ -1,11 +1,13 @@
 """Perceptual distances of single frames, in float32 even under autocast.
 
-`LPIPS` (arXiv 1801.03924) needs the standard VGG16 weights; `ms_ssim` (Wang, Simoncelli, Bovik 2003) needs none.
+`LPIPS` (arXiv 1801.03924) needs the standard weights of VGG16, or of AlexNet; `ms_ssim` (Wang, Simoncelli, Bovik 2003)
+needs none.
 """
 
 import pickle
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,48 +18,122 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..checks import CHECKPOINT_SUFFIXES
+from ..checks import CHECKPOINT_SUFFIXES, check_choice
 
 
-VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 CLASSIFIER_PREFIXES = ("classifier.", "pre_logits.", "head.")  # torchvision's and timm's names
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual distance on VGG16 features. Frozen; no layer behaves differently in training mode.
+class Convolution(NamedTuple):
+    """A convolution of a trunk, which a ReLU follows; `pool` is the max-pooling before it, as size and stride."""
 
-    The network is written out here because the implementations of torchmetrics, lpips and piqa take VGG16 from
-    torchvision, which this package must not need. Names and results are those of torchvision's network.
+    channels: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int = 1
+    pool: tuple[int, int] | None = None
+    is_tapped: bool = False
+
+
+class Trunk(NamedTuple):
+    """A network whose features LPIPS compares.
+
+    Attributes:
+        argument: What the argument for its weights is called in messages.
+        title: Name of the network.
+        convolutions: From the pixels on.
+        smallest: Sides that frames must have at least.
+        heads: File of the linear heads in torchmetrics.
+        hub: Repository of the Hub with the weights; `None` where there is none to rely on.
+        source: Where the standard weights are.
+    """
+
+    argument: str
+    title: str
+    convolutions: tuple[Convolution, ...]
+    smallest: int
+    heads: str
+    hub: str | None
+    source: str
+
+
+def _vgg16_convolutions() -> tuple[Convolution, ...]:
+    stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    return tuple(
+        Convolution(width, pool=(2, 2) if number and not index else None, is_tapped=index == len(stage) - 1)
+        for number, stage in enumerate(stages)
+        for index, width in enumerate(stage)
+    )
+
+
+TRUNKS = {
+    "vgg16": Trunk(
+        "vgg16",
+        "VGG16",
+        _vgg16_convolutions(),
+        16,
+        "vgg.pth",
+        "timm/vgg16.tv_in1k",
+        "https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors",
+    ),
+    "alexnet": Trunk(
+        "alexnet",
+        "AlexNet",
+        (
+            Convolution(64, 11, 4, 2, is_tapped=True),
+            Convolution(192, 5, 1, 2, pool=(3, 2), is_tapped=True),
+            Convolution(384, pool=(3, 2), is_tapped=True),
+            Convolution(256, is_tapped=True),
+            Convolution(256, is_tapped=True),
+        ),
+        31,
+        "alex.pth",
+        None,
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    ),
+}
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance on VGG16 or AlexNet features. Frozen; no layer behaves differently in training mode.
+
+    The networks are written out here because the implementations of torchmetrics, lpips and piqa take them from
+    torchvision, which this package must not need. Names and results are those of torchvision's networks.
 
     Args:
         state_dict: Weights under this module's own names, see `from_weights` for the files that are around;
             `None` leaves random weights.
+        trunk: `"vgg16"` or `"alexnet"`.
     """
 
     shift: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, state_dict: dict[str, torch.Tensor] | None = None, trunk: str = "vgg16") -> None:
         super().__init__()
+        check_choice("trunk", trunk, TRUNKS)
+        self.trunk = TRUNKS[trunk]
         # Laid out as torchvision's `features`, so that the indices in the names agree; the last pooling is not used.
         layers: list[nn.Module] = []
         self.taps: list[int] = []
-        num_channels = 3
-        for stage in VGG16_STAGES:
-            if layers:
-                layers.append(nn.MaxPool2d(2))
-            for width in stage:
-                layers += [nn.Conv2d(num_channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                num_channels = width
-            self.taps.append(len(layers) - 1)
-        self.features = nn.Sequential(*layers)
         self.heads = nn.ModuleList()
-        for stage in VGG16_STAGES:
-            head = nn.Conv2d(stage[-1], 1, 1, bias=False)
-            nn.init.uniform_(head.weight, 0.0, 1e-2)  # a distance: no negative weight
-            self.heads.append(head)
+        num_channels = 3
+        for convolution in self.trunk.convolutions:
+            width, kernel_size, stride, padding, pool, is_tapped = convolution
+            if pool is not None:
+                layers.append(nn.MaxPool2d(*pool))
+            layers += [nn.Conv2d(num_channels, width, kernel_size, stride, padding), nn.ReLU(inplace=True)]
+            num_channels = width
+            if is_tapped:
+                self.taps.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+        for convolution in self.trunk.convolutions:
+            if convolution.is_tapped:
+                head = nn.Conv2d(convolution.channels, 1, 1, bias=False)
+                nn.init.uniform_(head.weight, 0.0, 1e-2)  # a distance: no negative weight
+                self.heads.append(head)
         # Constants of LPIPS: ImageNet's statistics, moved to pixels in [-1, 1] and rounded.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).reshape(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).reshape(3, 1, 1), persistent=False)
@@ -66,42 +142,55 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_weights(cls, vgg16: str | Path = "timm/vgg16.tv_in1k", linear_heads: str | Path | None = None) -> "LPIPS":
+    def from_weights(
+        cls, weights: str | Path | None = None, linear_heads: str | Path | None = None, trunk: str = "vgg16"
+    ) -> "LPIPS":
         """Load the standard weights.
 
         Args:
-            vgg16: VGG16 trained on ImageNet, under torchvision's names: a file (`.safetensors`, `.pth`, `.pt`, `.bin`)
-                or a Hub repository that holds `model.safetensors`. Its classifier is ignored.
+            weights: The trunk trained on ImageNet, under torchvision's names: a file (`.safetensors`, `.pth`, `.pt`,
+                `.bin`) or a Hub repository that holds `model.safetensors`; `None` is `timm/vgg16.tv_in1k`, and needs
+                VGG16. A classifier is ignored.
             linear_heads: File of the five linear heads, `lin0.model.1.weight` to `lin4.model.1.weight`; by default
                 those that come with torchmetrics.
+            trunk: `"vgg16"` or `"alexnet"`.
 
         Raises:
-            ValueError: If weights cannot be found or read, or are not those of VGG16 or of its heads.
+            ValueError: If weights cannot be found or read, or are not those of the trunk or of its heads.
         """
-        trunk = _load_tensors(_resolve_vgg16(vgg16), "vgg16")
-        trunk = {key: value for key, value in trunk.items() if not key.startswith(CLASSIFIER_PREFIXES)}
-        if linear_heads is None:
-            linear_heads = Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "vgg.pth"
-        heads = _load_tensors(Path(linear_heads), "linear_heads")
-        lpips = cls()
+        lpips = cls(trunk=trunk)
+        argument = lpips.trunk.argument
+        tensors = _load_tensors(_resolve_weights(weights, lpips.trunk), argument)
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(CLASSIFIER_PREFIXES)}
         expected = lpips.state_dict()
-        head_names = {f"lin{i}.model.1.weight": f"heads.{i}.weight" for i in range(len(VGG16_STAGES))}
-        _check_tensors(trunk, {key: value for key, value in expected.items() if key.startswith("features.")}, "vgg16")
-        _check_tensors(heads, {key: expected[name] for key, name in head_names.items()}, "linear_heads")
-        lpips.load_state_dict(trunk | {name: heads[key] for key, name in head_names.items()})
-        return lpips
+        features = {key: value for key, value in expected.items() if key.startswith("features.")}
+        _check_tensors(tensors, features, argument, lpips.trunk.title)
+        lpips.load_state_dict(tensors, strict=False)
+        return lpips.load_heads(linear_heads)
+
+    def load_heads(self, linear_heads: str | Path | None = None) -> "LPIPS":
+        """Load the linear heads alone, from a file as of [`from_weights`]; returns itself."""
+        if linear_heads is None:
+            linear_heads = Path(str(files("torchmetrics"))) / "functional/image/lpips_models" / self.trunk.heads
+        tensors = _load_tensors(Path(linear_heads), "linear_heads")
+        names = {f"lin{i}.model.1.weight": f"heads.{i}.weight" for i in range(len(self.heads))}
+        expected = self.state_dict()
+        _check_tensors(tensors, {key: expected[name] for key, name in names.items()}, "linear_heads", self.trunk.title)
+        self.load_state_dict({name: tensors[key] for key, name in names.items()}, strict=False)
+        return self
 
     def forward(self, sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         """Compute the distance of each pair of frames; gradients reach `reconstruction` only.
 
         Args:
-            sample: Frames in `[-1, 1]`, shape `(num_frames, 3, height, width)`, each side at least 16.
+            sample: Frames in `[-1, 1]`, shape `(num_frames, 3, height, width)`, each side at least 16 (31 with
+                AlexNet).
             reconstruction: Their reconstruction, same shape.
 
         Returns:
             Shape `(num_frames,)`, at least 0.
         """
-        _check_frames(sample, reconstruction, smallest=16)
+        _check_frames(sample, reconstruction, smallest=self.trunk.smallest)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         with torch.autocast(sample.device.type, enabled=False):
             with torch.no_grad():
@@ -215,19 +304,23 @@ def _check_frames(sample: torch.Tensor, reconstruction: torch.Tensor, smallest: 
         )
 
 
-def _resolve_vgg16(vgg16: str | Path) -> Path:
-    path = Path(vgg16).expanduser()
+def _resolve_weights(weights: str | Path | None, trunk: Trunk) -> Path:
+    if weights is None:
+        weights = trunk.hub
+    missing = f"LPIPS has no weights: `{trunk.argument}` must be a file of torchvision's {trunk.title} weights"
+    if weights is None:
+        raise ValueError(f"{missing}, {trunk.source}, got none.")
+    path = Path(weights).expanduser()
     if path.is_file():
         return path
     try:
-        if path.suffix in CHECKPOINT_SUFFIXES or isinstance(vgg16, Path):
+        if path.suffix in CHECKPOINT_SUFFIXES or isinstance(weights, Path):
             raise FileNotFoundError("no such file")
-        return Path(hf_hub_download(str(vgg16), "model.safetensors"))
+        return Path(hf_hub_download(str(weights), "model.safetensors"))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"LPIPS has no weights: `vgg16` must be a file of torchvision's VGG16 weights or a Hub repository within "
-            f"reach, such as a copy of https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors, "
-            f"got {str(vgg16)!r} ({type(error).__name__})."
+            f"{missing} or a Hub repository within reach, such as a copy of {trunk.source}, got {str(weights)!r} "
+            f"({type(error).__name__})."
         ) from error
 
 
@@ -245,13 +338,15 @@ def _load_tensors(path: Path, argument: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], argument: str) -> None:
+def _check_tensors(
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], argument: str, title: str
+) -> None:
     wrong = {key for key in tensors.keys() & expected.keys() if tensors[key].shape != expected[key].shape}
     wrong |= tensors.keys() ^ expected.keys()
     if wrong:
         example = min(wrong)
         shapes = [str(tuple(x[example].shape)) if example in x else "nothing" for x in (expected, tensors)]
         raise ValueError(
-            f"`{argument}` must hold exactly the weights of LPIPS's VGG16: {len(wrong)} differ, "
+            f"`{argument}` must hold exactly the weights of LPIPS's {title}: {len(wrong)} differ, "
             f"for instance {example!r} must be {shapes[0]}, got {shapes[1]}."
         )
