@@ -28,6 +28,7 @@ from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import pixels_to_sample
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.losses.alignment import Teacher
 
@@ -115,7 +116,7 @@ def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
     for name, overrides in VARIANTS["latents"].items():
         output = train(options, name, ["init=pca", *MUON, *overrides])
         vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae").eval()
-        quality = evaluate_reconstruction(vae, options.held_out)
+        quality = evaluate_reconstruction(AutoencoderReconstructor(vae, name), options.held_out).totals
         details[name] = probe = measure_diffusability(vae, train_clips, held_out_clips, protocol)
         print(name, probe, flush=True)
         rows.append({"run": name, "psnr": round(quality["psnr_frame_mean_rgb"], 2)})

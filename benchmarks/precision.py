@@ -16,7 +16,9 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.bundled import model_path
+from diffusers_leanvae.evaluation.protocols import Protocol
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--output", default=Path(__file__).resolve().parent.parent / "results/bench_precision.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    protocol = Protocol("precision", options.num_frames, options.size)
     rows: list[dict[str, Any]] = []
     for model in options.models:
         reference: dict[str, Any] = {}
@@ -63,7 +66,7 @@ def main() -> None:
             dtype, prepare = VARIANTS[name]
             vae = AutoencoderKLLeanVAE.from_pretrained(model_path(model), torch_dtype=dtype).eval()
             prepare(vae)
-            quality = evaluate_reconstruction(vae, options.folder, options.num_frames, options.size)
+            quality = evaluate_reconstruction(AutoencoderReconstructor(vae, model), options.folder, protocol).totals
             reference = reference or quality
             psnr, ssim = quality["psnr_frame_mean_rgb"], quality["ssim_frame_mean_rgb"]
             rows.append({"model": model, "variant": name, "psnr": round(psnr, 3), "ssim": round(ssim, 5)})

@@ -13,7 +13,9 @@ from patterns import drifting_pattern
 from PIL import Image
 
 from diffusers_leanvae.data import encode_dataset, open_training_data, read_center_clip
+from diffusers_leanvae.evaluation.protocols import Protocol
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.video_io import write_video
 
 
@@ -101,9 +103,9 @@ def test_mutated_files_end_no_training(mutated: Path, cache_gib: float):
 
 def test_mutated_files_end_no_evaluation_and_no_cache(make_model, mutated: Path, tmp_path: Path):
     vae, num_files = make_model(), len(list(mutated.iterdir()))
-    result = evaluate_reconstruction(vae, mutated, 5, 32)
-    assert result["num_videos"] + result["num_failed"] == num_files and "sound.mp4" in result["clips"]
-    assert all("\n" not in reason for reason in result["failed"].values()) and "huge.png" in result["failed"]
+    result = evaluate_reconstruction(AutoencoderReconstructor(vae, "tiny"), mutated, Protocol("tiny", 5, 32))
+    assert len(result.clips) + len(result.failed) == num_files and "sound.mp4" in result.clips
+    assert all("\n" not in reason for reason in result.failed.values()) and "huge.png" in result.failed
     with pytest.warns(UserWarning, match="Skipping"):
         cache = encode_dataset(vae, str(mutated), tmp_path / "cache", clip_size=(5, 32, 32))
     assert len(cache) + cache.index["num_skipped"] == num_files

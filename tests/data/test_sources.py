@@ -19,7 +19,7 @@ from diffusers_leanvae.data import Clip, ClipDataset, open_training_data
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.metadata import find_captions
 from diffusers_leanvae.data.sources import expand_braces, open_source, split_member
-from diffusers_leanvae.data.streams import VideoStream, _write
+from diffusers_leanvae.data.streams import VideoStream, write_example
 from diffusers_leanvae.video_io import write_video
 
 
@@ -358,5 +358,5 @@ def test_a_compressed_shard_is_streamed(listed: Path, tmp_path: Path, datasets):
 
 def test_a_stream_may_have_a_column_of_file_names(tmp_path: Path):
     example = {"video": b"encoded", "file_name": "original.mp4", "caption": "words"}
-    row = _write(example, "video", tmp_path, 3)
+    row = write_example(example, "video", tmp_path, 3)
     assert (tmp_path / row["file_name"]).read_bytes() == b"encoded" and row["caption"] == "words"

@@ -1,79 +1,34 @@
 """One protocol scores clips, whoever asks: published numbers and validation during training."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_ranks
+from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.data import Share, read_center_clip
+from diffusers_leanvae.evaluation.journal import Journal
 from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
-from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction, round_scores, score_clip
+from diffusers_leanvae.evaluation.protocols import Protocol
+from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction, score_clip
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor, Reconstruction
+from diffusers_leanvae.evaluation.records import Evaluation
+from diffusers_leanvae.evaluation.streaming import StreamingReconstructor
 from diffusers_leanvae.trainer.validation import gather_failures, load_validation_clips, score_clips, summarize
 from diffusers_leanvae.video_io import read_video, write_video
 
 
 NAMES = ["psnr_frame_mean_rgb", "ssim_frame_mean_rgb"]
-
-
-def test_the_score_of_a_clip(make_model, make_video):
-    vae, clip = make_model(), make_video(3, 5, 16, 24)
-    score = score_clip(vae, clip)
-    with torch.no_grad():
-        decoded = vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample[0]
-    unit, original = (x.transpose(0, 1).add(1).div(2).clamp(0, 1) for x in (decoded, clip))
-    assert torch.equal(score.reconstruction, unit) and torch.equal(score.original, original)
-    assert decoded.abs().max() > 1  # the clamp counts
-    assert score.psnr == frame_psnr(unit, original).mean().item()
-    assert score.ssim == frame_ssim(unit, original).mean().item()
-    half = score_clip(make_model(torch.bfloat16), clip)
-    assert torch.equal(half.original, clip.bfloat16().float().transpose(0, 1).add(1).div(2))
-
-
-def test_evaluation_and_validation_agree(make_model, clips: Path):
-    vae = make_model()
-    result = evaluate_reconstruction(vae, clips, num_frames=5, size=32)
-    record = summarize(score_clips(vae, load_validation_clips(clips, 5, 32).clips))
-    assert list(result["clips"]) == list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
-    assert {name: scores[NAMES[0]] for name, scores in result["clips"].items()} == record["clips"]
-    assert {name: scores[NAMES[1]] for name, scores in result["clips"].items()} == record["clips_ssim"]
-    assert [result[name] for name in NAMES] == [record[name] for name in NAMES]
-    for name in NAMES:  # of numbers that nobody rounded
-        assert result[name] == sum(scores[name] for scores in result["clips"].values()) / 3
-    score = score_clip(vae, read_center_clip(clips / "b.mp4", 5, 32))
-    assert result["clips"]["b.mp4"] == dict(zip(NAMES, score[:2], strict=True))
-    assert (result["num_videos"], result["num_frames"], result["resolution"]) == (3, 5, 32)
-    assert result["num_failed"] == record["num_failed"] == 0 and result["failed"] == record["failed"] == {}
-
-
-def test_rounding_is_for_files(make_model, clips: Path):
-    result = evaluate_reconstruction(make_model(), clips, num_frames=5, size=32)
-    rounded = round_scores(result)
-    assert rounded.keys() == result.keys() and rounded["dtype"] == "float32"
-    pairs = [(rounded, result), *((rounded["clips"][name], scores) for name, scores in result["clips"].items())]
-    for short, exact in pairs:
-        assert short[NAMES[0]] == round(exact[NAMES[0]], 4) != exact[NAMES[0]]
-        assert short[NAMES[1]] == round(exact[NAMES[1]], 5) != exact[NAMES[1]]
-
-
-def test_videos_of_one_name_are_all_counted(make_model, clips: Path, tmp_path: Path):
-    (tmp_path / "other").mkdir()
-    shutil.copy(clips / "a.mp4", tmp_path / "a.mp4")
-    shutil.copy(clips / "b.mp4", tmp_path / "other" / "a.mp4")
-    lines: list[str] = []
-    result = evaluate_reconstruction(make_model(), tmp_path, 5, 32, lines.append)
-    assert list(result["clips"]) == ["a.mp4", "other/a.mp4"] and result["num_videos"] == len(lines) == 2
-
-
-def test_an_empty_folder_is_refused(make_model, tmp_path: Path):
-    with pytest.raises(ValueError, match="`folder` must hold at least one video, got none"):
-        evaluate_reconstruction(make_model(), tmp_path)
-
-
-# --- Bad files -------------------------------------------------------------------------------------------------------
+TINY = Protocol("tiny", 5, 32)
 
 
 @pytest.fixture
@@ -89,22 +44,181 @@ def mixed(clips: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def make_judged(vae: Any, **about: Any) -> AutoencoderReconstructor:
+    return AutoencoderReconstructor(vae, "tiny", {"temporal_compression_ratio": 4} | about)
+
+
+def test_the_score_of_a_clip(make_model, make_video):
+    vae, clip = make_model(), make_video(3, 5, 16, 24)
+    score = score_clip(vae, clip)
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample[0]
+    unit, original = (x.transpose(0, 1).add(1).div(2).clamp(0, 1) for x in (decoded, clip))
+    assert torch.equal(score.reconstruction, unit) and torch.equal(score.original, original)
+    assert decoded.abs().max() > 1  # the clamp counts
+    assert score.psnr == frame_psnr(unit, original).double().mean().item()
+    assert score.ssim == frame_ssim(unit, original).double().mean().item()
+    half = score_clip(make_model(torch.bfloat16), clip)
+    assert torch.equal(half.original, clip.bfloat16().float().transpose(0, 1).add(1).div(2))
+
+
+def test_evaluation_and_validation_agree(make_model, clips: Path):
+    vae = make_model()
+    result = evaluate_reconstruction(make_judged(vae), clips, TINY)
+    record = summarize(score_clips(vae, load_validation_clips(clips, 5, 32).clips))
+    assert list(result.clips) == list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+    assert {name: scores[NAMES[0]] for name, scores in result.clips.items()} == record["clips"]
+    assert {name: scores[NAMES[1]] for name, scores in result.clips.items()} == record["clips_ssim"]
+    for name in NAMES:  # of numbers that nobody rounded
+        assert result.totals[name] == math.fsum(scores[name] for scores in result.clips.values()) / 3
+        assert result.totals[name] == pytest.approx(record[name], rel=1e-12)
+    score = score_clip(vae, read_center_clip(clips / "b.mp4", 5, 32))
+    assert [result.clips["b.mp4"][name] for name in NAMES] == list(score[:2])
+    assert result.failed == record["failed"] == {} and record["num_failed"] == 0
+
+
+def test_videos_of_one_name_are_all_counted(make_model, clips: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(clips / "a.mp4", tmp_path / "a.mp4")
+    shutil.copy(clips / "b.mp4", tmp_path / "other" / "a.mp4")
+    lines: list[str] = []
+    result = evaluate_reconstruction(make_judged(make_model()), tmp_path, TINY, progress=lines.append)
+    assert list(result.clips) == ["a.mp4", "other/a.mp4"] and result.num_videos == len(lines) == 2
+
+
+def test_an_empty_folder_is_refused(make_model, tmp_path: Path):
+    with pytest.raises(ValueError, match="`folder` must hold at least one video, got none"):
+        evaluate_reconstruction(make_judged(make_model()), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["leanvae", "wfvae", "ivvae"])
+def test_pieces_give_what_whole_clips_give(name: str, make_video, clips: Path):
+    vae = make_tiny(name, torch.float64)
+    protocol = replace(TINY, num_frames=None, metrics=("psnr", "psnr_in_group", "ssim", "flicker", "warp"))
+    whole = evaluate_reconstruction(make_judged(vae), clips, protocol)
+    for chunk in (5, 9):
+        pieces = evaluate_reconstruction(
+            StreamingReconstructor(vae, "tiny", {"temporal_compression_ratio": 4}, chunk), clips, protocol
+        )
+        for clip, figures in whole.clips.items():
+            assert pieces.clips[clip] == pytest.approx(
+                figures, abs=1e-5, rel=0
+            )  # measured: 1.9e-6, flicker in float32
+        assert pieces.latents["channel_std"] == pytest.approx(whole.latents["channel_std"], abs=1e-9, rel=0)
+        assert pieces.about["chunk"] == chunk
+    for chunk in (1, 6):
+        with pytest.raises(ValueError, match=r"`chunk` must be 4 \* n \+ 1"):
+            StreamingReconstructor(vae, "tiny", None, chunk)
+
+
+def test_latents_and_rate(make_model, clips: Path):
+    vae = make_model()
+    result = evaluate_reconstruction(make_judged(vae), clips, TINY)
+    samples = torch.stack([read_center_clip(clips / name, 5, 32) for name in result.clips])
+    with torch.no_grad():
+        latents = vae.encode(samples).latent_dist.mode().double()
+    channels = latents.transpose(0, 1).flatten(1)
+    assert result.latents is not None
+    assert result.latents["channel_mean"] == pytest.approx(channels.mean(dim=1).tolist(), abs=1e-6, rel=0)
+    std = channels.std(dim=1, correction=0).tolist()
+    assert result.latents["channel_std"] == pytest.approx(std, abs=1e-6, rel=0) and min(std) > 0.01
+    assert result.latents["largest"] == pytest.approx(latents.abs().max().item(), abs=1e-6, rel=0)
+    assert result.latents["std"] == pytest.approx(latents.std(correction=0).item(), abs=1e-6, rel=0)
+    assert result.totals["bits_per_pixel"] == pytest.approx(8 * latents[0].numel() / (5 * 32 * 32))
+    assert result.timing is not None and result.timing["peak_memory_bytes"] > 2**20
+    assert result.timing["encode_frames_per_second"] > 0 and result.timing["decode_frames_per_second"] > 0
+
+
+def test_the_places_in_a_group(make_model, clips: Path):
+    vae = make_model()
+    result = evaluate_reconstruction(make_judged(vae), clips, replace(TINY, num_frames=9, metrics=("psnr_in_group",)))
+    score = score_clip(vae, read_center_clip(clips / "a.mp4", 9, 32))
+    values = frame_psnr(score.reconstruction, score.original).double()
+    prefix = "psnr_frame_mean_rgb_"
+    expected = {f"{prefix}first": values[0].item()}
+    expected |= {f"{prefix}group_{place}": ((values[place] + values[place + 4]) / 2).item() for place in range(1, 5)}
+    figures = {name: value for name, value in result.clips["a.mp4"].items() if name != "bits_per_pixel"}
+    assert figures == pytest.approx(expected, abs=1e-12, rel=0) and len({*expected.values()}) == 5
+
+
+# --- Runs that end, and several processes ----------------------------------------------------------------------------
+
+
+def figures_of(result: Evaluation) -> dict[str, Any]:
+    return {name: value for name, value in result.to_json().items() if name != "timing"}
+
+
+def test_a_run_that_was_ended_gives_the_same(make_model, clips: Path, tmp_path: Path, monkeypatch):
+    judged, journal = make_judged(make_model()), tmp_path / "journal"
+    expected = figures_of(evaluate_reconstruction(judged, clips, TINY))
+    count = 0
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_reconstruction(judged, clips, TINY, resume=journal, progress=interrupt)
+    lines = (journal / "clips-0.jsonl").read_bytes()
+    assert lines.count(b"\n") == 1
+    (journal / "clips-0.jsonl").write_bytes(lines + lines[:40])  # the second was being written
+
+    reconstruct = judged.reconstruct
+
+    def counted(clip: torch.Tensor) -> Reconstruction:
+        nonlocal count
+        count += 1
+        return reconstruct(clip)
+
+    monkeypatch.setattr(judged, "reconstruct", counted)
+    assert figures_of(evaluate_reconstruction(judged, clips, TINY, resume=journal)) == expected and count == 2
+    assert figures_of(evaluate_reconstruction(judged, clips, TINY, resume=journal)) == expected and count == 2
+    other = evaluate_reconstruction(judged, clips, replace(TINY, resolution=40), resume=journal)
+    assert count == 5 and other.totals != expected and other.clips.keys() == expected["clips"].keys()
+    copy = tmp_path / "copy"
+    shutil.copytree(clips, copy)
+    shutil.copy(clips / "b.mp4", copy / "a.mp4")
+    changed = evaluate_reconstruction(judged, copy, TINY, resume=journal)  # of the same names
+    assert changed.clips["a.mp4"] == expected["clips"]["b.mp4"]
+    Journal.remove(journal)
+    assert not journal.exists()
+
+
+def evaluate_share(rank: int, folder: str, clips: str) -> None:
+    """Work of each process: evaluate, and write the result."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    judged = make_judged(make_tiny("leanvae"))
+    result = evaluate_reconstruction(judged, clips, TINY, resume=f"{folder}/journal")
+    Path(folder, f"result-{rank}.json").write_text(json.dumps(figures_of(result)))
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_bits_of_one(make_model, mixed: Path, tmp_path: Path):
+    expected = figures_of(evaluate_reconstruction(make_judged(make_model()), mixed, TINY))
+    run_ranks(evaluate_share, str(tmp_path), str(mixed), num_processes=2, output=tmp_path)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"result-{rank}.json").read_text()) == expected
+    assert len(list((tmp_path / "journal").glob("clips-*.jsonl"))) == 2
+
+
+# --- Bad files -------------------------------------------------------------------------------------------------------
+
+
 def test_evaluation_goes_on_past_bad_files(make_model, clips: Path, mixed: Path):
-    vae, lines = make_model(), []
-    result = evaluate_reconstruction(vae, mixed, 5, 32, lines.append)
-    alone = evaluate_reconstruction(vae, clips, 5, 32)["clips"]
-    assert result["clips"] == {"a.mp4": alone["a.mp4"], "z/b.mp4": alone["b.mp4"]}
+    judged, lines = make_judged(make_model()), []
+    result = evaluate_reconstruction(judged, mixed, TINY, progress=lines.append)
+    alone = evaluate_reconstruction(judged, clips, TINY).clips
+    assert result.clips == {"a.mp4": alone["a.mp4"], "z/b.mp4": alone["b.mp4"]}
     for name in NAMES:
-        assert result[name] == (alone["a.mp4"][name] + alone["b.mp4"][name]) / 2
-    assert list(result["failed"]) == ["0.mp4", "half.mp4", "short.mp4"]
-    assert (result["num_videos"], result["num_failed"], len(lines)) == (2, 3, 5)
-    assert "must have at least 5 frames, got 3" in result["failed"]["short.mp4"]
+        assert result.totals[name] == math.fsum((alone["a.mp4"][name], alone["b.mp4"][name])) / 2
+    assert list(result.failed) == ["0.mp4", "half.mp4", "short.mp4"]
+    assert (result.num_videos, len(lines)) == (2, 5)
+    assert "must have at least 5 frames, got 3" in result.failed["short.mp4"]
     assert [line.split()[0] for line in lines if " failed: " in line] == ["0.mp4", "half.mp4", "short.mp4"]
-    assert round_scores(result)["failed"] == result["failed"]
     for name in ("a.mp4", "z/b.mp4"):
         (mixed / name).unlink()
     with pytest.raises(ValueError, match="at least one usable video, got 3 that failed, the first of them: .*0.mp4"):
-        evaluate_reconstruction(vae, mixed, 5, 32)
+        evaluate_reconstruction(judged, mixed, TINY)
 
 
 def test_the_command_counts_bad_files(mixed: Path, tmp_path: Path):

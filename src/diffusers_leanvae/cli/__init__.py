@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..checks import one_line
-from . import demo, generation, measure, models, videos
+from . import demo, evaluation, generation, measure, models, videos
 from .common import in_one_sentence
 
 
@@ -33,7 +33,7 @@ COMMANDS = {
     "encode-dataset": generation.encode_dataset,
     "convert": models.convert,
     "info": models.info,
-    "eval": measure.evaluate,
+    "eval": evaluation.evaluate,
     "bench": measure.bench,
     "demo": demo.demo,
 }

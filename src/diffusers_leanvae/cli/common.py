@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -41,6 +42,10 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(help=f"Number type to compute in: {DTYPE_NAMES}; auto is bfloat16 on a CUDA GPU, else float32."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="JSON file to write, with the result and the machine, versions and command it came from."),
 ]
 Start = Annotated[int, typer.Option(min=0, help="First frame to read, counted from 0.")]
 NumFrames = Annotated[

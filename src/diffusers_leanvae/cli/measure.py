@@ -1,67 +1,18 @@
-"""Quality and speed: `eval`, `bench`."""
+"""Speed: `bench`."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import bundled
 from ..checks import check_choice, one_line, parse_video_size
-from ..conversion.headers import WEIGHTS_NAME
-from .common import Device, Dtype, Model, load_model, place
+from .common import Device, Output, load_model, place
 
 
 if TYPE_CHECKING:
     from ..benchmark.rounds import Record
     from ..benchmark.subjects import Subject
-
-Output = Annotated[
-    Path | None,
-    typer.Option(help="JSON file to write, with the result and the machine, versions and command it came from."),
-]
-
-
-def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of videos.")],
-    model: Model = bundled.DEFAULT,
-    output: Output = None,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames of each clip, from the start of the video.")] = 17,
-    size: Annotated[
-        int, typer.Option(min=8, help="Shorter side to resize to, and side of the centre crop, in pixels.")
-    ] = 256,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """Measure PSNR (dB) and SSIM of reconstructions over a folder of videos, clip by clip.
-
-    Files that cannot be read, or are too short, are named, counted and left out of the mean.
-    """
-    from ..evaluation.reconstruction import evaluate_reconstruction, round_scores
-    from ..evaluation.results import sha256, write_result
-    from ..loading import resolve_bundled
-
-    if not folder.is_dir():
-        raise ValueError(f"FOLDER must be an existing folder, got {str(folder)!r}.")
-    vae = load_model(model, device, dtype)
-    result = evaluate_reconstruction(vae, folder, num_frames, size, typer.echo)
-    psnr, ssim = result["psnr_frame_mean_rgb"], result["ssim_frame_mean_rgb"]
-    typer.echo(f"{'mean':<28} PSNR {psnr:6.2f} dB  SSIM {ssim:.4f}")
-    if result["num_failed"]:
-        total = result["num_failed"] + result["num_videos"]
-        typer.echo(f"{result['num_failed']} of {total} files failed: {', '.join(result['failed'])}", err=True)
-    if output is not None:
-        weights = Path(resolve_bundled(model)) / WEIGHTS_NAME
-        checksum = sha256(weights) if weights.is_file() else None
-        described = {
-            "model": model,
-            "weights_sha256": checksum,
-            "num_parameters": sum(p.numel() for p in vae.parameters()),
-            "latent_channels": vae.latent_channels,
-            "dataset": folder.name,
-        }
-        write_result(output, described | round_scores(result))
-        typer.echo(str(output))
 
 
 def bench(

@@ -210,8 +210,8 @@ class BlockReader:
     def __init__(self, stream: Any, block_size: int, root: Path, seed: int, share: Share = ALONE) -> None:
         from datasets.distributed import split_dataset_by_node  # pyright: ignore[reportMissingImports]
 
-        self.column = _visual_column(stream)
-        stream = _without_decoding(stream, self.column)
+        self.column = visual_column(stream)
+        stream = without_decoding(stream)
         # A buffer of one shuffles the order of shards only, and holds nothing back that a state would not know of.
         stream = split_dataset_by_node(stream, share.rank, share.world_size).shuffle(seed=seed, buffer_size=1)
         self.stream, self.block_size, self.root = stream, block_size, root
@@ -242,7 +242,7 @@ class BlockReader:
                 self._next()
             self._finish()
         partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self.root))
-        rows = [_write(self._next(), self.column, partial, number) for number in range(self.block_size)]
+        rows = [write_example(self._next(), self.column, partial, number) for number in range(self.block_size)]
         (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._finish()
         return partial
@@ -292,7 +292,7 @@ class BlockReader:
         raise ValueError(f"`train` must hold an example for each of {self.setting['world_size']} processes, got none.")
 
 
-def _visual_column(stream: Any) -> str:
+def visual_column(stream: Any) -> str:
     """Find the column with the videos, or else the images, by its type or (as in tar files) by its name."""
     features = stream.features
     if features is None:
@@ -305,7 +305,8 @@ def _visual_column(stream: Any) -> str:
     raise ValueError(f"`train` must have a column of videos or images, got the columns {', '.join(features)}.")
 
 
-def _without_decoding(stream: Any, column: str) -> Any:
+def without_decoding(stream: Any) -> Any:
+    """Let `datasets` pass videos and images on as they are."""
     from datasets import Image, Video  # pyright: ignore[reportMissingImports]
 
     features = stream.features or {}
@@ -315,7 +316,7 @@ def _without_decoding(stream: Any, column: str) -> Any:
     return stream
 
 
-def _write(example: dict[str, Any], column: str, folder: Path, number: int) -> dict[str, Any]:
+def write_example(example: dict[str, Any], column: str, folder: Path, number: int) -> dict[str, Any]:
     """Write the video of an example, an empty file where there is none, and return its line of `metadata.jsonl`."""
     value = example.pop(column, None)
     value = {"bytes": value, "path": None} if isinstance(value, bytes) else value or {"bytes": b"", "path": None}

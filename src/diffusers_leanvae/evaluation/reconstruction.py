@@ -1,17 +1,36 @@
-"""Reconstruction quality of an autoencoder, clip by clip: the protocol of every published PSNR and SSIM."""
+"""Reconstruction quality, clip by clip: the protocol of every published PSNR and SSIM, and all other metrics.
 
-from collections.abc import Callable, Mapping
+`evaluate_reconstruction` takes the share of a process in a `torch.distributed` job. What clips contribute is summed in
+the order of the data whichever process computed it, so that any number of processes gives the same bits.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from ..checks import one_line
-from ..data.datasets import read_center_clip
+from ..checks import one_line, reason_of
+from ..data.schedule import ALONE, Share
+from ..data.streams import is_stream
 from ..models.video_autoencoder import VideoAutoencoder
-from ..video_io import list_videos
-from ..video_io.pixels import sample_to_unit
+from ..video_io.pixels import sample_to_unit, unit_to_pixels
+from .clips import ClipFile, list_clips, read_clip, read_pieces
+from .frechet import frechet_distance
+from .journal import ClipResult, Journal, pack_features, unpack_features
+from .measures import Measure, Measures, MetricOptions, make_measures
 from .metrics import frame_psnr, frame_ssim
+from .protocols import PROTOCOLS, Protocol
+from .reconstructors import BITS_PER_PIXEL, RATE, Reconstruction, Reconstructor
+from .records import Evaluation, Metric, mean_over_clips
+from .streaming import StreamingReconstructor
+
+
+_DIRECTIONS = ("encode", "decode")
 
 
 class ClipScore(NamedTuple):
@@ -25,7 +44,7 @@ class ClipScore(NamedTuple):
 
 @torch.no_grad()
 def score_clip(vae: VideoAutoencoder, clip: torch.Tensor) -> ClipScore:
-    """Reconstruct a clip from the posterior mean, and compare.
+    """Reconstruct a clip from the posterior mean, and compare by PSNR and SSIM, for validation during training.
 
     The output is clamped; PSNR and SSIM are those of each frame over its three channels with pixels in `[0, 1]`, and
     their mean over the frames. The original is what the model gets: in the model's dtype.
@@ -37,67 +56,107 @@ def score_clip(vae: VideoAutoencoder, clip: torch.Tensor) -> ClipScore:
     sample = clip[None].to(vae.device, vae.dtype)
     reconstruction = vae(sample, return_dict=False)[0]
     decoded, original = (sample_to_unit(x[0].transpose(0, 1)) for x in (reconstruction, sample))
-    psnr, ssim = (metric(decoded, original).mean().item() for metric in (frame_psnr, frame_ssim))
+    psnr, ssim = (metric(decoded, original).double().mean().item() for metric in (frame_psnr, frame_ssim))
     return ClipScore(psnr, ssim, original, decoded)
 
 
 def evaluate_reconstruction(
-    vae: VideoAutoencoder,
-    folder: str | Path,
-    num_frames: int = 17,
-    size: int = 256,
+    reconstructor: Reconstructor,
+    source: str | Path,
+    protocol: Protocol = PROTOCOLS["val-17x256"],
+    options: MetricOptions | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    resume: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """PSNR and SSIM of the reconstructions of the videos of a folder.
+    on_clip: Callable[[str, Reconstruction, dict[str, float]], None] | None = None,
+) -> Evaluation:
+    """Measure the reconstructions of the clips of a data set.
 
-    Of every video: the first `num_frames` frames, short side resized to `size` (bicubic, antialias), centre crop,
-    scored by [`score_clip`]; then the mean over clips. Files that cannot be read, or are too short, are passed over
-    and named.
+    Files that cannot be read, or are too short, are passed over and named. Metrics whose weights cannot be had are
+    left out and named. In a job of several processes (`torch.distributed`), all call and all get the whole result.
 
     Args:
-        vae: The autoencoder, on its device, in its dtype.
-        folder: Searched recursively for videos.
-        num_frames: A frame count the autoencoder takes.
-        size: Height and width of the crop, a multiple of the spatial ratio.
-        progress: Called with a line per clip.
+        reconstructor: What is judged. A [`StreamingReconstructor`] gets clips in pieces; of whole videos, others hold
+            all frames in memory.
+        source: The data, as of [`clips.list_clips`].
+        protocol: Which frames of which clips at what size, and the metrics.
+        options: Where weights of metrics come from.
+        device: Where metrics are computed.
+        resume: Folder for finished clips, on a disk that all processes see: a run that was ended goes on from there.
+            [`Journal.remove`] removes it.
+        progress: Called with a line per clip of this process.
+        on_clip: Called with the name, the reconstruction and the figures of each clip that this process measured, but
+            of none that is taken from `resume` or was given in pieces.
 
     Returns:
-        `psnr_frame_mean_rgb` (dB), `ssim_frame_mean_rgb`, `num_videos` (those scored), `num_failed`, `num_frames`,
-        `resolution`, `dtype`, `clips` with the same two metrics for each, and `failed` with what was wrong with each
-        of the others. Nothing is rounded; [`round_scores`] does, for a file.
+        The evaluation. Nothing is rounded.
 
     Raises:
-        ValueError: If there is no video, or none that can be read.
+        ValueError: If there is no clip, or none that can be read.
     """
-    clips, failed = {}, {}
-    paths = list_videos(folder)
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
+    ratio = _ratio(reconstructor)
+    share = _share()
+    measures = make_measures(protocol.metrics, options, device, ratio)
+    _check_feature_frames(measures, protocol)
+    names = [*measures.metrics, *(features.name for features in measures.features.values())]
+    judged = {"name": reconstructor.name, "about": reconstructor.about}
+    setting = {"judged": judged, "protocol": protocol.to_json(), "metrics": names}
+    journal = None if resume is None else Journal(resume, setting, share.rank)
+    finished = {} if journal is None else journal.read()
+    if share.world_size > 1:
+        dist.barrier()  # nobody writes before all have read
+    results: list[ClipResult] = []
+    failed: list[tuple[int, str, str]] = []
+    for index, clip in enumerate(list_clips(source, protocol)):
+        if index % share.world_size != share.rank:
+            continue
+        known = finished.get(clip.name)
+        if known is not None and (known.index, known.stamp) == (index, clip.stamp):
+            results.append(known)
+            continue
         try:
-            clip = read_center_clip(path, num_frames, size)
-        except Exception as error:  # whatever a foreign file does to the reader, the others are still to be scored
-            failed[name] = one_line(error)
-            line = f"{name:<28} failed: {failed[name]}"
+            result, whole = _measure_clip(reconstructor, index, clip, protocol, measures, device)
+        except _Unreadable as error:
+            failed.append((index, clip.name, one_line(error)))
+            line = f"{clip.name:<28} failed: {failed[-1][2]}"
         else:
-            score = score_clip(vae, clip)
-            clips[name] = {"psnr_frame_mean_rgb": score.psnr, "ssim_frame_mean_rgb": score.ssim}
-            line = f"{name:<28} PSNR {score.psnr:6.2f} dB  SSIM {score.ssim:.4f}"
+            results.append(result)
+            line = describe_figures(clip.name, result.figures, measures.metrics)
+            if journal is not None:
+                journal.add(result)
+            if on_clip is not None and whole is not None:
+                on_clip(clip.name, whole, result.figures)
         if progress is not None:
             progress(line)
-    if not paths:
-        raise ValueError(f"`folder` must hold at least one video, got none in {str(folder)!r}.")
-    if not clips:
-        raise ValueError(f"`folder` must hold at least one usable video, got {describe_failures(failed)}")
-    return {
-        **{name: sum(clip[name] for clip in clips.values()) / len(clips) for name in next(iter(clips.values()))},
-        "num_videos": len(clips),
-        "num_failed": len(failed),
-        "num_frames": num_frames,
-        "resolution": size,
-        "dtype": str(vae.dtype).removeprefix("torch."),
-        "clips": clips,
-        "failed": failed,
-    }
+    results, failed = (sorted(_gather(items, share), key=_by_index) for items in (results, failed))
+    if not results and not failed:
+        raise ValueError(f"`source` must hold at least one video, got none in {str(source)!r}.")
+    reasons = {name: reason for _, name, reason in failed}
+    if not results:
+        raise ValueError(f"`source` must hold at least one usable video, got {describe_failures(reasons)}")
+    figures = _merge(measures, results)
+    timing = _timing(results) | _peak_memory(torch.device(device), share)
+    dataset = str(source) if is_stream(str(source)) else Path(source).name
+    return Evaluation(
+        model=reconstructor.name,
+        dataset=dataset,
+        protocol=protocol.to_json(),
+        about=dict(reconstructor.about),
+        failed=reasons,
+        timing=timing,
+        **figures,
+    )
+
+
+def describe_figures(name: str, figures: Mapping[str, float], metrics: Mapping[str, Metric]) -> str:
+    """Put the first figures of a clip on a line."""
+    shown = [
+        f"{metrics[key].label} {value:.{metrics[key].digits}f}{f' {metrics[key].unit}' if metrics[key].unit else ''}"
+        for key, value in figures.items()
+        if key in metrics and key != BITS_PER_PIXEL and not key.startswith("psnr_frame_mean_rgb_")
+    ]
+    return f"{name:<28} {'  '.join(shown)}".rstrip()
 
 
 def describe_failures(failed: Mapping[str, str]) -> str:
@@ -105,11 +164,256 @@ def describe_failures(failed: Mapping[str, str]) -> str:
     return f"{len(failed)} that failed, the first of them: {next(iter(failed.values()))}"
 
 
-def round_scores(result: dict[str, Any]) -> dict[str, Any]:
-    """Round what [`evaluate_reconstruction`] returns for a file: PSNR to 4 decimals, SSIM to 5."""
+# --- One clip --------------------------------------------------------------------------------------------------------
 
-    def rounded(scores: dict[str, Any]) -> dict[str, Any]:
-        digits = {"psnr_frame_mean_rgb": 4, "ssim_frame_mean_rgb": 5}
-        return {name: round(value, digits[name]) if name in digits else value for name, value in scores.items()}
 
-    return rounded(result) | {"clips": {name: rounded(scores) for name, scores in result["clips"].items()}}
+class _Unreadable(Exception):
+    """A file that cannot be read, or is too short."""
+
+
+@torch.no_grad()
+def _measure_clip(
+    reconstructor: Reconstructor,
+    index: int,
+    clip: ClipFile,
+    protocol: Protocol,
+    measures: Measures,
+    device: torch.device | str,
+) -> tuple[ClipResult, Reconstruction | None]:
+    pieces = _guarded(_read(reconstructor, clip, protocol))
+    is_streamed = isinstance(reconstructor, StreamingReconstructor)
+    reconstructions = reconstructor.stream(pieces) if is_streamed else map(reconstructor.reconstruct, pieces)
+    figures: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    active: list[tuple[str, Measure]] | None = None
+    piece: Reconstruction | None = None
+    latents, seen = _LatentSums(), _FirstFrames(protocol.num_feature_frames if measures.features else 0)
+    num_frames, num_pixels, num_bits, encode_seconds, decode_seconds = 0, 0, 0, 0.0, 0.0
+    try:
+        for piece in reconstructions:
+            encode_seconds += piece.encode_seconds
+            decode_seconds += piece.decode_seconds
+            num_bits += piece.num_bits
+            latents.update(piece.latents)
+            decoded, original = piece.pixels.to(device), piece.original.to(device)
+            if not len(decoded):
+                continue
+            if active is None:
+                active = _start(measures, decoded, absent)
+            for _, measure in active:
+                measure.update(decoded, original)
+            seen.update(decoded, original)
+            num_frames += len(decoded)
+            num_pixels += decoded[:, 0].numel()
+        for kind, measure in active or []:
+            try:
+                figures |= measure.finish()
+            except ValueError as error:
+                absent[kind] = reason_of(error)
+        figures[BITS_PER_PIXEL] = num_bits / num_pixels
+    finally:
+        for _, measure in active or []:
+            measure.abandon()
+    features = {}
+    for kind, network in measures.features.items():
+        if seen.num_frames < protocol.num_feature_frames:
+            absent[kind] = f"needs {protocol.num_feature_frames} frames, got {seen.num_frames}"
+        else:
+            features[network.name] = [pack_features(network(pixels)) for pixels in seen.pixels()]
+    result = ClipResult(
+        index=index,
+        name=clip.name,
+        stamp=clip.stamp,
+        figures=figures,
+        absent=absent,
+        features=features,
+        latents=latents.to_json(),
+        num_frames=num_frames,
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
+    )
+    return result, None if is_streamed else piece
+
+
+def _start(measures: Measures, decoded: torch.Tensor, absent: dict[str, str]) -> list[tuple[str, Measure]]:
+    """Begin a clip with the measures that take frames of its size; the others are named in `absent`."""
+    active = []
+    for kind, measure in measures.clips.items():
+        try:
+            measure.start(*decoded.shape[2:])
+            active.append((kind, measure))
+        except ValueError as error:
+            absent[kind] = reason_of(error)
+    return active
+
+
+def _ratio(reconstructor: Reconstructor) -> int:
+    """Frames that share a latent frame; 1 where none do."""
+    return reconstructor.about.get("temporal_compression_ratio") or 1
+
+
+def _read(reconstructor: Reconstructor, clip: ClipFile, protocol: Protocol) -> Iterator[torch.Tensor]:
+    with clip.open() as video:
+        if isinstance(reconstructor, StreamingReconstructor):
+            yield from read_pieces(video, protocol, reconstructor.chunk, reconstructor.ratio)
+        else:
+            ratio = _ratio(reconstructor)
+            frames = read_clip(video, protocol, clip.name)
+            yield frames[:, : (frames.shape[1] - 1) // ratio * ratio + 1] if protocol.num_frames is None else frames
+
+
+def _guarded(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tell what a foreign file does to the reader from errors of the model."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever it is, the other clips are still to be measured
+            raise _Unreadable(str(error)) from error
+        yield piece
+
+
+class _LatentSums:
+    """Sums over the latents of a clip, for each channel, in float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] | None = None
+
+    def update(self, latents: torch.Tensor | None) -> None:
+        if latents is None:
+            return
+        values = latents.double().flatten(1)
+        found = {
+            "count": values.shape[1],
+            "sum": values.sum(dim=1).cpu(),
+            "squares": values.square().sum(dim=1).cpu(),
+            "largest": values.abs().amax().item() if values.numel() else 0.0,
+        }
+        if self.sums is None:
+            self.sums = found
+            return
+        for name in ("count", "sum", "squares"):
+            self.sums[name] = self.sums[name] + found[name]
+        self.sums["largest"] = max(self.sums["largest"], found["largest"])
+
+    def to_json(self) -> dict[str, Any] | None:
+        if self.sums is None:
+            return None
+        return self.sums | {name: self.sums[name].tolist() for name in ("sum", "squares")}
+
+
+class _FirstFrames:
+    """The first frames of a clip in 8 bits, which features are computed from."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.num_frames = limit, 0
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        count = min(self.limit - self.num_frames, len(decoded))
+        if count > 0:
+            self.parts.append((unit_to_pixels(original[:count]), unit_to_pixels(decoded[:count])))
+            self.num_frames += count
+
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return originals and reconstructions, `(num_frames, 3, height, width)`."""
+        originals, decoded = zip(*self.parts, strict=True)
+        return torch.cat(originals), torch.cat(decoded)
+
+
+# --- All clips -------------------------------------------------------------------------------------------------------
+
+
+def _share() -> Share:
+    if dist.is_available() and dist.is_initialized():
+        return Share(dist.get_rank(), dist.get_world_size())
+    return ALONE
+
+
+def _gather(items: list[Any], share: Share) -> list[Any]:
+    if share.world_size == 1:
+        return items
+    parts: list[Any] = [None] * share.world_size
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def _by_index(item: Any) -> int:
+    return item.index if isinstance(item, ClipResult) else item[0]
+
+
+def _check_feature_frames(measures: Measures, protocol: Protocol) -> None:
+    for kind, network in list(measures.features.items()):
+        wrong = network.num_frames not in (None, protocol.num_feature_frames)
+        if wrong or (protocol.num_frames is not None and protocol.num_frames < protocol.num_feature_frames):
+            measures.missing[kind] = (
+                f"`num_feature_frames` must be {network.num_frames or f'at most {protocol.num_frames}'} for "
+                f"{network.name}, got {protocol.num_feature_frames} in the protocol."
+            )
+            del measures.features[kind]
+
+
+def _merge(measures: Measures, results: Sequence[ClipResult]) -> dict[str, Any]:
+    """Figures of all clips, as parts of an `Evaluation`."""
+    clips = {result.name: result.figures for result in results}
+    metrics, missing = measures.metrics | {BITS_PER_PIXEL: RATE}, dict(measures.missing)
+    totals = mean_over_clips(clips)
+    for kind in dict.fromkeys(kind for result in results for kind in result.absent):
+        reasons = [result.absent[kind] for result in results if kind in result.absent]
+        missing[kind] = f"{len(reasons)} of {len(results)} clips: {reasons[0]}."
+    for kind, network in measures.features.items():
+        pairs = [result.features[network.name] for result in results if network.name in result.features]
+        if len(pairs) < 2:
+            missing.setdefault(kind, f"It needs at least 2 clips, got {len(pairs)}.")
+            continue
+        originals, decoded = (
+            torch.stack([unpack_features(text) for text in side]) for side in zip(*pairs, strict=True)
+        )
+        metrics[f"rfvd_{network.name}"] = network.metric(is_reconstruction=True)
+        totals[f"rfvd_{network.name}"] = frechet_distance(decoded, originals)
+    metrics = {name: metric for name, metric in metrics.items() if name in totals}
+    return {
+        "metrics": metrics,
+        "totals": {name: totals[name] for name in metrics},
+        "clips": clips,
+        "missing": missing,
+        "latents": _latent_statistics([result.latents for result in results if result.latents is not None]),
+    }
+
+
+def _timing(results: Sequence[ClipResult]) -> dict[str, float]:
+    num_frames = sum(result.num_frames for result in results)
+    seconds = {name: math.fsum(getattr(result, f"{name}_seconds") for result in results) for name in _DIRECTIONS}
+    return {f"{name}_frames_per_second": num_frames / value for name, value in seconds.items() if value > 0}
+
+
+def _latent_statistics(sums: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    if not sums:
+        return None
+    count = sum(part["count"] for part in sums)
+    means = [math.fsum(column) / count for column in zip(*(part["sum"] for part in sums), strict=True)]
+    squares = [math.fsum(column) / count for column in zip(*(part["squares"] for part in sums), strict=True)]
+    deviations = [math.sqrt(max(0.0, s - m * m)) for s, m in zip(squares, means, strict=True)]
+    mean = math.fsum(means) / len(means)
+    return {
+        "channel_mean": means,
+        "channel_std": deviations,
+        "mean": mean,
+        "std": math.sqrt(max(0.0, math.fsum(squares) / len(squares) - mean * mean)),
+        "largest": max(part["largest"] for part in sums),
+    }
+
+
+def _peak_memory(device: torch.device, share: Share) -> dict[str, int]:
+    """The highest memory of a process so far, on its device."""
+    peak = 0
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        with suppress(ImportError):  # on Windows
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peaks = _gather([peak], share)
+    return {"peak_memory_bytes": max(peaks)} if max(peaks) else {}

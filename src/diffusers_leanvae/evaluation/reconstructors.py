@@ -19,7 +19,7 @@ RATE = Metric(
     "bit/px",
     better=None,
 )
-_LATENT_BITS = 8
+LATENT_BITS = 8
 _NUM_IMAGES = 8  # that an image autoencoder takes at once
 
 
@@ -99,9 +99,7 @@ class AutoencoderReconstructor:
                 f"{tuple(decoded.shape[1:])}."
             )
         original, pixels = (sample_to_unit(x.transpose(0, 1)) for x in (sample, decoded))
-        return Reconstruction(
-            original, pixels, _LATENT_BITS * latents.numel(), encode_seconds, decode_seconds, latents
-        )
+        return Reconstruction(original, pixels, LATENT_BITS * latents.numel(), encode_seconds, decode_seconds, latents)
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         if not self._is_image:

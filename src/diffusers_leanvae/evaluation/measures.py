@@ -1,0 +1,377 @@
+"""Metrics of clips by kind: each takes a clip piece by piece and keeps sums only, whatever the length."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import check_choice, reason_of
+from ..losses.perceptual import LPIPS
+from .features import I3DFeatures, TransformerFeatures, VideoFeatures
+from .ffmpeg_metrics import VMAF_MODEL, VmafStream, XpsnrStream, find_vmaf
+from .metrics import MS_SSIM_SMALLEST, frame_ms_ssim, frame_psnr, frame_ssim_pair
+from .records import Metric
+from .temporal import BLOCK_SIZE, flicker, warp_error
+
+
+KINDS = {
+    "psnr": "PSNR of frames",
+    "psnr_in_group": "PSNR of the first frame and of each place in the groups that share a latent frame",
+    "ssim": "SSIM of frames, by two conventions",
+    "ms_ssim": "MS-SSIM of frames",
+    "lpips_vgg16": "LPIPS on VGG16",
+    "lpips_alexnet": "LPIPS on AlexNet",
+    "rfvd_i3d": "Frechet distance of I3D features",
+    "rfvd_features": "Frechet distance of the features of a model of transformers",
+    "vmaf": "VMAF, by the FFmpeg of imageio-ffmpeg",
+    "xpsnr": "XPSNR of the luma, by FFmpeg",
+    "flicker": "error of changes from frame to frame",
+    "warp": "error of changes along the motion",
+}
+_LPIPS_FRAMES = 4  # at a time: features of VGG16 take 100 MB for a frame of 256x256
+_MAX_XPSNR = 100.0  # in dB, of equal frames, as for PSNR
+_PLACE = "frames over RGB with pixels in [0, 1], mean over frames and then over clips"
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Where weights come from.
+
+    Attributes:
+        vgg16: File of torchvision's VGG16 or a Hub repository, `None` for the usual one; `"seed:0"` draws the weights:
+            such figures compare with those of the same seed only.
+        alexnet: File of torchvision's AlexNet, or a seed.
+        i3d: File of StyleGAN-V's I3D torchscript.
+        feature_model: Folder or Hub id of a vision model of transformers.
+    """
+
+    vgg16: str | None = None
+    alexnet: str | None = None
+    i3d: str | None = None
+    feature_model: str | None = None
+
+
+class Measure(ABC):
+    """Figures of one kind for one clip after another.
+
+    Attributes:
+        metrics: The figures, by name.
+    """
+
+    metrics: dict[str, Metric]
+
+    @abstractmethod
+    def start(self, height: int, width: int) -> None:
+        """Begin a clip of frames of this size.
+
+        Raises:
+            ValueError: If frames of this size cannot be measured.
+        """
+
+    @abstractmethod
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        """Take the next frames, each `(num_frames, 3, height, width)` in `[0, 1]`."""
+
+    @abstractmethod
+    def finish(self) -> dict[str, float]:
+        """Return the figures of the clip; one that it has none of, such as flicker of an image, is left out."""
+
+    def abandon(self) -> None:  # noqa: B027 (most have nothing to end)
+        """End what is open, after `finish` or when a clip failed half-way."""
+
+
+class FrameMeasure(Measure):
+    """Means of figures of single frames.
+
+    Args:
+        metrics: The figures, by name.
+        compute: From decoded and original frames to values `(num_frames,)` for each name.
+        smallest: Sides that frames must have at least.
+        batch_size: Frames that are computed together; `None` for all of a piece.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, Metric],
+        compute: Callable[[torch.Tensor, torch.Tensor], Iterable[torch.Tensor]],
+        smallest: int = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        self.metrics, self.compute, self.smallest, self.batch_size = metrics, compute, smallest, batch_size
+
+    def start(self, height: int, width: int) -> None:
+        if min(height, width) < self.smallest:
+            raise ValueError(f"needs frames with sides of at least {self.smallest}, got {height}x{width}")
+        self.sums, self.num_frames = dict.fromkeys(self.metrics, 0.0), 0
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        size = self.batch_size or len(decoded)
+        parts = [self.compute(*pair) for pair in zip(decoded.split(size), original.split(size), strict=True)]
+        for name, *values in zip(self.metrics, *parts, strict=True):
+            self.sums[name] += torch.cat(values).double().sum().item()
+        self.num_frames += len(decoded)
+
+    def finish(self) -> dict[str, float]:
+        return {name: value / self.num_frames for name, value in self.sums.items()}
+
+
+class GroupPsnr(Measure):
+    """PSNR by the place of a frame: the first, and each place in the groups that share a latent frame.
+
+    Args:
+        ratio: Frames of a group.
+    """
+
+    def __init__(self, ratio: int) -> None:
+        definition = f"PSNR of {_PLACE}; only of "
+        self.ratio = ratio
+        self.metrics = {
+            f"psnr_frame_mean_rgb_{'first' if not place else f'group_{place}'}": Metric(
+                f"PSNR {'first' if not place else f'{place} of {ratio}'}",
+                definition + ("the first frame." if not place else f"frame {place} of each group of {ratio}."),
+                "dB",
+                digits=2,
+            )
+            for place in range(ratio + 1)
+        }
+
+    def start(self, height: int, width: int) -> None:
+        self.position = 0
+        self.sums, self.counts = [0.0] * (self.ratio + 1), [0] * (self.ratio + 1)
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        for value in frame_psnr(decoded, original).tolist():
+            place = 0 if self.position == 0 else (self.position - 1) % self.ratio + 1
+            self.sums[place] += value
+            self.counts[place] += 1
+            self.position += 1
+
+    def finish(self) -> dict[str, float]:
+        return {
+            name: total / count
+            for name, total, count in zip(self.metrics, self.sums, self.counts, strict=True)
+            if count
+        }
+
+
+class ChangeMeasure(Measure):
+    """Means of figures of pairs of neighbouring frames; the last frame of a piece is kept for the next.
+
+    Args:
+        name: Of the figure.
+        metric: The figure.
+        compute: From decoded and original frames to sums and counts, `(num_frames - 1,)` each.
+        smallest: Sides that frames must have at least.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        metric: Metric,
+        compute: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        smallest: int = 1,
+    ) -> None:
+        self.metrics, self.compute, self.smallest = {name: metric}, compute, smallest
+
+    def start(self, height: int, width: int) -> None:
+        if min(height, width) < self.smallest:
+            raise ValueError(f"needs frames with sides of at least {self.smallest}, got {height}x{width}")
+        self.total, self.count = 0.0, 0
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        if self.last is not None:
+            decoded, original = (torch.cat(pair) for pair in zip(self.last, (decoded, original), strict=True))
+        self.last = decoded[-1:].clone(), original[-1:].clone()
+        if len(decoded) > 1:
+            sums, counts = self.compute(decoded, original)
+            self.total += sums.double().sum().item()
+            self.count += int(counts.sum())
+
+    def finish(self) -> dict[str, float]:
+        self.last = None
+        return {name: self.total / self.count for name in self.metrics} if self.count else {}
+
+
+class FilterMeasure(Measure):
+    """Means of figures of frames by a filter of FFmpeg.
+
+    Args:
+        name: Of the figure.
+        metric: The figure.
+        open_stream: Opens the filter for frames of a height and width.
+        largest: What takes the place of larger values.
+        smallest: Sides that frames must have at least.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        metric: Metric,
+        open_stream: Callable[[int, int], Any],
+        largest: float,
+        smallest: int = 16,
+    ) -> None:
+        self.metrics, self.open_stream, self.largest, self.smallest = {name: metric}, open_stream, largest, smallest
+        self.stream: Any = None
+
+    def start(self, height: int, width: int) -> None:
+        if min(height, width) < self.smallest or height % 2 or width % 2:
+            raise ValueError(f"needs frames with even sides of at least {self.smallest}, got {height}x{width}")
+        self.stream = self.open_stream(height, width)
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        self.stream.write(decoded, original)
+
+    def finish(self) -> dict[str, float]:
+        values = self.stream.finish()
+        return {name: sum(min(value, self.largest) for value in values) / len(values) for name in self.metrics}
+
+    def abandon(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+
+
+@dataclass
+class Measures:
+    """What is to be measured, ready to use.
+
+    Attributes:
+        clips: Measures of single clips, by kind.
+        features: Networks for Frechet distances, by kind.
+        missing: Why each kind that was asked for is left out, in one sentence.
+    """
+
+    clips: dict[str, Measure]
+    features: dict[str, VideoFeatures]
+    missing: dict[str, str]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The figures of single clips, by name."""
+        return {name: metric for measure in self.clips.values() for name, metric in measure.metrics.items()}
+
+
+def make_measures(
+    kinds: Iterable[str],
+    options: MetricOptions | None = None,
+    device: torch.device | str = "cpu",
+    ratio: int = 4,
+) -> Measures:
+    """Make the measures of some kinds; one whose weights or programs cannot be had is left out and named.
+
+    Args:
+        kinds: Keys of [`KINDS`].
+        options: Where weights come from.
+        device: Where to compute.
+        ratio: Frames that share a latent frame.
+    """
+    options, made = options or MetricOptions(), Measures({}, {}, {})
+    for kind in kinds:
+        check_choice("metrics", kind, KINDS)
+        try:
+            if kind == "rfvd_i3d":
+                made.features[kind] = I3DFeatures(options.i3d, device)
+            elif kind == "rfvd_features":
+                made.features[kind] = _transformer_features(options.feature_model, device)
+            else:
+                made.clips[kind] = GroupPsnr(ratio) if kind == "psnr_in_group" else _make(kind, options, device)
+        except (ValueError, ImportError) as error:
+            made.missing[kind] = f"{reason_of(error)}."
+    return made
+
+
+def _transformer_features(path: str | None, device: torch.device | str) -> VideoFeatures:
+    if path is None:
+        raise ValueError(
+            "`feature_model` must be a folder or Hub id of a vision model of transformers, such as "
+            "https://huggingface.co/MCG-NJU/videomae-base, got none."
+        )
+    return TransformerFeatures(path, device)
+
+
+def _make(kind: str, options: MetricOptions, device: torch.device | str) -> Measure:
+    if kind == "psnr":
+        metric = Metric("PSNR", f"PSNR of {_PLACE}; at most 100.", "dB", digits=2)
+        return FrameMeasure({"psnr_frame_mean_rgb": metric}, lambda *pair: [frame_psnr(*pair)])
+    if kind == "ssim":
+        window = "Gaussian window 11x11 of sigma 1.5, each channel"
+        metrics = {
+            "ssim_frame_mean_rgb": Metric("SSIM", f"SSIM of {_PLACE}; {window}, edges mirrored, as in torchmetrics."),
+            "ssim_valid_frame_mean_rgb": Metric(
+                "SSIM valid", f"SSIM of {_PLACE}; {window}, only where the window fits, as in the reference."
+            ),
+        }
+        return FrameMeasure(metrics, frame_ssim_pair)
+    if kind == "ms_ssim":
+        metric = Metric("MS-SSIM", f"MS-SSIM of {_PLACE}; five scales, as in torchmetrics.")
+        measure = {"ms_ssim_frame_mean_rgb": metric}
+        return FrameMeasure(measure, lambda *pair: [frame_ms_ssim(*pair)], smallest=MS_SSIM_SMALLEST)
+    if kind in ("lpips_vgg16", "lpips_alexnet"):
+        trunk = kind.removeprefix("lpips_")
+        return _lpips(trunk, getattr(options, trunk), device)
+    if kind == "vmaf":
+        program = find_vmaf()
+        metric = Metric(
+            "VMAF", f"VMAF ({VMAF_MODEL}) of 8-bit 4:2:0 BT.709 frames, mean over frames and clips.", digits=2
+        )
+        name = f"{VMAF_MODEL.replace('.', '_')}_frame_mean"
+        return FilterMeasure(name, metric, lambda height, width: VmafStream(program, height, width), 100.0)
+    if kind == "xpsnr":
+        definition = "XPSNR of the luma of 8-bit 4:2:0 BT.709 frames, mean over frames and clips; at most 100."
+        metric = Metric("XPSNR", definition, "dB", digits=2)
+        return FilterMeasure("xpsnr_y_frame_mean", metric, XpsnrStream, _MAX_XPSNR)
+    if kind == "flicker":
+        definition = (
+            "Mean absolute difference between the changes from frame to frame of reconstruction and original, in "
+            "levels of 255, mean over clips."
+        )
+        metric = Metric("flicker", definition, better="lower", digits=3)
+        return ChangeMeasure("flicker_mae_255", metric, _count_pairs)
+    definition = (
+        f"As flicker, but each block of {BLOCK_SIZE}x{BLOCK_SIZE} pixels is compared with where it was in the frame "
+        "before, by the motion of the original; blocks that are not found again do not count."
+    )
+    metric = Metric("warp error", definition, better="lower", digits=3)
+    return ChangeMeasure("warp_mae_255_block16", metric, warp_error, BLOCK_SIZE)
+
+
+def _count_pairs(decoded: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = flicker(decoded, original)
+    return values, torch.ones_like(values)
+
+
+def _lpips(trunk: str, weights: str | None, device: torch.device | str) -> Measure:
+    seed = None
+    if weights is not None and weights.startswith("seed:"):
+        seed = weights.removeprefix("seed:")
+        if not seed.isdecimal():
+            raise ValueError(
+                f"`{trunk}` must be a file, a Hub repository or a seed such as 'seed:0', got {weights!r}."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            lpips = LPIPS(trunk=trunk).load_heads()
+    else:
+        lpips = LPIPS.from_weights(_as_path(weights), trunk=trunk)
+    lpips.to(device)
+    title = lpips.trunk.title
+    drawn = "" if seed is None else f" with random weights of seed {seed}, good only to compare with the same"
+    metric = Metric(
+        f"LPIPS {title}" + ("" if seed is None else f" seed {seed}"),
+        f"LPIPS on {title}{drawn}, mean over frames and clips.",
+        better="lower",
+    )
+    name = f"lpips_{trunk}{'' if seed is None else f'_seed_{seed}'}_frame_mean"
+
+    def compute(decoded: torch.Tensor, original: torch.Tensor) -> list[torch.Tensor]:
+        return [lpips(original * 2 - 1, decoded * 2 - 1)]
+
+    return FrameMeasure({name: metric}, compute, lpips.trunk.smallest, _LPIPS_FRAMES)
+
+
+def _as_path(weights: str | None) -> str | Path | None:
+    return Path(weights) if weights is not None and Path(weights).is_file() else weights
