@@ -99,9 +99,10 @@ class TestForeignFolders:
         assert special.state_dict().keys() == models[AutoencoderKLLeanVAE].state_dict().keys()
 
     @pytest.mark.parametrize("model_class", [AutoencoderKLWFVAE, AutoencoderKLIVVAE])
-    def test_training_starts_from_no_sibling(self, folders: dict, model_class: Any):
+    def test_training_starts_from_any_sibling(self, folders: dict, model_class: Any):
+        assert type(load_vae(str(folders[model_class]), {})) is model_class
         with pytest.raises(ValueError, match=f"`init` must be an AutoencoderKLLeanVAE.* an {model_class.__name__}"):
-            load_vae(str(folders[model_class]), {})
+            load_vae(str(folders[model_class]), {"type": "leanvae"})
 
 
 class TestAbsurdConfigs:

@@ -1,4 +1,4 @@
-"""Train or fine-tune a LeanVAE video autoencoder. Read it from top to bottom.
+"""Train or fine-tune a video autoencoder: LeanVAE, WF-VAE or IV-VAE. Read it from top to bottom.
 
 One process, CPU or GPU:
 
@@ -16,7 +16,7 @@ The recipe is a YAML file; `key=value` after it overrides one entry. The output 
     validation.jsonl    PSNR and SSIM of every validation clip, every `validation.every` steps
     validation/         originals next to reconstructions: a PNG, and a folder of mp4 files
     checkpoints/        everything needed to resume; the same command resumes from the newest one
-    vae/                the trained model, for `AutoencoderKLLeanVAE.from_pretrained`, with its card
+    vae/                the trained model, for `from_pretrained` of its class, with its card
     adapter/            the adapters by themselves, where LoRA was trained
 
 A run that is killed at any moment and started again gives the numbers of one that was not: whatever is random follows
@@ -38,9 +38,10 @@ from diffusers_leanvae.data import ClipDataset, ClipOptions, StepSchedule, open_
 from diffusers_leanvae.latents import encode_batch, measure_statistics
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
-from diffusers_leanvae.losses.reconstruction import LossWeights, reconstruction_terms
+from diffusers_leanvae.losses.objectives import Objective, Posterior, objective_of
 from diffusers_leanvae.losses.regularizers import local_correlation, low_pass_consistency
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.trainer.autoencoder_terms import (
     PerceptualRecipe,
     PerceptualTerms,
@@ -53,12 +54,12 @@ from diffusers_leanvae.trainer.discriminators import (
     build_discriminator_optimizer,
     build_discriminators,
 )
-from diffusers_leanvae.trainer.draws import posterior_noise
-from diffusers_leanvae.trainer.finetuning import LoraRecipe, add_lora, freeze_encoder, load_vae
+from diffusers_leanvae.trainer.draws import posterior_noise, seed_dropout
+from diffusers_leanvae.trainer.finetuning import NEW_MODELS, LoraRecipe, add_lora, freeze_encoder, load_vae, type_of
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
-from diffusers_leanvae.trainer.recipe import RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.recipe import RunRecipe, fill_section, parse_recipe
 from diffusers_leanvae.trainer.sharding import WeightAverage
 from diffusers_leanvae.trainer.validation import (
     gather_failures,
@@ -91,7 +92,7 @@ class DataRecipe(ClipOptions):
 
 @dataclass
 class TeacherRecipe:
-    """Another autoencoder whose latents the model learns to make and to decode; off while `path` is null."""
+    """Another autoencoder whose latents a LeanVAE learns to make and to decode; off while `path` is null."""
 
     path: str | None = None  # folder or Hub repository
     subfolder: str | None = None
@@ -115,14 +116,15 @@ class ValidationRecipe:
 @dataclass(kw_only=True)
 class Recipe(RunRecipe):
     data: DataRecipe
-    model: dict[str, Any] = field(default_factory=dict)  # arguments of AutoencoderKLLeanVAE
+    # `type` is leanvae (the default of a new model), wfvae or ivvae; the rest are arguments of its class.
+    model: dict[str, Any] = field(default_factory=dict)
     init: str = "spec"  # "spec" | "pca" | a bundled, saved or original model, here or on the Hub: see `load_vae`
     num_init_clips: int = 256  # for "pca"
     tune: Literal["full", "decoder", "lora"] = "full"  # "decoder" leaves the latents as they are
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     batch_size: int = 8  # clips per optimizer step, over all processes and accumulation steps
     sample_posterior: bool = True  # false: decode posterior means
-    loss: LossWeights = field(default_factory=LossWeights)
+    loss: dict[str, Any] = field(default_factory=dict)  # weights of terms; those not given: `losses/objectives.py`
     perceptual: PerceptualRecipe = field(default_factory=PerceptualRecipe)
     adversarial: AdversarialRecipe = field(default_factory=AdversarialRecipe)
     regularization: Regularization = field(default_factory=Regularization)
@@ -136,8 +138,19 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tune != "full" and self.init in ("spec", "pca"):
+        if self.tune != "full" and self.init in NEW_MODELS:
             raise ValueError(f"`tune` must be 'full' for the new model of `init: {self.init}`, got {self.tune!r}.")
+        vae_class = type_of(self.init, self.model)
+        if self.init == "pca" and vae_class is not AutoencoderKLLeanVAE:
+            raise ValueError(f"`model.type` must be 'leanvae' for `init: pca`, got {self.model['type']!r}.")
+        if vae_class is not None:  # else the model has to be loaded first
+            self.resolve_loss(vae_class)
+
+    def resolve_loss(self, vae_class: type[VideoAutoencoder]) -> Objective:
+        """Return the objective of models of a class, and fill in the weights that the recipe does not give."""
+        objective = fill_section(objective_of(vae_class), self.loss, prefix="loss.")
+        self.loss = asdict(objective)  # type: ignore[call-overload]
+        return objective
 
 
 # --- The step: what is minimised -------------------------------------------------------------------------------------
@@ -167,26 +180,28 @@ class VAETrainingModule(nn.Module):
 
     Args:
         vae: The autoencoder.
-        weights: Weights of the terms; terms of weight 0 that cost time are not computed.
+        objective: What it is trained for; `None` for the defaults of its family. Terms of weight 0 that cost time are
+            not computed.
         regularization: Switches of the regularisers.
         alignment: Weights of the terms that a call with `teacher_latents` adds.
-        perceptual: LPIPS and MS-SSIM, needed if `weights.lpips` is not 0.
+        perceptual: LPIPS and MS-SSIM, needed if `objective.lpips` is not 0.
         adversarial: Its `weight` and `is_adaptive` are those of the adversarial terms; `None` for a weight of 0.2.
     """
 
     def __init__(
         self,
-        vae: AutoencoderKLLeanVAE,
-        weights: LossWeights | None = None,
+        vae: VideoAutoencoder,
+        objective: Objective | None = None,
         regularization: Regularization | None = None,
         alignment: AlignmentWeights | None = None,
         perceptual: PerceptualTerms | None = None,
         adversarial: AdversarialRecipe | None = None,
     ) -> None:
         super().__init__()
-        self.vae, self.weights = vae, weights or LossWeights()
+        self.vae: Any = vae
+        self.objective = objective or objective_of(type(vae))()
         self.regularization, self.alignment = regularization or Regularization(), alignment or AlignmentWeights()
-        self.perceptual_terms = perceptual or PerceptualTerms(self.weights)
+        self.perceptual_terms = perceptual or PerceptualTerms(self.objective)
         self.adversarial = adversarial or AdversarialRecipe(weight=0.2)
 
     def forward(
@@ -208,21 +223,19 @@ class VAETrainingModule(nn.Module):
             discriminators: One for the reconstruction and, with `teacher_latents`, a second one for the decoding of
                 those; unwrapped, and left as they are. None of them: no adversarial terms.
         """
-        vae, regularization, weight_of = self.vae, self.regularization, asdict(self.weights)
+        vae, objective, regularization = self.vae, self.objective, self.regularization
+        weight_of = objective.weights()
         # ---- encode, sample, decode ---------------------------------------------------------------------------------
         (posterior,) = vae.encode(sample, return_dict=False)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         target, latents = decoder_task(regularization, sample, latents, seed)
-        bands = vae.decode_subbands(latents)
-        # Under autocast the network computes in bfloat16; the synthesis is a sum of sub-bands and deserves float32.
-        bands = type(bands)(*(None if band is None else band.float() for band in bands))
-        reconstruction = vae.synthesize(bands)
-        judged = [Judged(target, reconstruction)]
+        decoded = objective.decode(vae, latents)
+        judged = [Judged(target, decoded.reconstruction)]
 
         # ---- terms --------------------------------------------------------------------------------------------------
-        moments, factor = (posterior.mean, posterior.logvar), vae.config["pixel_factor"]
-        terms = reconstruction_terms(target, reconstruction, vae.analyze(target), bands, *moments, factor)
-        terms |= self.perceptual_terms(target, reconstruction, seed)
+        terms = objective.terms(vae, target, decoded, Posterior(posterior.mean, posterior.logvar))
+        perceptual = self.perceptual_terms(target, decoded.reconstruction, seed)
+        terms |= {name: objective.perceptual_factor(target) * term for name, term in perceptual.items()}
         if regularization.local_correlation:
             terms["local_correlation"] = local_correlation(posterior.mean)
             weight_of["local_correlation"] = regularization.local_correlation
@@ -243,7 +256,7 @@ class VAETrainingModule(nn.Module):
             f"{prefix}adversarial": discriminator.generator_term(videos.fake)
             for prefix, discriminator, videos in zip(PREFIXES, discriminators, judged, strict=False)
         }
-        weight = weight_at_last_layers(vae, loss, adversarial) if self.adversarial.is_adaptive else 1.0
+        weight = weight_at_last_layers(vae, objective, loss, adversarial) if self.adversarial.is_adaptive else 1.0
         for term in adversarial.values():
             loss = loss + self.adversarial.weight * weight * term
         return StepOutput(
@@ -256,21 +269,24 @@ class VAETrainingModule(nn.Module):
 # --- What a run is made of -------------------------------------------------------------------------------------------
 
 
-def build_vae(recipe: Recipe) -> AutoencoderKLLeanVAE:
+def build_vae(recipe: Recipe) -> VideoAutoencoder:
     return load_vae(recipe.init, recipe.model)
 
 
-def build_training_module(recipe: Recipe, vae: AutoencoderKLLeanVAE, device: torch.device) -> VAETrainingModule:
-    perceptual = PerceptualTerms.from_recipe(recipe.loss, recipe.perceptual, device)
+def build_training_module(recipe: Recipe, vae: VideoAutoencoder, device: torch.device) -> VAETrainingModule:
+    objective = recipe.resolve_loss(type(vae))
+    perceptual = PerceptualTerms.from_recipe(objective, recipe.perceptual, device)
     return VAETrainingModule(
-        vae, recipe.loss, recipe.regularization, recipe.teacher.weights, perceptual, recipe.adversarial
+        vae, objective, recipe.regularization, recipe.teacher.weights, perceptual, recipe.adversarial
     )
 
 
-def build_teacher(recipe: TeacherRecipe, vae: AutoencoderKLLeanVAE, device: torch.device) -> Teacher | None:
+def build_teacher(recipe: TeacherRecipe, vae: VideoAutoencoder, device: torch.device) -> Teacher | None:
     """The teacher, if any; the model takes its latent statistics over, as it will stand in its place."""
     if recipe.path is None:
         return None
+    if not isinstance(vae, AutoencoderKLLeanVAE):
+        raise ValueError(f"`teacher.path` must be null for an {type(vae).__name__}, got {recipe.path!r}.")
     teacher = Teacher.from_pretrained(recipe.path, recipe.subfolder).to(device)
     teacher.check_student(vae)
     if teacher.latents_std is not None:
@@ -278,14 +294,15 @@ def build_teacher(recipe: TeacherRecipe, vae: AutoencoderKLLeanVAE, device: torc
     return teacher
 
 
-def check_sizes(recipe: Recipe, vae: AutoencoderKLLeanVAE, discriminators: list[DiscriminatorTrainingModule]) -> None:
+def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[DiscriminatorTrainingModule]) -> None:
     """Refuse clips that, scaled down by the equivariance, are too small for another loss."""
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
     if recipe.regularization.equivariance_probability:
         ratio = vae.spatial_compression_ratio
         smallest = max(1, round(smallest / ratio * recipe.regularization.equivariance_min_scale)) * ratio
     needed = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
-    needed += [16 * bool(recipe.loss.lpips), 11 * bool(recipe.loss.ms_ssim)]
+    objective = recipe.resolve_loss(type(vae))
+    needed += [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]
     if smallest < max(needed):
         raise ValueError(
             f"`data.clip_sizes`, with `rescale_factors` and `equivariance_min_scale`, must leave sides of at least "
@@ -335,14 +352,16 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = build_teacher(recipe.teacher, vae, device)
     if recipe.init == "pca" and run.checkpoint is None and run.is_main:  # the other processes receive these weights
         videos = training_videos(dataset, recipe.num_init_clips, device)
+        assert isinstance(vae, AutoencoderKLLeanVAE)
         initialize_from_principal_components(vae, (video for video in videos if video.shape[2] > 1))
     if recipe.tune == "decoder":
         freeze_encoder(vae)
     adapted = add_lora(vae, recipe.lora) if recipe.tune == "lora" else vae  # wraps the same `vae`
     averaged = copy.deepcopy(adapted).requires_grad_(False).eval()  # filled from `ema` when it is needed
     if recipe.compile:
-        for part in (vae.encoder, vae.bottleneck, vae.decoder):
-            part.compile()
+        for name in ("encoder", "bottleneck", "decoder"):
+            if hasattr(vae, name):
+                getattr(vae, name).compile()
     num_discriminators = 1 + (teacher is not None and recipe.teacher.has_discriminator)
     bare_discriminators = build_discriminators(recipe.adversarial, vae.in_channels, num_discriminators)
     check_sizes(recipe, vae, bare_discriminators)
@@ -390,7 +409,8 @@ def main(arguments: list[str] | None = None) -> None:
         is_discriminator_turn = is_adversarial and not (takes_turns and is_generator_turn)
 
         # ---- gradients ----------------------------------------------------------------------------------------------
-        for _ in run.parts(module, *discriminators):
+        for part in run.parts(module, *discriminators):
+            seed_dropout(recipe.seed, step, part, run.share.rank)
             with run.loading():
                 clips = next(batches)
                 sample = pixels_to_sample(clips.pixels.to(device, non_blocking=True))

@@ -22,7 +22,7 @@ from diffusers_leanvae.losses.adversarial import (
 )
 
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "fixtures"
 CLASSES = [PatchDiscriminator2d, PatchDiscriminator3d]
 VIDEO = (2, 3, 5, 24, 32)
 
@@ -36,20 +36,16 @@ def tiny(network: type = PatchDiscriminator2d, **options) -> DiscriminatorTraini
     return DiscriminatorTrainingModule(network(num_layers=2, num_filters=4), **options)
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden tensors are not at {GOLDEN}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_terms_are_those_of_wfvae(dtype: torch.dtype):
     with safe_open(GOLDEN / "wfvae_losses.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         golden = {key: file.get_tensor(key).to(dtype) for key in file.keys()}
-    # Their layers are numbered with a dropout after each normalised convolution, which does nothing in eval mode.
-    indices = {0: 0, 2: 2, 3: 3, 6: 5, 7: 6, 10: 8, 11: 9, 14: 11, 15: 12, 18: 14}
-    weights = {}
-    for key, value in golden.items():
-        if key.startswith("disc.state_dict.main."):
-            index, name = key.removeprefix("disc.state_dict.main.").split(".")
-            weights[f"layers.{indices[int(index)]}.{name}"] = value
-    discriminator = PatchDiscriminator3d(num_layers=config["disc"]["n_layers"], num_filters=config["disc"]["ndf"])
+    prefix = "disc.state_dict.main."
+    weights = {f"layers.{key.removeprefix(prefix)}": x for key, x in golden.items() if key.startswith(prefix)}
+    # With dropout, which does nothing in eval mode, the layers have the reference's numbers.
+    sizes = {"num_layers": config["disc"]["n_layers"], "num_filters": config["disc"]["ndf"]}
+    discriminator = PatchDiscriminator3d(**sizes, dropout=0.3)
     discriminator.load_state_dict(weights)
     discriminator.to(dtype).eval()
 
@@ -117,6 +113,8 @@ def test_bad_arguments(network: type):
         network(norm="layer")
     with pytest.raises(ValueError, match="`num_layers` must be at least 1, got 0"):
         network(num_layers=0)
+    with pytest.raises(ValueError, match=r"`dropout` must be in \[0, 1\), got 1.0"):
+        network(dropout=1.0)
     for shape in ((2, 3, 24, 24), (1, 4, 5, 24, 24)):
         with pytest.raises(ValueError, match="`sample` must be videos"):
             network(num_filters=4)(torch.zeros(shape))

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from tiny import make_fresh
 
 from diffusers_leanvae.conversion.leanvae import from_original
-from diffusers_leanvae.losses.reconstruction import LossWeights, kl_divergence, log_mse, reconstruction_terms
+from diffusers_leanvae.losses.objectives import LeanVAEObjective
+from diffusers_leanvae.losses.reconstruction import kl_divergence, log_mse, reconstruction_terms
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
@@ -48,7 +49,7 @@ def test_terms_are_those_of_the_reference(name: str, dtype: torch.dtype):
 
     expected = {term: tensors[f"loss.{term}"] for term in ("l1_pixel", "l1_low", "l1_high", "kl")}
     torch.testing.assert_close({term: terms[term] for term in expected}, expected, rtol=5e-6, atol=0)
-    weights = asdict(LossWeights())
+    weights = asdict(LeanVAEObjective())
     assert not any(weight for term, weight in weights.items() if term not in expected)
     weighted = sum(weights[term] * value for term, value in expected.items())
     torch.testing.assert_close(loss.detach().float(), weighted, rtol=5e-6, atol=0)

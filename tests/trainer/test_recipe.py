@@ -124,7 +124,7 @@ def of_paper(name: str) -> train_vae.Recipe:
 @pytest.mark.parametrize("name", ["paper_4ch", "paper_16ch"])
 def test_paper_recipes_have_the_published_numbers(name: str):
     recipe = of_paper(name)
-    weights = {name: weight for name, weight in asdict(recipe.loss).items() if weight}
+    weights = {name: weight for name, weight in recipe.loss.items() if weight}
     assert weights == {"l1_pixel": 4.0, "lpips": 4.0, "l1_low": 0.2, "l1_high": 0.4, "kl": 1e-7}
     optimizer, adversarial = recipe.optimizer, recipe.adversarial
     assert optimizer.betas == [0.5, 0.9] and optimizer.num_warmup_steps == 5000 and optimizer.max_grad_norm == 1.0

@@ -10,8 +10,9 @@ from tiny import make_fresh
 from torch import nn
 
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d
+from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import reference_frames
-from diffusers_leanvae.losses.reconstruction import LossWeights, reconstruction_terms
+from diffusers_leanvae.losses.reconstruction import reconstruction_terms
 from diffusers_leanvae.losses.regularizers import equivariance_transform, local_correlation, low_pass_consistency
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.autoencoder_terms import PerceptualTerms, Regularization
@@ -36,7 +37,7 @@ def judge(seed: int = 0) -> DiscriminatorTrainingModule:
 def test_plain_weights_give_plain_terms(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
     loss, terms, judged = VAETrainingModule(vae)(sample)
     assert set(terms) == {"l1_pixel", "l1_low", "l1_high", "kl", "log_mse"}
-    weights = LossWeights()
+    weights = LeanVAEObjective()
     expected = sum(getattr(weights, name) * term for name, term in terms.items())
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
     ((real, fake),) = judged
@@ -109,7 +110,7 @@ class FrameDistance(nn.Module):
 def test_perceptual_terms_look_at_the_frames_of_the_recipe(
     frames: str, count: int, vae: AutoencoderKLLeanVAE, sample: torch.Tensor
 ):
-    distance, weights = FrameDistance(), LossWeights(lpips=4.0)
+    distance, weights = FrameDistance(), LeanVAEObjective(lpips=4.0)
     module = VAETrainingModule(vae, weights, perceptual=PerceptualTerms(weights, distance, frames))
     loss, terms, _ = module(sample, seed=(7,))
     index = reference_frames(9, np.random.default_rng([7, 2])) if frames == "reference" else range(9)
@@ -133,7 +134,7 @@ def test_adversarial_terms_reach_the_model_alone(vae: AutoencoderKLLeanVAE, samp
 
 
 def test_the_adaptive_weight_levels_the_gradients_of_the_last_layers(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
-    weights, discriminator = LossWeights(kl=0.0), judge()
+    weights, discriminator = LeanVAEObjective(kl=0.0), judge()
     last = [p for name, p in vae.decoder.named_parameters() if name.split(".")[0].endswith("_proj")]
     assert len(last) == 8
 
@@ -152,7 +153,7 @@ def test_the_adaptive_weight_levels_the_gradients_of_the_last_layers(vae: Autoen
 
 def test_a_teacher_adds_its_terms_and_a_second_pair(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
     latents = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
-    module = VAETrainingModule(vae, LossWeights(ms_ssim=1.0), adversarial=AdversarialRecipe(weight=0.5))
+    module = VAETrainingModule(vae, LeanVAEObjective(ms_ssim=1.0), adversarial=AdversarialRecipe(weight=0.5))
     judges = [judge(0), judge(1)]
     plain = module(sample, discriminators=judges[:1])
     loss, terms, judged = module(sample, teacher_latents=latents, discriminators=judges)
@@ -166,7 +167,7 @@ def test_a_teacher_adds_its_terms_and_a_second_pair(vae: AutoencoderKLLeanVAE, s
 
 def test_what_is_missing_is_named(vae: AutoencoderKLLeanVAE):
     with pytest.raises(ValueError, match="`lpips` must be given"):
-        VAETrainingModule(vae, LossWeights(lpips=1.0))
+        VAETrainingModule(vae, LeanVAEObjective(lpips=1.0))
     frames: Any = "none"
     with pytest.raises(ValueError, match="`frames` must be .*'reference'.*'all'.*, got 'none'"):
-        PerceptualTerms(LossWeights(), frames=frames)
+        PerceptualTerms(LeanVAEObjective(), frames=frames)

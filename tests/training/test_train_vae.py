@@ -26,8 +26,8 @@ from runs import (
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
+from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import LPIPS
-from diffusers_leanvae.losses.reconstruction import LossWeights
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.video_io import probe_video
 
@@ -141,7 +141,7 @@ def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, clips
     assert [record["step"] for record in log] == [1, 2]
     counters = {"step", "lr", "num_skipped", "num_bad_videos"}
     measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
-    assert set(log[0]) == counters | measured | set(asdict(LossWeights())) - {"lpips", "ms_ssim"}
+    assert set(log[0]) == counters | measured | set(asdict(LeanVAEObjective())) - {"lpips", "ms_ssim"}
 
 
 def test_validation_and_statistics_are_those_of_the_averaged_model(clips: Path, straight: Path):
@@ -367,7 +367,7 @@ def test_lpips_joins_from_a_file_of_weights(script: Script, tmp_path: Path):
     settings = ("num_steps=1", "loss.lpips=4.0", f"perceptual.vgg16={tmp_path / 'vgg16.safetensors'}")
     run = script.train(tmp_path / "run", *settings)
     (record,) = read_log(run)
-    weights = asdict(LossWeights(lpips=4.0))
+    weights = asdict(LeanVAEObjective(lpips=4.0))
     terms = {name: record[name] for name in weights if name in record}
     assert terms["lpips"] > 0
     assert record["loss"] == pytest.approx(sum(weights[name] * term for name, term in terms.items()), rel=1e-5)

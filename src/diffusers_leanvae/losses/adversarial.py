@@ -29,13 +29,21 @@ class PatchDiscriminator2d(nn.Module):
         num_filters: Width of the first convolution; doubles with each, to 8 times at most.
         norm: `"batch"`, `"group"` (up to 32 groups), `"instance"` or `"none"`. Statistics of `"batch"` are those of
             one process.
+        dropout: Share of the values that are dropped after every normalised convolution while training.
     """
 
-    def __init__(self, in_channels: int = 3, num_layers: int = 3, num_filters: int = 64, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_layers: int = 3,
+        num_filters: int = 64,
+        norm: str = "batch",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.in_channels, self.min_size = in_channels, 3 * 2**num_layers
         strides = [(2, 2)] * num_layers + [(1, 1)] * 2
-        self.layers = _patch_layers(nn.Conv2d, nn.BatchNorm2d, 4, strides, in_channels, num_filters, norm)
+        self.layers = _patch_layers(nn.Conv2d, nn.BatchNorm2d, 4, strides, in_channels, num_filters, norm, dropout)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Compute logits, high for real frames.
@@ -54,7 +62,7 @@ class PatchDiscriminator3d(nn.Module):
     """PatchGAN on videos of any length and size, single frames included.
 
     Kernels are 3x3x3 with padding 1, and the first two convolutions halve the time too: the layout of WF-VAE's
-    (arXiv 2411.17459) without its dropout.
+    (arXiv 2411.17459), which has 4 layers and a dropout of 0.3.
 
     Args:
         in_channels: Channels of a video.
@@ -62,13 +70,21 @@ class PatchDiscriminator3d(nn.Module):
         num_filters: Width of the first convolution; doubles with each, to 8 times at most.
         norm: `"batch"`, `"group"` (up to 32 groups), `"instance"` or `"none"`. Statistics of `"batch"` are those of
             one process.
+        dropout: Share of the values that are dropped after every normalised convolution while training.
     """
 
-    def __init__(self, in_channels: int = 3, num_layers: int = 3, num_filters: int = 64, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_layers: int = 3,
+        num_filters: int = 64,
+        norm: str = "batch",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         strides = [(2 if i < 2 else 1, 2, 2) for i in range(num_layers)] + [(1, 1, 1)] * 2
-        self.layers = _patch_layers(nn.Conv3d, nn.BatchNorm3d, 3, strides, in_channels, num_filters, norm)
+        self.layers = _patch_layers(nn.Conv3d, nn.BatchNorm3d, 3, strides, in_channels, num_filters, norm, dropout)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Compute logits, high for real videos.
@@ -91,10 +107,13 @@ def _patch_layers(
     in_channels: int,
     num_filters: int,
     norm: str,
+    dropout: float,
 ) -> nn.Sequential:
     check_choice("norm", norm, NORMS)
     if len(strides) < 3:
         raise ValueError(f"`num_layers` must be at least 1, got {len(strides) - 2}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"`dropout` must be in [0, 1), got {dropout}.")
     widths = [num_filters * min(2**i, MAX_WIDTH_FACTOR) for i in range(len(strides) - 1)] + [1]
     layers: list[nn.Module] = []
     for index, (width, stride) in enumerate(zip(widths, strides, strict=True)):
@@ -109,6 +128,8 @@ def _patch_layers(
             nn.init.normal_(layers[-1].weight, 1.0, 0.02)  # pyright: ignore[reportArgumentType]
         if not is_last:
             layers.append(nn.LeakyReLU(0.2))
+        if has_norm and dropout:
+            layers.append(nn.Dropout(dropout))
         in_channels = width
     return nn.Sequential(*layers)
 

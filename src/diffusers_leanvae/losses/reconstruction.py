@@ -1,10 +1,10 @@
-"""Losses of the plain recipe as pure functions of tensors; `training/train_vae.py` puts all losses together.
+"""Losses of pixels, sub-bands and posteriors as pure functions of tensors; `objectives` says who is trained by which.
 
-Terms are unweighted and in float32. Pixel and sub-band terms are measured in the model's own pixel range
+Terms are unweighted and in float32. Those of LeanVAE compare pixels and sub-bands in the model's own pixel range
 (`sample * pixel_factor`), so that the published weights keep their meaning for every `pixel_factor`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,6 @@ import torch.nn.functional as F
 
 Bands = tuple[torch.Tensor | None, torch.Tensor | None]  # of the image frame, and of the video after it
 NUM_LOW_CHANNELS = 3  # the lowest sub-band of an RGB clip comes first in both sub-band tensors
-
-
-@dataclass
-class LossWeights:
-    """Weights of the reference (its wavelet terms are `4 * 0.05` and `4 * 0.1`); names are those of the terms."""
-
-    l1_pixel: float = 4.0
-    l1_low: float = 0.2
-    l1_high: float = 0.4
-    kl: float = 1e-7
-    lpips: float = 0.0  # 4 in the reference; needs the weights of VGG16
-    ms_ssim: float = 0.0  # a perceptual term that needs no weights
-    log_mse: float = 0.0  # ours: PSNR itself, up to a factor; relative errors of easy and of hard clips weigh the same
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
@@ -92,3 +79,26 @@ def reconstruction_terms(
         "kl": kl_divergence(mean, logvar),
         "log_mse": log_mse(sample, reconstruction, pixel_factor),
     }
+
+
+def summed_l1(sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """L1 distance of WF-VAE: the sum over channels, height and width, averaged over all frames.
+
+    Args:
+        sample: Videos `(batch_size, channels, num_frames, height, width)`.
+        reconstruction: Their reconstruction, same shape.
+    """
+    error = (reconstruction.float() - sample.float()).abs()
+    return error.sum() / (sample.shape[0] * sample.shape[2])
+
+
+def wavelet_l1(target: Sequence[torch.Tensor], predicted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """L1 distance of sub-bands of WF-VAE: the sum over all levels and all their values, averaged over the batch.
+
+    Args:
+        target: Sub-bands of each level, `(batch_size, channels, num_frames, height, width)`.
+        predicted: Those of the decoder, of the same shapes.
+    """
+    batch_size = target[0].shape[0]
+    distances = [(b.float() - a.float()).abs().sum() for a, b in zip(target, predicted, strict=True)]
+    return torch.stack(distances).sum() / batch_size

@@ -12,7 +12,7 @@ a stream comes so much later (`num_delayed_frames`).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -364,10 +364,16 @@ class WFVAEDecoder(nn.Module):
         self.norm_out = layers.norm(dim)
         self.conv_out = FrameConv2d(dim, wavelets[0].channels, 3, padding=1)
 
-    def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
-        """Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts."""
+    def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all", subbands: bool = False) -> Any:
+        """Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts.
+
+        With `subbands` those of both levels come along, as of [`frames_and_subbands`].
+        """
         hidden = z if part == "local" else self.mid(self.conv_in(z, chunk), chunk)
-        return hidden if part == "whole" else self.frames_and_subbands(hidden, chunk)[0]
+        if part == "whole":
+            return hidden
+        outputs = self.frames_and_subbands(hidden, chunk)
+        return outputs if subbands else outputs[0]
 
     def frames_and_subbands(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
         """The local part, and the sub-bands of both levels, the larger ones first as in the encoder."""
@@ -497,6 +503,22 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         self.decoder_halo = _decoder_reach(num_decoder_layers, num_flow_layers, temporal_compression_ratio == 8)
         self.can_stream = norm_type == "layer_norm"
         self.num_frames_per_chunk = 4 * temporal_compression_ratio + 1
+
+    # ---- sub-bands, for training ------------------------------------------------------------------------------------
+
+    def analyze(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sub-bands of both levels below the pixels', larger ones first; what `decode_subbands` should predict."""
+        band, subbands = self.encoder.wavelet.analyze(sample, is_first=True), []
+        for level in self.encoder.levels:
+            band = level.wavelet.analyze(band[:, :3], is_first=True)  # type: ignore[operator, union-attr]
+            subbands.append(band)
+        return tuple(subbands)
+
+    def decode_subbands(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Decode latents `(batch_size, z, t, h, w)` to pixels and to the sub-bands of both levels."""
+        return self.decoder(z, subbands=True)
+
+    # ---- the parts --------------------------------------------------------------------------------------------------
 
     def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         return self.encoder(x, chunk, part="local")

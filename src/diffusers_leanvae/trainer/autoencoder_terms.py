@@ -9,10 +9,10 @@ import torch
 
 from ..checks import check_choice
 from ..losses.adversarial import adaptive_weight
+from ..losses.objectives import Objective
 from ..losses.perceptual import LPIPS, ms_ssim, reference_frames
-from ..losses.reconstruction import LossWeights
 from ..losses.regularizers import draw_mask_ratio, equivariance_transform, mask_latents
-from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..models.video_autoencoder import VideoAutoencoder
 
 
 @dataclass
@@ -77,54 +77,55 @@ class PerceptualTerms:
     This is no module: one which holds it neither trains nor saves the network of LPIPS.
 
     Args:
-        weights: Weights of the recipe.
+        objective: Its `lpips` and `ms_ssim` are the weights.
         lpips: Distance of frames `(num_frames, 3, height, width)` on the device of the videos, needed if
-            `weights.lpips` is not 0.
+            `objective.lpips` is not 0.
         frames: `"reference"`: the first frame and one group of four, as the reference takes; `"all"`: every frame.
     """
 
     def __init__(
         self,
-        weights: LossWeights,
+        objective: Objective,
         lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         frames: str = "reference",
     ) -> None:
-        if weights.lpips and lpips is None:
-            raise ValueError(f"`lpips` must be given for `weights.lpips` of {weights.lpips}, got None.")
+        if objective.lpips and lpips is None:
+            raise ValueError(f"`lpips` must be given for `objective.lpips` of {objective.lpips}, got None.")
         check_choice("frames", frames, ("reference", "all"))
-        self.weights, self.lpips, self.frames = weights, lpips, frames
+        self.objective, self.lpips, self.frames = objective, lpips, frames
 
     @classmethod
-    def from_recipe(cls, weights: LossWeights, recipe: PerceptualRecipe, device: torch.device) -> "PerceptualTerms":
+    def from_recipe(cls, objective: Objective, recipe: PerceptualRecipe, device: torch.device) -> "PerceptualTerms":
         """Load the network of LPIPS, if it has a weight."""
-        lpips = LPIPS.from_weights(recipe.vgg16, recipe.linear_heads).to(device) if weights.lpips else None
-        return cls(weights, lpips, recipe.frames)
+        lpips = LPIPS.from_weights(recipe.vgg16, recipe.linear_heads).to(device) if objective.lpips else None
+        return cls(objective, lpips, recipe.frames)
 
     def __call__(
         self, sample: torch.Tensor, reconstruction: torch.Tensor, seed: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         """Compare two videos; which frames are taken follows from the seed alone."""
-        if not (self.weights.lpips or self.weights.ms_ssim):
+        if not (self.objective.lpips or self.objective.ms_ssim):
             return {}
         if self.frames == "reference":
             index = reference_frames(sample.shape[2], np.random.default_rng([*seed, 2]))
             sample, reconstruction = sample[:, :, index], reconstruction[:, :, index]
         frames = [video.float().transpose(1, 2).flatten(0, 1) for video in (sample, reconstruction)]
         terms = {}
-        if self.weights.lpips and self.lpips is not None:
+        if self.objective.lpips and self.lpips is not None:
             terms["lpips"] = self.lpips(*frames).mean()
-        if self.weights.ms_ssim:
+        if self.objective.ms_ssim:
             terms["ms_ssim"] = ms_ssim(*frames)
         return terms
 
 
 def weight_at_last_layers(
-    vae: AutoencoderKLLeanVAE, loss: torch.Tensor, adversarial: dict[str, torch.Tensor]
+    vae: VideoAutoencoder, objective: Objective, loss: torch.Tensor, adversarial: dict[str, torch.Tensor]
 ) -> torch.Tensor | float:
     """Weight that makes the adversarial gradient at the decoder's last layers as long as that of the loss.
 
     Args:
         vae: The autoencoder.
+        objective: It tells the last layers, and how large the weight may be.
         loss: The weighted loss without adversarial terms.
         adversarial: The adversarial terms, unweighted.
 
@@ -135,9 +136,10 @@ def weight_at_last_layers(
         return 1.0
     last_layers = [
         parameter
-        for name, parameter in vae.decoder.named_parameters()
-        if name.split(".")[0].endswith("_proj") and parameter.requires_grad
+        for name, parameter in vae.get_submodule("decoder").named_parameters()
+        if objective.is_last_layer(name) and parameter.requires_grad
     ]
     if not last_layers:
         raise ValueError("`is_adaptive` must be false where the decoder's last layers are frozen, got true.")
-    return adaptive_weight(loss, torch.stack(list(adversarial.values())).sum(), last_layers)
+    adversarial_loss = torch.stack(list(adversarial.values())).sum()
+    return adaptive_weight(loss, adversarial_loss, last_layers, objective.max_adaptive_weight)

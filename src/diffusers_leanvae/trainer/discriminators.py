@@ -22,6 +22,7 @@ class AdversarialRecipe:
     num_layers: int = 3
     num_filters: int = 64
     norm: Literal["batch", "group", "instance", "none"] = "batch"
+    dropout: float = 0.0  # after every normalised convolution; 0.3 in WF-VAE
     lecam_weight: float = 0.005
     lecam_decay: float = 0.999
     update: Literal["joint", "alternate"] = "joint"  # "alternate": generator and discriminator take turns
@@ -35,7 +36,7 @@ def build_discriminators(recipe: AdversarialRecipe, in_channels: int, count: int
     network = {"2d": PatchDiscriminator2d, "3d": PatchDiscriminator3d}[recipe.kind]
     return [
         DiscriminatorTrainingModule(
-            network(in_channels, recipe.num_layers, recipe.num_filters, recipe.norm),
+            network(in_channels, recipe.num_layers, recipe.num_filters, recipe.norm, recipe.dropout),
             recipe.loss,
             recipe.lecam_weight,
             recipe.lecam_decay,

@@ -6,12 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..models.video_autoencoder import VideoAutoencoder
 
 
-def posterior_noise(
-    vae: AutoencoderKLLeanVAE, sample: torch.Tensor, indices: Sequence[int], seed: int
-) -> torch.Tensor:
+def posterior_noise(vae: VideoAutoencoder, sample: torch.Tensor, indices: Sequence[int], seed: int) -> torch.Tensor:
     """Draw standard normal noise for the posterior of each clip.
 
     Args:
@@ -24,6 +22,14 @@ def posterior_noise(
     shape = (vae.latent_channels, vae.num_latent_frames(sample.shape[2]), height, width)
     noise = [np.random.default_rng([seed, 3, index]).standard_normal(shape, np.float32) for index in indices]
     return torch.from_numpy(np.stack(noise)).to(sample.device)
+
+
+def seed_dropout(seed: int, step: int, part: int, rank: int) -> None:
+    """Seed the generators of all devices, from which dropout draws, for one accumulation step of one process.
+
+    A resumed run draws what it would have drawn: nothing depends on what was drawn before.
+    """
+    torch.manual_seed(int(np.random.default_rng([seed, 5, step, part, rank]).integers(2**63)))
 
 
 class StepDraws(NamedTuple):

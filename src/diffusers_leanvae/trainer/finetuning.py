@@ -1,4 +1,4 @@
-"""Start training from any LeanVAE, and choose which of its weights are trained."""
+"""Start training from any autoencoder of this package, and choose which of its weights are trained."""
 
 import inspect
 import json
@@ -10,47 +10,82 @@ from typing import Any
 import torch
 
 from .. import bundled
+from ..checks import check_choice
 from ..conversion.checkpoints import is_checkpoint_reference
 from ..loading import check_source, load_autoencoder
+from ..models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
+from ..models.video_autoencoder import VideoAutoencoder
 
+
+# What `model.type` of a recipe may be.
+TYPES: dict[str, type[VideoAutoencoder]] = {
+    "leanvae": AutoencoderKLLeanVAE,
+    "wfvae": AutoencoderKLWFVAE,
+    "ivvae": AutoencoderKLIVVAE,
+}
+NEW_MODELS = ("spec", "pca")  # starting points, as `init` names them, of models that are made by their config
 
 # What makes the latents: with these frozen, they stay those of the model that training started from. The sensing
-# matrix `phi` also takes part in decoding, but it is what the latents are measured with.
+# matrix `phi` of LeanVAE also takes part in decoding, but it is what the latents are measured with. Of WF-VAE and
+# IV-VAE it is the encoder.
 ENCODER_PARAMETERS = ("encoder.", "logvar_proj.", "bottleneck.phi", "bottleneck.compress.")
 
 
-def load_vae(init: str, config: dict[str, Any]) -> AutoencoderKLLeanVAE:
+def type_of(init: str, config: dict[str, Any]) -> type[VideoAutoencoder] | None:
+    """Return the class that a recipe asks for; `None` where only the model that is loaded can tell.
+
+    Args:
+        init: As of [`load_vae`].
+        config: As of [`load_vae`].
+    """
+    kind = config.get("type", "leanvae" if init in NEW_MODELS else None)
+    if kind is None:
+        return None
+    check_choice("model.type", kind, tuple(TYPES))
+    return TYPES[kind]
+
+
+def load_vae(init: str, config: dict[str, Any]) -> VideoAutoencoder:
     """Make or load the model that training starts from, in float32.
 
     Args:
         init: `"spec"` or `"pca"`: a new model by `config`; the name of a bundled model; a folder of `save_pretrained`;
             an original checkpoint file; a Hub repository `user/name`; or a Hub file `user/name/file.ckpt`.
-        config: Arguments of `AutoencoderKLLeanVAE`; for a loaded model only such as it has.
+        config: Arguments of the model, and `type`, one of [`TYPES`]: by default a new model is a LeanVAE, and a loaded
+            one may be of any type. Arguments of a loaded model only such as it has.
     """
-    legal = [name for name in inspect.signature(AutoencoderKLLeanVAE.__init__).parameters if name != "self"]
-    for key in config:
-        if key not in legal:
-            raise ValueError(f"Unknown recipe key `model.{key}`: legal keys here are {', '.join(legal)}.")
-    if init in ("spec", "pca"):
-        return AutoencoderKLLeanVAE(**config)
-    check_source("init", init, ("spec", "pca", *bundled.MODELS))
+    expected = type_of(init, config)
+    config = {key: value for key, value in config.items() if key != "type"}
+    if expected is not None:
+        _check_keys(expected, config)
+    if expected is not None and init in NEW_MODELS:
+        return expected(**config)
+    check_source("init", init, (*NEW_MODELS, *bundled.MODELS))
     # Only the user can know whether an original file is of a Wan-aligned model: its pixel range is not stored.
     is_told = is_checkpoint_reference(init) and "pixel_factor" in config
     options = {"pixel_factor": config["pixel_factor"]} if is_told else {}
     vae = load_autoencoder(init, torch.float32, **options)
-    if not isinstance(vae, AutoencoderKLLeanVAE):
+    if expected is not None and not isinstance(vae, expected):
         raise ValueError(
-            f"`init` must be an AutoencoderKLLeanVAE, the only one that is trained here, got {init!r}, an "
-            f"{type(vae).__name__}."
+            f"`init` must be an {expected.__name__} by `model.type`, got {init!r}, an {type(vae).__name__}."
         )
+    _check_keys(type(vae), config)
     for key, value in config.items():
         if json.dumps(vae.config[key]) != json.dumps(value):
             raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")
     return vae
 
 
-def freeze_encoder(vae: AutoencoderKLLeanVAE) -> None:
+def _check_keys(model_class: type[VideoAutoencoder], config: dict[str, Any]) -> None:
+    legal = [name for name in inspect.signature(model_class.__init__).parameters if name != "self"]
+    for key in config:
+        if key not in legal:
+            raise ValueError(f"Unknown recipe key `model.{key}`: legal keys here are {', '.join(legal)}.")
+
+
+def freeze_encoder(vae: VideoAutoencoder) -> None:
     """Freeze the weights that determine the latents, so that models trained on these latents stay valid."""
     for name, parameter in vae.named_parameters():
         if name.startswith(ENCODER_PARAMETERS):
@@ -73,7 +108,7 @@ class TransformerLoraRecipe(LoraRecipe):
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
-def add_lora(vae: AutoencoderKLLeanVAE, recipe: LoraRecipe) -> Any:
+def add_lora(vae: VideoAutoencoder, recipe: LoraRecipe) -> Any:
     """Freeze a model and add low-rank adapters to its linear layers, in place.
 
     Args:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..generation.pipeline import LatentVideoPipeline
+from ..hub import DESCRIPTIONS
 from ..models.video_autoencoder import VideoAutoencoder
+from .finetuning import NEW_MODELS
 from .recipe import RunRecipe, dump_recipe
 
 
@@ -16,18 +18,18 @@ library_name: diffusers
 tags:
 - video
 - autoencoder
-- leanvae
+- {tag}
 - diffusers-leanvae
 {base_model}---
 
 # {title}
 
-A [LeanVAE](https://arxiv.org/abs/2503.14325) video autoencoder, {description}
+{kind}, {description}
 
 ```python
 import diffusers_leanvae
 
-vae = diffusers_leanvae.AutoencoderKLLeanVAE.from_pretrained("{repository}")
+vae = diffusers_leanvae.{class_name}.from_pretrained("{repository}")
 ```
 
 Pixels are in `[-1, 1]`, videos `(batch_size, {in_channels}, num_frames, height, width)` with `num_frames` =
@@ -111,12 +113,16 @@ def write_model_card(folder: Path, recipe: Any, vae: VideoAutoencoder, run: dict
 
 def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -> str:
     """The text of the card; arguments as of `write_model_card`."""
-    is_new = recipe.init in ("spec", "pca")
+    is_new = recipe.init in NEW_MODELS
+    class_name = type(vae).__name__
     repository = recipe.push_to_hub or "path/to/this/folder"
     tuned = {"full": "all weights", "decoder": "the decoder alone", "lora": "low-rank adapters, merged"}[recipe.tune]
     return TEMPLATE.format(
         base_model=f"base_model: {recipe.init}\n" if not is_new and recipe.init.count("/") == 1 else "",
+        tag=vae.conversion.NAME.lower().replace("-", ""),
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
+        kind=DESCRIPTIONS[class_name].removesuffix("."),
+        class_name=class_name,
         description="trained from scratch." if is_new else f"fine-tuned from `{recipe.init}`: {tuned}.",
         repository=repository,
         in_channels=vae.in_channels,

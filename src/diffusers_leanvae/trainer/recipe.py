@@ -147,7 +147,7 @@ def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequenc
         except yaml.YAMLError as error:
             raise ValueError(f"The value of an override must be YAML, got {override!r}: {error}") from error
         _set(tree, key.strip(), value)
-    return _fill(recipe_class, tree, prefix="")
+    return fill_section(recipe_class, tree, prefix="")
 
 
 def save_recipe(recipe: Any, path: str | Path) -> None:
@@ -171,7 +171,12 @@ def _set(tree: dict[str, Any], dotted_key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _fill(recipe_class: type[Recipe], tree: Any, prefix: str) -> Recipe:
+def fill_section(recipe_class: type[Recipe], tree: Any, prefix: str) -> Recipe:
+    """Make a dataclass of a section that was read from YAML; `prefix` is what its keys are called with in errors.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is of another type.
+    """
     if not isinstance(tree, dict):
         raise ValueError(f"`{prefix.rstrip('.')}` must be a section of keys, got {tree!r}.")
     hints = typing.get_type_hints(recipe_class)
@@ -193,7 +198,7 @@ def _fill(recipe_class: type[Recipe], tree: Any, prefix: str) -> Recipe:
 
 def _convert(expected: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(expected) and isinstance(expected, type):
-        return _fill(expected, {} if value is None else value, prefix=f"{key}.")
+        return fill_section(expected, {} if value is None else value, prefix=f"{key}.")
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any:
         return value
