@@ -40,6 +40,7 @@ from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
 from diffusers_leanvae.losses.objectives import Objective, Posterior, objective_of
 from diffusers_leanvae.losses.regularizers import local_correlation, low_pass_consistency
+from diffusers_leanvae.models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.trainer.autoencoder_terms import (
@@ -56,6 +57,7 @@ from diffusers_leanvae.trainer.discriminators import (
 )
 from diffusers_leanvae.trainer.draws import posterior_noise, seed_dropout
 from diffusers_leanvae.trainer.finetuning import NEW_MODELS, LoraRecipe, add_lora, freeze_encoder, load_vae, type_of
+from diffusers_leanvae.trainer.image_weights import initialize_from_image_vae, load_image_vae
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
@@ -101,6 +103,14 @@ class TeacherRecipe:
 
 
 @dataclass
+class ImageVAERecipe:
+    """An autoencoder of images that an IV-VAE starts from with `init: image`; `initialize_from_image_vae` says how."""
+
+    path: str | None = None  # folder or Hub repository
+    subfolder: str | None = None
+
+
+@dataclass
 class ValidationRecipe:
     folder: str | None = None
     every: int = 500
@@ -118,8 +128,10 @@ class Recipe(RunRecipe):
     data: DataRecipe
     # `type` is leanvae (the default of a new model), wfvae or ivvae; the rest are arguments of its class.
     model: dict[str, Any] = field(default_factory=dict)
-    init: str = "spec"  # "spec" | "pca" | a bundled, saved or original model, here or on the Hub: see `load_vae`
+    # "spec" | "pca" | "image" | a bundled, saved or original model, here or on the Hub: see `load_vae`
+    init: str = "spec"
     num_init_clips: int = 256  # for "pca"
+    image_vae: ImageVAERecipe = field(default_factory=ImageVAERecipe)  # for "image"
     tune: Literal["full", "decoder", "lora"] = "full"  # "decoder" leaves the latents as they are
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     batch_size: int = 8  # clips per optimizer step, over all processes and accumulation steps
@@ -143,6 +155,15 @@ class Recipe(RunRecipe):
         vae_class = type_of(self.init, self.model)
         if self.init == "pca" and vae_class is not AutoencoderKLLeanVAE:
             raise ValueError(f"`model.type` must be 'leanvae' for `init: pca`, got {self.model['type']!r}.")
+        if self.init == "image" and vae_class is not AutoencoderKLIVVAE:
+            raise ValueError(
+                f"`model.type` must be 'ivvae' for `init: image`, got {self.model.get('type', 'leanvae')!r}."
+            )
+        if (self.init == "image") != (self.image_vae.path is not None):
+            raise ValueError(
+                f"`image_vae.path` must be given for `init: image` and for nothing else, got {self.image_vae.path!r} "
+                f"with `init: {self.init}`."
+            )
         if vae_class is not None:  # else the model has to be loaded first
             self.resolve_loss(vae_class)
 
@@ -354,6 +375,10 @@ def main(arguments: list[str] | None = None) -> None:
         videos = training_videos(dataset, recipe.num_init_clips, device)
         assert isinstance(vae, AutoencoderKLLeanVAE)
         initialize_from_principal_components(vae, (video for video in videos if video.shape[2] > 1))
+    if recipe.init == "image" and run.checkpoint is None and run.is_main:
+        assert isinstance(vae, AutoencoderKLIVVAE) and recipe.image_vae.path is not None
+        image_vae = load_image_vae(recipe.image_vae.path, recipe.image_vae.subfolder)
+        initialize_from_image_vae(vae, image_vae.to(device))
     if recipe.tune == "decoder":
         freeze_encoder(vae)
     adapted = add_lora(vae, recipe.lora) if recipe.tune == "lora" else vae  # wraps the same `vae`

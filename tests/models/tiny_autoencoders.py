@@ -17,7 +17,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wf_nearest": ("wfvae", {"temporal_interpolation": "nearest", "use_attention": False}),
     "wf_flow": ("wfvae", {"num_flow_layers": 4, "num_decoder_layers": 1}),
     "wf_one_layer": ("wfvae", {"num_encoder_layers": 1, "num_decoder_layers": 1}),
+    "wf_no_flow": ("wfvae", {"num_wavelet_levels": 1}),
+    "wf_two_levels": ("wfvae", {"num_wavelet_levels": 2, "decoder_flow_channels": 8}),
     "iv": ("ivvae", {}),
+    "iv_causal": ("ivvae", {"convolution": "causal", "use_pyramid": False, "attention": "none"}),
+    "iv_motion": ("ivvae", {"use_keyframe_branch": False, "attention": "mid"}),
     "iv_one_layer": ("ivvae", {"num_layers": 1, "channel_multipliers": (1, 1, 1, 2)}),
 }
 

@@ -50,8 +50,16 @@ FULL = (
     "freeze_encoder_step=6",
     *GAN,
 )
-# Nothing whose mean over clips depends on how they are shared.
-SHARED = ("num_steps=3", "batch_size=4", "adversarial.norm=group", "adversarial.dropout=0", "model.dropout=0")
+# A step of each side, with nothing whose mean over clips depends on how they are shared. Later steps would say less:
+# where a clip is flat, the norms of so small a model make something of the rounding of weights (measured: 4e-5).
+SHARED = (
+    "num_steps=2",
+    "batch_size=4",
+    "adversarial.start_step=0",
+    "adversarial.norm=group",
+    "adversarial.dropout=0",
+    "model.dropout=0",
+)
 
 
 @pytest.fixture(scope="module", params=["wfvae", "ivvae"])
@@ -119,7 +127,9 @@ def test_the_card_names_the_class_and_the_terms(family: str, straight: Path):
 def test_two_processes_give_the_same_model(script: Script, tmp_path: Path):
     launch(tmp_path, script.job(tmp_path / "two", *GAN, *SHARED))
     whole = script.train(tmp_path / "whole", *GAN, *SHARED)
-    assert_same_training(tmp_path / "two", whole, 3)
+    for number in ("", "_1"):
+        # The keys of attention have no bias but by rounding.
+        assert_same_training(tmp_path / "two", whole, 2, number, floor=1e-5)
 
 
 def test_decoder_tuning_leaves_the_latents_as_they_are(family: str, script: Script, straight: Path, tmp_path: Path):
@@ -131,6 +141,18 @@ def test_decoder_tuning_leaves_the_latents_as_they_are(family: str, script: Scri
     assert "fine-tuned from" in (tuned / "vae/README.md").read_text()
 
 
+def test_adapters_fit_linear_layers_alone(family: str, script: Script, straight: Path, tmp_path: Path):
+    start = (f"init={straight / 'vae'}", "model={}", "tune=lora", "lora.rank=2", "num_steps=1")
+    if family == "ivvae":  # all of its layers are convolutions
+        with pytest.raises(ValueError, match="`lora` must fit the model"):
+            script.train(tmp_path, *start)
+        return
+    tuned = script.train(tmp_path, *start, "lora.targets=[to_q,to_k,to_v,to_out]", "optimizer.learning_rate=1e-2")
+    before, after = (load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (straight, tuned))
+    moved = changed(before, after)
+    assert moved and all(".to_" in name for name in moved) and (tuned / "adapter/adapter_config.json").is_file()
+
+
 def test_what_only_leanvae_can_is_refused(family: str, script: Script, straight: Path, tmp_path: Path):
     make_tiny("leanvae").save_pretrained(tmp_path / "lean")
     with pytest.raises(ValueError, match=f"`teacher.path` must be null for an {CLASSES[family].__name__}, got"):
@@ -139,3 +161,23 @@ def test_what_only_leanvae_can_is_refused(family: str, script: Script, straight:
         script.train(tmp_path / "x", f"init={tmp_path / 'lean'}")
     with pytest.raises(ValueError, match=r"Unknown recipe key `loss\.l1_low`: legal keys here are l1"):
         script.train(tmp_path / "x", f"init={straight / 'vae'}", "model={}", "loss={l1_low: 1.0}")
+
+
+def test_ivvae_starts_from_an_image_only_run(clips: Path, tmp_path: Path):
+    """Both phases of the recipe: an image autoencoder of half the latent channels, then videos."""
+    sizes = "latent_channels: {}, base_channels: 4, channel_multipliers: [1, 2, 2, 2], num_layers: 1"
+    image_model = f"model={{type: ivvae, use_keyframe_branch: false, {sizes.format(2)}}}"
+    script = Script("train_vae", "smoke.yaml", f"data.train={clips}", f"validation.folder={clips}")
+    images = ("data.clip_sizes=[[1,32,32]]", "validation.num_frames=1", "num_steps=2", "validation.every=2")
+    first = script.train(tmp_path / "images", image_model, *images)
+    start = ("init=image", f"image_vae.path={first / 'vae'}", f"model={{type: ivvae, {sizes.format(4)}}}")
+    still = ("validation.num_frames=1", "num_steps=1", "validation.every=1")
+    second = script.train(tmp_path / "videos", *start, *still)
+    # Before the first step, images are reconstructed as the averaged model of the first run does.
+    records = read_log(first, "validation")[-1], read_log(second, "validation")[0]
+    assert records[0]["clips"] == pytest.approx(records[1]["clips"], abs=1e-3)
+    assert "started from the image autoencoder" in (second / "vae/README.md").read_text()
+    with pytest.raises(ValueError, match="`model.type` must be 'ivvae' for `init: image`, got 'leanvae'"):
+        script.train(tmp_path / "x", "init=image", f"image_vae.path={first}")
+    with pytest.raises(ValueError, match="`image_vae.path` must be given for `init: image` and for nothing else, got"):
+        script.train(tmp_path / "x", f"image_vae.path={first}")

@@ -73,6 +73,12 @@ _STATISTICS = {
 }
 ANCHOR = "encoder.head.2.PAC_conv.conv.weight"  # one key that every original IV-VAE has and nothing else does
 CONFIG_ANCHOR = None  # the original has no config
+_ORIGINAL_DESIGN = {
+    "convolution": "group_causal",
+    "use_keyframe_branch": True,
+    "use_pyramid": True,
+    "attention": "all",
+}
 
 
 def from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,7 +152,13 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
         path: A safetensors file, with scale and shift as metadata, if it ends so, else a torch file.
         config: Of the model.
         state_dict: Of the model.
+
+    Raises:
+        ValueError: If the model is an ablation, which the original has no layout for.
     """
+    for name, value in _ORIGINAL_DESIGN.items():
+        if config[name] != value:
+            raise ValueError(f"`{name}` must be {value!r} in the original layout, got {config[name]!r}.")
     args = {"z_dim": config["latent_channels"], "dim": config["base_channels"]}
     args |= {"dim_mult": list(config["channel_multipliers"]), "num_res_blocks": config["num_layers"]}
     if config["latents_mean"] is not None:

@@ -278,6 +278,8 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
         config: Of the model.
         state_dict: Of the model.
     """
+    if config["num_wavelet_levels"] != 3:
+        raise ValueError(f"`num_wavelet_levels` must be 3 in the original layout, got {config['num_wavelet_levels']}.")
     names = {ours: original for original, ours in _VALUES.items()}
     args = {original: names.get(config[ours], config[ours]) for original, ours in CONFIG_MAP.items()}
     args |= {original: legal[config["temporal_compression_ratio"] == 8] for original, legal in _LAYERS.items()}

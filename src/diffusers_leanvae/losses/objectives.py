@@ -125,11 +125,9 @@ class WFVAEObjective(Objective):
         return Decoded(reconstruction, tuple(subbands))
 
     def terms(self, vae: Any, target: torch.Tensor, decoded: Decoded, posterior: Posterior) -> dict[str, torch.Tensor]:
-        terms = {
-            "l1": summed_l1(target, decoded.reconstruction),
-            "kl": kl_divergence(*posterior),
-            "wavelet": wavelet_l1(vae.analyze(target), decoded.subbands),
-        }
+        terms = {"l1": summed_l1(target, decoded.reconstruction), "kl": kl_divergence(*posterior)}
+        if decoded.subbands:  # there are none without an energy flow
+            terms["wavelet"] = wavelet_l1(vae.analyze(target), decoded.subbands)
         if self.logvar:  # what is left of the likelihood: the logarithm of its scale, for every value of a frame
             terms["logvar"] = terms["l1"].new_tensor(self.logvar * self.perceptual_factor(target))
         return terms

@@ -6,13 +6,19 @@ autoencoders share (`encode`, `decode`, `forward`) are in `video_autoencoder.py`
 Every feature map `(B, 2w, T, H, W)` has two halves of `w` channels: the first is the keyframe (2D) branch, the second
 the motion (3D) branch. In time there is the first frame, then groups of four frames, of which two and one are left at
 the smaller sizes. Convolutions look both ways within a group, and back to the last frame of the group before.
+
+The ablations of the paper are config values: without the keyframe branch every feature map is the motion branch's
+alone, and `(B, w, T, H, W)`.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..checks import check_choice
 from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder
@@ -62,6 +68,27 @@ class GroupCausalConv3d(nn.Conv3d):
         return windows.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
+class CausalConv3d(nn.Conv3d):
+    """A 3x3x3 convolution that sees the two frames before, be they of the group or not: an ablation.
+
+    Before the first frame of the video that frame repeats.
+
+    Attributes:
+        name: Of what it remembers; the model sets it.
+    """
+
+    name = ""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, 3, padding=(0, 1, 1))
+
+    def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        before = chunk.recall(self.name, x)
+        x = torch.cat((x[:, :, :1].expand(-1, -1, 2, -1, -1) if before is None else before, x), dim=2)
+        chunk.remember(self.name, x[:, :, -2:])
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
+
+
 class PlainConv3d(nn.Conv3d):
     """A convolution that needs nothing of the frames around a group."""
 
@@ -69,26 +96,59 @@ class PlainConv3d(nn.Conv3d):
         return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
 
 
+class Design(NamedTuple):
+    """What all parts of a model share: which branches there are, and what they are made of."""
+
+    has_keyframes: bool
+    is_group_causal: bool
+    attention: str
+    use_pyramid: bool
+    dropout: float
+
+    @property
+    def num_branches(self) -> int:
+        return 1 + self.has_keyframes
+
+    def branch_conv(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int = 1) -> "BranchConv3d":
+        return BranchConv3d(in_channels, out_dim, kernel_size, group_size, self)
+
+    def frame_conv(self, in_dim: int, out_dim: int, kernel_size: int) -> FrameConv2d:
+        dims = self.num_branches * in_dim, self.num_branches * out_dim
+        return FrameConv2d(*dims, kernel_size, padding=kernel_size // 2)
+
+    def resnet(self, in_dim: int, out_dim: int, group_size: int) -> "IVVAEResnetBlock":
+        return IVVAEResnetBlock(in_dim, out_dim, group_size, self)
+
+    def attentions(self, dim: int, is_mid: bool = False) -> list[nn.Module]:
+        """One layer of attention, or none where the model has none."""
+        return [IVVAEAttention(dim, self)] if self.attention == "all" or (is_mid and self.attention == "mid") else []
+
+
 class BranchConv3d(nn.Module):
     """Both branches from both: a 2D convolution of every frame and a group causal one."""
 
-    def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int = 1):
+    def __init__(self, in_channels: int, out_dim: int, kernel_size: int, group_size: int, design: Design):
         super().__init__()
-        self.conv_2d = FrameConv2d(in_channels, out_dim, kernel_size, padding=kernel_size // 2)
-        self.conv_3d = (
-            PlainConv3d(in_channels, out_dim, 1)
-            if kernel_size == 1
-            else GroupCausalConv3d(in_channels, out_dim, group_size)
+        padding = kernel_size // 2
+        self.conv_2d = (
+            FrameConv2d(in_channels, out_dim, kernel_size, padding=padding) if design.has_keyframes else None
         )
+        if kernel_size == 1:
+            self.conv_3d: nn.Module = PlainConv3d(in_channels, out_dim, 1)
+        elif design.is_group_causal:
+            self.conv_3d = GroupCausalConv3d(in_channels, out_dim, group_size)
+        else:
+            self.conv_3d = CausalConv3d(in_channels, out_dim)
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
-        return torch.cat((self.conv_2d(x), self.conv_3d(x, chunk)), dim=1)
+        motion = self.conv_3d(x, chunk)
+        return motion if self.conv_2d is None else torch.cat((self.conv_2d(x), motion), dim=1)
 
 
 class BranchRMSNorm(nn.Module):
     """RMS norm over the channels of each branch."""
 
-    def __init__(self, dim: int, num_branches: int = 2):
+    def __init__(self, dim: int, num_branches: int):
         super().__init__()
         self.num_branches = num_branches
         self.weight = nn.Parameter(torch.ones(num_branches * dim))
@@ -102,18 +162,18 @@ class BranchRMSNorm(nn.Module):
 class IVVAEResnetBlock(nn.Module):
     """Two norms, activations and convolutions with a residual; with `group_size` 1 every frame by itself."""
 
-    def __init__(self, in_dim: int, out_dim: int, group_size: int, dropout: float):
+    def __init__(self, in_dim: int, out_dim: int, group_size: int, design: Design):
         super().__init__()
 
         def conv(in_dim: int, kernel_size: int) -> nn.Module:
             if group_size > 1:
-                return BranchConv3d(2 * in_dim, out_dim, kernel_size, group_size)
-            return FrameConv2d(2 * in_dim, 2 * out_dim, kernel_size, padding=kernel_size // 2)
+                return design.branch_conv(design.num_branches * in_dim, out_dim, kernel_size, group_size)
+            return design.frame_conv(in_dim, out_dim, kernel_size)
 
-        self.norm1 = BranchRMSNorm(in_dim)
+        self.norm1 = BranchRMSNorm(in_dim, design.num_branches)
         self.conv1 = conv(in_dim, 3)
-        self.norm2 = BranchRMSNorm(out_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = BranchRMSNorm(out_dim, design.num_branches)
+        self.dropout = nn.Dropout(design.dropout)
         self.conv2 = conv(out_dim, 3)
         self.conv_shortcut = conv(in_dim, 1) if in_dim != out_dim else None
 
@@ -141,12 +201,14 @@ class BranchAttention(nn.Module):
 class IVVAEAttention(nn.Module):
     """Attention of both branches, each by itself."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, design: Design):
         super().__init__()
-        self.attention_2d = BranchAttention(dim)
+        self.attention_2d = BranchAttention(dim) if design.has_keyframes else None
         self.attention_3d = BranchAttention(dim)
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        if self.attention_2d is None:
+            return self.attention_3d(x)
         keyframes, motion = x.chunk(2, dim=1)
         return torch.cat((self.attention_2d(keyframes), self.attention_3d(motion)), dim=1)
 
@@ -154,43 +216,60 @@ class IVVAEAttention(nn.Module):
 class IVVAEDownsample(nn.Module):
     """Half the height and width of both branches, and with time half the frames of every group."""
 
-    def __init__(self, dim: int, is_temporal: bool):
+    def __init__(self, dim: int, is_temporal: bool, design: Design):
         super().__init__()
-        self.conv_2d = FrameConv2d(dim, dim, 3, stride=2)
+        self.conv_2d = FrameConv2d(dim, dim, 3, stride=2) if design.has_keyframes else None
         self.conv_3d = FrameConv2d(dim, dim, 3, stride=2)
         self.time_conv = PlainConv3d(dim, dim, (2, 1, 1), stride=(2, 1, 1)) if is_temporal else None
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
-        keyframes, motion = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)  # zeros on the right and below only
+        x = F.pad(x, (0, 1, 0, 1))  # zeros on the right and below only
+        if self.conv_2d is None:
+            return self._halve_motion(self.conv_3d(x), chunk)
+        keyframes, motion = x.chunk(2, dim=1)
         keyframes, motion = self.conv_2d(keyframes), self.conv_3d(motion)
         if self.time_conv is not None:
-            (first, groups), (first_motion, motion) = split_first(keyframes, chunk), split_first(motion, chunk)
+            first, groups = split_first(keyframes, chunk)
             keyframes = torch.cat((first, groups[:, :, ::2]), dim=2)
-            motion = torch.cat((first_motion, self.time_conv(motion)) if motion.shape[2] else (first_motion,), dim=2)
-        return torch.cat((keyframes, motion), dim=1)
+        return torch.cat((keyframes, self._halve_motion(motion, chunk)), dim=1)
+
+    def _halve_motion(self, motion: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        if self.time_conv is None:
+            return motion
+        first, groups = split_first(motion, chunk)
+        return torch.cat((first, self.time_conv(groups)) if groups.shape[2] else (first,), dim=2)
 
 
 class IVVAEUpsample(nn.Module):
     """With time twice the frames of every group; twice the height and width, and half the channels."""
 
-    def __init__(self, dim: int, is_temporal: bool):
+    def __init__(self, dim: int, is_temporal: bool, design: Design):
         super().__init__()
-        self.conv_2d = FrameConv2d(dim, dim // 2, 3, padding=1)
+        self.conv_2d = FrameConv2d(dim, dim // 2, 3, padding=1) if design.has_keyframes else None
         self.conv_3d = FrameConv2d(dim, dim // 2, 3, padding=1)
         self.time_conv = PlainConv3d(dim, 2 * dim, 1) if is_temporal else None
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
+        if self.conv_2d is None:
+            return self.conv_3d(_twice_the_size(self._double_motion(x, chunk)))
         keyframes, motion = x.chunk(2, dim=1)
         if self.time_conv is not None:
-            (first, groups), (first_motion, motion) = split_first(keyframes, chunk), split_first(motion, chunk)
+            first, groups = split_first(keyframes, chunk)
             keyframes = torch.cat((first, groups.repeat_interleave(2, dim=2)), dim=2)
-            if motion.shape[2]:  # channels become frames
-                motion = self.time_conv(motion).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-            motion = torch.cat((first_motion, motion), dim=2)
-        keyframes, motion = (
-            part.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4) for part in (keyframes, motion)
-        )
-        return torch.cat((self.conv_2d(keyframes), self.conv_3d(motion)), dim=1)
+        motion = self._double_motion(motion, chunk)
+        return torch.cat((self.conv_2d(_twice_the_size(keyframes)), self.conv_3d(_twice_the_size(motion))), dim=1)
+
+    def _double_motion(self, motion: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        if self.time_conv is None:
+            return motion
+        first, groups = split_first(motion, chunk)
+        if groups.shape[2]:  # channels become frames
+            groups = self.time_conv(groups).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return torch.cat((first, groups), dim=2)
+
+
+def _twice_the_size(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
 
 
 class PyramidConv2d(nn.Module):
@@ -198,26 +277,28 @@ class PyramidConv2d(nn.Module):
 
     DILATIONS = (0, 1, 3, 6, 9, 12)  # 0: a 1x1 convolution
 
-    def __init__(self, in_dim: int, out_dim: int):
+    def __init__(self, in_dim: int, out_dim: int, num_branches: int):
         super().__init__()
+        self.num_branches = num_branches
+        in_dim, out_dim = num_branches * in_dim, num_branches * out_dim
         self.convs = nn.ModuleDict(
             {
                 str(dilation): FrameConv2d(
-                    2 * in_dim, 2 * out_dim, 3 if dilation else 1, padding=dilation, dilation=max(dilation, 1)
+                    in_dim, out_dim, 3 if dilation else 1, padding=dilation, dilation=max(dilation, 1)
                 )
                 for dilation in self.DILATIONS
             }
         )
-        self.merge = FrameConv2d(2 * len(self.DILATIONS) * out_dim, 2 * out_dim, 1)
+        self.merge = FrameConv2d(len(self.DILATIONS) * out_dim, out_dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = zip(*(conv(x).chunk(2, dim=1) for conv in self.convs.values()), strict=True)
+        branches = zip(*(conv(x).chunk(self.num_branches, dim=1) for conv in self.convs.values()), strict=True)
         return self.merge(torch.cat([part for branch in branches for part in branch], dim=1))
 
 
-def _mid_blocks(dim: int, dropout: float) -> LayerChain:
-    frame_resnets = [IVVAEResnetBlock(dim, dim, 1, dropout) for _ in range(2)]
-    return LayerChain([frame_resnets[0], IVVAEAttention(dim), frame_resnets[1]])
+def _mid_blocks(dim: int, design: Design) -> LayerChain:
+    frame_resnets = [design.resnet(dim, dim, 1) for _ in range(2)]
+    return LayerChain([frame_resnets[0], *design.attentions(dim, is_mid=True), frame_resnets[1]])
 
 
 # ---- encoder and decoder --------------------------------------------------------------------------------------------
@@ -226,25 +307,29 @@ def _mid_blocks(dim: int, dropout: float) -> LayerChain:
 class IVVAEEncoder(nn.Module):
     """Three levels that halve the size, of which two halve the groups; a fourth of single frames with attention."""
 
-    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
+    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, design: Design):
         super().__init__()
-        self.conv_in = BranchConv3d(3, dims[0], 3, group_size=4)
+        self.num_branches = design.num_branches
+        self.conv_in = design.branch_conv(3, dims[0], 3, group_size=4)
         blocks: list[nn.Module] = []
         for level, (in_dim, dim) in enumerate(zip([dims[0], *dims[:2]], dims[:3], strict=True)):
             group_size = (4, 4, 2)[level]
-            blocks += [
-                IVVAEResnetBlock(in_dim if i == 0 else dim, dim, group_size, dropout) for i in range(num_layers)
-            ]
-            blocks += [IVVAEDownsample(dim, is_temporal=level > 0)]
+            blocks += [design.resnet(in_dim if i == 0 else dim, dim, group_size) for i in range(num_layers)]
+            blocks += [IVVAEDownsample(dim, level > 0, design)]
         self.num_local_blocks = len(blocks)
-        blocks += [IVVAEAttention(dims[2])]
+        blocks += design.attentions(dims[2])
         for i in range(num_layers):
-            blocks += [IVVAEResnetBlock(dims[3 if i else 2], dims[3], 1, dropout), IVVAEAttention(dims[3])]
+            blocks += [design.resnet(dims[3 if i else 2], dims[3], 1), *design.attentions(dims[3])]
         self.blocks = LayerChain(blocks)
-        self.mid = _mid_blocks(dims[3], dropout)
-        self.norm_out = BranchRMSNorm(dims[3])
-        self.conv_out = PyramidConv2d(dims[3], latent_dim)
-        self.quant_conv = BranchConv3d(2 * latent_dim, latent_dim, 1)
+        self.mid = _mid_blocks(dims[3], design)
+        self.norm_out = BranchRMSNorm(dims[3], design.num_branches)
+        moments_dim = 2 * latent_dim // design.num_branches
+        self.conv_out = (
+            PyramidConv2d(dims[3], moments_dim, design.num_branches)
+            if design.use_pyramid
+            else design.frame_conv(dims[3], moments_dim, 3)
+        )
+        self.quant_conv = design.branch_conv(2 * latent_dim, moments_dim, 1)
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of pixels; `(B, 2w, t, h, w)` lies between the parts."""
@@ -257,6 +342,8 @@ class IVVAEEncoder(nn.Module):
     def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         hidden = self.mid(self.blocks.run(hidden, chunk, start=self.num_local_blocks), chunk)
         moments = self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden))), chunk)
+        if self.num_branches == 1:
+            return moments
         mean_2d, logvar_2d, mean_3d, logvar_3d = moments.chunk(4, dim=1)
         return torch.cat((mean_2d, mean_3d, logvar_2d, logvar_3d), dim=1)
 
@@ -264,25 +351,24 @@ class IVVAEEncoder(nn.Module):
 class IVVAEDecoder(nn.Module):
     """The way back; each upsampling halves the channels before the next level's blocks."""
 
-    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, dropout: float):
+    def __init__(self, latent_dim: int, dims: list[int], num_layers: int, design: Design):
         super().__init__()
-        half = latent_dim // 2
-        self.post_quant_conv = BranchConv3d(latent_dim, half, 1)
-        self.conv_in = FrameConv2d(2 * half, 2 * dims[3], 3, padding=1)
-        self.mid = _mid_blocks(dims[3], dropout)
+        self.num_branches = design.num_branches
+        branch_dim = latent_dim // design.num_branches
+        self.post_quant_conv = design.branch_conv(latent_dim, branch_dim, 1)
+        self.conv_in = design.frame_conv(branch_dim, dims[3], 3)
+        self.mid = _mid_blocks(dims[3], design)
         blocks: list[nn.Module] = []
         for _ in range(num_layers + 1):
-            blocks += [IVVAEResnetBlock(dims[3], dims[3], 1, dropout), IVVAEAttention(dims[3])]
+            blocks += [design.resnet(dims[3], dims[3], 1), *design.attentions(dims[3])]
         self.num_whole_blocks = len(blocks)
         for level, (in_dim, dim) in enumerate(zip(dims[:0:-1], dims[2::-1], strict=True)):
             group_size = (2, 4, 4)[level]
-            blocks += [IVVAEUpsample(in_dim, is_temporal=level < 2)]
-            blocks += [
-                IVVAEResnetBlock(dim if i else in_dim // 2, dim, group_size, dropout) for i in range(num_layers + 1)
-            ]
+            blocks += [IVVAEUpsample(in_dim, level < 2, design)]
+            blocks += [design.resnet(dim if i else in_dim // 2, dim, group_size) for i in range(num_layers + 1)]
         self.blocks = LayerChain(blocks)
-        self.norm_out = BranchRMSNorm(dims[0])
-        self.conv_out = BranchConv3d(2 * dims[0], 3, 3, group_size=4)
+        self.norm_out = BranchRMSNorm(dims[0], design.num_branches)
+        self.conv_out = design.branch_conv(design.num_branches * dims[0], 3, 3, group_size=4)
 
     def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all") -> torch.Tensor:
         """Pixels `(B, 3, T, H, W)` of latents; `(B, 2w, t, h, w)` lies between the parts."""
@@ -295,7 +381,10 @@ class IVVAEDecoder(nn.Module):
 
     def _local(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         hidden = self.blocks.run(hidden, chunk, start=self.num_whole_blocks)
-        keyframes, motion = self.conv_out(F.silu(self.norm_out(hidden)), chunk).chunk(2, dim=1)
+        pixels = self.conv_out(F.silu(self.norm_out(hidden)), chunk)
+        if self.num_branches == 1:
+            return pixels
+        keyframes, motion = pixels.chunk(2, dim=1)
         # The first frame of every group is the keyframe branch's, the others are the motion branch's.
         index = torch.arange(keyframes.shape[2], device=keyframes.device) - int(chunk.is_first)
         is_keyframe = (index < 0) | (index % 4 == 0)
@@ -312,14 +401,22 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
     sizes that are multiples of 8. Latents are *not* normalised, unlike the original's: `(latents -
     config.latents_mean) * config.scaling_factor` are those.
 
-    The defaults are those of the released model with 16 channels and width 64.
+    The defaults are those of the released model with 16 channels and width 64. The values of `convolution`,
+    `use_keyframe_branch`, `use_pyramid` and `attention` that are not the defaults are ablations, as in the paper.
 
     Args:
         latent_channels: Channels of the latents, an even number: those of the keyframe branch, then of the motion one.
+            Without the keyframe branch any number.
         base_channels: Width of each branch at full size.
         channel_multipliers: Widths of the four levels, relative to `base_channels`.
         num_layers: Residual blocks of each level of the encoder; the decoder has one more.
         dropout: In the residual blocks, while training.
+        convolution: `"group_causal"`, or `"causal"`: the motion branch sees the frame and the two before it.
+        use_keyframe_branch: Whether there is one; else the motion branch puts out all frames. On single frames such a
+            model is an image autoencoder.
+        use_pyramid: Whether the last layer of the encoder is a pyramid of dilations, and not one 3x3 convolution.
+        attention: `"all"`; `"mid"`: between the residual blocks in the middle alone, as image autoencoders have it; or
+            `"none"`.
         scaling_factor: Factor that pipelines apply to latents for diffusion.
         latents_mean: Mean of each latent channel, or `None`.
         latents_std: Standard deviation of each latent channel, or `None`.
@@ -339,13 +436,21 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
         channel_multipliers: tuple[int, int, int, int] = (1, 2, 4, 4),
         num_layers: int = 2,
         dropout: float = 0.0,
+        convolution: str = "group_causal",
+        use_keyframe_branch: bool = True,
+        use_pyramid: bool = True,
+        attention: str = "all",
         scaling_factor: float = 1.0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
     ):
         super().__init__()
-        if latent_channels < 2 or latent_channels % 2:
-            raise ValueError(f"`latent_channels` must be a positive even number, got {latent_channels}.")
+        check_choice("convolution", convolution, ("group_causal", "causal"))
+        check_choice("attention", attention, ("all", "mid", "none"))
+        design = Design(use_keyframe_branch, convolution == "group_causal", attention, use_pyramid, dropout)
+        if latent_channels < 1 or latent_channels % design.num_branches:
+            even = "even " if use_keyframe_branch else ""
+            raise ValueError(f"`latent_channels` must be a positive {even}number, got {latent_channels}.")
         if len(channel_multipliers) != 4 or min(channel_multipliers) < 1:
             raise ValueError(f"`channel_multipliers` must be four positive integers, got {channel_multipliers}.")
         dims = [base_channels * multiplier for multiplier in channel_multipliers]
@@ -355,9 +460,9 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
                 f"{base_channels}."
             )
         check_statistics(latent_channels, latents_mean, latents_std)
-        self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, dropout)
-        self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, dropout)
-        self._name_layers(GroupCausalConv3d)
+        self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, design)
+        self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, design)
+        self._name_layers(GroupCausalConv3d, CausalConv3d)
 
         self.in_channels = 3
         self.latent_channels = latent_channels

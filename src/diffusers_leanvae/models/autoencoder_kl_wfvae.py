@@ -221,7 +221,7 @@ def _mid_layers(in_dim: int, dim: int, out_dim: int, use_attention: bool, layers
 
 
 class WFVAEEncoderLevel(nn.Module):
-    """Convolution, residual blocks, downsampling; then the next wavelet level joins: the energy flow."""
+    """Convolution, residual blocks, downsampling; then the next wavelet level may join: the energy flow."""
 
     def __init__(
         self, in_dim: int, dim: int, flow_dim: int, num_layers: int, wavelet: Wavelet, layers: Layers, of_frames: bool
@@ -232,12 +232,14 @@ class WFVAEEncoderLevel(nn.Module):
         self.conv_in = FrameConv2d(in_dim, dim, 3, padding=1)
         self.resnets = LayerChain([make(dim) for _ in range(num_layers)])
         self.downsample = WFVAEDownsample(dim, wavelet.is_temporal)
-        self.flow = FrameConv2d(wavelet.channels, flow_dim, 3, padding=1)
+        self.flow = FrameConv2d(wavelet.channels, flow_dim, 3, padding=1) if flow_dim else None
 
     def forward(self, x: torch.Tensor, low: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states with the flow behind them, and the sub-bands of `low`, the low band of the level above."""
-        subbands = self.wavelet.analyze(low, chunk.is_first)
         hidden = self.downsample(self.resnets(self.conv_in(x), chunk), chunk)
+        if self.flow is None:
+            return hidden, low
+        subbands = self.wavelet.analyze(low, chunk.is_first)
         return torch.cat((hidden, self.flow(subbands)), dim=1), subbands
 
 
@@ -248,7 +250,7 @@ class WFVAEEncoder(nn.Module):
         self,
         latent_dim: int,
         dim: int,
-        flow_dim: int,
+        flow_dims: tuple[int, int],
         num_layers: int,
         use_attention: bool,
         wavelets: tuple[Wavelet, Wavelet, Wavelet],
@@ -256,13 +258,15 @@ class WFVAEEncoder(nn.Module):
     ):
         super().__init__()
         self.wavelet = wavelets[0]
+        flow1, flow2 = flow_dims  # from the pixels down; 0 where there is none
         self.levels = nn.ModuleList(
             [
-                WFVAEEncoderLevel(24, dim, flow_dim, num_layers, wavelets[1], layers, of_frames=True),
-                WFVAEEncoderLevel(dim + flow_dim, 2 * dim, flow_dim, num_layers, wavelets[2], layers, of_frames=False),
+                WFVAEEncoderLevel(24, dim, flow1, num_layers, wavelets[1], layers, of_frames=True),
+                WFVAEEncoderLevel(dim + flow1, 2 * dim, flow2, num_layers, wavelets[2], layers, of_frames=False),
             ]
         )
-        self.mid = _mid_layers(2 * dim + flow_dim, 4 * dim, 4 * dim, use_attention, layers)
+        self.mid = _mid_layers(2 * dim + flow2, 4 * dim, 4 * dim, use_attention, layers)
+        self.num_flows = sum(flow_dim > 0 for flow_dim in flow_dims)
         self.norm_out = layers.norm(4 * dim)
         self.conv_out = CausalConv3d(4 * dim, 2 * latent_dim, 3, padding=(0, 1, 1))
 
@@ -272,13 +276,13 @@ class WFVAEEncoder(nn.Module):
         return hidden if part == "local" else self._whole(hidden, chunk)
 
     def levels_and_subbands(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
-        """The local part, and the sub-bands of both levels, which the wavelet loss compares with the decoder's."""
+        """The local part, and the sub-bands of the flows, which the wavelet loss compares with the decoder's."""
         hidden = level_above = self.wavelet.analyze(x, chunk.is_first)  # (B, 24, (T + 1) / 2, H / 2, W / 2)
         subbands = []
         for level in self.levels:
             hidden, level_above = level(hidden, level_above[:, :3], chunk)
             subbands.append(level_above)
-        return hidden, *subbands
+        return hidden, *subbands[: self.num_flows]
 
     def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         return self.conv_out(F.silu(self.norm_out(self.mid(hidden, chunk))), chunk)
@@ -337,7 +341,7 @@ class WFVAEDecoder(nn.Module):
         self,
         latent_dim: int,
         dim: int,
-        flow_dim: int,
+        flow_dims: tuple[int, int],
         num_layers: int,
         num_flow_layers: int,
         use_attention: bool,
@@ -346,14 +350,17 @@ class WFVAEDecoder(nn.Module):
     ):
         super().__init__()
         self.wavelet = wavelets[0]
-        self.flow_dim = flow_dim
+        self.flow_dims = flow_dims  # from the latent size upward; 0 where there is none
         self.conv_in = CausalConv3d(latent_dim, 4 * dim, 3, padding=(0, 1, 1))
-        self.mid = _mid_layers(4 * dim, 4 * dim, 4 * dim + flow_dim, use_attention, layers)
-        # From the latent size upward.
+        self.mid = _mid_layers(4 * dim, 4 * dim, 4 * dim + flow_dims[0], use_attention, layers)
         self.flows = nn.ModuleList(
-            [WFVAEDecoderFlow(flow_dim, num_flow_layers, wavelet, layers) for wavelet in (wavelets[2], wavelets[1])]
+            [
+                WFVAEDecoderFlow(flow_dim, num_flow_layers, wavelet, layers)
+                for flow_dim, wavelet in zip(flow_dims, (wavelets[2], wavelets[1]), strict=True)
+                if flow_dim
+            ]
         )
-        sizes = ((4 * dim, 4 * dim, 4 * dim + flow_dim, wavelets[2]), (4 * dim, 2 * dim, 2 * dim, wavelets[1]))
+        sizes = ((4 * dim, 4 * dim, 4 * dim + flow_dims[1], wavelets[2]), (4 * dim, 2 * dim, 2 * dim, wavelets[1]))
         self.levels = nn.ModuleList(
             [
                 WFVAEDecoderLevel(in_dim, level_dim, out_dim, num_layers, wavelet.is_temporal, layers)
@@ -367,7 +374,7 @@ class WFVAEDecoder(nn.Module):
     def forward(self, z: torch.Tensor, chunk: Chunk = WHOLE, part: Part = "all", subbands: bool = False) -> Any:
         """Pixels `(B, 3, T, H, W)` of latents; `(B, 4b + d, t, h, w)` lies between the parts.
 
-        With `subbands` those of both levels come along, as of [`frames_and_subbands`].
+        With `subbands` those of the flows come along, as of [`frames_and_subbands`].
         """
         hidden = z if part == "local" else self.mid(self.conv_in(z, chunk), chunk)
         if part == "whole":
@@ -376,12 +383,13 @@ class WFVAEDecoder(nn.Module):
         return outputs if subbands else outputs[0]
 
     def frames_and_subbands(self, hidden: torch.Tensor, chunk: Chunk = WHOLE) -> tuple[torch.Tensor, ...]:
-        """The local part, and the sub-bands of both levels, the larger ones first as in the encoder."""
-        low, subbands = None, []
-        for level, flow in zip(self.levels, self.flows, strict=True):
-            hidden, branch = hidden.split((hidden.shape[1] - self.flow_dim, self.flow_dim), dim=1)
-            bands, low = flow(branch, low, chunk)
-            subbands.insert(0, bands)
+        """The local part, and the sub-bands of the flows, the larger ones first as in the encoder."""
+        low, subbands, flows = None, [], iter(self.flows)
+        for level, flow_dim in zip(self.levels, self.flow_dims, strict=True):
+            if flow_dim:
+                hidden, branch = hidden.split((hidden.shape[1] - flow_dim, flow_dim), dim=1)
+                bands, low = next(flows)(branch, low, chunk)
+                subbands.insert(0, bands)
             hidden = level(hidden, chunk)
         hidden = self.conv_out(F.silu(self.norm_out(self.resnets_out(hidden, chunk))))
         return self.wavelet.synthesize(_add_to_low_band(hidden, low, self.name, chunk), chunk.is_first), *subbands
@@ -424,7 +432,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
     1 for a temporal ratio of 8) and sizes that are multiples of 8. Latents are *not* normalised: use
     `config.latents_mean` and `config.latents_std`, as your pipeline does.
 
-    The defaults are those of WF-VAE-L with 16 channels.
+    The defaults are those of WF-VAE-L with 16 channels; fewer `num_wavelet_levels` than three are ablations.
 
     Args:
         latent_channels: Channels of the latents.
@@ -439,6 +447,8 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
             nothing can be streamed or tiled.
         temporal_interpolation: `"linear"` or `"nearest"`, of the decoder's temporal upsampling.
         temporal_compression_ratio: 4, or 8 (then the second wavelet level is one of time, too).
+        num_wavelet_levels: Levels of the wavelet transform that take part: 3; 2: without the energy flow at the latent
+            size; 1: without any energy flow, the pixels alone are transformed.
         dropout: In the residual blocks, while training.
         scaling_factor: Factor that pipelines apply to latents for diffusion.
         latents_mean: Mean of each latent channel, or `None`.
@@ -465,6 +475,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         norm_type: str = "layer_norm",
         temporal_interpolation: str = "linear",
         temporal_compression_ratio: int = 4,
+        num_wavelet_levels: int = 3,
         dropout: float = 0.0,
         scaling_factor: float = 1.0,
         latents_mean: list[float] | None = None,
@@ -474,16 +485,23 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         check_choice("norm_type", norm_type, ("layer_norm", "group_norm"))
         check_choice("temporal_interpolation", temporal_interpolation, ("linear", "nearest"))
         check_choice("temporal_compression_ratio", temporal_compression_ratio, (4, 8))
+        check_choice("num_wavelet_levels", num_wavelet_levels, (3, 2, 1))
         check_statistics(latent_channels, latents_mean, latents_std)
         layers = Layers(norm_type, dropout, temporal_interpolation)
         wavelets = (Wavelet(True), Wavelet(temporal_compression_ratio == 8), Wavelet(True))  # from the pixels down
         self.encoder = WFVAEEncoder(
-            latent_channels, base_channels, encoder_flow_channels, num_encoder_layers, use_attention, wavelets, layers
+            latent_channels,
+            base_channels,
+            (encoder_flow_channels * (num_wavelet_levels > 1), encoder_flow_channels * (num_wavelet_levels > 2)),
+            num_encoder_layers,
+            use_attention,
+            wavelets,
+            layers,
         )
         self.decoder = WFVAEDecoder(
             latent_channels,
             base_channels,
-            decoder_flow_channels,
+            (decoder_flow_channels * (num_wavelet_levels > 2), decoder_flow_channels * (num_wavelet_levels > 1)),
             num_decoder_layers,
             num_flow_layers,
             use_attention,
@@ -507,15 +525,15 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
     # ---- sub-bands, for training ------------------------------------------------------------------------------------
 
     def analyze(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sub-bands of both levels below the pixels', larger ones first; what `decode_subbands` should predict."""
+        """Sub-bands of the flows, larger ones first; what `decode_subbands` should predict."""
         band, subbands = self.encoder.wavelet.analyze(sample, is_first=True), []
         for level in self.encoder.levels:
             band = level.wavelet.analyze(band[:, :3], is_first=True)  # type: ignore[operator, union-attr]
             subbands.append(band)
-        return tuple(subbands)
+        return tuple(subbands[: self.encoder.num_flows])
 
     def decode_subbands(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Decode latents `(batch_size, z, t, h, w)` to pixels and to the sub-bands of both levels."""
+        """Decode latents `(batch_size, z, t, h, w)` to pixels and to the sub-bands of the flows."""
         return self.decoder(z, subbands=True)
 
     # ---- the parts --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ TYPES: dict[str, type[VideoAutoencoder]] = {
     "wfvae": AutoencoderKLWFVAE,
     "ivvae": AutoencoderKLIVVAE,
 }
-NEW_MODELS = ("spec", "pca")  # starting points, as `init` names them, of models that are made by their config
+NEW_MODELS = ("spec", "pca", "image")  # starting points, as `init` names them, of models that are made by their config
 
 # What makes the latents: with these frozen, they stay those of the model that training started from. The sensing
 # matrix `phi` of LeanVAE also takes part in decoding, but it is what the latents are measured with. Of WF-VAE and
@@ -51,8 +51,9 @@ def load_vae(init: str, config: dict[str, Any]) -> VideoAutoencoder:
     """Make or load the model that training starts from, in float32.
 
     Args:
-        init: `"spec"` or `"pca"`: a new model by `config`; the name of a bundled model; a folder of `save_pretrained`;
-            an original checkpoint file; a Hub repository `user/name`; or a Hub file `user/name/file.ckpt`.
+        init: `"spec"`, `"pca"` or `"image"`: a new model by `config`; the name of a bundled model; a folder of
+            `save_pretrained`; an original checkpoint file; a Hub repository `user/name`; or a Hub file
+            `user/name/file.ckpt`.
         config: Arguments of the model, and `type`, one of [`TYPES`]: by default a new model is a LeanVAE, and a loaded
             one may be of any type. Arguments of a loaded model only such as it has.
     """

@@ -115,6 +115,9 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
     """The text of the card; arguments as of `write_model_card`."""
     is_new = recipe.init in NEW_MODELS
     class_name = type(vae).__name__
+    start = "trained from scratch"
+    if recipe.init == "image":
+        start = f"started from the image autoencoder `{recipe.image_vae.path}`"
     repository = recipe.push_to_hub or "path/to/this/folder"
     tuned = {"full": "all weights", "decoder": "the decoder alone", "lora": "low-rank adapters, merged"}[recipe.tune]
     return TEMPLATE.format(
@@ -123,7 +126,7 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
         title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
         kind=DESCRIPTIONS[class_name].removesuffix("."),
         class_name=class_name,
-        description="trained from scratch." if is_new else f"fine-tuned from `{recipe.init}`: {tuned}.",
+        description=f"{start}." if is_new else f"fine-tuned from `{recipe.init}`: {tuned}.",
         repository=repository,
         in_channels=vae.in_channels,
         latent_channels=vae.latent_channels,
