@@ -377,8 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
         initialize_from_principal_components(vae, (video for video in videos if video.shape[2] > 1))
     if recipe.init == "image" and run.checkpoint is None and run.is_main:
         assert isinstance(vae, AutoencoderKLIVVAE) and recipe.image_vae.path is not None
-        image_vae = load_image_vae(recipe.image_vae.path, recipe.image_vae.subfolder)
-        initialize_from_image_vae(vae, image_vae.to(device))
+        initialize_from_image_vae(vae, load_image_vae(recipe.image_vae.path, recipe.image_vae.subfolder))
     if recipe.tune == "decoder":
         freeze_encoder(vae)
     adapted = add_lora(vae, recipe.lora) if recipe.tune == "lora" else vae  # wraps the same `vae`

@@ -56,7 +56,7 @@ def test_branches_can_learn_to_see_each_other():
 
 
 def make_autoencoder_kl(**config: Any) -> AutoencoderKL:
-    sizes = {"block_out_channels": (4, 8, 12, 12), "layers_per_block": 2, "latent_channels": 2, "norm_num_groups": 4}
+    sizes = {"block_out_channels": (4, 8, 16, 16), "layers_per_block": 2, "latent_channels": 2, "norm_num_groups": 4}
     sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with seeded(5):
         return enliven(AutoencoderKL(**(sizes | config)), seed=5)
@@ -64,7 +64,7 @@ def make_autoencoder_kl(**config: Any) -> AutoencoderKL:
 
 @torch.no_grad()
 def test_filters_of_diffusers_are_taken_over():
-    vae, source = make_tiny("ivvae"), make_autoencoder_kl()
+    vae, source = make_tiny("ivvae", channel_multipliers=[1, 2, 4, 4]), make_autoencoder_kl()
     initialize_from_image_vae(vae, source)
     first = vae.encoder.conv_in
     for conv in (first.conv_2d.weight, first.conv_3d.weight[:, :, 1]):
@@ -80,7 +80,7 @@ def test_filters_of_diffusers_are_taken_over():
     # The third level has a shortcut there and none here: what it adds to is exact, whatever the projection.
     upsample, resnet = source.decoder.up_blocks[1].upsamplers[0].conv, source.decoder.up_blocks[2].resnets[0]
     ours = vae.decoder.blocks[10]
-    x = make_video(1, 12, 1, 4, 4)
+    x = make_video(1, 16, 1, 4, 4)
     expected = resnet.conv_shortcut(upsample(x[:, :, 0]))
     torch.testing.assert_close(ours.conv_2d(x)[:, :, 0], expected, rtol=0, atol=1e-5)
 

@@ -204,7 +204,15 @@ def test_wan_recipes_have_the_published_numbers(name: str, latent_channels: int,
     assert recipe.mixed_precision is None and not recipe.sample_posterior
 
 
-@pytest.mark.parametrize(("name", "num_parameters"), [("paper_4ch", 39.77e6), ("compact_16ch", 5.83e6)])
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("paper_4ch", 39.77e6),
+        ("compact_16ch", 5.83e6),
+        ("compact_wfvae_16ch", 5.526e6),
+        ("compact_ivvae_16ch", 6.092e6),
+    ],
+)
 def test_sizes_are_those_of_the_heads(name: str, num_parameters: float):
     with torch.device("meta"):
         vae = train_vae.build_vae(of_paper(name))

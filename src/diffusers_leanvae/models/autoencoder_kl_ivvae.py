@@ -141,8 +141,9 @@ class BranchConv3d(nn.Module):
             self.conv_3d = CausalConv3d(in_channels, out_dim)
 
     def forward(self, x: torch.Tensor, chunk: Chunk = WHOLE) -> torch.Tensor:
-        motion = self.conv_3d(x, chunk)
-        return motion if self.conv_2d is None else torch.cat((self.conv_2d(x), motion), dim=1)
+        if self.conv_2d is None:
+            return self.conv_3d(x, chunk)
+        return torch.cat((self.conv_2d(x), self.conv_3d(x, chunk)), dim=1)
 
 
 class BranchRMSNorm(nn.Module):
