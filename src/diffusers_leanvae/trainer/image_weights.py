@@ -239,11 +239,9 @@ def _from_autoencoder_kl(image_vae: AutoencoderKL, vae: AutoencoderKLIVVAE) -> A
         nn.init.zeros_(conv_out.merge.bias)  # type: ignore[arg-type]
     else:
         _copy_conv(conv_out, encoder.conv_out)
-    for ours, theirs in (
-        (image.encoder.quant_conv, source.quant_conv),
-        (image.decoder.post_quant_conv, source.post_quant_conv),
-    ):
-        _copy_conv(ours, theirs or _identity_conv(ours.conv_3d.out_channels))
+    dim = image.latent_channels
+    _copy_conv(image.encoder.quant_conv, source.quant_conv or _identity_conv(2 * dim))
+    _copy_conv(image.decoder.post_quant_conv, source.post_quant_conv or _identity_conv(dim))
     _copy_conv(image.decoder.conv_in, decoder.conv_in)
     _copy_mid(image.decoder.mid, decoder.mid_block)
     _copy_blocks(image.decoder.blocks, decoder.up_blocks)
