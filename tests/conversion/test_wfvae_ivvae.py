@@ -192,3 +192,18 @@ def test_reconstruct_command(tmp_path: Path, family: str):
     assert result.exit_code == 1 and "`max_memory` needs an `AutoencoderKLLeanVAE`" in result.output
     result = CliRunner().invoke(app, [*arguments, "--overwrite", "--fuse"])
     assert result.exit_code == 1 and "`fuse` needs an `AutoencoderKLLeanVAE`" in result.output
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("wfvae", {"num_wavelet_levels": 2}, "`num_wavelet_levels` must be 3 in the original layout, got 2"),
+        ("ivvae", {"attention": "mid"}, "`attention` must be 'all' in the original layout, got 'mid'"),
+        ("ivvae", {"use_keyframe_branch": False}, "`use_keyframe_branch` must be True in the original layout, got F"),
+    ],
+)
+def test_ablations_have_no_original_layout(family: str, config: dict[str, Any], message: str, tmp_path: Path):
+    model = make_tiny(family, **config)
+    with pytest.raises(ValueError, match=message):
+        model.conversion.write_original_checkpoint(tmp_path / "x.safetensors", dict(model.config), model.state_dict())
+    assert not any(tmp_path.iterdir())
