@@ -1,13 +1,15 @@
-"""Quality of reconstructions: `eval`."""
+"""Quality of reconstructions and of generated videos: `eval`."""
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import bundled
 from .common import Device, Dtype, Model, Output, place
+from .comparison import compare_folders, compare_subjects
 
 
 if TYPE_CHECKING:
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 
 def evaluate(
     folder: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="FOLDER",
             help="Folder of videos, of folders of pictures (by protocol), tar files, or a data set as hub:user/name.",
         ),
-    ],
+    ] = None,
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Further autoencoders for --compare.")
+    ] = None,
     model: Model = bundled.DEFAULT,
     output: Output = None,
     protocol: Annotated[
@@ -67,10 +72,38 @@ def evaluate(
         str | None,
         typer.Option(help="Vision model of transformers for FVD in place of I3D: a folder or a Hub id."),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Autoencoders to compare, one after another (--compare A B C): as --model, or any class of "
+            "diffusers with a place (AutoencoderKLWan:FOLDER), with random weights (AutoencoderKLWan), or with those "
+            "and a config (AutoencoderKLWan:config.json)."
+        ),
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Codec to compare with, at the bit rates of the latents stored in 8 bits: x264, x265, av1, x264-444, "
+            "x265-444; repeat it for several."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the report of a comparison: report.html, report.json, report.csv, side_by_side.mp4. "
+            "Without it outputs/report."
+        ),
+    ] = None,
+    num_examples: Annotated[int, typer.Option(min=0, help="Clips that the report shows pictures of.")] = 3,
+    generated: Annotated[
+        str | None,
+        typer.Option(help="Folder of generated videos, whose FVD to those of --real is measured; no FOLDER then."),
+    ] = None,
+    real: Annotated[str | None, typer.Option(help="Folder of real videos, for --generated.")] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Measure reconstructions of videos, clip by clip: PSNR (dB), SSIM and more.
+    """Measure reconstructions of videos, clip by clip: PSNR (dB), SSIM and more; or FVD of generated videos.
 
     Files that cannot be read, or are too short, are named, counted and left out of the mean. A metric whose weights or
     programs cannot be had is named, and the others are computed. A run with --output that was ended goes on from there
@@ -92,9 +125,24 @@ def evaluate(
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         start_accelerator()
     is_first = not dist.is_initialized() or dist.get_rank() == 0
-    chosen = _change(get_protocol(protocol or "val-17x256"), num_frames, size)
+    default = "val-17x256" if generated is None else "fvd2048_16f"
+    chosen = _change(get_protocol(protocol or default), num_frames, size)
     if metric:
         chosen = replace(chosen, metrics=tuple(KINDS) if "all" in metric else tuple(metric))
+    options = MetricOptions(vgg16, alexnet, i3d, feature_model)
+    if generated is not None and real is not None and folder is None:
+        compare_folders(generated, real, chosen, options, output, device)
+        return
+    if folder is None or generated is not None or real is not None:
+        raise ValueError("Either FOLDER, or both `--generated` and `--real`, must be given.")
+    if compare or codec or report is not None:
+        if chunk is not None or output is not None:
+            raise ValueError("`--chunk` and `--output` must not be given with a comparison, whose files are --report.")
+        names, target = [*(compare or [model]), *(others or [])], report or Path("outputs/report")
+        compare_subjects(names, codec or [], folder, chosen, options, target, num_examples, device, dtype)
+        return
+    if others:
+        raise ValueError(f"Only one FOLDER must be given without `--compare`, got {' and '.join([folder, *others])}.")
     torch_device, torch_dtype = place(device, dtype)
     vae, about = open_autoencoder(model, torch_device, torch_dtype)
     if chunk is None:
@@ -107,7 +155,7 @@ def evaluate(
             reconstructor,
             folder,
             chosen,
-            MetricOptions(vgg16, alexnet, i3d, feature_model),
+            options,
             device=torch_device,
             resume=resume,
             progress=typer.echo,

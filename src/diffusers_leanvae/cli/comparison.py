@@ -1,0 +1,107 @@
+"""What `eval` does for several subjects, and for folders of generated videos."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .common import place
+
+
+if TYPE_CHECKING:
+    from ..evaluation.measures import MetricOptions
+    from ..evaluation.protocols import Protocol
+    from ..evaluation.records import Evaluation
+
+
+def compare_subjects(
+    models: Sequence[str] | Mapping[str, str],
+    codecs: Sequence[str],
+    source: str,
+    protocol: "Protocol",
+    options: "MetricOptions",
+    report: Path,
+    num_examples: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Compare autoencoders and codecs, print the table and write the report."""
+    import torch.distributed as dist
+
+    from ..evaluation.comparison import compare, forget_progress
+    from ..evaluation.report import write_report
+
+    torch_device, torch_dtype = place(device, dtype)
+    kept = report / ".progress"
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        comparison = compare(
+            models,
+            source,
+            protocol,
+            kept,
+            codecs=codecs,
+            options=options,
+            num_examples=num_examples,
+            device=torch_device,
+            dtype=torch_dtype,
+            progress=typer.echo,
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not is_first:
+        return
+    typer.echo("\n" + render_totals(comparison.evaluations))
+    for name, reason in comparison.evaluations[0].missing.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+    failed = comparison.evaluations[0].failed
+    if failed:
+        total = len(failed) + comparison.evaluations[0].num_videos
+        typer.echo(f"{len(failed)} of {total} files failed: {', '.join(failed)}", err=True)
+    for path in write_report(report, comparison):
+        typer.echo(str(path))
+    forget_progress(kept, comparison.evaluations)
+
+
+def compare_folders(
+    generated: str, real: str, protocol: "Protocol", options: "MetricOptions", output: Path | None, device: str
+) -> None:
+    """Measure FVD of two folders, print it and write the file if one is wanted."""
+    from ..evaluation.generated import evaluate_generated
+
+    torch_device, _ = place(device, "float32")
+    evaluation = evaluate_generated(generated, real, protocol, options, device=torch_device, progress=typer.echo)
+    for name, reason in evaluation.missing.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+    for name, value in evaluation.totals.items():
+        typer.echo(f"{name} {value:.{evaluation.metrics[name].digits}f}")
+    typer.echo(f"{evaluation.about['num_generated']} generated and {evaluation.about['num_real']} real videos")
+    if output is not None:
+        evaluation.write(output)
+        typer.echo(str(output))
+
+
+def render_totals(evaluations: "Sequence[Evaluation]") -> str:
+    """Lay out the totals of all subjects as a table of text."""
+    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.totals)
+    metrics = {name: metric for evaluation in evaluations for name, metric in evaluation.metrics.items()}
+    head = ["", *(metrics[name].label for name in names)]
+    lines = [
+        [
+            evaluation.model,
+            *(
+                f"{evaluation.totals[name]:.{metrics[name].digits}f}" if name in evaluation.totals else ""
+                for name in names
+            ),
+        ]
+        for evaluation in evaluations
+    ]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in [head, *lines]
+    )
