@@ -28,6 +28,8 @@ PAGES = (
     "docs/speed.md",
 )
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+# The same in the YAML at the head of a card.
+METADATA = re.compile(r"(^# data: (\w+)\n)(.*?)(^# end data$)", re.DOTALL | re.MULTILINE)
 PICTURE, PICTURE_BYTES = "docs/images/demo.jpg", 250_000
 PSNR, SSIM = "psnr_frame_mean_rgb", "ssim_frame_mean_rgb"
 BUNDLED = ("compact-16ch", "compact-4ch")
@@ -85,6 +87,29 @@ def validation(results: Path) -> str:
         )
     sources = "".join(source_line(path, result) for path, result in found.items())
     return f"{markdown_table(header, rows)}\n{protocol}\n{sources}"
+
+
+def model_index(results: Path) -> str:
+    """The figures of the bundled models as the Hub takes them from a card: YAML."""
+    lines = ["model-index:"]
+    for path, result in validation_results(results).items():
+        if result["model"] not in BUNDLED:
+            continue
+        name = path.stem.split("_")[0]
+        lines += [
+            f"- name: {result['model']}",
+            "  results:",
+            "  - task:",
+            "      type: video-reconstruction",
+            "      name: Video reconstruction",
+            "    dataset:",
+            f"      type: {name}",
+            f"      name: {result['num_videos']} clips, {name}",
+            "    metrics:",
+        ]
+        for metric, label in ((PSNR, "PSNR (dB)"), (SSIM, "SSIM")):
+            lines += [f"    - type: {metric}", f"      name: {label}", f"      value: {result[metric]}"]
+    return "\n".join(lines) + "\n"
 
 
 def millions(result: dict[str, Any]) -> str:
@@ -289,6 +314,9 @@ TABLES = {
 }
 
 
+DATA = {"model_index": model_index}
+
+
 def render(text: str, results: Path) -> str:
     """The page with every region rewritten."""
 
@@ -297,6 +325,7 @@ def render(text: str, results: Path) -> str:
         table = TABLES[name](results) if name in TABLES else rows_table(results, name)
         return match[1] + (f"\n{table}\n" if table else "") + match[4]
 
+    text = METADATA.sub(lambda match: match[1] + DATA[match[2]](results) + match[4], text)
     return REGION.sub(region, text)
 
 

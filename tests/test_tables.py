@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.results import sha256
@@ -56,6 +57,25 @@ def test_a_changed_number_is_found(pages: Path):
     assert render_tables("--root", pages)[0] == 0
     assert all("**12.3" in (pages / page).read_text() for page in before)
     assert render_tables("--check", "--root", pages) == (0, "")
+
+
+def test_the_hub_reads_the_figures_from_the_card(pages: Path):
+    """The pair of models is in one card, which `huggingface_hub` takes for one model at a time."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    change(pages / VALIDATION, psnr_frame_mean_rgb=12.345)
+    assert render_tables("--root", pages)[0] == 0
+    text = (pages / "model_card.md").read_text()
+    index = yaml.safe_load(text.split("---")[1])["model-index"]
+    assert [model["name"] for model in index] == list(bundled.MODELS)
+    for model in index:
+        written = json.loads((pages / "results" / f"val-17x256_{model['name']}.json").read_text())
+        _, found = model_index_to_eval_results([model])
+        assert {result.metric_type: result.metric_value for result in found} == {
+            name: written[name] for name in ("psnr_frame_mean_rgb", "ssim_frame_mean_rgb")
+        }
+    assert ModelCard(text).data.license == "apache-2.0"
 
 
 def test_a_number_typed_by_hand_is_found(pages: Path):
