@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from diffusers_leanvae import bundled
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import KEYS, MeasurementError, Record, run_rounds, summarize
 from diffusers_leanvae.benchmark.subjects import Subject, build_model
@@ -23,6 +24,7 @@ from diffusers_leanvae.benchmark.work import DIRECTIONS, Layout, MatrixFloor, co
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.clock import MIB, end_of_peak, start_of_peak
 from diffusers_leanvae.evaluation.autoencoders import encode
+from diffusers_leanvae.evaluation.report import read_report
 from diffusers_leanvae.generation.schedulers import make_scheduler
 
 
@@ -366,3 +368,18 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "benchmarks" / "plots.py"), run_name="__main__")
     for name in ("bench_area.png", "bench_length.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 250_000
+
+
+@pytest.mark.slow  # half a minute: seven subjects
+def test_the_full_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "small.yaml").write_text("num_frames: 9\nresolution: 64\nmetrics: [psnr]\n")
+    clips = str(bundled.clip_path().parent)
+    options = ["--protocol", str(tmp_path / "small.yaml"), "--num-train-clips", "8", "--codecs", "x264"]
+    arguments = ["--train", clips, "--held-out", clips, "--output", str(tmp_path / "report"), *options]
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    runpy.run_path(str(ROOT / "benchmarks" / "report.py"), run_name="__main__")
+    evaluations = {evaluation.model: evaluation for evaluation in read_report(tmp_path / "report" / "report.json")}
+    psnr = {name: evaluation.totals["psnr_frame_mean_rgb"] for name, evaluation in evaluations.items()}
+    assert len(psnr) == 8 and sum(name.endswith(", small") for name in psnr) == 3
+    # On the clip that it was fitted to, the linear one is good; weights that nobody trained give no picture.
+    assert psnr["linear-16ch"] > 20 > max(value for name, value in psnr.items() if name.endswith(", small"))

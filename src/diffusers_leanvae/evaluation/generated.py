@@ -71,10 +71,10 @@ def evaluate_generated(
     for side, source, choices in (("generated", generated, first_frames(protocol)), ("real", real, protocol)):
         sides[side] = _features(side, source, choices, networks, failed, progress)
     metrics = {f"fvd_{network.name}": network.metric(is_reconstruction=False) for network in networks}
-    totals = {
-        name: frechet_distance(*(torch.stack([clip[index] for clip in side.values()]) for side in sides.values()))
-        for index, name in enumerate(metrics)
-    }
+    totals = {}
+    for index, name in enumerate(metrics):
+        features, others = (torch.stack([clip[index] for clip in side.values()]) for side in sides.values())
+        totals[name] = frechet_distance(features, others)
     return Evaluation(
         model=Path(generated).name,
         dataset=Path(real).name,

@@ -145,7 +145,7 @@ def _speed(value: float | None) -> str:
 
 def _point(evaluation: Evaluation) -> dict[str, Any]:
     timing = evaluation.timing or {}
-    rates = [timing.get(f"{way}_frames_per_second") for way in ("encode", "decode")]
+    rates = [timing.get(f"{way}_frames_per_second") or 0.0 for way in ("encode", "decode")]
     about = evaluation.about
     return {
         "model": evaluation.model,
