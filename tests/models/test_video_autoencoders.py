@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
@@ -497,6 +498,31 @@ def test_a_stream_goes_on_from_its_state(case: str, tiled: bool, parked: bool, t
             vae.decode(latents[:, :, 4:], cache=stream)
     cache.reset()
     assert_exact(vae.decode(latents[:, :, :2], cache=cache).sample, first)
+
+
+@models
+@pytest.mark.parametrize("tile", [None, (8, 16)])
+@torch.no_grad()
+def test_a_stream_moves_to_another_model(case: str, tile: tuple[int, int] | None, tmp_path: Path):
+    vae = make(case)
+    video = make_video(vae, 2, 16, 24)
+    latents = vae.encode(video).latent_dist.mode()
+    sample = vae.decode(latents).sample
+    if tile is not None:
+        vae.enable_tiling(*tile, 5)
+    for make_stream, pushed, expected in (
+        (lambda model: StreamingEncoder(model, 4), video, latents),
+        (lambda model: StreamingDecoder(model, 1), latents, sample),
+    ):
+        # Frames are waiting, then all have been pushed and only the end is missing.
+        for cut in (pushed.shape[2] - 1, pushed.shape[2]):
+            stream, later = make_stream(vae), make_stream(make(case))
+            outputs = [stream.push(pushed[:, :, :cut])]
+            save_file(stream.state_dict(), tmp_path / "state.safetensors")
+            later.load_state_dict(load_file(tmp_path / "state.safetensors"))
+            assert len(later.cache.tiles) == (4 if tile is not None else 0)
+            outputs += [later.push(pushed[:, :, cut:]), later.flush()]
+            assert_exact(torch.cat([output for output in outputs if output is not None], dim=2), expected)
 
 
 def test_hooks_hand_a_chunk_on_as_it_is():
