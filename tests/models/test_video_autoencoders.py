@@ -394,7 +394,8 @@ def test_the_config_answers_to_what_pipelines_read(case: str, tmp_path: Path):
     assert config.latents_mean == [0.0] * 4 and config.latents_std == [2.0] * 4
     assert config["latents_mean"] is None and config["latents_std"] is None
     given = make(case, latents_mean=[1.0] * 4, latents_std=[3.0] * 4, scaling_factor=0.5).config
-    assert given.latents_mean == given["latents_mean"] == [1.0] * 4 and given.latents_std == [3.0] * 4
+    assert given.latents_mean == given["latents_mean"] == [1.0] * 4
+    assert given.latents_std == [6.0] * 4 and given["latents_std"] == [3.0] * 4  # the factor is not asked for
     vae.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert {key for key in stored if not key.startswith("_")} == set(inspect.signature(type(vae)).parameters)
