@@ -284,6 +284,7 @@ def run_inference(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[dict[str
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_run_goes_on_where_it_was(tmp_path, run_inference):
     result, lines = run_inference("--variants", "fused", "--sizes", "5x32x48")

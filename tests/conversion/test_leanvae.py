@@ -63,7 +63,7 @@ class TestReferenceFixture:
     def test_fixtures_are_small(self):
         files = [path for path in FIXTURE.parent.rglob("*") if path.is_file()]
         assert FIXTURE.stat().st_size < 400_000
-        assert sum(path.stat().st_size for path in files) <= 1_000_000
+        assert sum(path.stat().st_size for path in files) <= 1_200_000
 
 
 class TestRoundTrip:
@@ -134,7 +134,7 @@ class TestRoundTrip:
         )
         assert (model.config.pixel_factor, model.config.scaling_factor, model.dtype) == (0.5, 0.7744, torch.float32)
         assert (wan.config.pixel_factor, wan.pixel_factor, wan.dtype) == (1.0, 1.0, torch.float64)
-        assert wan.config.latents_mean == EXTRAS["latents_mean"]
+        assert wan.config["latents_mean"] == EXTRAS["latents_mean"]
         with pytest.raises(ValueError, match=r"`kwargs` must be Hub or config arguments, got pixelfactor\."):
             AutoencoderKLLeanVAE.from_single_file(tmp_path / "model.ckpt", pixelfactor=1.0)
 

@@ -18,6 +18,7 @@ from diffusers_leanvae.models.video_layers import FrameConv2d
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden tensors are not at {GOLDEN}")
 LAYERS = {interpolation: wf.Layers("layer_norm", 0.0, interpolation) for interpolation in ("linear", "nearest")}
+DESIGN = iv.Design(has_keyframes=True, is_group_causal=True, attention="all", use_pyramid=True, dropout=0.0)
 GROUP_NORM = wf.Layers("group_norm", 0.0, "linear")
 
 
@@ -145,7 +146,7 @@ def test_group_causal_convolution(group_size: int):
 @torch.no_grad()
 def test_first_convolution():
     block = Block("first_conv", "ivvae_blocks")
-    module = block.load_into(iv.BranchConv3d(3, 4, 3, group_size=4))
+    module = block.load_into(iv.BranchConv3d(3, 4, 3, group_size=4, design=DESIGN))
     cache = TemporalCache()
     cache.tails[module.conv_3d.name] = block.tensors["cache"]
     assert_matches(module(block.input, Chunk(is_first=False, cache=cache)), block.output)
@@ -155,12 +156,12 @@ def iv_modules() -> dict[str, tuple[nn.Module, dict[str, str]]]:
     resample = {"resample_2d.1": "conv_2d", "resample_3d.1": "conv_3d"}
     attention = {"Attention": "attention", "gamma": "weight", "proj": "to_out"}
     return {
-        "resample.downsample2d": (iv.IVVAEDownsample(4, is_temporal=False), resample),
-        "resample.downsample3d": (iv.IVVAEDownsample(4, is_temporal=True), resample),
-        "resample.upsample2d": (iv.IVVAEUpsample(4, is_temporal=False), resample),
-        "resample.upsample3d": (iv.IVVAEUpsample(4, is_temporal=True), resample),
-        "sep_attn": (iv.IVVAEAttention(6), attention),
-        "sep_conv_k1": (iv.BranchConv3d(8, 6, 1, group_size=1), {}),
+        "resample.downsample2d": (iv.IVVAEDownsample(4, is_temporal=False, design=DESIGN), resample),
+        "resample.downsample3d": (iv.IVVAEDownsample(4, is_temporal=True, design=DESIGN), resample),
+        "resample.upsample2d": (iv.IVVAEUpsample(4, is_temporal=False, design=DESIGN), resample),
+        "resample.upsample3d": (iv.IVVAEUpsample(4, is_temporal=True, design=DESIGN), resample),
+        "sep_attn": (iv.IVVAEAttention(6, DESIGN), attention),
+        "sep_conv_k1": (iv.BranchConv3d(8, 6, 1, group_size=1, design=DESIGN), {}),
     }
 
 
@@ -179,8 +180,10 @@ def test_iv_layer(name: str):
 @torch.no_grad()
 def test_norm_and_pyramid():
     block = Block("sep_rms", "ivvae_blocks")
-    assert_matches(block.load_into(iv.BranchRMSNorm(5), gamma="weight")(block.input), block.output)
+    assert_matches(block.load_into(iv.BranchRMSNorm(5, num_branches=2), gamma="weight")(block.input), block.output)
     block = Block("pac", "ivvae_blocks")
-    module = block.load_into(iv.PyramidConv2d(5, 3), **{"PAC_conv.conv": "merge", "PAC_": "convs.", ".conv.": "."})
+    module = block.load_into(
+        iv.PyramidConv2d(5, 3, num_branches=2), **{"PAC_conv.conv": "merge", "PAC_": "convs.", ".conv.": "."}
+    )
     assert_matches(module(block.input), block.output)
     assert all(isinstance(conv, FrameConv2d) for conv in module.convs.values())
