@@ -544,7 +544,7 @@ class TestSequence:
             Image.fromarray(noise(seed=number)).save(tmp_path / f"{number}.png")
         used = []
 
-        def note(self: ImageFrames, numbers: range, num_threads: int) -> Iterator[np.ndarray]:
+        def note(self: ImageFrames, numbers: range, num_threads: int, num_at_once: int) -> Iterator[np.ndarray]:
             used.append(num_threads)
             return map(self._read, numbers)
 

@@ -182,25 +182,25 @@ class ImageFrames:
         """
         numbers = range(index, self.num_frames if stop is None else min(stop, self.num_frames))
         frames = map(self._read, numbers)
-        fitting = max(1, _BYTES_AT_ONCE // (_BYTES_PER_PIXEL * self.width * self.height))
-        num_threads = min(num_at_once, _MAX_THREADS, count_cores(), fitting)
+        num_at_once = min(num_at_once, max(1, _BYTES_AT_ONCE // (_BYTES_PER_PIXEL * self.width * self.height)))
+        num_threads = min(num_at_once, _MAX_THREADS, count_cores())
         if len(self._files) > 1 and num_threads > 1:
-            frames = self._read_by_threads(numbers, num_threads)
+            frames = self._read_by_threads(numbers, num_threads, num_at_once)
         for _ in numbers:
             if self._picture is None:
                 raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
             yield next(frames)
 
-    def _read_by_threads(self, numbers: range, num_threads: int) -> Iterator[np.ndarray]:
-        """Read as many pictures of a sequence at once as there are threads: Pillow decodes one in one thread.
+    def _read_by_threads(self, numbers: range, num_threads: int, num_at_once: int) -> Iterator[np.ndarray]:
+        """Read so many pictures of a sequence, then hand them out, and so on: Pillow decodes one in one thread.
 
         No thread works while the caller does: filters of warnings, which reading sets, belong to the process.
         """
         if numbers:  # the first one alone: what all have in common, such as a colour transform, is made once
             yield self._read(numbers[0])
-        for start in range(1, len(numbers), num_threads):
+        for start in range(1, len(numbers), num_at_once):
             with ThreadPoolExecutor(num_threads) as pool:
-                waiting = [pool.submit(self._read, number) for number in numbers[start : start + num_threads]]
+                waiting = [pool.submit(self._read, number) for number in numbers[start : start + num_at_once]]
             yield from (future.result() for future in waiting)
 
     def _read(self, number: int) -> np.ndarray:
