@@ -57,9 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def keep_priority() -> Iterator[None]:
     """Undo what SVT-AV1 does to a root's thread that opens it by PyAV: a priority at which other processes starve."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
     yield
-    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    if os.sched_getscheduler(0) != before[0]:
+        os.sched_setscheduler(0, *before)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -286,6 +286,7 @@ def test_weights_that_hidden_states_do_not_need_are_frozen(kind: str, tmp_path: 
     assert all(weight.grad is None for weight in encoder.model.parameters())
 
 
-def test_a_new_encoder_knows_all_that_its_config_holds():
-    with pytest.raises(ValueError, match="`config` must hold arguments of T5Config, got 'num_layer'"):
-        make_text_encoder(["a wave"], {"d_model": 8, "num_layer": 1})
+@pytest.mark.parametrize("name", ["num_layer", "vocab_size"])
+def test_a_new_encoder_knows_all_that_its_config_holds(name: str):
+    with pytest.raises(ValueError, match=f"`config` must hold arguments of T5Config other than .* got '{name}'"):
+        make_text_encoder(["a wave"], {"d_model": 8, name: 1})

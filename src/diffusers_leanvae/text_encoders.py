@@ -219,7 +219,7 @@ def make_text_encoder(
         max_length: Tokens of a text, with the one that marks its end.
 
     Raises:
-        ValueError: If `config` holds what a `T5Config` does not know.
+        ValueError: If `config` holds what a `T5Config` does not know, or `vocab_size`, which the captions give.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -237,10 +237,10 @@ def make_text_encoder(
         unk_token="<unk>",
         model_max_length=max_length,
     )
-    known = T5Config().to_dict()
+    known = T5Config().to_dict().keys() - {"vocab_size"}
     for name in config or {}:
         if name not in known:  # transformers would keep it, and do nothing with it
-            raise ValueError(f"`config` must hold arguments of T5Config, got {name!r}.")
+            raise ValueError(f"`config` must hold arguments of T5Config other than `vocab_size`, got {name!r}.")
     default = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
     default["feed_forward_proj"] = "gated-gelu"
     model = T5EncoderModel(T5Config(vocab_size=len(wrapped), **(default | (config or {}))))

@@ -21,6 +21,7 @@ import struct
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
 # What Pillow says of damaged files is in the errors; without this it comes on stderr as well if nobody set up logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# Of threads that read pictures of a sequence; in bytes, about what one holds where that is most, transparent pictures.
+# Threads that read the pictures of a sequence; about the bytes of a pixel while a transparent picture, which takes most,
+# is read; and the bytes of all that are read together.
 _MAX_THREADS, _BYTES_PER_PIXEL, _BYTES_AT_ONCE = 4, 35, 1 << 30
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
@@ -200,8 +202,9 @@ class ImageFrames:
             yield self._read(numbers[0])
         for start in range(1, len(numbers), num_at_once):
             with ThreadPoolExecutor(num_threads) as pool:
-                waiting = [pool.submit(self._read, number) for number in numbers[start : start + num_at_once]]
-            yield from (future.result() for future in waiting)
+                waiting = deque(pool.submit(self._read, number) for number in numbers[start : start + num_at_once])
+            while waiting:
+                yield waiting.popleft().result()  # which is not kept: the caller has copied it before the next
 
     def _read(self, number: int) -> np.ndarray:
         if len(self._files) == 1 or number == 0:
