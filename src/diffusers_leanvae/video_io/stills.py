@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # these take a second to import, and a header can be read wit
 # What Pillow says of damaged files is in the errors; without this it comes on stderr as well if nobody set up logging.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# Threads that read the pictures of a sequence; about the bytes of a pixel while a transparent picture, which takes most,
-# is read; and the bytes of all that are read together.
+# Threads that read the pictures of a sequence; about the bytes of a pixel while a picture is read, the most, which a
+# transparent one takes; and the bytes of all that are read together.
 _MAX_THREADS, _BYTES_PER_PIXEL, _BYTES_AT_ONCE = 4, 35, 1 << 30
 
 # Classes of Pillow, which are named here so that no other format is ever tried (PostScript would run a program).
