@@ -4,13 +4,12 @@
 
 The linear autoencoder is that of the principal components of patches of the training clips, with the 16 channels of
 `compact-16ch`. Peers have random weights and small configs: they show that nothing is made for our models alone. All
-figures are those of `leanvae eval --compare`, by the protocol of its own YAML file or `val-17x256`.
+figures are those of `leanvae eval --compare`, by `val-17x256` or the protocol that is named.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ from diffusers_leanvae import AutoencoderKLLeanVAE, bundled
 from diffusers_leanvae.cli.comparison import compare_subjects
 from diffusers_leanvae.evaluation.diffusability import load_clips
 from diffusers_leanvae.evaluation.measures import MetricOptions
-from diffusers_leanvae.evaluation.protocols import get_protocol
+from diffusers_leanvae.evaluation.protocols import get_protocol, with_sizes
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
 from diffusers_leanvae.video_io.pixels import pixels_to_sample
 
@@ -72,9 +71,7 @@ def main() -> None:
     parser.add_argument("--num-train-clips", type=int, default=64)
     parser.add_argument("--codecs", nargs="*", default=["x264", "av1"])
     arguments = parser.parse_args()
-    protocol = get_protocol(arguments.protocol)
-    if arguments.size is not None:
-        protocol = replace(protocol, name=f"{protocol.name} at {arguments.size}", resolution=arguments.size)
+    protocol = with_sizes(get_protocol(arguments.protocol), None, arguments.size)
     with TemporaryDirectory() as folder:
         linear = Path(folder, "linear-16ch")
         make_linear(linear, arguments.train, arguments.num_train_clips)

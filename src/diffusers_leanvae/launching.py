@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 
 if TYPE_CHECKING:  # an optional package
@@ -33,7 +36,7 @@ def start_accelerator(**options: Any) -> Accelerator:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
-    asked = max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
+    asked = num_processes_asked_for()
     # `accelerate launch` says so much where it was asked for several processes, and starts one: without GPUs it leaves
     # them to MPI.
     names = os.environ.keys()
@@ -57,6 +60,26 @@ def start_accelerator(**options: Any) -> Accelerator:
             stacklevel=2,
         )
     return accelerator
+
+
+def num_processes_asked_for() -> int:
+    """Return the number of processes that the launcher has started, as the environment says; 1 without a launcher."""
+    return max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the first of its job, or has no job."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+@contextmanager
+def leaving_job() -> Iterator[None]:
+    """Disconnect this process from the others of its job in the end, whatever ends it."""
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def is_asked_for(flag: str) -> bool:

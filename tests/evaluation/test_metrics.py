@@ -1,7 +1,9 @@
 """Metrics against independent implementations on a real clip, and their order under known degradations."""
 
 import json
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ from torchmetrics.image.fid import _compute_fid
 
 from diffusers_leanvae.bundled import clip_path
 from diffusers_leanvae.data import read_center_clip
-from diffusers_leanvae.evaluation.features import I3DFeatures, TransformerFeatures
+from diffusers_leanvae.evaluation.features import I3DFeatures, TransformerFeatures, distance_metric
 from diffusers_leanvae.evaluation.ffmpeg_metrics import VmafStream, XpsnrStream, find_vmaf
 from diffusers_leanvae.evaluation.frechet import frechet_distance
-from diffusers_leanvae.evaluation.measures import KINDS, Measures, MetricOptions, make_measures
+from diffusers_leanvae.evaluation.measures import KINDS, GroupPsnr, Measures, MetricOptions, make_measures
 from diffusers_leanvae.evaluation.metrics import frame_ms_ssim, frame_psnr, frame_ssim, frame_ssim_pair
 from diffusers_leanvae.evaluation.temporal import flicker, warp_error
 from diffusers_leanvae.video_io.pixels import unit_to_pixels
@@ -44,7 +46,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(clip: torch.Tensor, noisy: torc
     metrics = pytest.importorskip("skimage.metrics", reason="needs scikit-image")
     pairs = [[x.permute(1, 2, 0).double().numpy() for x in pair] for pair in zip(clip, noisy, strict=True)]
     expected = [metrics.peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]
-    np.testing.assert_allclose(frame_psnr(noisy, clip).numpy(), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(frame_psnr(noisy, clip).numpy(), expected, rtol=0, atol=1e-5)  # measured: 1.3e-6
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     expected = [metrics.structural_similarity(*pair, channel_axis=-1, **options) for pair in pairs]
     mirrored, valid = frame_ssim_pair(noisy, clip)
@@ -84,14 +86,14 @@ def test_filters_give_what_ffmpeg_gives_for_files(clip: torch.Tensor, noisy: tor
     for part in (slice(0, 4), slice(4, 6)):
         stream.write(noisy[part], clip[part])
     values = stream.finish()
-    assert values == pytest.approx(expected, abs=1e-4, rel=0) and len(values) == 6 and 5 < min(values) < 95
+    assert values == pytest.approx(expected, abs=1e-6, rel=0) and len(values) == 6 and 5 < min(values) < 95
     lines = [line for line in (tmp_path / "xpsnr.txt").read_text().splitlines() if line.startswith("n:")]
     expected = [float(line.partition("XPSNR y:")[2].split()[0]) for line in lines]
     xpsnr = XpsnrStream(192, 192)
     for part in (slice(0, 1), slice(1, 6)):
         xpsnr.write(noisy[part], clip[part])
-    # PyAV's FFmpeg may be another release than that of imageio-ffmpeg.
-    assert xpsnr.finish() == pytest.approx(expected, abs=0.02, rel=0) and len(expected) == 6
+    # Measured: 4.8e-5, the rounding of the file.
+    assert xpsnr.finish() == pytest.approx(expected, abs=5e-4, rel=0) and len(expected) == 6
 
 
 # --- Frechet distance ------------------------------------------------------------------------------------------------
@@ -112,17 +114,18 @@ def test_frechet_distance_is_that_of_scipy_and_torchmetrics():
         root = linalg.sqrtm((covariances[0] @ covariances[1]).numpy())
         means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
         expected = (means + sum(c.trace() for c in covariances) - 2 * root.real.trace()).item()
-        assert frechet_distance(a, b, ddof) == pytest.approx(expected, rel=1e-10)
+        assert frechet_distance(a, b, ddof) == pytest.approx(expected, rel=1e-12)
         theirs = _compute_fid(a.mean(dim=0), covariances[0], b.mean(dim=0), covariances[1]).item()
-        assert frechet_distance(a, b, ddof) == pytest.approx(theirs, rel=1e-10)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+        assert frechet_distance(a, b, ddof) == pytest.approx(theirs, rel=1e-12)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-14)
 
 
 def test_frechet_distance_of_fewer_samples_than_features():
     a = draw_features(12, 40, 0)
     assert frechet_distance(a, a) < 1e-9 * a.square().sum().item()
-    assert frechet_distance(a, a + 0.5) == pytest.approx(40 * 0.25, rel=1e-9)  # the covariances agree
-    assert frechet_distance(a, 2 * a - a.mean(dim=0)) == pytest.approx(torch.cov(a.T, correction=0).trace().item())
+    assert frechet_distance(a, a + 0.5) == pytest.approx(40 * 0.25, rel=1e-12)  # the covariances agree
+    trace = torch.cov(a.T, correction=0).trace().item()
+    assert frechet_distance(a, 2 * a - a.mean(dim=0)) == pytest.approx(trace, rel=1e-12)
     values = torch.arange(6.0).reshape(3, 2)
     with pytest.raises(ValueError, match=r"`others` must be \(num_samples, num_features\) .* got \(1, 2\)"):
         frechet_distance(values, values[:1])
@@ -147,7 +150,7 @@ def test_i3d_gets_pixels_as_stylegan_v_gives_them(clip: torch.Tensor, tmp_path: 
     pixels = unit_to_pixels(clip)
     expected = F.adaptive_avg_pool2d(pixels.double().mean(dim=(0, 1))[None], 2).flatten() * 2 / 255 - 1
     torch.testing.assert_close(features(pixels).double(), expected, rtol=0, atol=1e-5)
-    assert features.metric(is_reconstruction=True).label == "rFVD" and features.name == "i3d_styleganv"
+    assert distance_metric(features, is_reconstruction=True).label == "rFVD" and features.name == "i3d_styleganv"
     (tmp_path / "other.pt").write_bytes(b"no script")
     with pytest.raises(ValueError, match="`i3d` must be the torchscript file https://www.dropbox.com"):
         I3DFeatures(tmp_path / "other.pt")
@@ -170,10 +173,10 @@ def test_features_of_transformers(clip: torch.Tensor, tmp_path: Path):
         of_images = image(pixel_values=frames).last_hidden_state.mean(dim=(0, 1))
     features = TransformerFeatures(tmp_path / "VideoMAE tiny")
     assert features.name == "videomae_tiny_mean_of_tokens" and features.num_frames == 6
-    torch.testing.assert_close(features(pixels), of_video, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features(pixels), of_video, rtol=0, atol=1e-6)
     features = TransformerFeatures(tmp_path / "vit")
     assert features.num_frames is None
-    torch.testing.assert_close(features(pixels), of_images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features(pixels), of_images, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="`feature_model` must be a folder or Hub id .* got"):
         TransformerFeatures(tmp_path / "none")
 
@@ -186,7 +189,7 @@ def test_flicker_is_the_error_of_changes(clip: torch.Tensor):
     brighter = clip * 0.5
     brighter[3] += 0.1  # there and back again
     expected = [255 * (0.5 * (clip[i + 1] - clip[i]) + (0.0, 0.0, -0.1, 0.1, 0.0)[i]).abs().mean() for i in range(5)]
-    torch.testing.assert_close(flicker(brighter, clip), torch.stack(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(flicker(brighter, clip), torch.stack(expected), rtol=0, atol=2e-5)  # measured: 1.9e-6
 
 
 def test_errors_that_move_with_the_picture_are_no_warp_error():
@@ -215,6 +218,11 @@ def figures(measures: Measures, decoded: torch.Tensor, original: torch.Tensor) -
             measure.update(decoded[part], original[part])
         found |= measure.finish()
     return found
+
+
+def test_a_place_in_a_group_has_one_name_whatever_the_ratio():
+    """Subjects of all ratios share the columns of a table."""
+    assert GroupPsnr(1).metrics.items() < GroupPsnr(4).metrics.items()
 
 
 @pytest.mark.parametrize("is_learned", [False, True])
@@ -250,7 +258,7 @@ def test_degradations_order_every_metric(clip: torch.Tensor, is_learned: bool):
 
 
 def test_metrics_without_weights_are_named(monkeypatch, tmp_path: Path):
-    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     kinds = ["psnr", "lpips_vgg16", "lpips_alexnet", "rfvd_i3d", "rfvd_features", "vmaf", "xpsnr"]
     measures = make_measures(kinds, MetricOptions(vgg16=str(tmp_path / "vgg16.pth")))
     assert list(measures.clips) == ["psnr", "xpsnr"] and not measures.features
@@ -263,10 +271,6 @@ def test_metrics_without_weights_are_named(monkeypatch, tmp_path: Path):
     }
     assert measures.missing.keys() == sentences.keys()
     for kind, pattern in sentences.items():
-        pytest.raises(ValueError, _raise, measures.missing[kind]).match(pattern)
+        assert re.search(pattern, measures.missing[kind])
     with pytest.raises(ValueError, match="`metrics` must be one of 'psnr'"):
         make_measures(["fvd"])
-
-
-def _raise(text: str) -> None:
-    raise ValueError(text)

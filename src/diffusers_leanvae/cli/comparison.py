@@ -27,15 +27,15 @@ def compare_subjects(
     dtype: str,
 ) -> None:
     """Compare autoencoders and codecs, print the table and write the report."""
-    import torch.distributed as dist
-
-    from ..evaluation.comparison import compare, forget_progress
+    from ..evaluation.comparison import compare
+    from ..evaluation.journal import Journal
     from ..evaluation.report import write_report
+    from ..launching import is_first_process, leaving_job
 
     torch_device, torch_dtype = place(device, dtype)
     kept = report / ".progress"
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    try:
+    is_first = is_first_process()
+    with leaving_job():
         comparison = compare(
             models,
             source,
@@ -48,21 +48,14 @@ def compare_subjects(
             dtype=torch_dtype,
             progress=typer.echo,
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if not is_first:
         return
     typer.echo("\n" + render_totals(comparison.evaluations))
-    for name, reason in comparison.evaluations[0].missing.items():
-        typer.echo(f"left out: {name}: {reason}", err=True)
-    failed = comparison.evaluations[0].failed
-    if failed:
-        total = len(failed) + comparison.evaluations[0].num_videos
-        typer.echo(f"{len(failed)} of {total} files failed: {', '.join(failed)}", err=True)
+    say_missing(comparison.evaluations[0])
+    say_failed(comparison.evaluations[0])
     for path in write_report(report, comparison):
         typer.echo(str(path))
-    forget_progress(kept, comparison.evaluations)
+    Journal.remove(kept)
 
 
 def compare_folders(
@@ -73,14 +66,27 @@ def compare_folders(
 
     torch_device, _ = place(device, "float32")
     evaluation = evaluate_generated(generated, real, protocol, options, device=torch_device, progress=typer.echo)
-    for name, reason in evaluation.missing.items():
-        typer.echo(f"left out: {name}: {reason}", err=True)
+    say_missing(evaluation)
     for name, value in evaluation.totals.items():
         typer.echo(f"{name} {value:.{evaluation.metrics[name].digits}f}")
     typer.echo(f"{evaluation.about['num_generated']} generated and {evaluation.about['num_real']} real videos")
     if output is not None:
         evaluation.write(output)
         typer.echo(str(output))
+
+
+def say_missing(evaluation: "Evaluation") -> None:
+    """Say on stderr which metrics are absent, and why."""
+    for name, reason in evaluation.missing.items():
+        typer.echo(f"left out: {name}: {reason}", err=True)
+
+
+def say_failed(evaluation: "Evaluation") -> None:
+    """Say on stderr which files were left out, if any."""
+    failed = evaluation.failed
+    if failed:
+        total = len(failed) + evaluation.num_videos
+        typer.echo(f"{len(failed)} of {total} files failed: {', '.join(failed)}", err=True)
 
 
 def render_totals(evaluations: "Sequence[Evaluation]") -> str:

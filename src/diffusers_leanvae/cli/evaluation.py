@@ -1,19 +1,14 @@
 """Quality of reconstructions and of generated videos: `eval`."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import bundled
 from .common import Device, Dtype, Model, Output, place
-from .comparison import compare_folders, compare_subjects
-
-
-if TYPE_CHECKING:
-    from ..evaluation.protocols import Protocol
+from .comparison import compare_folders, compare_subjects, say_failed, say_missing
 
 
 def evaluate(
@@ -111,22 +106,20 @@ def evaluate(
 
     `torchrun --nproc_per_node N --no-python leanvae eval ...` runs it in N processes, with the same result.
     """
-    import torch.distributed as dist
-
     from ..evaluation.autoencoders import open_autoencoder
     from ..evaluation.journal import Journal
     from ..evaluation.measures import KINDS, MetricOptions
-    from ..evaluation.protocols import get_protocol
+    from ..evaluation.protocols import get_protocol, with_sizes
     from ..evaluation.reconstruction import describe_figures, evaluate_reconstruction
     from ..evaluation.reconstructors import AutoencoderReconstructor
     from ..evaluation.streaming import StreamingReconstructor
-    from ..launching import start_accelerator
+    from ..launching import is_first_process, leaving_job, num_processes_asked_for, start_accelerator
 
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if num_processes_asked_for() > 1:
         start_accelerator()
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = is_first_process()
     default = "val-17x256" if generated is None else "fvd2048_16f"
-    chosen = _change(get_protocol(protocol or default), num_frames, size)
+    chosen = with_sizes(get_protocol(protocol or default), num_frames, size)
     if metric:
         chosen = replace(chosen, metrics=tuple(KINDS) if "all" in metric else tuple(metric))
     options = MetricOptions(vgg16, alexnet, i3d, feature_model)
@@ -150,7 +143,7 @@ def evaluate(
     else:
         reconstructor = StreamingReconstructor(vae, model, about, chunk)
     resume = None if output is None else output.with_name(f".{output.name}.clips")
-    try:
+    with leaving_job():
         evaluation = evaluate_reconstruction(
             reconstructor,
             folder,
@@ -160,26 +153,12 @@ def evaluate(
             resume=resume,
             progress=typer.echo,
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if not is_first:
         return
-    for name, reason in evaluation.missing.items():
-        typer.echo(f"left out: {name}: {reason}", err=True)
+    say_missing(evaluation)
     typer.echo(describe_figures("mean", evaluation.totals, evaluation.metrics))
-    if evaluation.failed:
-        total = len(evaluation.failed) + evaluation.num_videos
-        typer.echo(f"{len(evaluation.failed)} of {total} files failed: {', '.join(evaluation.failed)}", err=True)
+    say_failed(evaluation)
     if output is not None and resume is not None:
         evaluation.write(output)
         Journal.remove(resume)
         typer.echo(str(output))
-
-
-def _change(protocol: "Protocol", num_frames: int | None, size: int | None) -> "Protocol":
-    """Change sizes of a protocol, which is then called after them."""
-    changed = replace(protocol, num_frames=num_frames or protocol.num_frames, resolution=size or protocol.resolution)
-    if changed == protocol:
-        return protocol
-    return replace(changed, name=f"{protocol.name} at {changed.num_frames}x{changed.resolution}")

@@ -229,13 +229,16 @@ def encode_dataset(
 
     `torchrun --nproc_per_node N --no-python leanvae encode-dataset ...` runs it in N processes.
     """
-    import torch.distributed as dist
-
     from ..data import latent_cache
+    from ..launching import is_first_process, leaving_job
 
     size = parse_video_size("--clip-size", clip_size)
     vae = load_model(model, device, dtype)
-    with progress_bar("clips") as bar, progress_bar("captions") if text_encoder else nullcontext() as text_bar:
+    with (
+        leaving_job(),
+        progress_bar("clips") as bar,
+        progress_bar("captions") if text_encoder else nullcontext() as text_bar,
+    ):
         latents = latent_cache.encode_dataset(
             vae,
             source,
@@ -263,8 +266,7 @@ def encode_dataset(
             progress=bar.update,
             text_progress=None if text_bar is None else text_bar.update,
         )
-    if not dist.is_initialized() or dist.get_rank() == 0:
+        is_first = is_first_process()
+    if is_first:
         shape = " x ".join(str(edge) for edge in latents.index["shape"])
         typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")
-    if dist.is_initialized():
-        dist.destroy_process_group()

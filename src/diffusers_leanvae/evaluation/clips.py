@@ -12,7 +12,6 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from ..data.datasets import read_center_clip
 from ..data.sources import FileSource, open_source
 from ..data.streams import is_stream, open_stream, visual_column, without_decoding, write_example
 from ..video_io import VideoError, VideoReader
@@ -146,9 +145,6 @@ def read_clip(video: VideoReader, protocol: Protocol, name: str) -> torch.Tensor
         VideoError: If it has too few frames, or cannot be decoded.
     """
     start, stop = 0, protocol.num_frames
-    if protocol.num_frames is not None and protocol.min_frames is None and protocol.start == "first":
-        if protocol.stride == 1 and protocol.resampling == "bicubic" and protocol.jpeg_quality is None:
-            return read_center_clip(video, protocol.num_frames, protocol.resolution)
     if protocol.start == "random":
         num_frames = video.count_frames()
         _check_length(video, num_frames, protocol)

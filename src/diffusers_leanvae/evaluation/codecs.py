@@ -1,6 +1,7 @@
 """Codecs as anchors: what x264, x265 and AV1 make of the same clips in as many bits as the latents take."""
 
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -124,15 +125,9 @@ def find_quality(size: Callable[[int], float], num_qualities: int, max_size: flo
         num_qualities: They count from 0, the best.
         max_size: The largest legal size.
     """
-    best, worst = 0, num_qualities - 1
-    sizes: dict[int, float] = {}
-    while best < worst:
-        middle = (best + worst) // 2
-        sizes[middle] = size(middle)
-        best, worst = (best, middle) if sizes[middle] <= max_size else (middle + 1, worst)
-    if worst not in sizes:
-        size(worst)
-    return worst
+    # The search asks for the place that it finds, or, if that is past the end, for the last.
+    found = bisect_left(range(num_qualities), True, key=lambda quality: size(quality) <= max_size)
+    return min(found, num_qualities - 1)
 
 
 def count_bytes(path: Path) -> int:
@@ -140,9 +135,8 @@ def count_bytes(path: Path) -> int:
     with open_input(path) as container:
         stream = find_video_stream(container, path)
         packets = [packet for packet in container.demux(stream) if packet.size]
-        if (
-            stream.codec_context.codec.canonical_name == "h264"
-        ):  # x264 signs the first packet, others the file's header
+        # x264 signs the first packet, others the file's header.
+        if stream.codec_context.codec.canonical_name == "h264":
             unsigned = av.BitStreamFilterContext("filter_units=remove_types=6", stream)
             packets = [part for packet in packets for part in unsigned.filter(packet)]
         return sum(packet.size for packet in packets)

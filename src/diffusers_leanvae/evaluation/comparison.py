@@ -1,21 +1,18 @@
 """Autoencoders and codecs compared on the same clips, with example pictures of each."""
 
 import gc
-import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from ..video_io import read_video, write_video
-from ..video_io.pixels import unit_to_pixels
+from ..launching import is_first_process
+from ..video_io.pixels import sample_to_pixels, unit_to_pixels
 from .autoencoders import open_autoencoder
 from .clips import list_clips, read_clip
 from .codecs import CodecReconstructor
-from .journal import Journal
 from .measures import MetricOptions
 from .protocols import Protocol
 from .reconstruction import evaluate_reconstruction
@@ -40,7 +37,10 @@ class Example(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The evaluations of all subjects on the same clips, in the order they were named, and some examples."""
+    """The evaluations of all subjects on the same clips, in the order they were named, and some examples.
+
+    In a job of several processes only the first has the examples.
+    """
 
     evaluations: list[Evaluation]
     examples: list[Example]
@@ -69,7 +69,7 @@ def compare(
         models: As of [`autoencoders.open_autoencoder`]; a mapping gives each the name that tables call it.
         source: The clips, as of [`clips.list_clips`].
         protocol: Which frames of which clips at what size, and the metrics.
-        folder: Where finished clips and examples are kept; see [`forget_progress`].
+        folder: Where finished clips are kept. [`Journal.remove`] removes it.
         codecs: Names of [`codecs.CODECS`].
         options: Where weights of metrics come from.
         num_examples: Clips that pictures are kept of.
@@ -85,24 +85,23 @@ def compare(
         raise ValueError(f"`models` must be names that differ, at least one, got {', '.join(names) or 'none'}.")
     for codec in codecs:
         CodecReconstructor(codec, 1.0)  # refused before anything is measured
-    keeper = _Keeper(Path(folder), source, protocol, num_examples)
+    pictures, is_first = _Pictures(source, protocol, num_examples), is_first_process()
 
     def judge(subject: Reconstructor) -> Evaluation:
         if progress is not None:
             progress(f"--- {subject.name}")
-        kept = keeper.folder_of(subject.name)
         evaluation = evaluate_reconstruction(
             subject,
             source,
             protocol,
             options,
             device=device,
-            resume=kept / "clips",
+            resume=folder,
             progress=progress,
-            on_clip=lambda clip, result, figures: keeper.offer(subject.name, clip, result),
+            on_clip=(lambda clip, result: pictures.offer(subject.name, clip, result)) if is_first else None,
         )
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            keeper.complete(subject, list(evaluation.clips))
+        if is_first:
+            pictures.complete(subject, list(evaluation.clips))
         return evaluation
 
     evaluations = []
@@ -115,53 +114,34 @@ def compare(
     rates = sorted(evaluation.totals[BITS_PER_PIXEL] for evaluation in trained or evaluations)
     anchors = [CodecReconstructor(codec, rate) for rate in rates for codec in codecs]
     evaluations += [judge(anchor) for anchor in {anchor.name: anchor for anchor in anchors}.values()]
-    return Comparison(evaluations, keeper.examples(evaluations))
+    return Comparison(evaluations, pictures.examples(list(evaluations[0].clips)) if is_first else [])
 
 
-def forget_progress(folder: str | Path, evaluations: Sequence[Evaluation]) -> None:
-    """Remove what a comparison kept to go on from."""
-    for evaluation in evaluations:
-        kept = Path(folder) / _slug(evaluation.model)
-        Journal.remove(kept / "clips")
-        for path in kept.glob("*.mkv"):
-            path.unlink()
-        kept.rmdir()
-    Path(folder).rmdir()
+class _Pictures:
+    """The first clips of a comparison, and what each subject made of them."""
 
-
-class _Keeper:
-    """Keeps the reconstructions of the first clips of each subject as files without loss."""
-
-    def __init__(self, folder: Path, source: str | Path, protocol: Protocol, num_examples: int) -> None:
-        self.folder, self.source, self.protocol, self.num_examples = folder, source, protocol, num_examples
-
-    def folder_of(self, name: str) -> Path:
-        path = self.folder / _slug(name)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    def __init__(self, source: str | Path, protocol: Protocol, num_examples: int) -> None:
+        self.source, self.protocol, self.num_examples = source, protocol, num_examples
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}  # by subject and clip
 
     def offer(self, name: str, clip: str, result: Reconstruction) -> None:
         """Keep a reconstruction while there are too few."""
-        folder = self.folder_of(name)
-        if len(list(folder.glob("*.mkv"))) < self.num_examples:
-            self._write(folder / f"{_slug(clip)}.mkv", result.pixels)
+        kept = self.kept.setdefault(name, {})
+        if len(kept) < self.num_examples:
+            kept[clip] = _pixels_of(result)
 
     def complete(self, subject: Reconstructor, clips: list[str]) -> None:
-        """Make what is missing of the first clips: the process was ended before it was kept, or others were."""
-        wanted = {f"{_slug(clip)}.mkv": clip for clip in clips[: self.num_examples]}
-        folder = self.folder_of(subject.name)
-        missing = {clip for file, clip in wanted.items() if not (folder / file).is_file()}
-        for clip, sample, _ in self._read(missing):
-            self._write(folder / f"{_slug(clip)}.mkv", subject.reconstruct(sample).pixels)
+        """Make what is missing of the first clips: another process judged them, or a run that was ended."""
+        kept = self.kept.setdefault(subject.name, {})
+        for clip, sample, _ in self._read(set(clips[: self.num_examples]) - kept.keys()):
+            kept[clip] = _pixels_of(subject.reconstruct(sample))
 
-    def examples(self, evaluations: list[Evaluation]) -> list[Example]:
-        """Read what was kept, next to the originals."""
+    def examples(self, clips: list[str]) -> list[Example]:
+        """Return what was kept of the first clips, next to the originals."""
         examples = []
-        for clip, sample, fps in self._read(set(list(evaluations[0].clips)[: self.num_examples])):
-            original = unit_to_pixels(sample.permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1))
-            files = {e.model: self.folder_of(e.model) / f"{_slug(clip)}.mkv" for e in evaluations}
-            found = {name: read_video(file)[0] for name, file in files.items() if file.is_file()}
-            examples.append(Example(clip, fps, original, found))
+        for clip, sample, fps in self._read(set(clips[: self.num_examples])):
+            found = {name: kept[clip] for name, kept in self.kept.items() if clip in kept}
+            examples.append(Example(clip, fps, sample_to_pixels(sample).permute(1, 2, 3, 0), found))
         return examples
 
     def _read(self, names: set[str]) -> list[tuple[str, torch.Tensor, Fraction]]:
@@ -175,11 +155,6 @@ class _Keeper:
                     break
         return found
 
-    @staticmethod
-    def _write(path: Path, pixels: torch.Tensor) -> None:
-        write_video(path, unit_to_pixels(pixels.float().cpu()).permute(0, 2, 3, 1), 25, codec="ffv1")
 
-
-def _slug(name: str) -> str:
-    """Turn a name into one of a file, which no other name gives."""
-    return "".join(char if re.fullmatch(r"[\w.-]", char, re.ASCII) else f"={ord(char):x}=" for char in name)[-200:]
+def _pixels_of(result: Reconstruction) -> torch.Tensor:
+    return unit_to_pixels(result.pixels).permute(0, 2, 3, 1).cpu()

@@ -16,6 +16,7 @@ from .records import Metric
 I3D_SOURCE = (
     "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt (also on the Hub: flateon/FVD-I3D-torchscript)"
 )
+_EXAMPLE = "https://huggingface.co/MCG-NJU/videomae-base"
 
 
 class VideoFeatures(Protocol):
@@ -33,10 +34,6 @@ class VideoFeatures(Protocol):
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Compute features `(num_features,)` of a uint8 clip `(num_frames, 3, height, width)`."""
-        ...
-
-    def metric(self, is_reconstruction: bool) -> Metric:
-        """Describe the distance of these features."""
         ...
 
 
@@ -86,9 +83,6 @@ class I3DFeatures:
         clip = pixels.to(self.device, torch.float32).transpose(0, 1)[None]  # (1, 3, T, H, W)
         return self.network(clip, rescale=True, resize=True, return_features=True)[0].float().cpu()
 
-    def metric(self, is_reconstruction: bool) -> Metric:
-        return distance_metric(self, is_reconstruction)
-
 
 class TransformerFeatures:
     """Features of a vision model of transformers: VideoMAE, ViViT, TimeSformer, or of images, such as DINOv2.
@@ -106,7 +100,10 @@ class TransformerFeatures:
         ImportError: If transformers is not installed.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: str | Path | None, device: torch.device | str = "cpu") -> None:
+        wanted = f"`feature_model` must be a folder or Hub id of a vision model of transformers, such as {_EXAMPLE},"
+        if path is None:
+            raise ValueError(f"{wanted} got none.")
         try:
             from transformers import AutoModel
             from transformers.image_processing_base import ImageProcessingMixin
@@ -115,10 +112,7 @@ class TransformerFeatures:
         try:
             model = AutoModel.from_pretrained(str(path), dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"`feature_model` must be a folder or Hub id of a vision model of transformers, such as "
-                f"https://huggingface.co/MCG-NJU/videomae-base, got {str(path)!r} ({one_line(error)})."
-            ) from error
+            raise ValueError(f"{wanted} got {str(path)!r} ({one_line(error)}).") from error
         model = getattr(model, "vision_model", model)  # of CLIP and SigLIP
         if "pixel_values" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"`feature_model` must be a model of images or videos, got a {type(model).__name__}.")
@@ -144,6 +138,3 @@ class TransformerFeatures:
         frames = (frames - self.mean) / self.std
         values = frames[None] if self.num_frames is not None else frames
         return self.model(pixel_values=values).last_hidden_state.flatten(0, 1).mean(dim=0).float().cpu()
-
-    def metric(self, is_reconstruction: bool) -> Metric:
-        return distance_metric(self, is_reconstruction)

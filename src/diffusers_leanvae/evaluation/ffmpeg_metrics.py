@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from av.error import BlockingIOError as NoFrameYet
+from av.error import EOFError as EndOfGraph
+from av.filter import Graph
+from av.video.format import VideoFormat
+from av.video.frame import VideoFrame
 
 from ..video_io.pixels import unit_to_pixels
 
 
 VMAF_MODEL = "vmaf_v0.6.1"
 _TIME_BASE = Fraction(1, 25)  # what it is makes no difference
-_TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic,format=yuv420p"
+_SCALE, _FORMAT = "out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic", "yuv420p"
+_TO_YUV = f"scale={_SCALE},format={_FORMAT}"
 
 
 def find_vmaf() -> str:
@@ -120,9 +126,6 @@ class XpsnrStream:
     """
 
     def __init__(self, height: int, width: int) -> None:
-        from av.filter import Graph
-        from av.video.format import VideoFormat
-
         self._graph = Graph()
         self._sources = [
             self._graph.add_buffer(
@@ -132,8 +135,8 @@ class XpsnrStream:
         ]
         xpsnr, sink = self._graph.add("xpsnr", "shortest=1"), self._graph.add("buffersink")
         for number, source in enumerate(self._sources):
-            scale = self._graph.add("scale", _TO_YUV.partition(",")[0].partition("=")[2])
-            to_format = self._graph.add("format", "yuv420p")
+            scale = self._graph.add("scale", _SCALE)
+            to_format = self._graph.add("format", _FORMAT)
             source.link_to(scale)
             scale.link_to(to_format)
             to_format.link_to(xpsnr, 0, number)
@@ -152,20 +155,16 @@ class XpsnrStream:
             self._num_frames += 1
             self._pull()
 
-    def _frame(self, pixels: np.ndarray) -> Any:
-        from av.video.frame import VideoFrame
-
+    def _frame(self, pixels: np.ndarray) -> VideoFrame:
         frame = VideoFrame.from_ndarray(pixels, format="rgb24")
         frame.pts, frame.time_base = self._num_frames, _TIME_BASE
         return frame
 
     def _pull(self) -> None:
-        from av.error import BlockingIOError, EOFError
-
         while True:
             try:
                 frame = self._sink.pull()
-            except (BlockingIOError, EOFError):
+            except (NoFrameYet, EndOfGraph):
                 return
             self._values.append(float(frame.metadata["lavfi.xpsnr.xpsnr.y"]))
 

@@ -8,7 +8,7 @@ import torch
 from ..checks import one_line
 from ..video_io.pixels import sample_to_pixels
 from .clips import list_clips, read_clip
-from .features import VideoFeatures
+from .features import VideoFeatures, distance_metric
 from .frechet import frechet_distance
 from .measures import MetricOptions, make_measures
 from .protocols import PROTOCOLS, Protocol, first_frames
@@ -59,18 +59,14 @@ def evaluate_generated(
     measures = make_measures(wanted, options, device)
     networks = list(measures.features.values())
     for network in networks:
-        if network.num_frames not in (None, protocol.num_feature_frames):
-            raise ValueError(
-                f"`num_feature_frames` must be {network.num_frames} for {network.name}, got "
-                f"{protocol.num_feature_frames} in the protocol."
-            )
+        protocol.check_features(network)
     if not networks:
         raise ValueError(" ".join(measures.missing.values()))
     failed: dict[str, str] = {}
     sides = {}
     for side, source, choices in (("generated", generated, first_frames(protocol)), ("real", real, protocol)):
         sides[side] = _features(side, source, choices, networks, failed, progress)
-    metrics = {f"fvd_{network.name}": network.metric(is_reconstruction=False) for network in networks}
+    metrics = {f"fvd_{network.name}": distance_metric(network, is_reconstruction=False) for network in networks}
     totals = {}
     for index, name in enumerate(metrics):
         features, others = (torch.stack([clip[index] for clip in side.values()]) for side in sides.values())

@@ -3,8 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +30,8 @@ KINDS = {
     "warp": "error of changes along the motion",
 }
 _LPIPS_FRAMES = 4  # at a time: features of VGG16 take 100 MB for a frame of 256x256
-_MAX_XPSNR = 100.0  # in dB, of equal frames, as for PSNR
+_LARGEST = 100.0  # of equal frames, as for PSNR: XPSNR is infinite, and VMAF has no more
+_SMALLEST_FILTERED = 16  # sides of frames
 _PLACE = "frames over RGB with pixels in [0, 1], mean over frames and then over clips"
 
 
@@ -103,8 +102,7 @@ class FrameMeasure(Measure):
         self.metrics, self.compute, self.smallest, self.batch_size = metrics, compute, smallest, batch_size
 
     def start(self, height: int, width: int) -> None:
-        if min(height, width) < self.smallest:
-            raise ValueError(f"needs frames with sides of at least {self.smallest}, got {height}x{width}")
+        _check_sides(height, width, self.smallest)
         self.sums, self.num_frames = dict.fromkeys(self.metrics, 0.0), 0
 
     def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
@@ -130,8 +128,9 @@ class GroupPsnr(Measure):
         self.ratio = ratio
         self.metrics = {
             f"psnr_frame_mean_rgb_{'first' if not place else f'group_{place}'}": Metric(
-                f"PSNR {'first' if not place else f'{place} of {ratio}'}",
-                definition + ("the first frame." if not place else f"frame {place} of each group of {ratio}."),
+                f"PSNR {'first' if not place else f'place {place}'}",
+                definition
+                + ("the first frame." if not place else f"frame {place} of each group that shares a latent frame."),
                 "dB",
                 digits=2,
             )
@@ -177,8 +176,7 @@ class ChangeMeasure(Measure):
         self.metrics, self.compute, self.smallest = {name: metric}, compute, smallest
 
     def start(self, height: int, width: int) -> None:
-        if min(height, width) < self.smallest:
-            raise ValueError(f"needs frames with sides of at least {self.smallest}, got {height}x{width}")
+        _check_sides(height, width, self.smallest)
         self.total, self.count = 0.0, 0
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -203,36 +201,34 @@ class FilterMeasure(Measure):
         name: Of the figure.
         metric: The figure.
         open_stream: Opens the filter for frames of a height and width.
-        largest: What takes the place of larger values.
-        smallest: Sides that frames must have at least.
     """
 
-    def __init__(
-        self,
-        name: str,
-        metric: Metric,
-        open_stream: Callable[[int, int], Any],
-        largest: float,
-        smallest: int = 16,
-    ) -> None:
-        self.metrics, self.open_stream, self.largest, self.smallest = {name: metric}, open_stream, largest, smallest
-        self.stream: Any = None
+    def __init__(self, name: str, metric: Metric, open_stream: Callable[[int, int], VmafStream | XpsnrStream]) -> None:
+        self.metrics, self.open_stream = {name: metric}, open_stream
+        self.stream: VmafStream | XpsnrStream | None = None
 
     def start(self, height: int, width: int) -> None:
-        if min(height, width) < self.smallest or height % 2 or width % 2:
-            raise ValueError(f"needs frames with even sides of at least {self.smallest}, got {height}x{width}")
+        if min(height, width) < _SMALLEST_FILTERED or height % 2 or width % 2:
+            raise ValueError(f"needs frames with even sides of at least {_SMALLEST_FILTERED}, got {height}x{width}")
         self.stream = self.open_stream(height, width)
 
     def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        assert self.stream is not None
         self.stream.write(decoded, original)
 
     def finish(self) -> dict[str, float]:
+        assert self.stream is not None
         values = self.stream.finish()
-        return {name: sum(min(value, self.largest) for value in values) / len(values) for name in self.metrics}
+        return {name: sum(min(value, _LARGEST) for value in values) / len(values) for name in self.metrics}
 
     def abandon(self) -> None:
         if self.stream is not None:
             self.stream.close()
+
+
+def _check_sides(height: int, width: int, smallest: int) -> None:
+    if min(height, width) < smallest:
+        raise ValueError(f"needs frames with sides of at least {smallest}, got {height}x{width}")
 
 
 @dataclass
@@ -276,21 +272,12 @@ def make_measures(
             if kind == "rfvd_i3d":
                 made.features[kind] = I3DFeatures(options.i3d, device)
             elif kind == "rfvd_features":
-                made.features[kind] = _transformer_features(options.feature_model, device)
+                made.features[kind] = TransformerFeatures(options.feature_model, device)
             else:
                 made.clips[kind] = GroupPsnr(ratio) if kind == "psnr_in_group" else _make(kind, options, device)
         except (ValueError, ImportError) as error:
             made.missing[kind] = f"{reason_of(error)}."
     return made
-
-
-def _transformer_features(path: str | None, device: torch.device | str) -> VideoFeatures:
-    if path is None:
-        raise ValueError(
-            "`feature_model` must be a folder or Hub id of a vision model of transformers, such as "
-            "https://huggingface.co/MCG-NJU/videomae-base, got none."
-        )
-    return TransformerFeatures(path, device)
 
 
 def _make(kind: str, options: MetricOptions, device: torch.device | str) -> Measure:
@@ -319,11 +306,11 @@ def _make(kind: str, options: MetricOptions, device: torch.device | str) -> Meas
             "VMAF", f"VMAF ({VMAF_MODEL}) of 8-bit 4:2:0 BT.709 frames, mean over frames and clips.", digits=2
         )
         name = f"{VMAF_MODEL.replace('.', '_')}_frame_mean"
-        return FilterMeasure(name, metric, lambda height, width: VmafStream(program, height, width), 100.0)
+        return FilterMeasure(name, metric, lambda height, width: VmafStream(program, height, width))
     if kind == "xpsnr":
         definition = "XPSNR of the luma of 8-bit 4:2:0 BT.709 frames, mean over frames and clips; at most 100."
         metric = Metric("XPSNR", definition, "dB", digits=2)
-        return FilterMeasure("xpsnr_y_frame_mean", metric, XpsnrStream, _MAX_XPSNR)
+        return FilterMeasure("xpsnr_y_frame_mean", metric, XpsnrStream)
     if kind == "flicker":
         definition = (
             "Mean absolute difference between the changes from frame to frame of reconstruction and original, in "
@@ -356,7 +343,7 @@ def _lpips(trunk: str, weights: str | None, device: torch.device | str) -> Measu
             torch.manual_seed(int(seed))
             lpips = LPIPS(trunk=trunk).load_heads()
     else:
-        lpips = LPIPS.from_weights(_as_path(weights), trunk=trunk)
+        lpips = LPIPS.from_weights(weights, trunk=trunk)
     lpips.to(device)
     title = lpips.trunk.title
     drawn = "" if seed is None else f" with random weights of seed {seed}, good only to compare with the same"
@@ -371,7 +358,3 @@ def _lpips(trunk: str, weights: str | None, device: torch.device | str) -> Measu
         return [lpips(original * 2 - 1, decoded * 2 - 1)]
 
     return FrameMeasure({name: metric}, compute, lpips.trunk.smallest, _LPIPS_FRAMES)
-
-
-def _as_path(weights: str | None) -> str | Path | None:
-    return Path(weights) if weights is not None and Path(weights).is_file() else weights

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..checks import check_choice, reason_of
+from .features import VideoFeatures
 from .measures import KINDS
 
 
@@ -80,6 +81,20 @@ class Protocol:
         covered = 1 if self.num_frames is None else (self.num_frames - 1) * self.stride + 1
         return max(covered, self.min_frames or 1)
 
+    def check_features(self, features: VideoFeatures) -> None:
+        """Refuse features that do not get the frames that they take.
+
+        Raises:
+            ValueError: If `num_feature_frames` is not legal for them, or more than a clip has.
+        """
+        is_short = self.num_frames is not None and self.num_frames < self.num_feature_frames
+        if is_short or features.num_frames not in (None, self.num_feature_frames):
+            legal = f"at most {self.num_frames}" if is_short else features.num_frames
+            raise ValueError(
+                f"`num_feature_frames` must be {legal} for {features.name}, got {self.num_feature_frames} in the "
+                "protocol."
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Lay out every choice for a file."""
         return asdict(self) | {"metrics": list(self.metrics)}
@@ -153,6 +168,16 @@ def get_protocol(name: str | Path) -> Protocol:
     if Path(name).suffix.lower() in (".yaml", ".yml"):
         return Protocol.from_yaml(name)
     raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, or a .yaml file, got {str(name)!r}.")
+
+
+def with_sizes(protocol: Protocol, num_frames: int | None, resolution: int | None) -> Protocol:
+    """Change sizes of a protocol, which is then called after them; `None` keeps one."""
+    changed = replace(
+        protocol, num_frames=num_frames or protocol.num_frames, resolution=resolution or protocol.resolution
+    )
+    if changed == protocol:
+        return protocol
+    return replace(changed, name=f"{protocol.name} at {changed.num_frames}x{changed.resolution}")
 
 
 def first_frames(protocol: Protocol) -> Protocol:

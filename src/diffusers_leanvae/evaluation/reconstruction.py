@@ -20,6 +20,7 @@ from ..data.streams import is_stream
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import sample_to_unit, unit_to_pixels
 from .clips import ClipFile, list_clips, read_clip, read_pieces
+from .features import distance_metric
 from .frechet import frechet_distance
 from .journal import ClipResult, Journal, pack_features, unpack_features
 from .measures import Measure, Measures, MetricOptions, make_measures
@@ -69,7 +70,7 @@ def evaluate_reconstruction(
     device: torch.device | str = "cpu",
     resume: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
-    on_clip: Callable[[str, Reconstruction, dict[str, float]], None] | None = None,
+    on_clip: Callable[[str, Reconstruction], None] | None = None,
 ) -> Evaluation:
     """Measure the reconstructions of the clips of a data set.
 
@@ -86,8 +87,8 @@ def evaluate_reconstruction(
         resume: Folder for finished clips, on a disk that all processes see: a run that was ended goes on from there.
             [`Journal.remove`] removes it.
         progress: Called with a line per clip of this process.
-        on_clip: Called with the name, the reconstruction and the figures of each clip that this process measured, but
-            of none that is taken from `resume` or was given in pieces.
+        on_clip: Called with the name and the reconstruction of each clip that this process measured, but of none that
+            is taken from `resume` or was given in pieces.
 
     Returns:
         The evaluation. Nothing is rounded.
@@ -126,10 +127,11 @@ def evaluate_reconstruction(
             if journal is not None:
                 journal.add(result)
             if on_clip is not None and whole is not None:
-                on_clip(clip.name, whole, result.figures)
+                on_clip(clip.name, whole)
         if progress is not None:
             progress(line)
-    results, failed = (sorted(_gather(items, share), key=_by_index) for items in (results, failed))
+    results = sorted(_gather(results, share), key=lambda result: result.index)
+    failed = sorted(_gather(failed, share))
     if not results and not failed:
         raise ValueError(f"`source` must hold at least one video, got none in {str(source)!r}.")
     reasons = {name: reason for _, name, reason in failed}
@@ -339,18 +341,12 @@ def _gather(items: list[Any], share: Share) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def _by_index(item: Any) -> int:
-    return item.index if isinstance(item, ClipResult) else item[0]
-
-
 def _check_feature_frames(measures: Measures, protocol: Protocol) -> None:
     for kind, network in list(measures.features.items()):
-        wrong = network.num_frames not in (None, protocol.num_feature_frames)
-        if wrong or (protocol.num_frames is not None and protocol.num_frames < protocol.num_feature_frames):
-            measures.missing[kind] = (
-                f"`num_feature_frames` must be {network.num_frames or f'at most {protocol.num_frames}'} for "
-                f"{network.name}, got {protocol.num_feature_frames} in the protocol."
-            )
+        try:
+            protocol.check_features(network)
+        except ValueError as error:
+            measures.missing[kind] = str(error)
             del measures.features[kind]
 
 
@@ -370,7 +366,7 @@ def _merge(measures: Measures, results: Sequence[ClipResult]) -> dict[str, Any]:
         originals, decoded = (
             torch.stack([unpack_features(text) for text in side]) for side in zip(*pairs, strict=True)
         )
-        metrics[f"rfvd_{network.name}"] = network.metric(is_reconstruction=True)
+        metrics[f"rfvd_{network.name}"] = distance_metric(network, is_reconstruction=True)
         totals[f"rfvd_{network.name}"] = frechet_distance(decoded, originals)
     metrics = {name: metric for name, metric in metrics.items() if name in totals}
     return {

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
@@ -109,7 +109,7 @@ def _print(value: Any, metric: Metric) -> str:
 
 def _best(evaluations: Sequence[Evaluation], metrics: dict[str, Metric]) -> dict[str, str]:
     """The best figure of the trained models by metric, as it is printed; none where there is nothing to choose."""
-    trained = [e.totals for e in evaluations if "codec" not in e.about and e.about.get("weights") != "random"]
+    trained = [e.totals for e in evaluations if _kind(e) == "trained"]
     best = {}
     for name, metric in metrics.items():
         values = [totals[name] for totals in trained if name in totals]
@@ -118,13 +118,20 @@ def _best(evaluations: Sequence[Evaluation], metrics: dict[str, Metric]) -> dict
     return best
 
 
+def _kind(evaluation: Evaluation) -> Literal["codec", "random", "trained"]:
+    """Tell a codec from an autoencoder with random weights, and from one that was trained."""
+    if "codec" in evaluation.about:
+        return "codec"
+    return "random" if evaluation.about.get("weights") == "random" else "trained"
+
+
 def _describe(evaluation: Evaluation, metrics: dict[str, Metric]) -> dict[str, Any]:
-    """Lay out a line of the table: the cells, and whether the weights are random or it is a codec."""
+    """Lay out a line of the table."""
     about, timing = evaluation.about, evaluation.timing or {}
     count = about.get("num_parameters")
     return {
         "model": evaluation.model,
-        "kind": "codec" if "codec" in about else "random weights" if about.get("weights") == "random" else "",
+        "kind": _kind(evaluation),
         "class": about.get("class", about.get("codec", "")),
         "parameters": None if count is None else count / 1e6,
         "latent_channels": about.get("latent_channels"),
@@ -146,11 +153,10 @@ def _speed(value: float | None) -> str:
 def _point(evaluation: Evaluation) -> dict[str, Any]:
     timing = evaluation.timing or {}
     rates = [timing.get(f"{way}_frames_per_second") or 0.0 for way in ("encode", "decode")]
-    about = evaluation.about
     return {
         "model": evaluation.model,
         "label": short_name(evaluation.model),
-        "kind": "codec" if "codec" in about else "random" if about.get("weights") == "random" else "trained",
+        "kind": _kind(evaluation),
         "rate": evaluation.totals.get(BITS_PER_PIXEL),
         "seconds": sum(1 / rate for rate in rates) if all(rates) else None,
         "figures": evaluation.totals,

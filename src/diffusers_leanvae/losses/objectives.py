@@ -4,6 +4,7 @@
 Perceptual, adversarial and regularising terms, which do not, are put together there.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +32,7 @@ class Posterior(NamedTuple):
     logvar: torch.Tensor
 
 
-class Objective:
+class Objective(ABC):
     """Base of the objectives: a dataclass whose fields are the weights of its terms, under the names of these.
 
     Attributes:
@@ -48,6 +49,7 @@ class Objective:
         """Decode latents to all that [`terms`] compare."""
         return Decoded(vae.decode(latents, return_dict=False)[0], None)
 
+    @abstractmethod
     def terms(self, vae: Any, target: torch.Tensor, decoded: Decoded, posterior: Posterior) -> dict[str, torch.Tensor]:
         """Compute the unweighted terms but the perceptual ones, as scalars.
 
@@ -57,7 +59,6 @@ class Objective:
             decoded: What was, as of [`decode`].
             posterior: Of the videos that were encoded.
         """
-        raise NotImplementedError
 
     def weights(self) -> dict[str, float]:
         """The weight of every term, by its name."""

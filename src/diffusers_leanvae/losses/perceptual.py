@@ -41,7 +41,6 @@ class Trunk(NamedTuple):
     """A network whose features LPIPS compares.
 
     Attributes:
-        argument: What the argument for its weights is called in messages.
         title: Name of the network.
         convolutions: From the pixels on.
         smallest: Sides that frames must have at least.
@@ -50,7 +49,6 @@ class Trunk(NamedTuple):
         source: Where the standard weights are.
     """
 
-    argument: str
     title: str
     convolutions: tuple[Convolution, ...]
     smallest: int
@@ -70,7 +68,6 @@ def _vgg16_convolutions() -> tuple[Convolution, ...]:
 
 TRUNKS = {
     "vgg16": Trunk(
-        "vgg16",
         "VGG16",
         _vgg16_convolutions(),
         16,
@@ -79,7 +76,6 @@ TRUNKS = {
         "https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors",
     ),
     "alexnet": Trunk(
-        "alexnet",
         "AlexNet",
         (
             Convolution(64, 11, 4, 2, is_tapped=True),
@@ -159,12 +155,11 @@ class LPIPS(nn.Module):
             ValueError: If weights cannot be found or read, or are not those of the trunk or of its heads.
         """
         lpips = cls(trunk=trunk)
-        argument = lpips.trunk.argument
-        tensors = _load_tensors(_resolve_weights(weights, lpips.trunk), argument)
+        tensors = _load_tensors(_resolve_weights(weights, trunk), trunk)
         tensors = {key: value for key, value in tensors.items() if not key.startswith(CLASSIFIER_PREFIXES)}
         expected = lpips.state_dict()
         features = {key: value for key, value in expected.items() if key.startswith("features.")}
-        _check_tensors(tensors, features, argument, lpips.trunk.title)
+        _check_tensors(tensors, features, trunk, lpips.trunk.title)
         lpips.load_state_dict(tensors, strict=False)
         return lpips.load_heads(linear_heads)
 
@@ -304,10 +299,11 @@ def _check_frames(sample: torch.Tensor, reconstruction: torch.Tensor, smallest: 
         )
 
 
-def _resolve_weights(weights: str | Path | None, trunk: Trunk) -> Path:
+def _resolve_weights(weights: str | Path | None, name: str) -> Path:
+    trunk = TRUNKS[name]
     if weights is None:
         weights = trunk.hub
-    missing = f"LPIPS has no weights: `{trunk.argument}` must be a file of torchvision's {trunk.title} weights"
+    missing = f"LPIPS has no weights: `{name}` must be a file of torchvision's {trunk.title} weights"
     if weights is None:
         raise ValueError(f"{missing}, {trunk.source}, got none.")
     path = Path(weights).expanduser()
