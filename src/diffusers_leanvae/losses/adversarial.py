@@ -6,6 +6,7 @@ non-saturating term for the autoencoder.
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,17 +21,21 @@ NORMS = ("batch", "group", "instance", "none")
 MAX_WIDTH_FACTOR = 8
 
 
-class PatchDiscriminator2d(nn.Module):
-    """PatchGAN on single frames: one logit for each overlapping patch of each frame.
+class PatchDiscriminator(nn.Module):
+    """Base of the discriminators: convolutions that halve the size, and two more, the last of which gives the logits.
 
     Args:
         in_channels: Channels of a frame.
-        num_layers: Convolutions of stride 2; each side must be at least `3 * 2**num_layers`.
+        num_layers: Convolutions of stride 2.
         num_filters: Width of the first convolution; doubles with each, to 8 times at most.
         norm: `"batch"`, `"group"` (up to 32 groups), `"instance"` or `"none"`. Statistics of `"batch"` are those of
             one process.
         dropout: Share of the values that are dropped after every normalised convolution while training.
     """
+
+    conv: ClassVar[type[nn.Module]]
+    batch_norm: ClassVar[type[nn.Module]]
+    kernel_size: ClassVar[int]
 
     def __init__(
         self,
@@ -41,9 +46,53 @@ class PatchDiscriminator2d(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.in_channels, self.min_size = in_channels, 3 * 2**num_layers
-        strides = [(2, 2)] * num_layers + [(1, 1)] * 2
-        self.layers = _patch_layers(nn.Conv2d, nn.BatchNorm2d, 4, strides, in_channels, num_filters, norm, dropout)
+        check_choice("norm", norm, NORMS)
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"`dropout` must be in [0, 1), got {dropout}.")
+        self.in_channels, self.num_layers = in_channels, num_layers
+        widths = [num_filters * min(2**i, MAX_WIDTH_FACTOR) for i in range(num_layers + 1)] + [1]
+        layers: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            is_first, is_last = index == 0, index == num_layers + 1
+            has_norm = norm != "none" and not is_first and not is_last
+            stride = self.stride_of(index) if index < num_layers else 1
+            layers.append(self.conv(in_channels, width, self.kernel_size, stride, padding=1, bias=not has_norm))
+            nn.init.normal_(layers[-1].weight, 0.0, 0.02)  # pyright: ignore[reportArgumentType]
+            if has_norm:
+                # Instance norm is group norm with a channel per group.
+                num_groups = width if norm == "instance" else math.gcd(32, width)
+                layers.append(self.batch_norm(width) if norm == "batch" else nn.GroupNorm(num_groups, width))
+                nn.init.normal_(layers[-1].weight, 1.0, 0.02)  # pyright: ignore[reportArgumentType]
+            if not is_last:
+                layers.append(nn.LeakyReLU(0.2))
+            if has_norm and dropout:
+                layers.append(nn.Dropout(dropout))
+            in_channels = width
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def min_size(self) -> int:
+        """The least height and width of a video."""
+        return 1
+
+    def stride_of(self, index: int) -> int | tuple[int, ...]:
+        """The stride of one of the convolutions that halve the size."""
+        return 2
+
+
+class PatchDiscriminator2d(PatchDiscriminator):
+    """PatchGAN on single frames: one logit for each overlapping patch of each frame.
+
+    Each side must be at least `3 * 2**num_layers`. Arguments as of [`PatchDiscriminator`].
+    """
+
+    conv, batch_norm, kernel_size = nn.Conv2d, nn.BatchNorm2d, 4
+
+    @property
+    def min_size(self) -> int:
+        return 3 * 2**self.num_layers
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Compute logits, high for real frames.
@@ -58,33 +107,17 @@ class PatchDiscriminator2d(nn.Module):
         return self.layers(sample.transpose(1, 2).flatten(0, 1))
 
 
-class PatchDiscriminator3d(nn.Module):
+class PatchDiscriminator3d(PatchDiscriminator):
     """PatchGAN on videos of any length and size, single frames included.
 
     Kernels are 3x3x3 with padding 1, and the first two convolutions halve the time too: the layout of WF-VAE's
-    (arXiv 2411.17459), which has 4 layers and a dropout of 0.3.
-
-    Args:
-        in_channels: Channels of a video.
-        num_layers: Convolutions of stride 2.
-        num_filters: Width of the first convolution; doubles with each, to 8 times at most.
-        norm: `"batch"`, `"group"` (up to 32 groups), `"instance"` or `"none"`. Statistics of `"batch"` are those of
-            one process.
-        dropout: Share of the values that are dropped after every normalised convolution while training.
+    (arXiv 2411.17459), which has 4 layers and a dropout of 0.3. Arguments as of [`PatchDiscriminator`].
     """
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        num_layers: int = 3,
-        num_filters: int = 64,
-        norm: str = "batch",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        strides = [(2 if i < 2 else 1, 2, 2) for i in range(num_layers)] + [(1, 1, 1)] * 2
-        self.layers = _patch_layers(nn.Conv3d, nn.BatchNorm3d, 3, strides, in_channels, num_filters, norm, dropout)
+    conv, batch_norm, kernel_size = nn.Conv3d, nn.BatchNorm3d, 3
+
+    def stride_of(self, index: int) -> int | tuple[int, ...]:
+        return (2 if index < 2 else 1, 2, 2)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Compute logits, high for real videos.
@@ -95,43 +128,8 @@ class PatchDiscriminator3d(nn.Module):
         Returns:
             Shape `(batch_size, 1, patch_frames, patch_rows, patch_columns)`.
         """
-        _check_video(sample, self.in_channels, 1)
+        _check_video(sample, self.in_channels, self.min_size)
         return self.layers(sample)
-
-
-def _patch_layers(
-    conv: type[nn.Conv2d] | type[nn.Conv3d],
-    batch_norm: type[nn.BatchNorm2d] | type[nn.BatchNorm3d],
-    kernel_size: int,
-    strides: Sequence[tuple[int, ...]],
-    in_channels: int,
-    num_filters: int,
-    norm: str,
-    dropout: float,
-) -> nn.Sequential:
-    check_choice("norm", norm, NORMS)
-    if len(strides) < 3:
-        raise ValueError(f"`num_layers` must be at least 1, got {len(strides) - 2}.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"`dropout` must be in [0, 1), got {dropout}.")
-    widths = [num_filters * min(2**i, MAX_WIDTH_FACTOR) for i in range(len(strides) - 1)] + [1]
-    layers: list[nn.Module] = []
-    for index, (width, stride) in enumerate(zip(widths, strides, strict=True)):
-        is_first, is_last = index == 0, index == len(strides) - 1
-        has_norm = norm != "none" and not is_first and not is_last
-        layers.append(conv(in_channels, width, kernel_size, stride, padding=1, bias=not has_norm))  # pyright: ignore[reportArgumentType]
-        nn.init.normal_(layers[-1].weight, 0.0, 0.02)  # pyright: ignore[reportArgumentType]
-        if has_norm:
-            # Instance norm is group norm with a channel per group.
-            num_groups = width if norm == "instance" else math.gcd(32, width)
-            layers.append(batch_norm(width) if norm == "batch" else nn.GroupNorm(num_groups, width))
-            nn.init.normal_(layers[-1].weight, 1.0, 0.02)  # pyright: ignore[reportArgumentType]
-        if not is_last:
-            layers.append(nn.LeakyReLU(0.2))
-        if has_norm and dropout:
-            layers.append(nn.Dropout(dropout))
-        in_channels = width
-    return nn.Sequential(*layers)
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: str = "hinge") -> torch.Tensor:
