@@ -277,6 +277,9 @@ def write_original_checkpoint(path: str | Path, config: dict[str, Any], state_di
         path: A safetensors file, with the constructor's arguments as metadata, if it ends so, else a torch file.
         config: Of the model.
         state_dict: Of the model.
+
+    Raises:
+        ValueError: If the model is an ablation, which the original has no layout for.
     """
     if config["num_wavelet_levels"] != 3:
         raise ValueError(f"`num_wavelet_levels` must be 3 in the original layout, got {config['num_wavelet_levels']}.")

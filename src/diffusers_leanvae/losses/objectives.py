@@ -4,6 +4,7 @@
 Perceptual, adversarial and regularising terms, which do not, are put together there.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -134,7 +135,7 @@ class WFVAEObjective(Objective):
         return terms
 
     def weights(self) -> dict[str, float]:
-        precision = torch.tensor(-self.logvar).exp().item()
+        precision = math.exp(-self.logvar)
         weights = asdict(self) | {name: precision * getattr(self, name) for name in ("l1", "lpips", "ms_ssim")}
         return weights | {"logvar": 1.0}
 

@@ -266,7 +266,6 @@ class WFVAEEncoder(nn.Module):
             ]
         )
         self.mid = _mid_layers(2 * dim + flow2, 4 * dim, 4 * dim, use_attention, layers)
-        self.num_flows = sum(flow_dim > 0 for flow_dim in flow_dims)
         self.norm_out = layers.norm(4 * dim)
         self.conv_out = CausalConv3d(4 * dim, 2 * latent_dim, 3, padding=(0, 1, 1))
 
@@ -281,8 +280,9 @@ class WFVAEEncoder(nn.Module):
         subbands = []
         for level in self.levels:
             hidden, level_above = level(hidden, level_above[:, :3], chunk)
-            subbands.append(level_above)
-        return hidden, *subbands[: self.num_flows]
+            if level.flow is not None:
+                subbands.append(level_above)
+        return hidden, *subbands
 
     def _whole(self, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         return self.conv_out(F.silu(self.norm_out(self.mid(hidden, chunk))), chunk)
@@ -528,9 +528,10 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         """Sub-bands of the flows, larger ones first; what `decode_subbands` should predict."""
         band, subbands = self.encoder.wavelet.analyze(sample, is_first=True), []
         for level in self.encoder.levels:
-            band = level.wavelet.analyze(band[:, :3], is_first=True)  # type: ignore[operator, union-attr]
-            subbands.append(band)
-        return tuple(subbands[: self.encoder.num_flows])
+            if level.flow is not None:
+                band = level.wavelet.analyze(band[:, :3], is_first=True)  # type: ignore[operator, union-attr]
+                subbands.append(band)
+        return tuple(subbands)
 
     def decode_subbands(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Decode latents `(batch_size, z, t, h, w)` to pixels and to the sub-bands of the flows."""

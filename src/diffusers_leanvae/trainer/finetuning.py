@@ -60,9 +60,9 @@ def load_vae(init: str, config: dict[str, Any]) -> VideoAutoencoder:
     expected = type_of(init, config)
     config = {key: value for key, value in config.items() if key != "type"}
     if expected is not None:
-        _check_keys(expected, config)
-    if expected is not None and init in NEW_MODELS:
-        return expected(**config)
+        _check_keys(expected, config)  # before anything is loaded
+        if init in NEW_MODELS:
+            return expected(**config)
     check_source("init", init, (*NEW_MODELS, *bundled.MODELS))
     # Only the user can know whether an original file is of a Wan-aligned model: its pixel range is not stored.
     is_told = is_checkpoint_reference(init) and "pixel_factor" in config

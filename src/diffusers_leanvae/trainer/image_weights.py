@@ -31,7 +31,7 @@ from ..models.autoencoder_kl_ivvae import (
 )
 
 
-# Config values by which the layers of two models correspond, and those that only say what lies beside them.
+# Config values that both models must have alike, so that their layers correspond.
 _SIZES = ("base_channels", "channel_multipliers", "num_layers", "use_pyramid", "attention")
 
 
@@ -155,7 +155,7 @@ def _copy_pyramid(ours: PyramidConv2d, theirs: PyramidConv2d, is_split: bool) ->
 
 
 def _copy_branch_conv(ours: BranchConv3d, theirs: Any, name: str, is_split: bool) -> None:
-    kernel, bias = image_kernel(theirs.conv_3d), theirs.conv_3d.bias
+    kernel, bias = _image_kernel(theirs.conv_3d), theirs.conv_3d.bias
     first = second = torch.arange(len(bias))
     if not is_split and name == "encoder.quant_conv":  # rows are means, then log-variances, of all channels
         first, second = torch.arange(len(bias)).view(2, 2, -1).transpose(0, 1).flatten(1)
@@ -189,7 +189,7 @@ def _place(conv: Any, kernel: torch.Tensor, bias: torch.Tensor, branch: int) -> 
     conv.bias.copy_(bias)
 
 
-def image_kernel(conv: Any) -> torch.Tensor:
+def _image_kernel(conv: Any) -> torch.Tensor:
     """The kernel `(out, in, k, k)` that a convolution of the motion branch amounts to for an image, its own past."""
     if isinstance(conv, GroupCausalConv3d):
         return conv.weight[:, :, :2].sum(dim=2)  # behind the frame there are zeros
@@ -208,9 +208,9 @@ def _set_time_conv(conv: nn.Conv3d) -> None:
 # ---- from diffusers -------------------------------------------------------------------------------------------------
 
 
-def _from_autoencoder_kl(image_vae: AutoencoderKL, vae: AutoencoderKLIVVAE) -> AutoencoderKLIVVAE:
+def _from_autoencoder_kl(source: AutoencoderKL, vae: AutoencoderKLIVVAE) -> AutoencoderKLIVVAE:
     """The IV-VAE without keyframe branch that is nearest to an `AutoencoderKL`, in the layout of `vae`."""
-    config, source = vae.config, image_vae
+    config = vae.config
     dims = [config["base_channels"] * multiplier for multiplier in config["channel_multipliers"]]
     sizes = (list(source.config["block_out_channels"]), source.config["layers_per_block"])
     if sizes != (dims, config["num_layers"]):
@@ -346,6 +346,6 @@ def _copy_weights(ours: Any, kernel: torch.Tensor, bias: torch.Tensor) -> None:
 
 def _identity_conv(dim: int) -> nn.Conv2d:
     conv = nn.Conv2d(dim, dim, 1)
-    conv.weight.copy_(torch.eye(dim)[:, :, None, None])
+    nn.init.dirac_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
