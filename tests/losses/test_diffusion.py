@@ -210,7 +210,7 @@ def test_shifted_levels_are_those_of_the_scheduler():
     scheduler = make_scheduler("flow", shift=5.0)  # whose steps are, until it is told others, all of training's
     levels = torch.arange(1000, 0, -1) / 1000
     timesteps = FlowMatchingObjective(shift=5.0).timesteps(levels)
-    torch.testing.assert_close(timesteps, scheduler.timesteps.float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(timesteps, scheduler.timesteps.float(), rtol=0, atol=2e-4)  # three ulp of 1000
     assert (timesteps > 900).float().mean() > 0.35 > 3 * (levels > 0.9).float().mean()
 
 

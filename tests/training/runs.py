@@ -8,12 +8,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launch import run_jobs
+from diffusers.training_utils import EMAModel
+from launch import at_update, run_jobs
 from processes import start
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+
+# What could disturb resuming, of all scripts: what has a state, and what changes on the way, in eight steps.
+DISTURBING = (
+    "num_steps=8",
+    "save_every=4",
+    "validation.every=4",
+    "num_accumulation_steps=2",
+    "batch_size=4",
+    "gradient_checkpointing=true",
+)
 
 
 class Script:
@@ -38,6 +51,13 @@ class Script:
         AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran before
         self.module.main(self.arguments(output, *overrides))
         return output
+
+    def interrupt(self, output: Path, *overrides: str, update: int) -> list[int]:
+        """Run the script until the `update`-th update of the averaged weights, and return the steps in its log."""
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(EMAModel, "step", at_update(update, _interrupt))
+            self.train(output, *overrides)
+        return [record["step"] for record in read_log(output)]
 
     def torchrun(self, output: Path, *overrides: str, num_processes: int = 2) -> str:
         """Run the script as people do, `torchrun --nproc_per_node 2 train_vae.py ...`, and return what it prints."""
@@ -67,7 +87,7 @@ def launch(folder: Path, *jobs: dict[str, Any]) -> None:
     assert process.exitcode == 0, (folder / "said.txt").read_text()
 
 
-def interrupt() -> None:
+def _interrupt() -> None:
     raise KeyboardInterrupt
 
 

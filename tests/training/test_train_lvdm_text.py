@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import EMAModel
-from launch import at_update
 from processes import run_python
 from runs import (
     Script,
     assert_same_run,
     assert_same_training,
     changed,
-    interrupt,
     launch,
     optimizer_at,
     read_log,
@@ -148,15 +145,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     sources: dict[str, Path],
     straight: dict[str, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
     settings = filled(RUNS[name], sources)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(EMAModel, "step", at_update(moment, interrupt))
-        script.train(tmp_path, *settings)
-    assert len(read_log(tmp_path)) == moment - 1
-    script.train(tmp_path, *settings)
-    assert_same_run(tmp_path, straight[name])
+    assert script.interrupt(tmp_path, *settings, update=moment) == list(range(1, moment))
+    assert_same_run(script.train(tmp_path, *settings), straight[name])
     before, after = (weights_at(straight[name], step) for step in (moment - 2, moment))
     moved = {name.split(".")[0] for name in changed(before, after)}
     assert moved == {"transformer", "text_encoder"} if name == "new" else {"transformer"}
