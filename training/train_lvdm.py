@@ -54,12 +54,7 @@ from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
 from diffusers_leanvae.loading import load_autoencoder, load_transformer
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
-from diffusers_leanvae.losses.representation import (
-    AutoencoderFeatures,
-    FeatureEncoder,
-    ImageFeatures,
-    RepresentationHead,
-)
+from diffusers_leanvae.losses.representation import RepresentationHead
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
@@ -69,9 +64,14 @@ from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_tran
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.representation_features import (
+    RepresentationRecipe,
+    aim_at,
+    build_feature_encoder,
+    build_head,
+)
 from diffusers_leanvae.trainer.sharding import WeightAverage, clip_gradients
 from diffusers_leanvae.trainer.text_conditioning import Captions, TextRecipe, build_text_transformer, open_captions
-from diffusers_leanvae.video_io.pixels import as_sample
 
 
 # Of `optimizer.name: muon`: layers on the condition, of which a batch has too few to know their covariance, and the
@@ -113,16 +113,6 @@ class ObjectiveRecipe:
     shift: float = 1.0  # of "flow": above 1 more training, and more steps of sampling, at high noise
     is_stratified: bool = False  # spread the timesteps of a step evenly
     min_snr_gamma: float | None = None  # of "epsilon"
-
-
-@dataclass
-class RepresentationRecipe:
-    """Representation alignment (2410.06940); off while `weight` is 0."""
-
-    weight: float = 0.0  # 0.5 in the paper
-    encoder: str = "vae"  # "vae": the autoencoder's own features | a vision transformer, folder or Hub repository
-    after_block: int = 8
-    hidden_dim: int = 2048
 
 
 @dataclass
@@ -212,9 +202,6 @@ class Recipe(RunRecipe):
                 raise ValueError("`tune` must be 'full' for a new model, got 'lora' without `init`.")
             if self.text is not None and self.text.train_text_encoder:
                 raise ValueError("`text.train_text_encoder` must be false with `tune: lora`, got true.")
-        depth = self.representation.after_block
-        if self.representation.weight and (depth < 2 or depth % 2):
-            raise ValueError(f"`representation.after_block` must be a positive even number, got {depth}.")
 
 
 # --- The step: what is minimised -------------------------------------------------------------------------------------
@@ -401,23 +388,6 @@ def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingO
     return EpsilonObjective(recipe.min_snr_gamma, recipe.sampling)
 
 
-def build_feature_encoder(
-    recipe: RepresentationRecipe, vae: VideoAutoencoder, device: torch.device
-) -> FeatureEncoder | None:
-    if not recipe.weight:
-        return None
-    if recipe.encoder == "vae":
-        return AutoencoderFeatures(vae)
-    return ImageFeatures.from_pretrained(recipe.encoder, vae.temporal_compression_ratio, device)
-
-
-def build_head(recipe: RepresentationRecipe, transformer: Transformer, encoder: FeatureEncoder) -> RepresentationHead:
-    num_layers = transformer.config["num_layers"]
-    if recipe.after_block > num_layers:
-        raise ValueError(f"`representation.after_block` must be at most {num_layers}, got {recipe.after_block}.")
-    return RepresentationHead(transformer.inner_dim, encoder.dim, recipe.after_block, recipe.hidden_dim, recipe.weight)
-
-
 def build_pipeline(
     recipe: Recipe,
     vae: VideoAutoencoder,
@@ -500,24 +470,6 @@ def to_latents(values: torch.Tensor, has_latents: bool, vae: VideoAutoencoder, d
 def join_images(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Videos `(B, C, F, h, w)` and images `(B * n, C, 1, h, w)` to `(B, C, F + n, h, w)`."""
     return torch.cat((latents, images.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)), dim=2)
-
-
-def aim_at(
-    encoder: FeatureEncoder,
-    latents: torch.Tensor,
-    batch: LatentBatch,
-    has_latents: bool,
-    vae: VideoAutoencoder,
-    patch_size: int,
-) -> torch.Tensor:
-    """Features of the clean videos, one for each token; an encoder of pixels gets decoded ones of cached latents."""
-    sample = None
-    if encoder.needs_sample and has_latents:
-        with torch.no_grad():
-            sample = vae.decode(latents, return_dict=False)[0]
-    elif encoder.needs_sample:
-        sample = as_sample(batch.videos.to(latents.device))
-    return encoder(latents, sample, (latents.shape[3] // patch_size, latents.shape[4] // patch_size))
 
 
 def held_out_latents(
