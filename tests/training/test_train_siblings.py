@@ -93,7 +93,7 @@ def test_validation_is_that_of_the_averaged_model(family: str, clips: Path, stra
     clip = read_center_clip(clips / "b.mp4", num_frames=5, size=32)[None]
     with torch.no_grad():
         error = ((vae(clip).sample.clamp(-1, 1) - clip) / 2).square().mean(dim=(0, 1, 3, 4))
-    assert record["clips"]["b.mp4"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-4)
+    assert record["clips"]["b.mp4"] == pytest.approx((-10 * error.log10()).mean().item(), abs=8e-6)  # measured: 6e-7
     assert len(vae.config["latents_mean"]) == len(vae.config["latents_std"]) == 4
 
 
@@ -161,7 +161,7 @@ def test_ivvae_starts_from_an_image_only_run(clips: Path, tmp_path: Path):
     second = script.train(tmp_path / "videos", *start, *still)
     # Before the first step, images are reconstructed as the averaged model of the first run does.
     records = read_log(first, "validation")[-1], read_log(second, "validation")[0]
-    assert records[0]["clips"] == pytest.approx(records[1]["clips"], abs=1e-3)
+    assert records[0]["clips"] == pytest.approx(records[1]["clips"], abs=8e-6)  # measured: 1e-6
     assert "started from the image autoencoder" in (second / "vae/README.md").read_text()
     with pytest.raises(ValueError, match="`model.type` must be 'ivvae' for `init: image`, got 'leanvae'"):
         script.train(tmp_path / "x", "init=image", f"image_vae.path={first}")
