@@ -27,6 +27,7 @@ ORDER = (
     ("evaluation",),
     ("inference",),
     ("generation",),
+    ("serving",),
     ("benchmark",),
     ("trainer",),
     ("cli", "pipelines", "training"),
@@ -152,6 +153,8 @@ def test_what_runs_at_import_time_is_declared(name: str, path: Path):
     requirements = list(project["dependencies"])
     if folder_of(name) in (*LEAVES, "trainer"):  # training is an extra, and so is what its scripts use
         requirements += project["optional-dependencies"]["train"]
+    if folder_of(name) == "serving":  # imported by `leanvae serve` alone
+        requirements += project["optional-dependencies"]["serve"]
     if name.startswith(f"{PACKAGE}.kernels.triton_"):  # imported by `kernels.get("triton")` alone
         requirements += project["optional-dependencies"]["triton"]
     names = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}

@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..checks import one_line
-from . import demo, evaluation, generation, measure, models, videos
+from . import demo, evaluation, generation, measure, models, serving, videos
 from .common import in_one_sentence
 
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "encode": videos.encode,
     "decode": videos.decode,
     "live": videos.live,
+    "serve": serving.serve,
     "generate": generation.generate,
     "encode-dataset": generation.encode_dataset,
     "convert": models.convert,

@@ -40,15 +40,19 @@ class VideoJob:
     metrics: bool = False
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, name: str = "max_memory") -> int:
     """Return the bytes of `"2GiB"`, `"800MiB"`, `"1.5 GB"`, or a plain number of bytes.
+
+    Args:
+        text: What came.
+        name: The argument, for the message.
 
     Raises:
         ValueError: If `text` is nothing like that.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?", text.strip().lower())
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"`max_memory` must be a size such as 2GiB or 800MiB, got {text!r}.")
+        raise ValueError(f"`{name}` must be a size such as 2GiB or 800MiB, got {text!r}.")
     unit = match[2] or "b"
     power = "bkmgt".index(unit[0])
     return int(float(match[1]) * (1024 if "i" in unit or len(unit) == 1 else 1000) ** power)

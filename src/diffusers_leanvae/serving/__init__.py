@@ -1,0 +1,10 @@
+"""An autoencoder over HTTP, by the protocol of diffusers' `remote_decode` and `remote_encode`.
+
+All of this folder needs the extra `serve`.
+"""
+
+from .app import create_app
+from .protocol import Limits
+
+
+__all__ = ["Limits", "create_app"]
