@@ -187,13 +187,18 @@ def test_bad_arguments(make_model, make, match):
         make(make_model())
 
 
-def test_command_prints_rows_and_ends_with_json(make_model, tmp_path):
+def test_command_prints_rows_as_a_table_or_as_json(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "vae")
     arguments = ["bench", "--model", str(tmp_path / "vae"), "--size", "5x32x32", "--repeats", "1", "--threads", "1"]
     arguments += ["--variant", "eager", "--variant", "fused", "--output", str(tmp_path / "bench.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    printed = json.loads(result.output.splitlines()[-1])
+    head, *lines = result.stdout.splitlines()
+    assert head.split()[-4:] == ["MiB", "GMAC", "over", "floor"] and len(lines) == 4
+    assert lines[0].split()[1:6] == ["eager", "float32", "1", "5x32x32", "encode"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
     assert printed["rows"] == json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert {(row["variant"], row["direction"]) for row in printed["rows"]} == {
         (variant, direction) for variant in ("eager", "fused") for direction in ("encode", "decode")
@@ -208,10 +213,10 @@ def test_command_prints_rows_and_ends_with_json(make_model, tmp_path):
 def test_command_measures_siblings_and_says_what_it_leaves_out(sibling, tmp_path):
     make_tiny(sibling).save_pretrained(tmp_path / "vae")
     arguments = ["bench", "--model", str(tmp_path / "vae"), "--size", "5x32x32", "--repeats", "1", "--threads", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "bench.json")])
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "bench.json"), "--json"])
     assert result.exit_code == 0, result.output
-    assert result.stderr == "left out, because only LeanVAE has it: fused\n"
-    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert result.stderr.startswith("left out, because only LeanVAE has it: fused\n")
+    rows = json.loads(result.stdout)["rows"]
     assert rows == json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [(row["variant"], row["direction"]) for row in rows] == [("eager", "encode"), ("eager", "decode")]
     for row in rows:
@@ -240,12 +245,12 @@ def test_command_refuses_before_it_measures(arguments, message):
 
 def test_command_loses_nothing_that_was_measured():
     arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--dtype", "fp32"]
-    result = CliRunner().invoke(app, ["bench", *arguments, "--variant", "eager", "--variant", "graphs"])
+    result = CliRunner().invoke(app, ["bench", *arguments, "--variant", "eager", "--variant", "graphs", "--json"])
     if torch.cuda.is_available():
         pytest.skip("on a machine with a GPU graphs can be measured")
     assert result.exit_code == 1
     assert "error: 2 of 4 rows could not be measured: `examples` must be tensors on a CUDA device" in result.stderr
-    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    rows = json.loads(result.stdout)["rows"]
     assert {row["variant"]: "seconds" in row for row in rows} == {"eager": True, "graphs": False}
     assert all(row["dtype"] == "float32" for row in rows)
 
@@ -254,8 +259,8 @@ def test_command_prints_its_figures_before_it_writes_them(tmp_path):
     (tmp_path / "file").touch()
     arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--variant", "eager"]
     result = CliRunner().invoke(app, ["bench", *arguments, "--output", str(tmp_path / "file" / "bench.json")])
-    assert result.exit_code == 1 and result.stderr.startswith("error: ")
-    assert len(json.loads(result.stdout.splitlines()[-1])["rows"]) == 2
+    assert result.exit_code == 1 and "\nerror: " in result.stderr
+    assert len(result.stdout.splitlines()) == 3
 
 
 def test_figures_stay_in_a_row_whose_later_calls_fail():

@@ -334,15 +334,16 @@ def test_an_interrupted_command_says_so(capsys):
 def test_a_bad_file_of_a_folder_stops_no_other_whatever_its_error(tmp_path, capsys):
     jobs = Jobs([(tmp_path / name, tmp_path / "out" / name) for name in "abc"], is_folder=True)
 
-    def work(source: Path, target: Path, progress: Any) -> str:
+    def work(source: Path, target: Path, progress: Any) -> dict[str, Any]:
         if source.name == "b":
             raise RuntimeError("can't allocate memory")
-        return f"{target.name} written"
+        return {"width": 4, "height": 2, "num_frames": 1}
 
     with pytest.raises(ValueError, match="1 of 3 files failed: .*b"):
         process(jobs, False, work)
     output = capsys.readouterr()
-    assert output.out.split() == ["a", "written", "c", "written"] and output.err.startswith("error: out of memory")
+    assert output.out == "".join(f"{tmp_path / 'out' / name}  4x2  1 frames\n" for name in "ac")
+    assert output.err.startswith("error: out of memory")
 
 
 def test_live_chooses_the_step_of_its_model(tmp_path, monkeypatch, capsys):

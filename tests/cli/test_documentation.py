@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from diffusers_leanvae.cli import COMMANDS, app
-from diffusers_leanvae.cli.common import DTYPE_NAMES
+from diffusers_leanvae.cli.common import DTYPES_TEXT
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,4 +75,4 @@ def test_help_says_what_each_option_does():
             assert text and text[0].isupper() and text.endswith("."), (name, parameter.name)
         if "--dtype" in options_of(name) and name != "bench":
             (dtype,) = (p for p in command.params if p.name == "dtype")
-            assert DTYPE_NAMES in dtype.help
+            assert DTYPES_TEXT in dtype.help

@@ -49,7 +49,7 @@ def open_reader(open_as_usual, clips, options):
             die("readers", 3)
     return dying
 
-def stop(num_clips):
+def stop(num_clips, total):
     raise KeyboardInterrupt
 
 def run(output, source="videos", vae=None, **more):

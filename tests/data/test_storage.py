@@ -106,7 +106,7 @@ def test_a_lost_connection_leaves_no_half_file_and_the_next_run_resumes(vae, tmp
     here = encode_dataset(vae, "shapes", tmp_path / "here", **OPTIONS).path
     url = "plain://bucket/there"
 
-    def lose_connection(_: int) -> None:
+    def lose_connection(*_: int) -> None:
         PlainFileSystem.fails = True
 
     with pytest.raises(OSError, match="latents-00001.safetensors' cannot be reached: connection lost"):

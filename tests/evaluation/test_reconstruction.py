@@ -214,7 +214,8 @@ def test_evaluation_goes_on_past_bad_files(make_model, clips: Path, mixed: Path)
     assert list(result.failed) == ["0.mp4", "half.mp4", "short.mp4"]
     assert (result.num_videos, len(lines)) == (2, 5)
     assert "must have at least 5 frames, got 3" in result.failed["short.mp4"]
-    assert [line.split()[0] for line in lines if " failed: " in line] == ["0.mp4", "half.mp4", "short.mp4"]
+    failures = [line.split()[:2] for line in lines if " failed: " in line]
+    assert failures == [["[1/5]", "0.mp4"], ["[3/5]", "half.mp4"], ["[4/5]", "short.mp4"]]
     for name in ("a.mp4", "z/b.mp4"):
         (mixed / name).unlink()
     with pytest.raises(ValueError, match="at least one usable video, got 3 that failed, the first of them: .*0.mp4"):

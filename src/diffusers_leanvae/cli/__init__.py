@@ -19,7 +19,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="leanvae",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Video autoencoders: encode videos of any length and size to latents, decode them, measure what is lost, "
     "and generate videos.",

@@ -5,9 +5,11 @@ Every module of this folder imports only what is light; the rest is imported ins
 """
 
 import functools
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -16,32 +18,38 @@ import typer
 
 from .. import bundled
 from ..checks import DTYPES, one_line, parse_dtype
+from .choices import DEVICES, DTYPE_NAMES, FILE_FORMATS, IMAGE_FORMATS, STREAM_FORMATS, VIDEO_CODECS, complete
 
 
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
 
-DTYPE_NAMES = ", ".join(f"{long} ({short})" for long, short in DTYPES.items())
+DTYPES_TEXT = ", ".join(f"{long} ({short})" for long, short in DTYPES.items())
 TRACEBACK = "LEANVAE_TRACEBACK"  # set in the environment, it shows where an error comes from
+Advance = Callable[[int, int | None], None]  # told how many units were just finished, and of how many, if known
 
 Model = Annotated[
     str,
     typer.Option(
         help=f"Autoencoder: a bundled model ({', '.join(bundled.MODELS)}), a model folder, an original checkpoint "
-        "file, or a Hub id (user/repo, or user/repo/file.ckpt for original weights)."
+        "file, or a Hub id (user/repo, or user/repo/file.ckpt for original weights).",
+        autocompletion=complete(*bundled.MODELS),
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
         help="Device to compute on: cpu, cuda, cuda:1, xpu, mps; auto is the accelerator that PyTorch finds (cuda, "
-        "xpu, mps), else cpu."
+        "xpu, mps), else cpu.",
+        autocompletion=complete(*DEVICES),
     ),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help=f"Number type to compute in: {DTYPE_NAMES}; auto is bfloat16 on a CUDA GPU, else float32."),
+    typer.Option(
+        help=f"Number type to compute in: {DTYPES_TEXT}; auto is bfloat16 on a CUDA GPU, else float32.",
+        autocompletion=complete("auto", *DTYPE_NAMES),
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -70,7 +78,8 @@ Codec = Annotated[
     str | None,
     typer.Option(
         help="Codec of the written video: libx264, libx265, libvpx-vp9, libsvtav1, prores_ks (.mov), or ffv1 (.mkv), "
-        "which loses nothing. Without it libx264, and libvpx-vp9 for .webm."
+        "which loses nothing. Without it libx264, and libvpx-vp9 for .webm.",
+        autocompletion=complete(*VIDEO_CODECS),
     ),
 ]
 PixFmt = Annotated[
@@ -83,8 +92,10 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="Format of standard output (mkv, webm, y4m), or of the files in the folder OUT (mp4, webm, gif, ...; png "
-        "for a folder of frames of each video). Without it mkv on standard output, else mp4, and png for images.",
+        help=f"Format of standard output ({', '.join(STREAM_FORMATS)}), or of the files in the folder OUT "
+        f"({', '.join(FILE_FORMATS)}; {', '.join(IMAGE_FORMATS)} for a folder of frames of each video). Without it "
+        "mkv on standard output, else mp4, and png for images.",
+        autocompletion=complete(*FILE_FORMATS, *IMAGE_FORMATS),
     ),
 ]
 Fps = Annotated[
@@ -124,6 +135,10 @@ Overwrite = Annotated[
         "--overwrite",
         help="Replace outputs that exist. Without it one that exists is an error, or skipped with a folder as IN.",
     ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one line of JSON on standard output, and nothing else there."),
 ]
 
 
@@ -169,7 +184,7 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     elif dtype not in (*DTYPES, *DTYPES.values()):
-        raise ValueError(f"`--dtype` must be auto, {DTYPE_NAMES}, got {dtype!r}.")
+        raise ValueError(f"`--dtype` must be auto, {DTYPES_TEXT}, got {dtype!r}.")
     torch_dtype = parse_dtype("--dtype", dtype)
     try:
         torch_device = torch.device(device)
@@ -260,8 +275,36 @@ def memory_limit(max_memory: str | None) -> int | None:
     return None if max_memory is None else parse_memory(max_memory)
 
 
-def progress_bar(unit: str, description: str | None = None) -> "tqdm":
-    """Show progress on a terminal, and nothing elsewhere."""
+@contextmanager
+def progress_bar(unit: str, description: str | None = None) -> Iterator[Advance]:
+    """Show progress on a terminal, and nothing elsewhere.
+
+    Yields:
+        What to tell of it.
+    """
     from tqdm.auto import tqdm
 
-    return tqdm(desc=description, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False)
+    with tqdm(desc=description, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(count: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(count)
+
+        yield advance
+
+
+def print_json(result: Any) -> None:
+    """Print the result of a command with `--json`."""
+    typer.echo(json.dumps(result, default=str))
+
+
+def render_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out lines of cells in columns, the first one to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,12 +1,13 @@
 """What `eval` does for several subjects, and for folders of generated videos."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from .common import place
+from .common import place, print_json, render_table
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def compare_subjects(
     num_examples: int,
     device: str,
     dtype: str,
+    as_json: bool,
 ) -> None:
     """Compare autoencoders and codecs, print the table and write the report."""
     from ..evaluation.comparison import compare
@@ -46,33 +48,46 @@ def compare_subjects(
             num_examples=num_examples,
             device=torch_device,
             dtype=torch_dtype,
-            progress=typer.echo,
+            progress=partial(typer.echo, err=as_json),
         )
     if not is_first:
         return
-    typer.echo("\n" + render_totals(comparison.evaluations))
+    typer.echo("\n" + render_totals(comparison.evaluations), err=as_json)
     say_missing(comparison.evaluations[0])
     say_failed(comparison.evaluations[0])
-    for path in write_report(report, comparison):
-        typer.echo(str(path))
+    written = write_report(report, comparison)
+    for path in written:
+        typer.echo(str(path), err=as_json)
+    if as_json:
+        evaluations = [evaluation.rounded().to_json() for evaluation in comparison.evaluations]
+        print_json({"evaluations": evaluations, "report": written})
     Journal.remove(kept)
 
 
 def compare_folders(
-    generated: str, real: str, protocol: "Protocol", options: "MetricOptions", output: Path | None, device: str
+    generated: str,
+    real: str,
+    protocol: "Protocol",
+    options: "MetricOptions",
+    output: Path | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure FVD of two folders, print it and write the file if one is wanted."""
     from ..evaluation.generated import evaluate_generated
 
     torch_device, _ = place(device, "float32")
-    evaluation = evaluate_generated(generated, real, protocol, options, device=torch_device, progress=typer.echo)
+    say = partial(typer.echo, err=as_json)
+    evaluation = evaluate_generated(generated, real, protocol, options, device=torch_device, progress=say)
     say_missing(evaluation)
     for name, value in evaluation.totals.items():
-        typer.echo(f"{name} {value:.{evaluation.metrics[name].digits}f}")
-    typer.echo(f"{evaluation.about['num_generated']} generated and {evaluation.about['num_real']} real videos")
+        say(f"{name} {value:.{evaluation.metrics[name].digits}f}")
+    say(f"{evaluation.about['num_generated']} generated and {evaluation.about['num_real']} real videos")
     if output is not None:
         evaluation.write(output)
-        typer.echo(str(output))
+        say(str(output))
+    if as_json:
+        print_json(evaluation.rounded().to_json())
 
 
 def say_missing(evaluation: "Evaluation") -> None:
@@ -104,10 +119,4 @@ def render_totals(evaluations: "Sequence[Evaluation]") -> str:
         ]
         for evaluation in evaluations
     ]
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in [head, *lines]
-    )
+    return render_table([head, *lines])

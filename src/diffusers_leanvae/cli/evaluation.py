@@ -1,13 +1,15 @@
 """Quality of reconstructions and of generated videos: `eval`."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import bundled
-from .common import Device, Dtype, Model, Output, place
+from .choices import METRICS, PROTOCOLS, RATE_CODECS, complete
+from .common import Device, Dtype, Json, Model, Output, place, print_json
 from .comparison import compare_folders, compare_subjects, say_failed, say_missing
 
 
@@ -27,8 +29,9 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Protocol, which fixes every choice: val-17x256, davis-17x256, ucf101-17x256, fvd2048_16f, or a "
-            ".yaml file. Without it val-17x256."
+            help=f"Protocol, which fixes every choice: {', '.join(PROTOCOLS)}, or a .yaml file. Without it "
+            "val-17x256.",
+            autocompletion=complete(*PROTOCOLS),
         ),
     ] = None,
     num_frames: Annotated[
@@ -41,9 +44,9 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="Metric to compute: psnr, psnr_in_group, ssim, ms_ssim, lpips_vgg16, lpips_alexnet, rfvd_i3d, "
-            "rfvd_features, vmaf, xpsnr, flicker, warp, or all; repeat it for several. Without it those of the "
-            "protocol."
+            help=f"Metric to compute: {', '.join(METRICS)}, or all; repeat it for several. Without it those of the "
+            "protocol.",
+            autocompletion=complete(*METRICS, "all"),
         ),
     ] = None,
     chunk: Annotated[
@@ -78,8 +81,9 @@ def evaluate(
     codec: Annotated[
         list[str] | None,
         typer.Option(
-            help="Codec to compare with, at the bit rates of the latents stored in 8 bits: x264, x265, av1, x264-444, "
-            "x265-444; repeat it for several."
+            help="Codec to compare with, at the bit rates of the latents stored in 8 bits: "
+            f"{', '.join(RATE_CODECS)}; repeat it for several.",
+            autocompletion=complete(*RATE_CODECS),
         ),
     ] = None,
     report: Annotated[
@@ -97,6 +101,7 @@ def evaluate(
     real: Annotated[str | None, typer.Option(help="Folder of real videos, for --generated.")] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure reconstructions of videos, clip by clip: PSNR (dB), SSIM and more; or FVD of generated videos.
 
@@ -118,13 +123,14 @@ def evaluate(
     if num_processes_asked_for() > 1:
         start_accelerator()
     is_first = is_first_process()
+    say = partial(typer.echo, err=as_json)
     default = "val-17x256" if generated is None else "fvd2048_16f"
     chosen = with_sizes(get_protocol(protocol or default), num_frames, size)
     if metric:
         chosen = replace(chosen, metrics=tuple(KINDS) if "all" in metric else tuple(metric))
     options = MetricOptions(vgg16, alexnet, i3d, feature_model)
     if generated is not None and real is not None and folder is None:
-        compare_folders(generated, real, chosen, options, output, device)
+        compare_folders(generated, real, chosen, options, output, device, as_json)
         return
     if folder is None or generated is not None or real is not None:
         raise ValueError("Either FOLDER, or both `--generated` and `--real`, must be given.")
@@ -132,7 +138,7 @@ def evaluate(
         if chunk is not None or output is not None:
             raise ValueError("`--chunk` and `--output` must not be given with a comparison, whose files are --report.")
         names, target = [*(compare or [model]), *(others or [])], report or Path("outputs/report")
-        compare_subjects(names, codec or [], folder, chosen, options, target, num_examples, device, dtype)
+        compare_subjects(names, codec or [], folder, chosen, options, target, num_examples, device, dtype, as_json)
         return
     if others:
         raise ValueError(f"Only one FOLDER must be given without `--compare`, got {' and '.join([folder, *others])}.")
@@ -151,14 +157,16 @@ def evaluate(
             options,
             device=torch_device,
             resume=resume,
-            progress=typer.echo,
+            progress=say,
         )
     if not is_first:
         return
     say_missing(evaluation)
-    typer.echo(describe_figures("mean", evaluation.totals, evaluation.metrics))
+    say(describe_figures("mean", evaluation.totals, evaluation.metrics))
     say_failed(evaluation)
     if output is not None and resume is not None:
         evaluation.write(output)
         Journal.remove(resume)
-        typer.echo(str(output))
+        say(str(output))
+    if as_json:
+        print_json(evaluation.rounded().to_json())

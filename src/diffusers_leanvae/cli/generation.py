@@ -9,7 +9,21 @@ import typer
 
 from .. import bundled
 from ..checks import parse_video_size
-from .common import Codec, Crf, Device, Dtype, Model, PixFmt, load_model, memory_limit, place, progress_bar
+from .choices import DTYPE_NAMES, SCHEDULERS, complete
+from .common import (
+    Codec,
+    Crf,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    PixFmt,
+    load_model,
+    memory_limit,
+    place,
+    print_json,
+    progress_bar,
+)
 
 
 def generate(
@@ -23,7 +37,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help=f"Pipeline: a bundled one ({', '.join(bundled.PIPELINES)}), a folder, or a Hub id (user/repo)."
+            help=f"Pipeline: a bundled one ({', '.join(bundled.PIPELINES)}), a folder, or a Hub id (user/repo).",
+            autocompletion=complete(*bundled.PIPELINES),
         ),
     ] = next(iter(bundled.PIPELINES)),
     label: Annotated[
@@ -60,7 +75,8 @@ def generate(
         str | None,
         typer.Option(
             help="Sampler: ddpm, ddim or dpm++ for models that predict noise, flow for flow matching. Without it the "
-            "pipeline's own."
+            "pipeline's own.",
+            autocompletion=complete(*SCHEDULERS),
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first video; every further video takes the next number.")] = 0,
@@ -173,7 +189,11 @@ def encode_dataset(
     ] = None,
     num_captions: Annotated[int, typer.Option(min=1, help="Descriptions of each clip of scenes.")] = 1,
     save_dtype: Annotated[
-        str, typer.Option(help="Number type of the stored latents: float32 (fp32) or float16 (fp16).")
+        str,
+        typer.Option(
+            help="Number type of the stored latents: float32 (fp32) or float16 (fp16).",
+            autocompletion=complete("float32", "fp32", "float16", "fp16"),
+        ),
     ] = "float32",
     file_format: Annotated[
         Literal["safetensors", "webdataset"], typer.Option(help="Format of the files that hold the latents.")
@@ -203,7 +223,8 @@ def encode_dataset(
         str,
         typer.Option(
             help="Number type of the text encoder and of the stored embeddings: float32 (fp32), bfloat16 (bf16) or "
-            "float16 (fp16)."
+            "float16 (fp16).",
+            autocompletion=complete(*DTYPE_NAMES),
         ),
     ] = "float32",
     engine: Annotated[
@@ -222,6 +243,7 @@ def encode_dataset(
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Encode a data set to latents once, for training a diffusion model on them.
 
@@ -236,8 +258,8 @@ def encode_dataset(
     vae = load_model(model, device, dtype)
     with (
         leaving_job(),
-        progress_bar("clips") as bar,
-        progress_bar("captions") if text_encoder else nullcontext() as text_bar,
+        progress_bar("clips") as advance,
+        progress_bar("clips", "captions") if text_encoder else nullcontext() as advance_captions,
     ):
         latents = latent_cache.encode_dataset(
             vae,
@@ -263,10 +285,13 @@ def encode_dataset(
             text_dtype=text_dtype,
             engine=engine,
             num_encoders=num_encoders,
-            progress=bar.update,
-            text_progress=None if text_bar is None else text_bar.update,
+            progress=advance,
+            text_progress=advance_captions,
         )
         is_first = is_first_process()
-    if is_first:
+    if is_first and as_json:
+        figures = {name: latents.index[name] for name in ("num_items", "shape", "num_skipped", "num_captions")}
+        print_json({"output": target} | figures)
+    elif is_first:
         shape = " x ".join(str(edge) for edge in latents.index["shape"])
         typer.echo(f"{target}  {len(latents)} latents of {shape}  {latents.index['num_skipped']} clips skipped")

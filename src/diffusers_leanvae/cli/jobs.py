@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import typer
 
 from ..atomic import MAX_NAME_BYTES, shorten_name
-from .common import progress_bar, sentence_of
+from .common import Advance, print_json, progress_bar, sentence_of
 
 
 STANDARD = "-"  # standard input or output
@@ -58,6 +58,7 @@ def find_jobs(
     *,
     frames: bool = False,
     overwrite: bool = False,
+    as_json: bool = False,
     also_read: Iterable[str | Path] = (),
 ) -> Jobs:
     """Pair what is read with what is written.
@@ -68,11 +69,14 @@ def find_jobs(
         naming: How the command finds its files and names its outputs.
         frames: Whether the folder `source` holds the frames of one video.
         overwrite: Whether an output may exist; files of a folder may in any case.
+        as_json: Whether standard output is wanted for JSON.
         also_read: Further files that must not be written over.
 
     Raises:
         ValueError: If there is nothing to read, or something that is read would be written over.
     """
+    if as_json and target == STANDARD:
+        raise ValueError(f"`--json` must not be given with standard output as OUT, got {target!r}.")
     place = _place(source)
     if frames and not (isinstance(place, Path) and place.is_dir()):
         raise ValueError(f"IN must be a folder with `--frames`, got {source!r}.")
@@ -99,14 +103,22 @@ def find_jobs(
     return Jobs(pairs, is_folder)
 
 
-def process(jobs: Jobs, overwrite: bool, work: Callable[[Any, Any, Callable[[int], Any]], str]) -> None:
+class Work(Protocol):
+    """What a command does with one file."""
+
+    def __call__(self, source: Any, target: Any, progress: Advance, /) -> dict[str, Any]:
+        """Read `source`, write `target`, and return `width`, `height`, `num_frames` and what was measured."""
+        ...
+
+
+def process(jobs: Jobs, overwrite: bool, work: Work, as_json: bool = False) -> None:
     """Do every job and print its line; in a folder continue past bad files, skip finished ones, and fail at the end.
 
     Args:
         jobs: The work.
         overwrite: Whether to redo files of a folder that exist.
-        work: Does one job; takes what to read, what to write, and a function to call with the number of frames just
-            finished. Returns a line to print.
+        work: Does one job.
+        as_json: Whether to print lines of JSON.
     """
     failures, pairs = [], jobs.pairs
     for number, (source, target) in enumerate(pairs, start=1):
@@ -119,8 +131,8 @@ def process(jobs: Jobs, overwrite: bool, work: Callable[[Any, Any, Callable[[int
         try:
             if made:
                 made[0].mkdir(parents=True, exist_ok=True)
-            with progress_bar("frames", f"[{number}/{len(pairs)}] {name}" if jobs.is_folder else name) as bar:
-                line = work(source, target, bar.update)
+            with progress_bar("frames", f"[{number}/{len(pairs)}] {name}" if jobs.is_folder else name) as advance:
+                figures = work(source, target, advance)
         except Exception as error:
             with suppress(OSError):  # they may hold something by now
                 for folder in made:
@@ -130,9 +142,19 @@ def process(jobs: Jobs, overwrite: bool, work: Callable[[Any, Any, Callable[[int
             failures.append(source)
             typer.echo(f"error: {sentence_of(error)}", err=True)
         else:
-            typer.echo(line, err=target == STANDARD)  # standard output holds the video then
+            if as_json:
+                print_json({"input": source, "output": target} | figures)
+            else:
+                typer.echo(f"{target}  {_describe(figures)}", err=target == STANDARD)  # which holds the video then
     if failures:
         raise ValueError(f"{len(failures)} of {len(pairs)} files failed: {', '.join(map(str, failures))}")
+
+
+def _describe(figures: dict[str, Any]) -> str:
+    text = f"{figures['width']}x{figures['height']}  {figures['num_frames']} frames"
+    if "psnr_frame_mean_rgb" in figures:  # which no frame has if the reader of a pipe went away at once
+        text += f"  PSNR {figures['psnr_frame_mean_rgb']:.2f} dB  SSIM {figures['ssim_frame_mean_rgb']:.4f}"
+    return text
 
 
 def check_outputs(jobs: Jobs, options: dict[str, Any]) -> None:

@@ -1,16 +1,18 @@
 """Speed: `bench`."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import bundled
 from ..checks import check_choice, one_line, parse_video_size
-from .common import Device, Output, load_model, place
+from .choices import DTYPE_NAMES, PEERS, RANDOM_MODELS, VARIANTS, complete
+from .common import Device, Json, Output, load_model, place, print_json, render_table
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..benchmark.rounds import Record
     from ..benchmark.subjects import Subject
 
@@ -19,7 +21,9 @@ def bench(
     model: Annotated[
         str,
         typer.Option(
-            help="Autoencoder, as of other commands; or LeanVAE-16ch or LeanVAE-4ch, in full size with random weights."
+            help=f"Autoencoder, as of other commands; or {' or '.join(RANDOM_MODELS)}, in full size with random "
+            "weights.",
+            autocompletion=complete(*bundled.MODELS, *RANDOM_MODELS),
         ),
     ] = bundled.DEFAULT,
     size: Annotated[
@@ -30,18 +34,23 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Way to compute: eager, compiled; for LeanVAE also fused, fused-torch, int8, graphs. Repeat it for "
-            "several. Without it eager and fused."
+            "several. Without it eager and fused.",
+            autocompletion=complete(*VARIANTS),
         ),
     ] = None,
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Autoencoder of diffusers to measure as well, such as AutoencoderKLWan; repeat it for several."
+            help=f"Autoencoder of diffusers to measure as well ({', '.join(PEERS)}); repeat it for several.",
+            autocompletion=complete(*PEERS),
         ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="Number type, as of other commands; repeat it for several. Without it auto."),
+        typer.Option(
+            help="Number type, as of other commands; repeat it for several. Without it auto.",
+            autocompletion=complete("auto", *DTYPE_NAMES),
+        ),
     ] = None,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="Number of CPU threads; repeat it for several. Without it all.")
@@ -52,8 +61,9 @@ def bench(
     ] = 60.0,
     output: Output = None,
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Measure time, peak memory and multiply-adds of encoding and decoding; the last line is JSON.
+    """Measure time, peak memory and multiply-adds of encoding and decoding.
 
     For LeanVAE also the time over that of its matrix products alone.
     """
@@ -69,6 +79,9 @@ def bench(
         if name in random_models:
             return subjects.build_model(name, *place(device, number_type))
         return load_model(name, device, number_type)
+
+    def say(record: "Record") -> None:
+        typer.echo(rounds.describe(record), err=True)
 
     def make_subject(record: "Record") -> "Subject":
         return subjects.Subject(make_model(record["model"], record["dtype"]), record["variant"])
@@ -103,14 +116,37 @@ def bench(
         for direction in DIRECTIONS
     ]
     try:
-        rounds.run_here(records, make_subject, repeats, budget, lambda record: typer.echo(rounds.describe(record)))
+        rounds.run_here(records, make_subject, repeats, budget, say)
     finally:  # whatever ends it, what is measured is reported
         rows = [rounds.summarize(record) for record in records if "first" in record or "note" in record]
         result = {"rows": rows, "weights": model}
-        if rows:
-            typer.echo(json.dumps(result))
+        if rows and as_json:
+            print_json(result)
+        elif rows:
+            typer.echo(render_rows(rows))
         if rows and output is not None:
             write_result(output, result)
     notes = [row["note"] for row in rows if "note" in row]
     if notes:
         raise ValueError(f"{len(notes)} of {len(rows)} rows could not be measured: {one_line(notes[0])}")
+
+
+def render_rows(rows: "Sequence[Record]") -> str:
+    """Lay out what was measured as a table of text."""
+    head = ["", "", "threads", "frames x height x width", "", "seconds", "peak MiB", "GMAC", "over floor"]
+    lines = [
+        [
+            f"{row['model']} {row['variant']}",
+            row["dtype"],
+            str(row["num_threads"]),
+            "x".join(map(str, row["video"])),
+            row["direction"],
+            *(_cell(row, name) for name in ("seconds", "peak_mib", "giga_multiply_adds", "time_over_floor")),
+        ]
+        for row in rows
+    ]
+    return render_table([head, *lines])
+
+
+def _cell(row: "Record", name: str) -> str:
+    return f"{row[name]:.4g}" if row.get(name) is not None else ""

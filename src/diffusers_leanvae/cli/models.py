@@ -8,7 +8,8 @@ import typer
 
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
-from .common import DTYPE_NAMES
+from .choices import DTYPE_NAMES, complete
+from .common import DTYPES_TEXT, Json, print_json
 from .description import describe, describe_model
 
 
@@ -30,7 +31,10 @@ def convert(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Number type to cast the weights to: {DTYPE_NAMES}; without it they stay bit-equal."),
+        typer.Option(
+            help=f"Number type to cast the weights to: {DTYPES_TEXT}; without it they stay bit-equal.",
+            autocompletion=complete(*DTYPE_NAMES),
+        ),
     ] = None,
     pixel_factor: Annotated[
         float | None,
@@ -45,12 +49,14 @@ def convert(
             metavar="TEACHER",
             help="For weights that were trained to make the latents of another autoencoder: take over its mean and "
             "deviation of latents. wan2.1, wan2.2, or the folder, config.json or Hub id of that autoencoder.",
+            autocompletion=complete("wan2.1", "wan2.2"),
         ),
     ] = None,
     num_attention_heads: Annotated[
         int | None,
         typer.Option(min=1, help="Attention heads of a Latte checkpoint whose size is none of S, B, L and XL."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to model folders of diffusers, and back."""
     from .. import loading
@@ -86,7 +92,11 @@ def convert(
             raise ValueError(f"`--latents-like` must not be given for a checkpoint of {model_class.conversion.NAME}.")
         model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options, **statistics)
         model.save_pretrained(target)
-    typer.echo(f"{target}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if as_json:
+        print_json({"output": target, "class": type(model).__name__, "num_parameters": num_parameters})
+    else:
+        typer.echo(f"{target}  {num_parameters / 1e6:.2f} M parameters")
 
 
 def info(
@@ -97,12 +107,17 @@ def info(
             help=f"Video or image (also -, an address or f_%04d.png), latents of `encode` or `encode-dataset`, model "
             f"folder, pipeline folder, original checkpoint, Hub id, or the name of a bundled one "
             f"({', '.join((*bundled.MODELS, *bundled.PIPELINES))}).",
+            autocompletion=complete(*bundled.MODELS, *bundled.PIPELINES),
         ),
     ],
+    as_json: Json = False,
 ) -> None:
     """Print what a file or model is, as JSON."""
     described = describe(path) or _describe_loaded(path)
-    typer.echo(json.dumps(described, indent=2, default=str))
+    if as_json:
+        print_json(described)
+    else:
+        typer.echo(json.dumps(described, indent=2, default=str))
 
 
 def _describe_loaded(source: str) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Videos to videos, to latents and back: `reconstruct`, `encode`, `decode`, `live`."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import bundled
 from ..checks import check_choice
 from .common import (
+    Advance,
     Background,
     Codec,
     Crf,
@@ -19,6 +19,7 @@ from .common import (
     Fps,
     Frames,
     Fuse,
+    Json,
     MaxMemory,
     Model,
     NumFrames,
@@ -36,6 +37,9 @@ from .common import (
 )
 from .jobs import STANDARD, Jobs, Naming, check_latents, check_outputs, find_jobs, process
 
+
+if TYPE_CHECKING:
+    from ..inference.latents_file import LatentsInfo
 
 Source = Annotated[
     str,
@@ -81,6 +85,7 @@ def reconstruct(
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Encode and decode videos or images, to see what the autoencoder keeps of them."""
     from ..inference import files
@@ -88,15 +93,15 @@ def reconstruct(
 
     check_format(file_format, target)
     naming = Naming(list_videos, lambda path: files.default_suffix(path, file_format), is_media)
-    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite)
+    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite, as_json=as_json)
     options = writer_options(jobs, codec, crf, pix_fmt, file_format)
     excerpt = read_excerpt(start, num_frames, size, fps, square_pixels, background)
     limit = memory_limit(max_memory)
     say_demonstration(context, model)
     vae = load_model(model, device, dtype, fuse)
 
-    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
-        summary = files.reconstruct_video(
+    def work(path: Path | str, output: Path | str, progress: Advance) -> dict[str, Any]:
+        return files.reconstruct_video(
             vae,
             path,
             output,
@@ -107,12 +112,8 @@ def reconstruct(
             progress=progress,
             **options,
         )
-        line = f"{output}  {summary['width']}x{summary['height']}  {summary['num_frames']} frames"
-        if "psnr_frame_mean_rgb" in summary:  # which no frame has if the reader of a pipe went away at once
-            line += f"  PSNR {summary['psnr_frame_mean_rgb']:.2f} dB  SSIM {summary['ssim_frame_mean_rgb']:.4f}"
-        return line
 
-    process(jobs, overwrite, work)
+    process(jobs, overwrite, work, as_json)
 
 
 def encode(
@@ -137,6 +138,7 @@ def encode(
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Encode videos or images to latents (posterior means, not normalised) in safetensors files, with their sound."""
     from ..inference import files
@@ -144,7 +146,7 @@ def encode(
     from ..video_io.inputs import list_videos
 
     naming = Naming(list_videos, lambda _: ".safetensors", lambda _: False)
-    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite)
+    jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite, as_json=as_json)
     check_latents(jobs)
     excerpt = read_excerpt(start, num_frames, size, fps, square_pixels, background)
     limit = memory_limit(max_memory)
@@ -152,7 +154,7 @@ def encode(
     vae, checksum = load_known_model(model, device, dtype, fuse)
     name, revision = portable_reference(model)
 
-    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
+    def work(path: Path | str, output: Path | str, progress: Advance) -> dict[str, Any]:
         info = files.encode_video(
             vae,
             path,
@@ -164,9 +166,9 @@ def encode(
             max_memory=limit,
             progress=progress,
         )
-        return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
+        return summarize(info)
 
-    process(jobs, overwrite, work)
+    process(jobs, overwrite, work, as_json)
 
 
 def decode(
@@ -199,6 +201,7 @@ def decode(
     fuse: Fuse = False,
     max_memory: MaxMemory = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Decode latents to videos or images of the original size, length, frame rate and sound."""
     from ..inference.files import decode_video, default_suffix
@@ -218,7 +221,7 @@ def decode(
     check_format(file_format, target)
     naming = Naming(lambda folder: list_files(folder, is_latents), suffix, lambda _: False)
     also_read = [] if audio_from is None else [audio_from]
-    jobs = find_jobs(source, target, naming, overwrite=overwrite, also_read=also_read)
+    jobs = find_jobs(source, target, naming, overwrite=overwrite, as_json=as_json, also_read=also_read)
     if audio_from is not None and jobs.is_folder:
         raise ValueError("`--audio-from` must not be given with a folder as IN.")
     options = writer_options(jobs, codec, crf, pix_fmt, file_format)
@@ -232,20 +235,25 @@ def decode(
             loaded[key] = load_known_model(key[0], device, dtype, fuse, revision=key[1])
         return loaded[key]
 
-    def work(path: Path | str, output: Path | str, progress: Callable[[int], Any]) -> str:
+    def work(path: Path | str, output: Path | str, progress: Advance) -> dict[str, Any]:
         with local_file(path) as file:
             return decode_file(path, file, output, progress)
 
-    def decode_file(path: Path | str, file: Path, output: Path | str, progress: Callable[[int], Any]) -> str:
+    def decode_file(path: Path | str, file: Path, output: Path | str, progress: Advance) -> dict[str, Any]:
         with open_latents(file) as (_, info):
             pass  # the file is closed while the model is loaded
         vae, checksum = load(info)
         if not any_weights:
             info.check_weights(checksum, path, "--model", "; `--any-weights` decodes all the same")
         decode_video(vae, file, output, audio_from=audio_from, max_memory=limit, progress=progress, **options)
-        return f"{output}  {info.width}x{info.height}  {info.num_frames} frames"
+        return summarize(info)
 
-    process(jobs, overwrite, work)
+    process(jobs, overwrite, work, as_json)
+
+
+def summarize(info: "LatentsInfo") -> dict[str, Any]:
+    """Tell of a video as `reconstruct_video` does."""
+    return {name: getattr(info, name) for name in ("num_frames", "height", "width", "fps")}
 
 
 def check_format(file_format: str | None, target: str) -> None:

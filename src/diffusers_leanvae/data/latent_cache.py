@@ -86,8 +86,8 @@ def encode_dataset(
     text_dtype: str = "float32",
     engine: Engine = "processes",
     num_encoders: int | None = None,
-    progress: Callable[[int], Any] | None = None,
-    text_progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+    text_progress: Callable[[int, int], Any] | None = None,
 ) -> LatentFolder:
     """Encode a data set of clips to a folder of latents: alone, in all processes of `torchrun`, or with Ray.
 
@@ -127,8 +127,8 @@ def encode_dataset(
         engine: `"processes"`, or `"ray"`: Ray Data shares the work between processes that read and processes that
             encode, on this machine or on a cluster, see `ray_cache.encode_with_ray`. The files are the same.
         num_encoders: Processes of Ray that encode; by default one per GPU, or one per two processors without GPUs.
-        progress: Called with the number of clips of each finished shard.
-        text_progress: Called with the number of texts of each finished shard of embeddings.
+        progress: Called with the number of clips of each finished shard, and of all that this process encodes.
+        text_progress: The same of clips whose captions are encoded.
 
     Returns:
         The finished folder, the same in every process.
@@ -188,11 +188,13 @@ def encode_dataset(
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
     num_shards = -(-len(clips) // options.shard_size)
     paths = [folder / f"latents-{number:05d}{SHARD_SUFFIXES[options.file_format]}" for number in range(num_shards)]
-    count = progress or (lambda number: None)
+    own = range(accelerator.process_index, num_shards, accelerator.num_processes)
+    total = sum(len(_clips_of(number, clips, options)) for number in own)
+    count = progress or (lambda number, total: None)
     missing = []
-    for number in range(accelerator.process_index, num_shards, accelerator.num_processes):
+    for number in own:
         if paths[number].exists():
-            count(len(_clips_of(number, clips, options)))
+            count(len(_clips_of(number, clips, options)), total)
         else:
             missing.append(number)
     encode = partial(_encode, is_doubled=selection.flip == "both", options=options)
@@ -207,7 +209,7 @@ def encode_dataset(
         latents = torch.cat([torch.empty(0, *shape, dtype=options.torch_dtype), *(batch for batch, _ in batches)])
         rows = [row for _, described in batches for row in described]
         write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
-        count(len(_clips_of(number, clips, options)))
+        count(len(_clips_of(number, clips, options)), total)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / "index.json").exists():
         _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")

@@ -112,7 +112,7 @@ def encode_captions(
     latents: LatentFolder,
     encoder: TextEncoder,
     accelerator: "Accelerator",
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Encode the captions of a finished folder of latents, alone or together with other processes.
 
@@ -120,22 +120,24 @@ def encode_captions(
         latents: The folder, where `begin_texts` was called.
         encoder: The text encoder, on its device.
         accelerator: The processes.
-        progress: Called with the number of texts of each finished shard.
+        progress: Called with the number of clips of each finished shard, and of all that this process does.
 
     Raises:
         ValueError: If no item has a caption.
     """
     if latents.index.get("num_captions") == 0:
         raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {str(latents.path)!r}.")
-    folder, names = latents.path, [shard["file_name"] for shard in latents.index["shards"]]
-    paths = [folder / text_shard_name(name) for name in names]
-    for number in range(accelerator.process_index, len(names), accelerator.num_processes):
-        if not paths[number].exists():
-            with fetched(folder / names[number]) as local:
+    folder = latents.path
+    own = latents.index["shards"][accelerator.process_index :: accelerator.num_processes]
+    total = sum(shard["num_items"] for shard in own)
+    for shard in own:
+        path = folder / text_shard_name(shard["file_name"])
+        if not path.exists():
+            with fetched(folder / shard["file_name"]) as local:
                 texts = list_texts(open_shard(local).rows)
-            write_whole(paths[number], serialize_texts(_encode(encoder, texts), encoder.width, encoder.model.dtype))
-            if progress is not None:
-                progress(len(texts))
+            write_whole(path, serialize_texts(_encode(encoder, texts), encoder.width, encoder.model.dtype))
+        if progress is not None:
+            progress(shard["num_items"], total)
     if accelerator.is_main_process and not (folder / NULL_TEXT).exists():
         write_whole(folder / NULL_TEXT, serialize_texts(_encode(encoder, [""]), encoder.width, encoder.model.dtype))
     accelerator.wait_for_everyone()

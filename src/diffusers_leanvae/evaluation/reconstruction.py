@@ -109,7 +109,12 @@ def evaluate_reconstruction(
         dist.barrier()  # nobody writes before all have read
     results: list[ClipResult] = []
     failed: list[tuple[int, str, str]] = []
-    for index, clip in enumerate(list_clips(source, protocol)):
+    clips = list_clips(source, protocol)
+    total = ""
+    if not is_stream(str(source)):  # of which nobody knows the length
+        clips = list(clips)
+        total = f"/{len(clips)}"
+    for index, clip in enumerate(clips):
         if index % share.world_size != share.rank:
             continue
         known = finished.get(clip.name)
@@ -129,7 +134,7 @@ def evaluate_reconstruction(
             if on_clip is not None and whole is not None:
                 on_clip(clip.name, whole)
         if progress is not None:
-            progress(line)
+            progress(f"[{index + 1}{total}] {line}")
     results = sorted(_gather(results, share), key=lambda result: result.index)
     failed = sorted(_gather(failed, share))
     if not results and not failed:

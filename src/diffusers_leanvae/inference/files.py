@@ -39,7 +39,7 @@ from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
 
-Progress = Callable[[int], Any]  # told how many frames were just finished
+Progress = Callable[[int, int | None], Any]  # told how many frames were just finished, and of how many, if known
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def reconstruct_video(
         max_memory: Bytes that may be used above the weights. Steps and tiles are chosen to fit, whatever the model's
             tiling says; if needed the state of tiles is kept on disk next to `target`, and x264 does not look ahead
             (`preset="ultrafast"`, unless one is given). The pixels do not depend on it, up to float rounding.
-        progress: Called with the number of frames just written.
+        progress: Called with the number of frames just written, and with that of all as far as the header tells.
         writer_options: For `VideoWriter` (`codec`, `crf`, ...).
 
     Returns:
@@ -236,7 +236,7 @@ def reconstruct_video(
                 times = None if clip.times is None else [clip.times.popleft()]
                 writer.write(picture(unit, original if side_by_side else None), times)
                 if progress is not None:
-                    progress(1)
+                    progress(1, job.num_frames)
             clip.video.close()  # before the target gets its name, which may be the source's
     summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(clip.rate)}
     if metrics and psnr:
@@ -283,7 +283,7 @@ def encode_video(
                 count += 1
                 writer.write(encoder.push(_to_sample(frame, vae)))
                 if progress is not None:
-                    progress(1)
+                    progress(1, job.num_frames)
             writer.write(encoder.flush())
             sound = None
             if clip.sound is not None:
@@ -357,7 +357,7 @@ def decode_video(
             for index, unit in enumerate(itertools.islice(units, info.num_frames)):
                 writer.write(picture(unit), None if times is None else times[index : index + 1])
                 if progress is not None:
-                    progress(1)
+                    progress(1, info.num_frames)
     return info
 
 
