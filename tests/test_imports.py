@@ -30,10 +30,11 @@ ORDER = (
     ("serving",),
     ("benchmark",),
     ("trainer",),
-    ("cli", "pipelines", "training"),
+    ("pipelines", "training"),
+    ("cli",),
 )
 PLACES = {folder: place for place, group in enumerate(ORDER) for folder in group}
-LEAVES = ORDER[-1]
+LEAVES = ("cli", "pipelines", "training")  # which nothing of the package imports but the command line
 # Packages that this project does without, so that nothing comes to depend on them by accident.
 BANNED = {"torchvision", "timm", "lpips", "piqa", "calflops", "decord"}
 IMPORT_NAMES = {"av": "av", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "pillow": "PIL"}

@@ -108,6 +108,8 @@ class DataRecipe:
 
 @dataclass
 class ObjectiveRecipe:
+    """What the transformer is trained to predict, and at which noise levels."""
+
     name: Literal["epsilon", "flow"] = "epsilon"  # "epsilon": noise and variance, as Latte; "flow": flow matching
     sampling: TimestepSampling = "uniform"
     shift: float = 1.0  # of "flow": above 1 more training, and more steps of sampling, at high noise
@@ -131,6 +133,8 @@ class GivenFramesRecipe:
 
 @dataclass
 class ValidationRecipe:
+    """What is measured and generated every few steps."""
+
     data: DataRecipe | None = None  # held-out latents or clips; null: no loss is measured
     every: int = 5000
     num_items: int = 64

@@ -112,7 +112,9 @@ class ImageVAERecipe:
 
 @dataclass
 class ValidationRecipe:
-    folder: str | None = None
+    """Clips that are reconstructed every few steps, with PSNR and SSIM."""
+
+    folder: str | None = None  # of videos, searched recursively; null: no validation
     every: int = 500
     num_frames: int = 17
     size: int = 256

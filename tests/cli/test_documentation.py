@@ -18,10 +18,17 @@ COMMON = "Options of several commands"
 ROW = re.compile(r"^\| `(--[\w-]+)` \| (.*?) \| (.+) \|$", re.MULTILINE)
 
 
-def options_of(command: str) -> dict[str, Any]:
-    """Name of each option -> its default; `...` if it is required."""
+def leaves(command: str) -> list[tuple[str, Any]]:
+    """The command, or those in the group of this name."""
     parsed: Any = typer.main.get_command(app)
-    parameters = [p for p in parsed.commands[command].params if p.param_type_name == "option"]
+    found = parsed.commands[command]
+    inside = getattr(found, "commands", None)
+    return [(command, found)] if inside is None else [(f"{command} {name}", inside[name]) for name in inside]
+
+
+def options_of(command: str) -> dict[str, Any]:
+    """Name of each option -> its default; `...` if it is required. Of a group, those of all commands in it."""
+    parameters = [p for _, leaf in leaves(command) for p in leaf.params if p.param_type_name == "option"]
     found = {p.opts[0]: ... if p.required else p.default for p in parameters}
     return {name: default for name, default in found.items() if name != "--help"}
 
@@ -67,12 +74,10 @@ def test_examples_use_options_that_exist(page):
 
 
 def test_help_says_what_each_option_does():
-    parsed: Any = typer.main.get_command(app)
-    for name, command in parsed.commands.items():
+    for name, command in [leaf for group in COMMANDS for leaf in leaves(group)]:
         assert command.help, name
         for parameter in command.params:
             text = getattr(parameter, "help", None)
             assert text and text[0].isupper() and text.endswith("."), (name, parameter.name)
-        if "--dtype" in options_of(name) and name != "bench":
-            (dtype,) = (p for p in command.params if p.name == "dtype")
+        for dtype in [p for p in command.params if p.name == "dtype"] if name != "bench" else ():
             assert DTYPES_TEXT in dtype.help

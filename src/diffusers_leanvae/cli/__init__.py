@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..checks import one_line
-from . import demo, evaluation, generation, measure, models, serving, videos
+from . import demo, evaluation, generation, measure, models, serving, training, videos
 from .common import in_one_sentence
 
 
@@ -32,6 +32,7 @@ COMMANDS = {
     "serve": serving.serve,
     "generate": generation.generate,
     "encode-dataset": generation.encode_dataset,
+    "train": training.train,
     "convert": models.convert,
     "info": models.info,
     "eval": evaluation.evaluate,
@@ -39,7 +40,10 @@ COMMANDS = {
     "demo": demo.demo,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(in_one_sentence(command))
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+    else:
+        app.command(name)(in_one_sentence(command))
 
 
 @app.callback(invoke_without_command=True)

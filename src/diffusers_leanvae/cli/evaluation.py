@@ -22,7 +22,7 @@ def evaluate(
         ),
     ] = None,
     others: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Further autoencoders for --compare.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Further autoencoders for --compare.")
     ] = None,
     model: Model = bundled.DEFAULT,
     output: Output = None,

@@ -26,13 +26,13 @@ Size = tuple[int, int, int]  # frames, height, width
 class ClipOptions:
     """Sizes, frame spacing and augmentation of clips; `open_training_data` describes the fields."""
 
-    clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),)
-    aspect_buckets: bool = False
-    short_side: int | None = None
-    stride: int | Sequence[int] = 1
-    max_zoom_out: float = 1.0
-    flip: bool = True
-    rescale_factors: Sequence[float] = (1.0,)
+    clip_sizes: Sequence[Sequence[int]] = ((17, 64, 64),)  # [num_frames, height, width]; one is drawn per step
+    aspect_buckets: bool = False  # a step takes videos of one aspect ratio, and a size of that ratio
+    short_side: int | None = None  # larger videos are scaled down to it
+    stride: int | Sequence[int] = 1  # every n-th frame; [1, 4] draws n per clip
+    max_zoom_out: float = 1.0  # clips are cut from a window of 1 to this many times their size, and scaled down
+    flip: bool = True  # mirror every other clip
+    rescale_factors: Sequence[float] = (1.0,)  # one is drawn per step; clips are scaled down by it
 
     def __post_init__(self) -> None:
         for size in self.clip_sizes:

@@ -8,6 +8,8 @@ A script owns its dataclasses, but for what every run has (`RunRecipe`); this fi
 
 import argparse
 import dataclasses
+import difflib
+import inspect
 import math
 import os
 import types
@@ -93,20 +95,21 @@ class RunRecipe:
 
 
 def parse_recipe(recipe_class: type[Run], description: str | None, arguments: Sequence[str] | None) -> Run:
-    """Read the recipe that a command line names: a YAML file, then any number of `key=value`.
+    """Read the recipe that a command line names: a YAML file or a shipped recipe, then any number of `key=value`.
 
     A precision that the recipe leaves open is what the launcher asks for.
 
     Args:
-        recipe_class: As of `load_recipe`.
+        recipe_class: As of `load_recipe`, in the file of the training script.
         description: The text of `--help`.
         arguments: The command line; `None` for that of the process.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="the YAML recipe")
+    parser.add_argument("recipe", help="the YAML recipe, or the name of one in `configs` beside the script")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one entry of the recipe")
     options = parser.parse_args(arguments)
-    recipe = load_recipe(recipe_class, options.recipe, options.overrides)
+    file = find_recipe(options.recipe, Path(inspect.getfile(recipe_class)))
+    recipe = load_recipe(recipe_class, file, options.overrides)
     launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     check_choice("--mixed_precision", launched, ("no", "bf16", "fp16"))
     # "no" says nothing: `accelerate launch` sets it where it was not told.
@@ -118,6 +121,28 @@ def parse_recipe(recipe_class: type[Run], description: str | None, arguments: Se
     if launched != "no":
         recipe.mixed_precision = launched
     return recipe
+
+
+def list_recipes(script: Path) -> dict[str, Path]:
+    """Find the recipes that are shipped beside a training script, by name; `lvdm_` is what `train_lvdm.py` takes."""
+    paths = sorted(script.parent.glob("configs/*.yaml"))
+    return {path.stem: path for path in paths if path.stem.startswith("lvdm_") == (script.stem == "train_lvdm")}
+
+
+def find_recipe(name: str, script: Path) -> Path:
+    """Find a recipe by its path, or by its name among those that are shipped beside a training script.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path, recipes = Path(name), list_recipes(script)
+    if path.is_file():
+        return path
+    if name not in recipes:
+        near = difflib.get_close_matches(path.stem, recipes, n=1, cutoff=0.6)
+        suggestion = f"; perhaps {near[0]!r} is meant" if near else ""
+        raise ValueError(f"`recipe` must be a YAML file, or one of {', '.join(recipes)}, got {name!r}{suggestion}.")
+    return recipes[name]
 
 
 def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -158,6 +183,12 @@ def save_recipe(recipe: Any, path: str | Path) -> None:
 def dump_recipe(recipe: Any) -> str:
     """The text that `save_recipe` writes."""
     return _import_yaml().safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def dump_value(value: Any) -> str:
+    """Write a value of a recipe as YAML on one line."""
+    text = _import_yaml().safe_dump(_to_lists(value), default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 def _set(tree: dict[str, Any], dotted_key: str, value: Any) -> None:

@@ -1,0 +1,124 @@
+"""Training by the scripts in `training/`: `train vae`, `train lvdm`, `train recipes`."""
+
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import Json, in_one_sentence, print_json
+
+
+SCRIPTS = {"vae": "train_vae", "lvdm": "train_lvdm"}
+PACKAGE = "diffusers_leanvae.training"
+
+train = typer.Typer(
+    no_args_is_help=True,
+    help="Train an autoencoder (vae) or a latent diffusion model (lvdm) by a recipe.",
+)
+
+
+def recipes_of(kind: str) -> dict[str, Path]:
+    """Find the shipped recipes of a kind of training, by name."""
+    from ..trainer.recipe import list_recipes
+
+    return list_recipes(_script(kind))
+
+
+def _script(kind: str) -> Path:
+    return Path(str(files(PACKAGE))) / f"{SCRIPTS[kind]}.py"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Entries of the recipe to replace, such as num_steps=1000."),
+]
+Keys = Annotated[
+    bool,
+    typer.Option(
+        "--keys",
+        help="Print all keys with values, types and meanings as YAML, and train nothing; of a RECIPE with its values, "
+        "else with the defaults.",
+    ),
+]
+
+
+def _recipe(kind: str) -> Any:
+    return typer.Argument(
+        metavar="RECIPE",
+        help="Name of a recipe that is shipped, of which `leanvae train recipes` tells, or a YAML file.",
+        autocompletion=lambda incomplete: [name for name in recipes_of(kind) if name.startswith(incomplete)],
+    )
+
+
+@train.command("vae", no_args_is_help=True)
+@in_one_sentence
+def train_vae(
+    recipe: Annotated[str | None, _recipe("vae")] = None, overrides: Overrides = None, keys: Keys = False
+) -> None:
+    """Train or fine-tune a video autoencoder: LeanVAE, WF-VAE or IV-VAE.
+
+    Started again with the same recipe and output it resumes where it stopped.
+
+    `torchrun --nproc_per_node N --no-python leanvae train vae ...` trains in N processes.
+    """
+    run("vae", recipe, overrides or [], keys)
+
+
+@train.command("lvdm", no_args_is_help=True)
+@in_one_sentence
+def train_lvdm(
+    recipe: Annotated[str | None, _recipe("lvdm")] = None, overrides: Overrides = None, keys: Keys = False
+) -> None:
+    """Train a latent diffusion model: unconditional, of classes, or of texts.
+
+    Started again with the same recipe and output it resumes where it stopped.
+
+    `torchrun --nproc_per_node N --no-python leanvae train lvdm ...` trains in N processes.
+    """
+    run("lvdm", recipe, overrides or [], keys)
+
+
+def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None:
+    """Start a training script, or print the keys of its recipes."""
+    from ..trainer.recipe import find_recipe, load_recipe
+
+    if recipe is None and not keys:
+        raise ValueError("RECIPE must be given without `--keys`; `leanvae train recipes` lists what is shipped.")
+    file = None if recipe is None else find_recipe(recipe, _script(kind))
+    script: Any = import_module(f"{PACKAGE}.{SCRIPTS[kind]}")
+    if not keys:
+        script.main([str(file), *overrides])
+        return
+    from ..trainer.recipe_keys import list_keys
+
+    loaded = None if file is None else load_recipe(script.Recipe, file, overrides)
+    typer.echo(list_keys(script.Recipe, loaded), nl=False)
+
+
+@train.command("recipes")
+@in_one_sentence
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that are shipped, and what each is for."""
+    found = [
+        {"kind": kind, "name": name, "purpose": _purpose(path), "path": str(path)}
+        for kind in SCRIPTS
+        for name, path in recipes_of(kind).items()
+    ]
+    if as_json:
+        print_json({"recipes": found})
+        return
+    width = max(len(f"{recipe['kind']} {recipe['name']}") for recipe in found)
+    for recipe in found:
+        typer.echo(f"{recipe['kind']} {recipe['name']}".ljust(width) + f"  {recipe['purpose']}")
+
+
+def _purpose(path: Path) -> str:
+    """Return the first sentence of the comment that a recipe begins with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# ") or line.startswith(("# Expected:", "# Cost:", "# Needs:", "# Command:")):
+            break
+        lines.append(line.removeprefix("# "))
+    return " ".join(lines)
