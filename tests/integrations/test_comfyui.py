@@ -1,0 +1,369 @@
+"""The nodes for ComfyUI, run by stand-ins with ComfyUI's recorded signatures: shapes, exactness, sizes, files."""
+
+import ast
+import inspect
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_interface import PACK, Comfy, InterruptProcessingError, VideoFromComponents, VideoFromFile, save_frames
+from patterns import drifting_pattern
+from tiny import make_latents, make_tiny
+
+from diffusers_leanvae import __version__, pad_sample
+from diffusers_leanvae.latents import normalize_latents
+from diffusers_leanvae.video_io import VideoWriter, probe_video, read_video
+from diffusers_leanvae.video_io.pixels import sample_to_unit, unit_to_pixels
+
+
+RECORD = json.loads(Path(__file__).with_name("comfyui_signatures.json").read_text(encoding="utf-8"))["files"]
+SIGNATURES = {name: text for file in RECORD.values() for name, text in file.get("signatures", {}).items()}
+# IV-VAE's halo is as wide as the frames here, so that a tile costs as much as all: fewer layers than elsewhere.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "leanvae": {},
+    "wfvae": {},
+    "ivvae": {"num_layers": 1, "channel_multipliers": (1, 1, 1, 2)},
+}
+GROUP_NORM = {
+    "norm_type": "group_norm",
+    "base_channels": 32,
+    "encoder_flow_channels": 32,
+    "decoder_flow_channels": 32,
+}
+
+
+@pytest.fixture
+def comfy(tmp_path: Path) -> Iterator[Comfy]:
+    with Comfy(tmp_path / "ComfyUI").installed() as comfy:
+        yield comfy
+
+
+@pytest.fixture(params=FAMILIES)
+def vae(request: pytest.FixtureRequest, comfy: Comfy) -> Any:
+    """A tiny model of each family as a `VAE`; in float64, so that rounding hides no error."""
+    return comfy.pack.nodes.LeanVAE(make_tiny(request.param, torch.float64, **FAMILIES[request.param]))
+
+
+def make_frames(num_frames: int = 6, height: int = 37, width: int = 51) -> torch.Tensor:
+    """Frames of a size that no model takes as it is, `(num_frames, height, width, 3)` in `[0, 1]`."""
+    return torch.rand(num_frames, height, width, 3, generator=torch.Generator().manual_seed(3))
+
+
+def as_sample(frames: torch.Tensor) -> torch.Tensor:
+    return frames.double().movedim(-1, 0)[None] * 2 - 1
+
+
+# ---- the record of ComfyUI ------------------------------------------------------------------------------------------
+
+
+def find(comfy: Comfy, name: str) -> Any:
+    module = max((key for key in comfy.modules if name.startswith(f"{key}.")), key=len)
+    found: Any = comfy.modules[module]
+    for part in name.removeprefix(f"{module}.").split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_stand_ins_have_the_recorded_signatures(comfy: Comfy, name: str):
+    assert str(inspect.signature(find(comfy, name))) == SIGNATURES[name]
+
+
+def test_nodes_call_only_what_is_recorded():
+    used = set()
+    for path in PACK.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {name for name in names if name.startswith(("comfy.", "folder_paths.", "InputImpl."))}
+    called = {name.replace("comfy_api.latest.", "") for name in SIGNATURES} | {"comfy.utils", "comfy.model_patcher"}
+    assert len(used) > 10 and used - called == {"comfy.model_management"}
+
+
+def test_the_vae_takes_what_comfyui_calls_it_with(vae: Any):
+    for name, text in RECORD["comfy/sd.py"]["vae"].items():
+        ours = inspect.signature(getattr(vae, name)).parameters
+        # With a name in place of every default, whose values may be ours.
+        recorded = [part.split("=")[0].strip() for part in text.strip("()").split(",") if part]
+        assert [parameter for parameter in ours if parameter != "_"] == recorded, name
+    for name in RECORD["comfy/sd.py"]["vae_attributes"]:
+        assert hasattr(vae, name), name
+
+
+# ---- frames and latents ---------------------------------------------------------------------------------------------
+
+
+def test_any_size_is_padded_as_the_package_does_it_and_cut_back(comfy: Comfy, vae: Any):
+    frames, model = make_frames(), vae.autoencoder
+    ratios = model.temporal_compression_ratio, model.spatial_compression_ratio
+    (latent,) = comfy.pack.nodes.LeanVAEEncode().encode(frames, vae)
+    with torch.no_grad():
+        expected = model.encode(pad_sample(as_sample(frames), *ratios)[0]).latent_dist.mode()
+        whole = sample_to_unit(model.decode(latent["samples"].double()).sample[0]).movedim(0, -1)
+    # Up to 6e-8 of float32, in which ComfyUI keeps latents, times their size; frames in [0, 1] likewise.
+    torch.testing.assert_close(latent["samples"].double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    (images,) = comfy.pack.nodes.LeanVAEDecode().decode(latent, vae)
+    assert images.shape == frames.shape and images.dtype == torch.float32
+    assert images.std() > 0.05
+    torch.testing.assert_close(images, whole[:6, :37, :51], rtol=0, atol=1e-6)
+
+
+def test_tiles_and_steps_change_nothing(comfy: Comfy, vae: Any):
+    frames = make_frames(10)
+    encode, decode = comfy.pack.nodes.LeanVAEEncode().encode, comfy.pack.nodes.LeanVAEDecode().decode
+    (whole,) = encode(frames, vae, frames_per_step=64)
+    (cut,) = encode(frames, vae, tile_size=32, frames_per_step=4)
+    torch.testing.assert_close(cut["samples"], whole["samples"], rtol=0, atol=1e-6 * whole["samples"].abs().max())
+    (images,) = decode(whole, vae, tile_size=32, frames_per_step=4)
+    torch.testing.assert_close(images, decode(whole, vae, frames_per_step=64)[0], rtol=0, atol=1e-6)
+
+
+def test_frames_can_be_images(comfy: Comfy, vae: Any):
+    frames = make_frames(5)
+    encode, decode = comfy.pack.nodes.LeanVAEEncode().encode, comfy.pack.nodes.LeanVAEDecode().decode
+    (latent,) = encode(frames, vae, frames_are="images", frames_per_step=4)
+    alone = torch.cat([encode(frame[None], vae)[0]["samples"] for frame in frames])
+    assert latent["samples"].shape[:3] == (5, vae.latent_channels, 1)
+    torch.testing.assert_close(latent["samples"], alone, rtol=0, atol=1e-6 * alone.abs().max().item())
+    (images,) = decode(latent, vae)
+    assert images.shape == frames.shape
+    flat = {**latent, "samples": latent["samples"][:, :, 0]}  # as ComfyUI's nodes for images have them
+    padded = decode(flat, vae)[0]
+    torch.testing.assert_close(padded[:, :37, :51], images, rtol=0, atol=1e-6)
+
+
+def test_comfyuis_own_nodes_take_the_vae(comfy: Comfy, vae: Any, caplog: pytest.LogCaptureFixture):
+    stock, ratio = comfy.nodes(), vae.autoencoder.spatial_compression_ratio
+    frames = make_frames(9, 2 * ratio, 3 * ratio)
+    (latent,) = stock["VAEEncode"]().run(frames, vae)
+    assert latent["samples"].shape == (1, vae.latent_channels, 3, 2, 3)
+    (images,) = stock["VAEDecode"]().run(latent, vae)
+    assert images.shape == frames.shape
+    assert not caplog.records
+    tiles = {"tile_size": 64, "overlap": 32, "temporal_size": 8, "temporal_overlap": 4}
+    frames = make_frames(5, 64, 72)
+    (latent,) = stock["VAEEncode"]().run(frames, vae)
+    (cut,) = stock["VAEEncodeTiled"]().run(frames, vae, **tiles)
+    # ComfyUI blends tiles of other VAEs, which changes them.
+    torch.testing.assert_close(cut["samples"], latent["samples"], rtol=0, atol=1e-6 * latent["samples"].abs().max())
+    (images,) = stock["VAEDecodeTiled"]().run(latent, vae, **tiles)
+    torch.testing.assert_close(images, stock["VAEDecode"]().run(latent, vae)[0], rtol=0, atol=1e-6)
+
+
+def test_comfyuis_own_nodes_say_that_frames_are_padded(comfy: Comfy, caplog: pytest.LogCaptureFixture):
+    vae = comfy.pack.nodes.LeanVAE(make_tiny("leanvae"))
+    (latent,) = comfy.nodes()["VAEEncode"]().run(make_frames(), vae)
+    assert latent["samples"].shape == (1, 4, 3, 5, 7)
+    assert "6 frames of 51x37 become 9 of 56x40" in caplog.text
+
+
+def test_latents_changed_to_another_size_are_not_cut(comfy: Comfy):
+    vae = comfy.pack.nodes.LeanVAE(make_tiny("leanvae"))
+    (latent,) = comfy.pack.nodes.LeanVAEEncode().encode(make_frames(), vae)
+    longer = {**latent, "samples": latent["samples"].repeat(1, 1, 2, 1, 1)}
+    (images,) = comfy.pack.nodes.LeanVAEDecode().decode(longer, vae)
+    assert images.shape == (21, 40, 56, 3)
+
+
+def test_latents_can_be_normalised(comfy: Comfy):
+    model = make_tiny("leanvae", latents_mean=[0.1, 0.2, -0.3, 0.4], latents_std=[0.5, 2.0, 1.5, 3.0])
+    raw, normalized = (comfy.pack.nodes.LeanVAE(model, is_normalized) for is_normalized in (False, True))
+    encode, decode = comfy.pack.nodes.LeanVAEEncode().encode, comfy.pack.nodes.LeanVAEDecode().decode
+    (latent,), (scaled,) = encode(make_frames(), raw), encode(make_frames(), normalized)
+    expected = normalize_latents(latent["samples"], model.config)
+    assert (expected - latent["samples"]).abs().max() > 0.1
+    torch.testing.assert_close(scaled["samples"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(decode(scaled, normalized)[0], decode(latent, raw)[0], rtol=0, atol=1e-5)
+
+
+def test_alpha_is_left_out_and_grey_refused(comfy: Comfy):
+    vae, frames = comfy.pack.nodes.LeanVAE(make_tiny("leanvae")), make_frames()
+    with_alpha = torch.cat((frames, frames[..., :1]), dim=-1)
+    torch.testing.assert_close(vae.encode(with_alpha), vae.encode(frames), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"`pixels` must be frames of shape .* got pieces of shape \(1, 6, .*, 1\)"):
+        vae.encode(frames[..., :1])
+
+
+def test_latents_of_another_model_and_other_vaes_are_refused(comfy: Comfy):
+    vae = comfy.pack.nodes.LeanVAE(make_tiny("leanvae"))
+    with pytest.raises(ValueError, match=r"`samples` must have shape \(batch_size, 4, .* got \(1, 16, 2, 3, 3\)"):
+        vae.decode(make_latents(1, 16, 2, 3, 3))
+    with pytest.raises(ValueError, match="`vae` must come from Load LeanVAE, got a object"):
+        comfy.pack.nodes.LeanVAEDecode().decode({"samples": make_latents(1, 4, 2, 3, 3)}, object())
+
+
+def test_a_model_that_needs_the_whole_video_gets_it(comfy: Comfy):
+    model = make_tiny("wfvae", torch.float64, **GROUP_NORM)
+    vae, frames = comfy.pack.nodes.LeanVAE(model), make_frames(6, 16, 16)
+    with torch.no_grad():
+        expected = model.encode(pad_sample(as_sample(frames))[0]).latent_dist.mode()
+    latents = vae.encode_frames(frames, num_frames_per_step=4)
+    torch.testing.assert_close(latents.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    assert vae.decode(latents).shape == (1, 9, 16, 16, 3)
+    with pytest.raises(ValueError, match="Tiles must be 0 for this model"):
+        vae.encode_frames(frames, (16, 16))
+
+
+# ---- memory, progress, interruption ---------------------------------------------------------------------------------
+
+
+def test_comfyui_is_asked_for_the_memory_of_a_step(comfy: Comfy):
+    vae, sizes = comfy.pack.nodes.LeanVAE(make_tiny("leanvae")), []
+    for num_frames, height, tile in ((9, 32, None), (9, 64, None), (41, 32, None), (9, 64, (16, 16))):
+        comfy.loads.clear()
+        vae.encode_frames(make_frames(num_frames, height, 32), tile)
+        sizes.append(comfy.loads[-1])
+    small, large, long, tiled = sizes
+    assert 0 < small < tiled < large and long == small  # the whole result is there in any case
+    comfy.pack.nodes.LeanVAE(make_tiny("wfvae")).encode_frames(make_frames(5, 16, 16))
+    assert comfy.loads[-1] == 2**36  # nothing is predicted: all there is
+
+
+@pytest.mark.parametrize("node", ["encode", "decode"])
+def test_frames_too_large_for_the_device_are_computed_in_tiles(
+    comfy: Comfy, vae: Any, node: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    argument = make_frames(9) if node == "encode" else make_latents(1, 4, 3, 4, 5)
+    expected = getattr(vae, node)(argument)
+    real, num_failed = getattr(vae.autoencoder, node), 0
+
+    def fail_on_whole_frames(*args: Any, cache: Any, **kwargs: Any) -> Any:
+        nonlocal num_failed
+        if cache.layout is None:
+            num_failed += 1
+            raise torch.OutOfMemoryError
+        return real(*args, cache=cache, **kwargs)
+
+    monkeypatch.setattr(vae.autoencoder, node, fail_on_whole_frames)
+    monkeypatch.setattr(comfy.pack.vae, "FALLBACK_TILE", 32)
+    caplog.clear()
+    torch.testing.assert_close(getattr(vae, node)(argument), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    assert num_failed == 1 and "do not fit" in caplog.text
+
+
+def test_progress_is_shown_and_the_user_can_interrupt(comfy: Comfy):
+    vae = comfy.pack.nodes.LeanVAE(make_tiny("leanvae"))
+    latents = vae.encode_frames(make_frames(14), num_frames_per_step=4)
+    vae.decode_latents(latents, num_frames_per_step=4)
+    assert comfy.shown == [[14, 14], [5, 5]]
+    comfy.is_interrupted = True
+    with pytest.raises(InterruptProcessingError):
+        vae.decode(latents)
+    latent = {"samples": latents}
+    with pytest.raises(InterruptProcessingError):
+        comfy.pack.nodes.LeanVAEDecodeVideo().decode(latent, vae, 8.0, "video/LeanVAE", "mkv")
+    assert not [*(comfy.root / "output/video").iterdir()]
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_loader_lists_and_loads_bundled_models_folders_and_files(comfy: Comfy):
+    folder, loader = comfy.root / "models/vae", comfy.pack.NODE_CLASS_MAPPINGS["LeanVAELoader"]
+    models = {family: make_tiny(family) for family in FAMILIES}
+    for family, model in models.items():
+        model.save_pretrained(folder / "mine" / family)
+    lean = models["leanvae"]
+    lean.conversion.write_original_checkpoint(folder / "original.ckpt", dict(lean.config), lean.state_dict())
+    names = loader.INPUT_TYPES()["required"]["model"][0]
+    assert names == ["compact-16ch", "compact-4ch", "mine/ivvae", "mine/leanvae", "mine/wfvae", "original.ckpt"]
+    for name, family in zip(names[2:], ("ivvae", "leanvae", "wfvae", "leanvae"), strict=True):
+        (vae,) = loader().load(name)
+        assert type(vae.autoencoder) is type(models[family]) and vae.vae_dtype is torch.float32
+        expected = models[family].state_dict()
+        assert vae.get_sd().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in vae.get_sd().items())
+    (vae,) = loader().load("compact-4ch", dtype="bfloat16", latents="normalized")
+    assert (vae.vae_dtype, vae.latent_channels, vae.is_normalized) == (torch.bfloat16, 4, True)
+    (vae,) = loader().load("compact-4ch", source=str(folder / "mine/wfvae"))
+    assert type(vae.autoencoder) is type(models["wfvae"])
+
+
+def test_loader_refuses_other_files_and_names(comfy: Comfy):
+    loader = comfy.pack.NODE_CLASS_MAPPINGS["LeanVAELoader"]()
+    (comfy.root / "models/vae/sdxl.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="must be an original checkpoint of LeanVAE"):
+        loader.load("sdxl.safetensors")
+    with pytest.raises(ValueError, match="`model` must be one of 'compact-16ch', .*, got '../secret.ckpt'"):
+        loader.load("../secret.ckpt")
+
+
+# ---- workflows and files --------------------------------------------------------------------------------------------
+
+
+def write_clip(path: Path, num_frames: int = 22) -> torch.Tensor:
+    with VideoWriter(path, 8, crf=0, pixel_format="rgb24") as writer:
+        writer.write(drifting_pattern(num_frames, height=44, width=60, seed=1))
+    return read_video(path)[0]
+
+
+@pytest.mark.parametrize("path", sorted(PACK.glob("workflows/*.json")), ids=lambda path: path.stem)
+def test_workflow_runs(comfy: Comfy, path: Path):
+    frames = write_clip(comfy.root / "input/flower.mp4")
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem == "stock_nodes":  # SaveVideo is ComfyUI's alone
+        video = comfy.run({number: node for number, node in workflow.items() if node["class_type"] != "SaveVideo"})[
+            "6"
+        ][0]
+        images = video.get_components().images
+        assert images.shape == (25, 48, 64, 3)
+        images = images[:22, :44, :60]
+    else:
+        (video,) = comfy.run(workflow)["4"]
+        file = Path(video.get_stream_source())
+        assert file == comfy.root / "output/video/LeanVAE_00001_.mp4"
+        assert (probe_video(file).fps, probe_video(file).num_frames) == (8, 22)
+        images = read_video(file)[0].float() / 255
+        assert images.shape == frames.shape
+    # 28 dB; the bundled weights reconstruct the pattern, so that a wrong frame or colour would show.
+    assert (images - frames / 255).square().mean() < 1.6e-3
+
+
+def test_a_video_file_gives_the_latents_of_its_frames(comfy: Comfy, vae: Any):
+    path, nodes = comfy.root / "input/clip.mkv", comfy.pack.nodes
+    frames = make_frames(14)
+    save_frames(path, frames)
+    frames = unit_to_pixels(frames) / 255
+    (expected,) = nodes.LeanVAEEncode().encode(frames, vae)
+    latent, fps = nodes.LeanVAEEncodeVideo().encode(VideoFromFile(str(path)), vae, frames_per_step=4)
+    assert fps == 8 and latent[nodes.SIZE] == (14, 37, 51)
+    torch.testing.assert_close(latent["samples"], expected["samples"], rtol=0, atol=1e-6 * 4)
+    trimmed, fps = nodes.LeanVAEEncodeVideo().encode(VideoFromFile(str(path), start_time=0.5, duration=1), vae)
+    (expected,) = nodes.LeanVAEEncode().encode(frames[4:12], vae)
+    assert fps == 8 and trimmed[nodes.SIZE] == (8, 37, 51)
+    torch.testing.assert_close(trimmed["samples"], expected["samples"], rtol=0, atol=1e-6 * 4)
+
+
+def test_a_file_holds_the_decoded_frames(comfy: Comfy, vae: Any):
+    nodes = comfy.pack.nodes
+    (latent,) = nodes.LeanVAEEncode().encode(make_frames(), vae)
+    (images,) = nodes.LeanVAEDecode().decode(latent, vae)
+    result = nodes.LeanVAEDecodeVideo().decode(latent, vae, 12.5, "mine/clip", "mkv", tile_size=32, frames_per_step=4)
+    shown = {"filename": "clip_00001_.mkv", "subfolder": "mine", "type": "output"}
+    assert result["ui"] == {"images": [shown], "animated": (True,)}
+    file = comfy.root / "output/mine/clip_00001_.mkv"
+    assert probe_video(file).fps == 12.5
+    frames, _ = read_video(file)
+    assert frames.shape == images.shape
+    assert (frames / 255 - images).abs().mean() < 0.05  # x264 of noise
+    with pytest.raises(ValueError, match="`samples` must be of one video, got a batch of 2"):
+        nodes.LeanVAEDecodeVideo().decode({"samples": torch.cat((latent["samples"],) * 2)}, vae, 8.0, "a", "mkv")
+    with pytest.raises(ValueError, match="`sound` must be a video from a file"):
+        nodes.LeanVAEDecodeVideo().decode(latent, vae, 8.0, "a", "mkv", sound=VideoFromComponents(None))
+
+
+def test_pack_has_what_comfyui_and_its_registry_read(comfy: Comfy):
+    assert comfy.pack.NODE_CLASS_MAPPINGS.keys() == comfy.pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    for node in comfy.pack.NODE_CLASS_MAPPINGS.values():
+        declared = node.INPUT_TYPES()
+        parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
+        assert [*declared["required"], *declared.get("optional", {})] == [
+            name for name in parameters if name != "self"
+        ]
+        assert all(parameters[name].default is not inspect.Parameter.empty for name in declared.get("optional", {}))
+    pack = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pack["project"].keys() >= {"name", "version", "description", "license"} and pack["tool"]["comfy"]
+    assert pack["project"]["version"] == __version__
