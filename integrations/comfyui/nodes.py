@@ -156,9 +156,9 @@ class LeanVAEEncodeVideo:
         self, video: Any, vae: LeanVAE, tile_size: int = 0, frames_per_step: int = NUM_FRAMES_PER_STEP
     ) -> tuple[dict[str, Any], float]:
         _check(vae)
-        path = video.get_stream_source()
+        path = _file_of(video)
         is_edited = video.has_pending_frame_edits() or video.get_active_trim_window() != (0.0, 0.0)
-        if is_edited or not isinstance(path, str):  # only ComfyUI knows its frames
+        if path is None or is_edited:  # only ComfyUI knows the frames
             components = video.get_components()
             (latent,) = LeanVAEEncode().encode(
                 components.images, vae, tile_size=tile_size, frames_per_step=frames_per_step
@@ -262,12 +262,18 @@ def _size(samples: dict[str, Any], vae: LeanVAE) -> tuple[int, int, int] | None:
     return size if size is not None and vae.latent_size(*size) == tuple(samples["samples"].shape[-3:]) else None
 
 
+def _file_of(video: Any) -> str | None:
+    """The file that a video is read from, `None` for others: ComfyUI would encode all their frames to make one."""
+    path = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
+    return path if isinstance(path, str) else None
+
+
 def _sound(video: Any) -> dict[str, Any]:
     """Arguments of `VideoWriter` by which it takes over the sound of a video, trimmed or not."""
     if video is None:
         return {}
-    path = video.get_stream_source()
-    if not isinstance(path, str):
+    path = _file_of(video)
+    if path is None:
         raise ValueError("`sound` must be a video from a file, got one made in this workflow.")
     return {"audio_from": path, "audio_start": Fraction(video.get_active_trim_window()[0]).limit_denominator(10**6)}
 

@@ -43,7 +43,7 @@ class LeanVAE:
     """What ComfyUI calls a VAE, with exact tiles, steps in time and any number and size of frames.
 
     Frames that the network cannot take as they are become more: edges are mirrored at the bottom and right, the last
-    frame is repeated. `decode_frames` cuts that off again if it is told the size.
+    frame is repeated. [`decode_latents`] cuts that off again if it is told the size.
 
     Args:
         autoencoder: The model, in the dtype that it computes in.
@@ -126,7 +126,7 @@ class LeanVAE:
         if padded != size:
             logging.warning(
                 f"{size[0]} frames of {size[2]}x{size[1]} become {padded[0]} of {padded[2]}x{padded[1]}, by mirrored "
-                "edges and a repeated last frame. LeanVAE's nodes cut that off again, ComfyUI's do not."
+                "edges and a repeated last frame. LeanVAE Encode and LeanVAE Decode cut that off again."
             )
         tile = (tile_y, tile_x) if tile_y and tile_x else None
         return self.encode_frames(pixel_samples, tile, NUM_FRAMES_PER_STEP if tile_t is None else tile_t)
@@ -192,7 +192,7 @@ class LeanVAE:
         latents = [
             self.encode_stream(
                 lambda group=group: group.split(num_frames_per_step, dim=1),
-                (num_frames, height, width),
+                (len(group) * num_frames, height, width),
                 tile,
                 num_frames_per_step,
             )
@@ -212,14 +212,14 @@ class LeanVAE:
 
         Args:
             read: Starts them: pieces `(batch_size, n, height, width, channels)` in `[0, 1]`.
-            size: Number of frames if known, height and width.
+            size: Number of frames of all videos if known, height and width.
             tile: As of [`encode_frames`].
             num_frames_per_step: As of [`encode_frames`].
         """
-        vae, (num_frames, height, width) = self.autoencoder, size
+        vae = self.autoencoder
 
         def run(cache: TemporalCache, step: int) -> torch.Tensor:
-            samples = (self._to_sample(piece) for piece in _watched(read(), num_frames))
+            samples = (self._to_sample(piece) for piece in _watched(read(), size[0], dim=1))
             if not vae.can_stream:
                 sample, _ = pad_sample(
                     torch.cat([*samples], dim=2), vae.temporal_compression_ratio, vae.spatial_compression_ratio
@@ -231,7 +231,7 @@ class LeanVAE:
             last = encoder.flush()
             return torch.cat(latents if last is None else [*latents, self._keep_latents(last)], dim=2)
 
-        return self._run(run, height, width, tile, num_frames_per_step, decode=False)
+        return self._run(run, size, tile, num_frames_per_step, decode=False)
 
     def decode_latents(
         self,
@@ -292,8 +292,8 @@ class LeanVAE:
             step //= vae.temporal_compression_ratio
             write(_cut(self._decoded(latents, cache, step), Padding(*size)))
 
-        height, width = (length * vae.spatial_compression_ratio for length in latents.shape[3:])
-        self._run(run, height, width, tile, num_frames_per_step, decode=True)
+        num_frames, height, width = self.sample_size(*latents.shape[2:])
+        self._run(run, (len(latents) * num_frames, height, width), tile, num_frames_per_step, decode=True)
 
     def _decoded(self, latents: torch.Tensor, cache: TemporalCache, step: int) -> Iterator[torch.Tensor]:
         vae = self.autoencoder
@@ -301,7 +301,7 @@ class LeanVAE:
             yield vae.decode(self._to_latents(latents)).sample
             return
         decoder = StreamingDecoder(vae, step, cache=cache)
-        for piece in _watched(latents.split(step, dim=2), latents.shape[2], dim=2):
+        for piece in _watched(latents.split(step, dim=2), len(latents) * latents.shape[2], dim=2):
             frames = decoder.push(self._to_latents(piece))
             if frames is not None:
                 yield frames
@@ -312,18 +312,17 @@ class LeanVAE:
     def _run(
         self,
         run: Callable[[TemporalCache, int], Result],
-        height: int,
-        width: int,
+        size: tuple[int | None, int, int],
         tile: tuple[int, int] | None,
         num_frames_per_step: int,
         decode: bool,
     ) -> Result:
         """Run with a fresh stream, and once more in tiles where whole frames do not fit on the device."""
-        vae = self.autoencoder
+        vae, (num_frames, height, width) = self.autoencoder, size
         if tile is not None and not vae.can_stream:
-            raise ValueError(f"Tiles must be 0 for this model, whose norms see the whole video, got {tile}.")
+            raise ValueError(f"`tile_size` must be 0 for this model, whose norms see the whole video, got {tile[0]}.")
         ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        step = max(num_frames_per_step // ratio_t, 1) * ratio_t
+        step = max(min(num_frames_per_step, num_frames or num_frames_per_step) // ratio_t, 1) * ratio_t
         if tile is not None:
             tile = max(tile[0] // ratio_s, 1) * ratio_s, max(tile[1] // ratio_s, 1) * ratio_s
         self._load(-(-height // ratio_s) * ratio_s, -(-width // ratio_s) * ratio_s, tile, step, decode)
@@ -384,11 +383,11 @@ def _cut(videos: Iterator[torch.Tensor], size: Padding) -> Iterator[torch.Tensor
             yield sample_to_unit(sample).movedim(1, -1)
 
 
-def _watched(pieces: Iterable[torch.Tensor], total: int | None, dim: int = 1) -> Iterator[torch.Tensor]:
-    """Show the progress of pieces, and let the user interrupt between them."""
+def _watched(pieces: Iterable[torch.Tensor], total: int | None, dim: int) -> Iterator[torch.Tensor]:
+    """Show the progress of pieces, `dim` their axis of time, and let the user interrupt between them."""
     bar = None if total is None else comfy.utils.ProgressBar(total)
     for piece in pieces:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield piece
         if bar is not None:
-            bar.update(piece.shape[dim])
+            bar.update(piece.shape[0] * piece.shape[dim])

@@ -378,6 +378,6 @@ STOCK_NODES = {
 }
 
 
-def save_frames(path: Path, frames: torch.Tensor, fps: float = 8) -> None:
-    """Write frames in `[0, 1]` without loss."""
-    write_video(path, unit_to_pixels(frames), fps, codec="ffv1")
+def save_frames(path: Path, frames: torch.Tensor, codec: str = "ffv1") -> None:
+    """Write frames in `[0, 1]`, 8 of them a second."""
+    write_video(path, unit_to_pixels(frames), 8, codec=codec)
