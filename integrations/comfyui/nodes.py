@@ -240,7 +240,10 @@ def _models() -> dict[str, str]:
     """The models to choose from, by name: bundled ones, and folders and files in `models/vae`, with their places."""
     models = {name: name for name in bundled.MODELS}
     for name in folder_paths.get_filename_list("vae"):
-        path = Path(folder_paths.get_full_path_or_raise("vae", name))
+        found = folder_paths.get_full_path("vae", name)
+        if found is None:  # a link that leads nowhere
+            continue
+        path = Path(found)
         if (path.parent / "config.json").is_file() and os.path.dirname(name):  # what `save_pretrained` wrote
             name, path = os.path.dirname(name), path.parent
         models[name] = str(path)

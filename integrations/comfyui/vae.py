@@ -224,7 +224,7 @@ class LeanVAE:
                 sample, _ = pad_sample(
                     torch.cat([*samples], dim=2), vae.temporal_compression_ratio, vae.spatial_compression_ratio
                 )
-                return self._keep_latents(vae.encode(sample).latent_dist.mode())
+                return self._keep_latents(vae.encode(sample, return_dict=False)[0].mode())
             encoder = StreamingEncoder(vae, step, cache=cache)
             steps = (encoder.push(pad_frames(sample, vae.spatial_compression_ratio)) for sample in samples)
             latents = [self._keep_latents(z) for z in steps if z is not None]
@@ -298,7 +298,7 @@ class LeanVAE:
     def _decoded(self, latents: torch.Tensor, cache: TemporalCache, step: int) -> Iterator[torch.Tensor]:
         vae = self.autoencoder
         if not vae.can_stream:
-            yield vae.decode(self._to_latents(latents)).sample
+            yield vae.decode(self._to_latents(latents), return_dict=False)[0]
             return
         decoder = StreamingDecoder(vae, step, cache=cache)
         for piece in _watched(latents.split(step, dim=2), len(latents) * latents.shape[2], dim=2):

@@ -112,11 +112,9 @@ class Comfy:
                 if path.suffix in (".ckpt", ".safetensors")
             )
 
-        def get_full_path_or_raise(folder_name, filename):
+        def get_full_path(folder_name, filename):
             path = comfy.root / "models" / folder_name / filename
-            if not path.is_file():
-                raise FileNotFoundError(path)
-            return str(path)
+            return str(path) if path.is_file() else None
 
         def get_save_image_path(filename_prefix, output_dir, image_width=0, image_height=0):
             prefix = Path(filename_prefix)
@@ -145,7 +143,7 @@ class Comfy:
             "folder_paths": _module(
                 "folder_paths",
                 get_filename_list=get_filename_list,
-                get_full_path_or_raise=get_full_path_or_raise,
+                get_full_path=get_full_path,
                 get_output_directory=lambda: str(comfy.root / "output"),
                 get_save_image_path=get_save_image_path,
             ),

@@ -290,6 +290,7 @@ def test_loader_lists_and_loads_bundled_models_folders_and_files(comfy: Comfy):
         model.save_pretrained(folder / "mine" / family)
     lean = models["leanvae"]
     lean.conversion.write_original_checkpoint(folder / "original.ckpt", dict(lean.config), lean.state_dict())
+    (folder / "gone.ckpt").symlink_to(folder / "nowhere.ckpt")
     names = loader.INPUT_TYPES()["required"]["model"][0]
     assert names == ["compact-16ch", "compact-4ch", "mine/ivvae", "mine/leanvae", "mine/wfvae", "original.ckpt"]
     for name, family in zip(names[2:], ("ivvae", "leanvae", "wfvae", "leanvae"), strict=True):
@@ -322,8 +323,8 @@ def test_workflow_runs(comfy: Comfy, path: Path):
     save_frames(comfy.root / "input/flower.mp4", drifting_pattern(22, height=44, width=60, seed=1) / 255, "libx264")
     frames, _ = read_video(comfy.root / "input/flower.mp4")
     model = load_autoencoder("compact-16ch")
-    latents = model.encode(pad_sample(as_sample(frames / 255).float())[0]).latent_dist.mode()
-    expected = sample_to_unit(model.decode(latents).sample[0]).movedim(0, -1)
+    latents = model.encode(pad_sample(as_sample(frames / 255).float())[0], return_dict=False)[0].mode()
+    expected = sample_to_unit(model.decode(latents, return_dict=False)[0][0]).movedim(0, -1)
     workflow = json.loads(path.read_text(encoding="utf-8"))
     if path.stem == "stock_nodes":
         del workflow["7"]  # SaveVideo, of which there is no stand-in
