@@ -6,22 +6,30 @@
 Of each pipeline: videos of the classes in turn, with and without guidance; the share whose shape, colour and
 direction are all those of the class, the share of each by itself, and the time of a video. Beside them clips of the
 data set that no training saw, as drawn and through the pipelines' autoencoders: what the detector, and the latents,
-allow. Writes `results/bench_shapes.json`.
+allow. Each set also has its Frechet distance to other drawn clips, by features of `--i3d` or `--feature-model`.
+By default these are of a small VideoMAE with random weights, whose distances compare with no other figures than those
+beside them; that of drawn clips says how small it can be. Writes `results/bench_shapes.json`.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.data.shapes import NUM_CLASSES, MovingShapes, class_parts
+from diffusers_leanvae.evaluation.features import I3DFeatures, TransformerFeatures, VideoFeatures
+from diffusers_leanvae.evaluation.frechet import frechet_distance
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.evaluation.shapes_detector import detect
 from diffusers_leanvae.generation import load_pipeline
+from diffusers_leanvae.video_io.pixels import sample_to_pixels
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +49,47 @@ def judge(videos: torch.Tensor, labels: list[int]) -> dict[str, Any]:
     return result
 
 
+NUM_FEATURE_FRAMES = 16
+
+
+@contextmanager
+def random_videomae() -> Iterator[Path]:
+    """Save a small VideoMAE with random weights of seed 0 for as long as it is needed."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    torch.manual_seed(0)
+    config = VideoMAEConfig(
+        image_size=64,
+        patch_size=8,
+        num_frames=NUM_FEATURE_FRAMES,
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+    )
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "videomae-random-seed-0")
+        VideoMAEModel(config).save_pretrained(path)
+        yield path
+
+
+def open_features(options: argparse.Namespace) -> VideoFeatures:
+    if options.i3d is not None:
+        return I3DFeatures(options.i3d, options.device)
+    if options.feature_model is not None:
+        return TransformerFeatures(options.feature_model, options.device)
+    with random_videomae() as path:
+        return TransformerFeatures(path, options.device)
+
+
+def features_of(network: VideoFeatures, videos: torch.Tensor) -> torch.Tensor:
+    pixels = sample_to_pixels(videos[:, :, :NUM_FEATURE_FRAMES]).transpose(1, 2)
+    return torch.stack([network(clip) for clip in pixels])
+
+
 @torch.no_grad()
-def judge_clips(vae: Any, clips: MovingShapes) -> dict[str, Any]:
+def reconstruct_clips(vae: Any, clips: MovingShapes) -> tuple[torch.Tensor, list[int]]:
+    """Return drawn clips, through an autoencoder if there is one, and their classes."""
     labels, videos = [], []
     for index in range(len(clips)):
         item = clips[index]
@@ -50,7 +97,7 @@ def judge_clips(vae: Any, clips: MovingShapes) -> dict[str, Any]:
         videos.append(
             item.pixels if vae is None else vae(item.pixels[None].to(vae.device)).sample[0].clamp(-1, 1).cpu()
         )
-    return judge(torch.stack(videos), labels)
+    return torch.stack(videos), labels
 
 
 def judge_generator(pipeline: Any, scale: float, options: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
@@ -83,6 +130,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--device", default="cpu", help="that generates, cpu or cuda; noise is always the CPU's")
+    parser.add_argument("--i3d", help="I3D for the distance: the torchscript file of StyleGAN-V")
+    parser.add_argument("--feature-model", help="vision model of transformers for the distance: folder or Hub id")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=ROOT / "results/bench_shapes.json")
     options = parser.parse_args()
@@ -94,15 +143,31 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     clips = MovingShapes(num_clips=options.num_clips, seed=2)
-    add("drawn", None, judge_clips(None, clips))
+    network = open_features(options)
+    reference = features_of(network, reconstruct_clips(None, MovingShapes(num_clips=options.num_clips, seed=3))[0])
+
+    def distance(videos: torch.Tensor) -> dict[str, float]:
+        # Of as many clips for every row, since the distance of a few samples is too large.
+        features = features_of(network, videos[: options.num_videos])
+        return {f"fvd_{network.name}": round(frechet_distance(features, reference), 5)}
+
+    drawn, labels = reconstruct_clips(None, clips)
+    add("drawn", None, judge(drawn, labels) | distance(drawn))
     for name in options.pipelines:
         pipeline = load_pipeline(name, torch.device(options.device), torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         shown = name if name in bundled.PIPELINES else "/".join(Path(name).parts[-2:])
-        add(f"drawn, through the autoencoder of {shown}", None, judge_clips(pipeline.vae, clips))
+        decoded, _ = reconstruct_clips(pipeline.vae, clips)
+        add(f"drawn, through the autoencoder of {shown}", None, judge(decoded, labels) | distance(decoded))
         for scale in options.guidance:
-            add(f"generated by {shown}", scale, judge_generator(pipeline, scale, options)[0])
-    result = {"rows": rows, "num_inference_steps": options.num_inference_steps, "num_threads": options.threads}
+            figures, sample = judge_generator(pipeline, scale, options)
+            add(f"generated by {shown}", scale, figures | distance(sample))
+    result = {
+        "rows": rows,
+        "num_inference_steps": options.num_inference_steps,
+        "num_threads": options.threads,
+        "features": network.description,
+    }
     write_result(options.output, result)
     print(json.dumps(result))
 
