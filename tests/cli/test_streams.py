@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Piped
 from tiny import make_tiny
 from typer.testing import CliRunner
 
@@ -43,20 +44,27 @@ def leanvae(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def piped(*arguments: object, data: bytes = b"") -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, whose standard input and output are pipes."""
+def run_app(*arguments: object) -> None:
+    app([str(argument) for argument in arguments])
+
+
+def run_anew(*arguments: object, data: bytes) -> tuple[int, bytes, bytes]:
+    """Run the command in an interpreter of its own, where nothing is imported yet."""
     command = [sys.executable, "-c", MAIN, *map(str, arguments)]
-    return subprocess.run(command, input=data, capture_output=True, env=os.environ, timeout=300)
+    finished = subprocess.run(command, input=data, capture_output=True, env=os.environ, timeout=300)
+    return finished.returncode, finished.stdout, finished.stderr
 
 
 @pytest.mark.parametrize("container", ["mkv", "y4m", "webm"])
 def test_from_standard_input_to_standard_output(model, clip, tmp_path, container):
-    options = ("--model", model, "--format", container)
-    result = piped("reconstruct", "-", "-", *options, data=clip.read_bytes())
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == b"-  32x24  7 frames\n"
+    arguments = ("reconstruct", "-", "-", "--model", model, "--format", container)
+    if container == "mkv":
+        code, out, err = run_anew(*arguments, data=clip.read_bytes())
+    else:  # what differs from here on does not depend on how the process began
+        code, out, err = Piped(run_app, *arguments).communicate(clip.read_bytes())
+    assert code == 0 and err == b"-  32x24  7 frames\n"
     path = tmp_path / f"out.{container}"
-    path.write_bytes(result.stdout)
+    path.write_bytes(out)
     code, _, err = leanvae("reconstruct", clip, tmp_path / f"expected.{container}", "--model", model)
     assert code == 0, err
     actual, expected = read_video(path), read_video(tmp_path / f"expected.{container}")
@@ -66,41 +74,29 @@ def test_from_standard_input_to_standard_output(model, clip, tmp_path, container
 
 def test_a_bad_pipe_is_one_sentence(model, tmp_path):
     for data, reason in ((b"", b"nothing came through the pipe"), (b"no video" * 100, b"'-'")):
-        result = piped("reconstruct", "-", tmp_path / "out.mp4", "--model", model, data=data)
-        assert result.returncode == 1 and result.stdout == b""
-        assert result.stderr.startswith(b"error: ") and result.stderr.count(b"\n") == 1 and reason in result.stderr
+        process = Piped(run_app, "reconstruct", "-", tmp_path / "out.mp4", "--model", model)
+        code, out, err = process.communicate(data)
+        assert code == 1 and out == b""
+        assert err.startswith(b"error: ") and err.count(b"\n") == 1 and reason in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_standard_input_is_not_written_over(model, clip):
     content = clip.read_bytes()
-    with open(clip, "rb") as file:
-        command = [sys.executable, "-c", MAIN, "reconstruct", "-", str(clip), "--model", model, "--overwrite"]
-        result = subprocess.run(command, stdin=file, capture_output=True, env=os.environ, timeout=300)
-    assert result.returncode == 1 and result.stderr.startswith(b"error: OUT must not be a file that is read")
+    process = Piped(run_app, "reconstruct", "-", clip, "--model", model, "--overwrite", stdin=clip)
+    code, _, err = process.communicate()
+    assert code == 1 and err.startswith(b"error: OUT must not be a file that is read")
     assert clip.read_bytes() == content
 
 
 def test_a_reader_that_has_seen_enough(model, tmp_path):
     frames = torch.randint(0, 256, (200, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     write_video(tmp_path / "long.mkv", frames, 24, preset="ultrafast")
-    command = [
-        sys.executable,
-        "-c",
-        MAIN,
-        "reconstruct",
-        str(tmp_path / "long.mkv"),
-        "-",
-        "--model",
-        model,
-        "--metrics",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1000)
-        process.stdout.close()
-        said = process.stderr.read()
-        assert process.wait(300) == 0 and b"error" not in said and b"Traceback" not in said, said
+    process = Piped(run_app, "reconstruct", tmp_path / "long.mkv", "-", "--model", model, "--metrics")
+    process.stdout.read(1000)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 0 and b"error" not in said and b"Traceback" not in said, said
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -140,8 +136,9 @@ def test_addresses(model, clip, tmp_path, monkeypatch):
         assert code == 1 and "the server answered 404" in err and not (tmp_path / "none.mp4").exists()
         server.shutdown()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.mp4", "clip.safetensors"]
-    result = piped("decode", "-", tmp_path / "back.mp4", data=(tmp_path / "out" / "clip.safetensors").read_bytes())
-    assert result.returncode == 0, result.stderr
+    process = Piped(run_app, "decode", "-", tmp_path / "back.mp4")
+    code, _, said = process.communicate((tmp_path / "out" / "clip.safetensors").read_bytes())
+    assert code == 0, said
     torch.testing.assert_close(
         *(read_video(tmp_path / name)[0] for name in ("back.mp4", "out/clip.mp4")), rtol=0, atol=0
     )

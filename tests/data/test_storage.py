@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +13,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from processes import Piped
 from torch.utils.data import DataLoader
 
 from diffusers_leanvae.data import open_training_data
@@ -301,20 +301,17 @@ def test_paths():
     assert isinstance(cached, RemotePath) and cached.exists() and cached.read_text() == "two"
 
 
+def open_store_without_its_package() -> None:
+    sys.modules.update({"s3fs": None})
+    try:
+        open_path("s3://bucket/latents")
+    except ImportError as error:
+        print(error)
+
+
 def test_urls_that_cannot_be_reached_are_named():
     with pytest.raises(ValueError, match="A URL must have a protocol of fsspec, got 'nowhere://a'"):
         open_path("nowhere://a")
     # Of the packages for stores none is needed here, and some may be there: they are hidden from a fresh process.
-    script = """
-import sys
-sys.modules["s3fs"] = None
-from diffusers_leanvae.data.storage import open_path
-try:
-    open_path("s3://bucket/latents")
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == (
-        "'s3://bucket/latents' cannot be reached without another package: Install s3fs to access S3.\n"
-    ), done.stderr
+    _, out, err = Piped(open_store_without_its_package).communicate()
+    assert out == b"'s3://bucket/latents' cannot be reached without another package: Install s3fs to access S3.\n", err

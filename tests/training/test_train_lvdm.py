@@ -133,6 +133,7 @@ def test_the_pipeline_is_what_was_trained(straight: Path, vae_folder: Path):
     assert config.scaling_factor == 1.0
 
 
+@pytest.mark.slow  # three interpreters; both scripts start in trainer/loop.py, and test_train_vae.py runs torchrun
 def test_the_script_runs_under_torchrun_as_one_job(script: Script, tmp_path: Path):
     said = script.torchrun(tmp_path / "run", "num_steps=1", "batch_size=2", "validation.num_samples=0")
     assert said.count("data: ") == 1  # of which the first process speaks

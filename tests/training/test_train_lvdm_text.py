@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from processes import run_python
+from processes import Piped
 from runs import (
     Script,
     assert_same_run,
@@ -231,20 +231,20 @@ def test_what_is_logged_and_shown(straight: dict[str, Path]):
     assert "M parameters, frozen. Up to" in (straight["frozen"] / "pipeline/README.md").read_text()
 
 
+def generate_in_half_precision(folder: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    frames = pipeline("a red circle", num_inference_steps=2, output_type="pt").frames
+    print(pipeline.text_encoder.dtype, tuple(frames.shape), bool(frames.isfinite().all()))
+
+
 def test_half_precision_loads_in_a_new_process_and_generates(script: Script, tmp_path: Path):
     settings = ("save_dtype=float16", "mixed_precision=bf16", "validation.prompts=[a blue square]", "max_minutes=0")
     run = script.train(tmp_path / "run", *NEW, *PLAIN, "validation.num_samples=1", "validation.every=1", *settings)
     assert {weight.dtype for weight in (transformer_of(run) | text_encoder_of(run)).values()} == {torch.float16}
     assert 'prompt = "a blue square"\n' in (run / "pipeline/README.md").read_text()
     assert not DiffusionPipeline.from_pretrained(run / "pipeline").config["clean_given_frames"]
-    said = run_python(
-        "import sys, torch, diffusers_leanvae; from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float16)\n"
-        "frames = pipeline('a red circle', num_inference_steps=2, output_type='pt').frames\n"
-        "print(pipeline.text_encoder.dtype, tuple(frames.shape), bool(frames.isfinite().all()))",
-        run / "pipeline",
-    )
-    assert said.splitlines()[-1] == "torch.float16 (1, 5, 3, 48, 48) True"
+    code, out, err = Piped(generate_in_half_precision, run / "pipeline").communicate()
+    assert code == 0 and out.splitlines()[-1] == b"torch.float16 (1, 5, 3, 48, 48) True", err
 
 
 @pytest.mark.parametrize("family", ["wfvae", "ivvae"])

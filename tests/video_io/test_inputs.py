@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 from huggingface_hub import constants
 from local_hub import LocalHub
 from PIL import Image
+from processes import Piped
 
 from diffusers_leanvae.video_io import VideoError, VideoReader, inputs, list_videos, read_video
 from diffusers_leanvae.video_io.inputs import (
@@ -229,6 +229,11 @@ class TestSequences:
 # --- Files and pipes -------------------------------------------------------------------------------------------------
 
 
+def measure_standard_input() -> None:
+    with local_file("-") as path:
+        print(len(path.read_bytes()), path.suffix == "")
+
+
 class TestLocalFile:
     def test_a_path_is_itself(self, tmp_path: Path):
         for name in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), "relative/é %d.mp4", "c:d.mp4", "file:a.mp4"):
@@ -252,19 +257,10 @@ class TestLocalFile:
 
     def test_standard_input(self, tmp_path: Path):
         clip = write_clip(tmp_path / "clip.mkv")
-        program = (
-            "import sys\n"
-            "from diffusers_leanvae.video_io.inputs import local_file\n"
-            "with local_file('-') as path:\n"
-            "    print(len(path.read_bytes()), path.suffix == '')\n"
-        )
-        with clip.open("rb") as file:
-            done = subprocess.run([sys.executable, "-c", program], stdin=file, capture_output=True, text=True)
-        assert done.stdout.split() == [str(clip.stat().st_size), "True"], done.stderr
-        done = subprocess.run(
-            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        assert "VideoError: Cannot read '-': nothing came through the pipe." in done.stderr
+        _, out, err = Piped(measure_standard_input, stdin=clip).communicate()
+        assert out.split() == [b"%d" % clip.stat().st_size, b"True"], err
+        _, _, err = Piped(measure_standard_input, stdin=os.devnull).communicate()
+        assert b"VideoError: Cannot read '-': nothing came through the pipe." in err
 
     def test_a_terminal_is_no_input(self, monkeypatch: pytest.MonkeyPatch):
         master, terminal = os.openpty()

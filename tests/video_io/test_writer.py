@@ -1,12 +1,10 @@
 """Writing videos and images, with sound: what comes back, what an unfinished file leaves, what is refused."""
 
 import os
-import subprocess
 import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -14,13 +12,17 @@ import pytest
 import torch
 from encoded_clips import encode, moving_picture, psnr
 from PIL import Image
-from processes import run_python
+from processes import Piped
 
 from diffusers_leanvae.video_io import VideoError, VideoWriter, probe_video, read_video, write_video
 
 
 def read(path: Path) -> torch.Tensor:
     return read_video(path)[0]
+
+
+def write_av1(path: Path) -> None:
+    write_video(path, torch.zeros(3, 48, 64, 3, dtype=torch.uint8), 25, codec="libsvtav1")
 
 
 def audio_packets(path: Path) -> list[tuple[float, bytes]]:
@@ -317,13 +319,8 @@ class TestEveryKind:
 
     def test_svt_av1_says_nothing(self, tmp_path: Path):
         # In a new process: how much it says is settled for good when the first encoder is made.
-        code = (
-            "import os, sys, torch; from diffusers_leanvae.video_io import write_video\n"
-            "os.dup2(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), 2)\n"
-            "write_video(sys.argv[2], torch.zeros(3, 48, 64, 3, dtype=torch.uint8), 25, codec='libsvtav1')"
-        )
-        assert run_python(code, tmp_path / "said.txt", tmp_path / "a.mp4") == ""
-        assert (tmp_path / "said.txt").read_text() == "" and probe_video(tmp_path / "a.mp4").codec == "av1"
+        code, out, err = Piped(write_av1, tmp_path / "a.mp4").communicate()
+        assert (code, out, err) == (0, b"", b"") and probe_video(tmp_path / "a.mp4").codec == "av1"
 
     @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads")
     def test_svt_av1_leaves_the_processor_to_others(self, tmp_path: Path):
@@ -367,42 +364,33 @@ class TestSequences:
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def write_in_pieces(path: str | Path, container: str | None, count: int) -> None:
+    with VideoWriter(path, 25, container=container) as writer:
+        for index in range(count):
+            writer.write(torch.full((4, 64, 96, 3), index % 256, dtype=torch.uint8))
+    sys.stderr.write(f"{writer.num_frames}")
+
+
 class TestPipes:
-    CODE = """
-import sys
-from pathlib import Path
-import torch
-from diffusers_leanvae.video_io import VideoWriter
-with VideoWriter(sys.argv[1], 25, container=sys.argv[2] or None) as writer:
-    for index in range(int(sys.argv[3])):
-        writer.write(torch.full((4, 64, 96, 3), index % 256, dtype=torch.uint8))
-sys.stderr.write(f"{writer.num_frames}")
-"""
-
-    def start(self, *arguments: Any) -> subprocess.Popen:
-        command = [sys.executable, "-c", self.CODE, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    @pytest.mark.parametrize("container", ["", "mkv", "webm", "y4m"])
-    def test_standard_output(self, tmp_path: Path, container: str):
-        out, err = self.start("-", container, 3).communicate()
-        assert err == b"12"
+    @pytest.mark.parametrize("container", [None, "mkv", "webm", "y4m"])
+    def test_standard_output(self, tmp_path: Path, container: str | None):
+        code, out, err = Piped(write_in_pieces, "-", container, 3).communicate()
+        assert code == 0 and err == b"12"
         (tmp_path / f"a.{container or 'mkv'}").write_bytes(out)
         frames = read(tmp_path / f"a.{container or 'mkv'}")
         assert frames.shape == (12, 64, 96, 3)
         assert frames.float().mean(dim=(1, 2, 3)).round().tolist() == pytest.approx([0] * 4 + [1] * 4 + [2] * 4, abs=1)
 
     def test_a_reader_that_has_seen_enough(self):
-        process = self.start("-", "y4m", 100000)
-        assert process.stdout is not None and process.stderr is not None
+        process = Piped(write_in_pieces, "-", "y4m", 100000)
         assert process.stdout.read(20000).startswith(b"YUV4MPEG2 W96 H64 F25:1")
         process.stdout.close()
-        assert process.wait(60) == 0
         assert 0 < int(process.stderr.read()) < 400000
+        assert process.wait(60) == 0
 
     def test_named_pipe(self, tmp_path: Path):
         os.mkfifo(tmp_path / "pipe.mkv")
-        process = self.start(tmp_path / "pipe.mkv", "", 2)
+        process = Piped(write_in_pieces, tmp_path / "pipe.mkv", None, 2)
         (tmp_path / "a.mkv").write_bytes((tmp_path / "pipe.mkv").read_bytes())
         assert process.wait(60) == 0
         assert len(read(tmp_path / "a.mkv")) == 8
