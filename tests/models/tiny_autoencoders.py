@@ -33,7 +33,7 @@ def make(case: str, dtype: torch.dtype = torch.float64, **config: Any) -> Any:
 
 
 def make_video(
-    vae: VideoAutoencoder, num_groups: int = 2, height: int = 32, width: int = 40, batch_size: int = 1
+    vae: VideoAutoencoder, num_groups: int = 2, height: int = 16, width: int = 24, batch_size: int = 1
 ) -> torch.Tensor:
     """Make noise of the first frame and `num_groups` groups of the frames of a latent."""
     num_frames = num_groups * vae.temporal_compression_ratio + 1
