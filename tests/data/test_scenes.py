@@ -44,9 +44,17 @@ def as_detected(scene: Scene) -> SceneDetection:
     return SceneDetection(first, second, scene.relation, scene.background)
 
 
+# Few of each kind are drawn always, and enough for a share of them where there is time.
 @pytest.mark.parametrize(
     ("num_clips", "size", "held_out"),
-    [(100, (17, 96, 96), False), (60, (17, 64, 64), True), (30, (9, 64, 112), False), (30, (33, 80, 56), True)],
+    [
+        *((8, size, held_out) for size in ((17, 64, 64), (9, 64, 112)) for held_out in (False, True)),
+        *((4, size, held_out) for size, held_out in (((17, 96, 96), False), ((33, 80, 56), True))),
+        pytest.param(100, (17, 96, 96), False, marks=pytest.mark.slow),
+        pytest.param(60, (17, 64, 64), True, marks=pytest.mark.slow),
+        pytest.param(30, (9, 64, 112), False, marks=pytest.mark.slow),
+        pytest.param(30, (33, 80, 56), True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_detector_names_everything_that_was_drawn(num_clips: int, size: tuple[int, int, int], held_out: bool):
     scenes = MovingScenes(*size, seed=123, num_clips=num_clips, held_out=held_out)
