@@ -241,13 +241,14 @@ def test_degradations_order_every_metric(clip: torch.Tensor, is_learned: bool):
         return F.interpolate(small, (side, side), mode="bicubic").clamp(0, 1)
 
     ladders = {
-        "noise": [clip, (clip + 0.02 * noise).clamp(0, 1), (clip + 0.1 * noise).clamp(0, 1)],
-        "blur": [clip, blurred(2), blurred(6)],
-        "dropped frames": [clip, clip[[0, 1, 2, 2, 4, 5]], clip[[0, 0, 0, 0, 0, 0]]],
-        "shuffled frames": [clip, clip[[0, 1, 3, 2, 4, 5]], clip[[5, 2, 4, 0, 3, 1]]],
+        "noise": [(clip + 0.02 * noise).clamp(0, 1), (clip + 0.1 * noise).clamp(0, 1)],
+        "blur": [blurred(2), blurred(6)],
+        "dropped frames": [clip[[0, 1, 2, 2, 4, 5]], clip[[0, 0, 0, 0, 0, 0]]],
+        "shuffled frames": [clip[[0, 1, 3, 2, 4, 5]], clip[[5, 2, 4, 0, 3, 1]]],
     }
+    perfect = figures(measures, clip, clip)
     for ladder, steps in ladders.items():
-        values = [figures(measures, decoded, clip) for decoded in steps]
+        values = [perfect, *(figures(measures, decoded, clip) for decoded in steps)]
         for name, metric in measures.metrics.items():
             column = [value[name] for value in values]
             if "drop" in ladder or "shuffle" in ladder:
