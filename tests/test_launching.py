@@ -1,17 +1,22 @@
 """Processes that were started as one job work as one job, on a machine without GPUs too."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from processes import Piped
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusers_leanvae.launching import start_accelerator
 
 
-CODE = """
+SCRIPT = """
 import sys
 
 from diffusers_leanvae.launching import start_accelerator
@@ -23,6 +28,32 @@ accelerator.end_training()
 """
 
 
+def run_script() -> None:
+    exec(SCRIPT, {})
+
+
+def run_by_torchrun() -> None:
+    """What `torchrun --standalone --nproc_per_node 2` does, but in forked processes, not in new interpreters."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, run_script)()
+
+
+def run_by_accelerate(*options: str) -> None:
+    """What `accelerate launch` does for one process, but in this one, not in a new interpreter."""
+    arguments = launch_command_parser().parse_args([*options, "script.py"])
+    os.environ.update(prepare_simple_launcher_cmd_env(_validate_launch_command(arguments)[0])[1])
+    run_script()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -30,27 +61,21 @@ def fresh_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def launch(tmp_path: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "script.py").write_text(CODE)
-    finished = subprocess.run(
-        [sys.executable, "-m", *launcher, "script.py"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
-def test_torchrun_without_gpus(tmp_path: Path):
-    finished = launch(tmp_path, "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert sorted(finished.stdout.splitlines()) == ["process 0 of 2 on cpu", "process 1 of 2 on cpu"]
+def test_torchrun_without_gpus():
+    code, out, err = Piped(run_by_torchrun).communicate()
+    assert code == 0 and sorted(out.splitlines()) == [b"process 0 of 2 on cpu", b"process 1 of 2 on cpu"], err
 
 
 def test_accelerate_launch_says_that_it_starts_one_process(tmp_path: Path):
-    finished = launch(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "script.py"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "process 0 of 1 on cpu\n"
     assert finished.stderr.count("This is a job of one process: without GPUs `accelerate launch` starts one") == 1
-    finished = launch(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-    assert finished.stdout == "process 0 of 1 on cpu\n" and "a job of one process" not in finished.stderr
+    code, out, err = Piped(run_by_accelerate, "--cpu", "--num_processes", "1").communicate()
+    assert code == 0 and out == b"process 0 of 1 on cpu\n" and b"a job of one process" not in err, err
 
 
 def test_processes_that_cannot_be_connected_are_named(monkeypatch: pytest.MonkeyPatch):
