@@ -597,6 +597,7 @@ def main(arguments: list[str] | None = None) -> None:
                 num_inference_steps=view.num_inference_steps,
                 guidance_scale=view.guidance_scale,
             )
+            run.show({}, {"samples": path})
         averaged.to(averaged_device)
         accelerator.wait_for_everyone()
 

@@ -419,6 +419,9 @@ def main(arguments: list[str] | None = None) -> None:
             figures = summarize(scores, failed)
             run.log_validation(figures)
             write_picture(folder.with_suffix(".png"), scores)
+            if view.num_videos:
+                videos = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.mp4"))}
+                run.show({"pictures": folder.with_suffix(".png")}, videos)
             run.say(f"step {progress.step}: validation PSNR {figures['psnr_frame_mean_rgb']:.3f} dB")
 
     # --- Loop --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_every_key_is_listed_with_its_default_and_type(kind):
     assert all("  # " in line for line in lines) and "Recipe(" not in out  # as Python describes a class without words
     assert "output:  # str, required; the folder of the run" in lines
     assert "  betas: [0.9, 0.999]  # list of float" in lines
-    assert "trackers: []  # list of tensorboard | trackio | wandb; Trackers get what log.jsonl gets." in lines
+    assert "trackers: []  # list of tensorboard | trackio | wandb; They get what log.jsonl gets, and" in out
     if kind == "vae":
         assert (
             "  clip_sizes: [[17, 64, 64]]  # list of list of int; [num_frames, height, width]; one is drawn per step"

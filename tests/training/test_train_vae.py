@@ -3,13 +3,16 @@
 import shutil
 import sys
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 
 import diffusers_leanvae.training.train_vae as train_vae
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from local_hub import LocalHub
+from PIL import Image
 from runs import (
     DISTURBING,
     Script,
@@ -27,7 +30,7 @@ from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_ce
 from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
-from diffusers_leanvae.video_io import probe_video
+from diffusers_leanvae.video_io import probe_video, read_video
 
 
 SMALL_GAN = ("adversarial.weight=0.2", "adversarial.num_layers=1", "adversarial.num_filters=8")
@@ -474,12 +477,27 @@ def test_trackers_get_what_the_log_gets(script: Script, clips: Path, tmp_path: P
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     script.train(tmp_path, "num_steps=2", "trackers=[tensorboard]", "validation.every=2", f"validation.folder={clips}")
-    events = EventAccumulator(str(tmp_path / "leanvae")).Reload()
+    events = EventAccumulator(str(tmp_path / "leanvae"), {"images": 0}).Reload()
     log = read_log(tmp_path)
     for name in ("loss", "l1_pixel", "grad_norm"):
         values = [(event.step, event.value) for event in events.Scalars(name)]
         assert values == [(record["step"], pytest.approx(record[name])) for record in log]
     assert [event.step for event in events.Scalars("validation/psnr_frame_mean_rgb")] == [0, 2]
+    names = ["a.mp4", "b.mp4", "nested/c.mp4"]
+    assert events.Tags()["images"] == ["validation/pictures", *(f"validation/{name}" for name in names)]
+    for event in events.Images("validation/pictures"):
+        with Image.open(tmp_path / "validation" / f"step-{event.step:07d}.png") as written:
+            with Image.open(BytesIO(event.encoded_image_string)) as shown:
+                assert np.array_equal(np.asarray(shown), np.asarray(written)) and shown.size == (64, 96)
+    for name in names:
+        first, last = events.Images(f"validation/{name}")
+        assert (first.step, last.step) == (0, 2) and (last.width, last.height) == (64, 32)
+        with Image.open(BytesIO(last.encoded_image_string)) as shown:
+            assert shown.format == "GIF" and shown.n_frames == 5
+            frame = torch.from_numpy(np.asarray(shown.convert("RGB")))
+        written, _ = read_video(tmp_path / "validation" / "step-0000002" / name)
+        difference = (frame.float() - written[0].float()).abs().mean()
+        assert difference < 8.0  # of 255 levels: animations have 256 colours
 
 
 @pytest.mark.slow

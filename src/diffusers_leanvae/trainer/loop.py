@@ -23,12 +23,12 @@ run.close()
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ from .checkpoints import (
 from .model_card import describe_recipe
 from .recipe import OptimizerRecipe, RunRecipe, save_recipe
 from .sharding import WeightAverage, check_checkpoint, check_launcher, shard
+from .trackers import check_trackers, log_media
 from .whitened_muon import WhitenedMuon
+
+
+NUM_TRACKED = 4  # pictures and videos of a validation that trackers get
 
 
 class TrainingRun:
@@ -279,6 +283,19 @@ class TrainingRun:
         means = {name: value for name, value in figures.items() if isinstance(value, float)}
         self.accelerator.log({f"validation/{name}": value for name, value in means.items()}, step=step)
 
+    def show(self, pictures: Mapping[str, Path], videos: Mapping[str, Path]) -> None:
+        """Show what a validation has made in the trackers; in the main process.
+
+        Args:
+            pictures: Files by name; the name is the same at each step.
+            videos: Files in mp4, likewise. Trackers keep copies, so they get the first few.
+        """
+        shown, played = (
+            {f"validation/{name}": path for name, path in islice(files.items(), NUM_TRACKED)}
+            for files in (pictures, videos)
+        )
+        log_media(self.accelerator, self.progress.step, shown, played)
+
     def save(self) -> None:
         """Write a checkpoint; every process calls."""
         step = self.progress.step
@@ -368,10 +385,3 @@ class RunningMeans:
         if not names:
             return {}
         return dict(zip(names, average(accelerator, [total / count for total, count in sums]), strict=True))
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Refuse trackers that are not installed, which Accelerate would leave out silently."""
-    for name in trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f'`trackers: [{name}]` needs {name}: pip install "diffusers-leanvae[{name}]"')

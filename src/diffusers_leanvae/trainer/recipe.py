@@ -75,7 +75,7 @@ class RunRecipe:
     ema_decay: float  # approached as (1 + step) / (10 + step), so that short runs average over a tenth
     max_skipped_steps: int = 20  # give up after this many steps in a row without a finite loss and gradient
     log_every: int
-    # Trackers get what log.jsonl gets.
+    # They get what log.jsonl gets, and pictures and videos of validations.
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = dataclasses.field(default_factory=list)
     save_every: int
     keep_checkpoints: int = 2
