@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants, snapshot_download
+from local_hub import LocalHub
 from tiny import make_tiny
 from typer.testing import CliRunner
 
@@ -19,6 +21,8 @@ from diffusers_leanvae.evaluation.codecs import CODECS
 from diffusers_leanvae.evaluation.measures import KINDS
 from diffusers_leanvae.evaluation.protocols import PROTOCOLS
 from diffusers_leanvae.generation.schedulers import SCHEDULERS
+from diffusers_leanvae.loading import load_autoencoder
+from diffusers_leanvae.registration import MODELS
 from diffusers_leanvae.video_io import formats, write_video
 
 
@@ -164,3 +168,71 @@ def test_an_evaluation_is_told_as_its_file_is_written(clips, tmp_path):
     assert code == 0 and [one["model"] for one in told["evaluations"]] == [str(clips / "vae")]
     assert told["evaluations"][0]["clips"] == written["clips"]
     assert all(Path(path).is_file() for path in told["report"]) and len(told["report"]) == 4
+
+
+# --- Models on this machine ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the Hub with a repository of each kind."""
+    folders = {name: tmp_path / name for name in ("vae", "parts", "checkpoints", "pipeline", "foreign", "half")}
+    vae = make_tiny("leanvae", torch.float16)
+    vae.save_pretrained(folders["vae"])
+    vae.save_pretrained(folders["parts"] / "small")
+    vae.save_pretrained(folders["half"])
+    folders["checkpoints"].mkdir()
+    for name in ("leanvae", "ivvae"):
+        model = make_tiny(name)
+        path = folders["checkpoints"] / f"{name}.ckpt"
+        model.conversion.write_original_checkpoint(path, dict(model.config), model.state_dict())
+    torch.save({"optimizer": [1, 2]}, folders["checkpoints"] / "optimizer.pt")
+    vae.save_pretrained(folders["pipeline"] / "vae")
+    make_tiny("latte").save_pretrained(folders["pipeline"] / "transformer")
+    own = ["diffusers_leanvae", "ModelMixin"]
+    index = {"_class_name": "LeanVAELattePipeline", "vae": own, "transformer": own}
+    (folders["pipeline"] / "model_index.json").write_text(json.dumps(index))
+    folders["foreign"].mkdir()
+    (folders["foreign"] / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    (folders["foreign"] / "weights.pt").write_bytes(b"no pickle")
+    with LocalHub() as server:
+        server.connect(monkeypatch)
+        for name, folder in folders.items():
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            server.repositories[f"user/{name}"] = {
+                path.relative_to(folder).as_posix(): path.read_bytes() for path in files
+            }
+            left_out = ["*.safetensors"] if name == "half" else None  # as an interrupted download does
+            snapshot_download(f"user/{name}", cache_dir=tmp_path / "cache", ignore_patterns=left_out)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_bundled_and_cached_models_are_listed_as_they_are_named(cache):
+    code, out, err = invoke("models", "--json")
+    told = json.loads(out)
+    assert (code, err, told["cache"]) == (0, "", str(cache))
+    models = {model["name"]: model for model in told["models"]}
+    cached = ["checkpoints/ivvae.ckpt", "checkpoints/leanvae.ckpt", "parts/small", "pipeline", "vae"]
+    assert list(models) == [*bundled.MODELS, *bundled.PIPELINES, *(f"user/{name}" for name in cached)]
+    for name, model in models.items():
+        is_cached = name.startswith("user/")
+        assert model["revision"] == ("main" if is_cached else None) and Path(model["path"]).exists()
+        if model["class"] in MODELS:
+            loaded = load_autoencoder(model["path"])
+            assert type(loaded).__name__ == model["class"]
+            assert sum(parameter.numel() for parameter in loaded.parameters()) == model["num_parameters"]
+            for key in ("latent_channels", "temporal_compression_ratio", "spatial_compression_ratio"):
+                assert getattr(loaded, key) == model[key]
+    assert models["user/pipeline"]["num_bytes"] > models["user/vae"]["num_bytes"] > 0
+    code, out, err = invoke("models")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:5] == ["name", "revision", "class", "channels", "compression"] and len(lines) == 1 + len(models)
+    assert lines[-1][:5] == ["user/vae", "main", "AutoencoderKLLeanVAE", "4", "4x8x8"]
+
+
+def test_an_empty_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    code, out, err = invoke("models")
+    assert code == 0 and len(out.splitlines()) == 1 + len(bundled.MODELS) + len(bundled.PIPELINES)
+    assert err == f"none in the cache of the Hub, {tmp_path / 'none'}\n"

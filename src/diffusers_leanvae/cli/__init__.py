@@ -35,6 +35,7 @@ COMMANDS = {
     "train": training.train,
     "convert": models.convert,
     "info": models.info,
+    "models": models.models,
     "eval": evaluation.evaluate,
     "bench": measure.bench,
     "demo": demo.demo,

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES
-from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, read_header
+from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, TensorInfo, read_header
 
 
 INDEX_NAME = "model_index.json"
@@ -133,21 +133,32 @@ def _describe_video(source: str) -> dict[str, Any]:
 def _describe_safetensors(path: Path) -> dict[str, Any] | None:
     header = read_header(path)
     if "leanvae" not in header.metadata:
-        return _describe_original(path, header)
+        return _describe_original(path, header.args(), header.tensors)
     latents = header.tensors["latents"]
     described = {"kind": "latents", "shape": list(latents.shape), "dtype": latents.dtype}
     return described | json.loads(header.metadata["leanvae"])
 
 
-def _describe_original(path: Path, header: Header) -> dict[str, Any] | None:
+def describe_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Describe an original checkpoint by the names and shapes in it, or return `None` for anything else.
+
+    Raises:
+        ValueError: If the file is damaged, or is a pickle of more than tensors and plain values.
+    """
+    from ..conversion.checkpoints import read_layout
+
+    return _describe_original(path, *read_layout(path))
+
+
+def _describe_original(path: Path, args: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
     from ..conversion import ivvae, latte, leanvae, wfvae
     from ..conversion.checkpoints import has_anchor
 
     modules = {module.NAME: module for module in (leanvae, wfvae, ivvae, latte)}
     for class_name, family in FAMILIES.items():
-        if has_anchor(header.tensors, modules[family.name].ANCHOR):
-            config, tensors = modules[family.name].select_network(path, header.args(), header.tensors)
-            return describe_model(class_name, _parameters(class_name, tensors), config, path.stat().st_size)
+        if has_anchor(tensors, modules[family.name].ANCHOR):
+            config, weights = modules[family.name].select_network(path, args, tensors)
+            return describe_model(class_name, _parameters(class_name, weights), config, path.stat().st_size)
     return None
 
 
@@ -174,7 +185,8 @@ def _describe_model(folder: Path, class_name: str | None = None) -> dict[str, An
     class_name = config.get("_class_name", class_name)
     files = _weight_files(folder)
     if class_name not in FAMILIES and len(files) == 1:  # perhaps an original that was saved by diffusers' means
-        described = _describe_original(files[0], read_header(files[0]))
+        header = read_header(files[0])
+        described = _describe_original(files[0], header.args(), header.tensors)
         if described is not None:
             return described
     if class_name is None or not files:

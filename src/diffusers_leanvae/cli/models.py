@@ -1,4 +1,4 @@
-"""Files of models: `convert`, `info`."""
+"""Files of models: `convert`, `info`, `models`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
 from .choices import DTYPE_NAMES, complete
-from .common import DTYPES_TEXT, Json, print_json
+from .common import DTYPES_TEXT, Json, print_json, render_table
 from .description import describe, describe_model
 
 
@@ -130,3 +130,33 @@ def _describe_loaded(source: str) -> dict[str, Any]:
         raise ValueError(f"PATH {source!r} cannot be described: {one_line(error)}") from None
     weights = [(str(weight.dtype).removeprefix("torch."), weight.numel()) for weight in model.parameters()]
     return describe_model(type(model).__name__, weights, model.config)
+
+
+def models(as_json: Json = False) -> None:
+    """List the models that can be loaded without a network: the bundled ones, and those in the cache of the Hub."""
+    from huggingface_hub import constants
+
+    from .listing import list_bundled, list_cached
+
+    found = [*list_bundled(), *list_cached(constants.HF_HUB_CACHE)]
+    if as_json:
+        print_json({"models": found, "cache": constants.HF_HUB_CACHE})
+        return
+    head = ["name", "revision", "class", "channels", "compression", "parameters", "size"]
+    lines = [
+        [
+            model["name"],
+            (model["revision"] or "bundled")[:12],
+            model["class"],
+            str(model.get("latent_channels", "")),
+            "{temporal_compression_ratio}x{spatial_compression_ratio}x{spatial_compression_ratio}".format_map(model)
+            if "spatial_compression_ratio" in model
+            else "",
+            f"{model['num_parameters'] / 1e6:.2f} M",
+            f"{model['num_bytes'] / 1e6:.1f} MB",
+        ]
+        for model in found
+    ]
+    typer.echo(render_table([head, *lines]))
+    if all(model["revision"] is None for model in found):
+        typer.echo(f"none in the cache of the Hub, {constants.HF_HUB_CACHE}", err=True)

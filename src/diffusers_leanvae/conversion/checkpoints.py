@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..atomic import replace_file
 from ..checks import CHECKPOINT_SUFFIXES
-from .headers import CONFIG_NAME, WEIGHTS_NAME, read_header
+from .headers import CONFIG_NAME, WEIGHTS_NAME, TensorInfo, read_header
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
@@ -141,12 +141,27 @@ def read_keys(path: str | Path) -> set[str]:
     Raises:
         ValueError: As [`read_tensors`] does.
     """
+    return set(read_layout(path)[1])
+
+
+def read_layout(path: str | Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Read arguments, and shapes and dtypes of tensors, as [`read_tensors`] would read them, but without their values.
+
+    Raises:
+        ValueError: As [`read_tensors`] does.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path` must be an original checkpoint, got {str(path)!r}, which is no file.")
-    if path.suffix != ".safetensors":
-        return set(_read_pickle(path, "meta")[1])
-    return set(read_header(path).tensors)
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        return header.args(), header.tensors
+    args, tensors = _read_pickle(path, "meta")
+    infos = {
+        key: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for key, tensor in tensors.items()
+    }
+    return args, infos
 
 
 def has_anchor(keys: Iterable[str], anchor: str) -> bool:
