@@ -167,7 +167,7 @@ def test_changed_weights_take_the_layers_until_fused_again(change: str):
     else:
         vae.encoder.fusion_layers[0].conv.bias.add_(1)
     prepared = vae._fused
-    with pytest.warns(UserWarning, match=r"Weights changed after `fuse`, .* call `fuse` again\."):
+    with pytest.warns(UserWarning, match=r"the layers are used: weights changed since; call `fuse` again\.$"):
         actual = vae.encode(x).latent_dist.parameters
     assert vae._fused is prepared  # a call changes nothing of the model
     vae.unfuse()
@@ -182,8 +182,26 @@ def test_changed_weights_take_the_layers_until_fused_again(change: str):
 def test_gradients_go_through_the_layers():
     vae = make_vae()
     vae.fuse()
-    vae(torch.rand(1, 3, 5, 32, 32, dtype=torch.float64)).sample.sum().backward()
+    with pytest.warns(UserWarning, match=r"^`fuse` has no effect in this call, .*: gradients are enabled, which"):
+        vae(torch.rand(1, 3, 5, 32, 32, dtype=torch.float64)).sample.sum().backward()
     assert all(p.grad is not None for name, p in vae.named_parameters() if "logvar" not in name)
+
+
+@torch.no_grad()
+def test_what_keeps_prepared_weights_from_serving_is_said():
+    vae = make_vae().float()
+    x = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    expected = vae.encode(x).latent_dist.mean
+    vae.fuse()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not torch.equal(vae.encode(x).latent_dist.mean, expected)  # or prepared weights did not serve
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is on; cast the model"):
+        vae.encode(x)
+    vae.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    sentence = r"the layers are used: its weights are torch\.bfloat16 on cpu, the input torch\.float32 on cpu\.$"
+    with pytest.warns(UserWarning, match=sentence):
+        vae.encode(x)
 
 
 def test_negative_threshold():

@@ -419,9 +419,9 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         """Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
-        serve `encode` and `decode` without gradients, whole, tiled or streamed. When weights were changed, cast or
-        moved, the layers are used again, with a warning, until the next call of `fuse`. Sums are taken in another
-        order, so float32 results differ by rounding.
+        serve `encode` and `decode` without gradients, whole, tiled or streamed. With gradients, autocast or offloading
+        hooks the layers are used, and a warning says so; after weights were changed, cast or moved, too, until the
+        next call of `fuse`. Sums are taken in another order, so float32 results differ by rounding.
 
         Args:
             weights: `"same"`: the model's dtype; where the processor has no products of it (16 bits on older ones),
@@ -457,21 +457,22 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         self._fused = None
 
     def _current_fused(self, x: torch.Tensor, chunk: Chunk) -> FusedLeanVAE | None:
-        """Prepared weights, if they serve here: not for gradients, compilers and autocast, which need the layers.
-
-        Nor where hooks bring the layers' weights to device or dtype of the input only when a layer is called.
-        """
-        if self._fused is None or not works_in_place(chunk) or torch.is_autocast_enabled(x.device.type):
+        """Return the prepared weights if they serve here; if not, say why."""
+        if self._fused is None or torch.compiler.is_compiling():  # compilers need the layers
             return None
         weight = self.logvar_proj.weight
-        if weight.device != x.device or weight.dtype != x.dtype:
-            return None
-        if self._fused.signature != signature(self):
-            warnings.warn(
-                "Weights changed after `fuse`, so that the layers are used; call `fuse` again.", stacklevel=2
-            )
-            return None
-        return self._fused
+        if not works_in_place(chunk):
+            reason = "gradients are enabled, which `torch.no_grad()` changes"
+        elif torch.is_autocast_enabled(x.device.type):
+            reason = "autocast is on; cast the model instead"
+        elif (weight.device, weight.dtype) != (x.device, x.dtype):  # hooks bring them when a layer is called
+            reason = f"its weights are {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"
+        elif self._fused.signature != signature(self):
+            reason = "weights changed since; call `fuse` again"
+        else:
+            return self._fused
+        warnings.warn(f"`fuse` has no effect in this call, the layers are used: {reason}.", stacklevel=2)
+        return None
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
