@@ -68,7 +68,7 @@ def compare(path: str | Path, models: list[str], num_frames: int, output: Path) 
 @cache
 def labels() -> list[str]:
     """Return the classes that the bundled generator knows."""
-    return sorted(load_pipeline(GENERATOR, torch.device("cpu"), torch.float32).labels)  # type: ignore[attr-defined]
+    return sorted(load_pipeline(GENERATOR, torch.device("cpu"), torch.float32).labels)
 
 
 def generate(label: str, num_steps: int, seed: int, output: Path) -> None:

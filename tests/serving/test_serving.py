@@ -188,8 +188,8 @@ def test_client_may_scale_what_is_encoded(vae, url):
     again = remote_decode(
         f"{url}/decode", latents, scaling_factor=1.0, shift_factor=0.25, output_type="pt", return_type="pt"
     )
-    # Measured 3e-7: the shift is taken off and put on again.
-    torch.testing.assert_close(again, decoded(vae, encoded(vae, sample)), rtol=0, atol=5e-6)
+    # Measured 4e-6: the shift is taken off and put on again.
+    torch.testing.assert_close(again, decoded(vae, encoded(vae, sample)), rtol=0, atol=2e-5)
 
 
 # --- What a bad client sends -----------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_command_serves_until_it_is_interrupted(vae, tmp_path):
     latents = make_latents(1, 4, 1, 4, 6)
     url = f"http://me:abc@{host}/decode"
     sample = remote_decode(url, latents, do_scaling=False, output_type="pt", return_type="pt")
-    # The same sums in another process: measured 0.
+    # The same sums, in another process.
     torch.testing.assert_close(sample, decoded(vae, latents), rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="at most 1536 pixels"):
         remote_decode(url, make_latents(1, 4, 1, 4, 7), do_scaling=False)
