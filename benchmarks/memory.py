@@ -4,7 +4,9 @@
     python benchmarks/memory.py --cases stream-17 whole-17x256      these cases; the file keeps its other rows
     python benchmarks/memory.py --cases                             only predict the rows again
 
-Full-size LeanVAE-16ch, random weights, float32, on the CPU. `peak_mib` is the highest resident memory while the case
+    python benchmarks/memory.py --model WF-VAE-L-16ch --threads 1   another model, into a file of its own; hours
+
+A full-size model, random weights, float32, on the CPU. `peak_mib` is the highest resident memory while the case
 ran, minus the resident memory with weights loaded and every kernel used once. Input made before is not counted,
 results are. Streams push one frame at a time and drop what comes out. `reconstruct-*` cases go from file to file
 through `files.reconstruct_video(max_memory=...)`, and everything is counted: frames, network, state, FFmpeg.
@@ -28,7 +30,13 @@ from typing import Any
 
 import torch
 
-from diffusers_leanvae import AutoencoderKLLeanVAE, StreamingDecoder, StreamingEncoder
+from diffusers_leanvae import (
+    AutoencoderKLIVVAE,
+    AutoencoderKLLeanVAE,
+    AutoencoderKLWFVAE,
+    StreamingDecoder,
+    StreamingEncoder,
+)
 from diffusers_leanvae.clock import MIB, status_bytes
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.inference import files, memory
@@ -36,6 +44,12 @@ from diffusers_leanvae.video_io import VideoReader, VideoWriter, iter_video
 
 
 Row = dict[str, Any]
+# With 16 channels each, and the bound in MiB within which 1080p must pass from file to file.
+MODELS: dict[str, tuple[Any, int]] = {
+    "LeanVAE-16ch": (AutoencoderKLLeanVAE, 2048),
+    "WF-VAE-L-16ch": (AutoencoderKLWFVAE, 8192),
+    "IV-VAE-16ch": (AutoencoderKLIVVAE, 8192),
+}
 
 
 def measure(work: Callable[[], object]) -> Row:
@@ -49,9 +63,9 @@ def measure(work: Callable[[], object]) -> Row:
     }
 
 
-def make_vae() -> AutoencoderKLLeanVAE:
+def make_vae(model: str) -> Any:
     torch.manual_seed(0)
-    vae = AutoencoderKLLeanVAE(latent_channels=16).eval()
+    vae = MODELS[model][0](latent_channels=16).eval()
     vae(torch.zeros(1, 3, 5, 64, 64))
     return vae
 
@@ -60,9 +74,9 @@ def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.rand(1, 3, num_frames, height, width).mul_(2).sub_(1)
 
 
-def stream(num_frames: int) -> list[Row]:
+def stream(model: str, num_frames: int) -> list[Row]:
     """One stream in each direction; up to 121 frames also its largest difference from the whole video at once."""
-    vae, size = make_vae(), 256
+    vae, size = make_vae(model), 256
     sample, latents = frames(num_frames, size, size), torch.randn(1, 16, (num_frames + 6) // 4, size // 8, size // 8)
     rows = []
     for direction, source, whole_of, make in (
@@ -94,9 +108,9 @@ def stream(num_frames: int) -> list[Row]:
     return rows
 
 
-def whole(num_frames: int, height: int, width: int, tile: tuple[int, int, int] | None = None) -> list[Row]:
+def whole(model: str, num_frames: int, height: int, width: int, tile: tuple[int, int, int] | None = None) -> list[Row]:
     """`encode` and `decode` of a whole video, untiled or in tiles."""
-    vae = make_vae()
+    vae = make_vae(model)
     if tile is not None:
         vae.enable_tiling(*tile)
     sample = frames(num_frames, height, width)
@@ -118,12 +132,12 @@ def write_source(path: Path, num_frames: int, height: int, width: int) -> None:
             writer.write(pixels.roll(4 * index, dims=1)[None])
 
 
-def reconstruct(num_frames: int, height: int, width: int, max_mib: int) -> list[Row]:
+def reconstruct(model: str, num_frames: int, height: int, width: int, max_mib: int) -> list[Row]:
     """`leanvae reconstruct --max-memory`, without the start of a process and the loading of weights."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.mp4"), Path(folder, "out.mp4")
         write_source(source, num_frames, height, width)
-        vae = make_vae()
+        vae = make_vae(model)
         for _ in iter_video(source, num_frames=1):  # FFmpeg's code is loaded, as are kernels
             pass
         plan, looks_ahead = memory.plan_streams(vae, memory.VideoJob(num_frames, height, width), max_mib * MIB)
@@ -153,52 +167,53 @@ def codec(num_frames: int, height: int, width: int, preset: str) -> list[Row]:
 
         def read() -> None:
             with VideoReader(path) as video:
-                for _ in files.WHOLE.read(video):
+                for _ in video.timed_frames(chunk_size=1):
                     pass
 
         return [{"direction": name, **row, **measure(work)} for name, work in (("write", write), ("read", read))]
 
 
-CASES: dict[str, Callable[[], list[Row]]] = {
-    "codec-1080p-medium": lambda: codec(60, 1080, 1920, "medium"),
-    "codec-1080p-ultrafast": lambda: codec(60, 1080, 1920, "ultrafast"),
-    "whole-17x256": lambda: whole(17, 256, 256),
-    "whole-17x512": lambda: whole(17, 512, 512),
-    "tiled-17x512-256": lambda: whole(17, 512, 512, (256, 256, 17)),
-    "tiled-33x256-128": lambda: whole(33, 256, 256, (128, 128, 17)),
-    **{f"stream-{n}": (lambda n=n: stream(n)) for n in (1, 5, 17, 121, 1001)},
-    "reconstruct-17x1080p": lambda: reconstruct(17, 1080, 1920, 2048),
-    "whole-5x1080p": lambda: whole(5, 1080, 1920),
-    "tiled-5x1080p-544x960": lambda: whole(5, 1080, 1920, (544, 960, 5)),
-    "tiled-5x1080p-544x640": lambda: whole(5, 1080, 1920, (544, 640, 5)),
-    "tiled-5x1080p-272x480": lambda: whole(5, 1080, 1920, (272, 480, 5)),
-    "reconstruct-33x512-parked": lambda: reconstruct(33, 512, 512, 400),
-    "reconstruct-17x2160p": lambda: reconstruct(17, 2160, 3840, 3072),
+CASES: dict[str, Callable[[str], list[Row]]] = {
+    "codec-1080p-medium": lambda _: codec(60, 1080, 1920, "medium"),
+    "codec-1080p-ultrafast": lambda _: codec(60, 1080, 1920, "ultrafast"),
+    "whole-17x256": lambda m: whole(m, 17, 256, 256),
+    "whole-17x512": lambda m: whole(m, 17, 512, 512),
+    "tiled-17x512-256": lambda m: whole(m, 17, 512, 512, (256, 256, 17)),
+    "tiled-33x256-128": lambda m: whole(m, 33, 256, 256, (128, 128, 17)),
+    **{f"stream-{n}": (lambda m, n=n: stream(m, n)) for n in (1, 5, 17, 121, 1001)},
+    "reconstruct-17x1080p": lambda m: reconstruct(m, 17, 1080, 1920, MODELS[m][1]),
+    "whole-5x1080p": lambda m: whole(m, 5, 1080, 1920),
+    "tiled-5x1080p-544x960": lambda m: whole(m, 5, 1080, 1920, (544, 960, 5)),
+    "tiled-5x1080p-544x640": lambda m: whole(m, 5, 1080, 1920, (544, 640, 5)),
+    "tiled-5x1080p-272x480": lambda m: whole(m, 5, 1080, 1920, (272, 480, 5)),
+    "reconstruct-33x512-parked": lambda m: reconstruct(m, 33, 512, 512, 400),
+    "reconstruct-17x2160p": lambda m: reconstruct(m, 17, 2160, 3840, 3072),
 }
 
 
-def predict(rows: list[Row]) -> None:
+def predict(rows: list[Row], model: str = "LeanVAE-16ch") -> None:
     """Add to every row the planner's prediction and, for a tiled case, its time over the untiled one's."""
     with torch.device("meta"):
-        vae = AutoencoderKLLeanVAE(latent_channels=16)
+        vae = MODELS[model][0](latent_channels=16)
     vae = vae.to_empty(device="cpu")  # never touched, so no memory: slices are those of a CPU
     seconds = {(r["case"].split("-")[1], r["direction"]): r["cpu_seconds"] for r in rows if r["case"][:5] == "whole"}
     for row in rows:
         num_frames, height, width = row["video"]
         if row["case"].startswith("stream"):
             is_encode = row["direction"] == "encode"
-            settings = ((height, width), num_frames, 16, (height, width, 17), 4)
+            settings = ((height, width), num_frames, 16, (height, width, vae.num_frames_per_step or 17), 4)
             predicted = vae.memory_model().stream(*settings, encode=is_encode, decode=not is_encode).num_bytes
         elif row["direction"] == "reconstruct":
             layout = tuple(row["tile"] or (height, width, row["step"] + 1))
             job = memory.VideoJob(num_frames, height, width)
             others = memory.memory_beside_network(job, looks_ahead=row["preset"] == "medium", num_threads=1)
             size = (-(-height // 8) * 8, -(-width // 8) * 8)
-            model = vae.memory_model()
-            plan = model.stream(size, num_frames, row["step"], layout, 4, is_parked=row["parked"], others=others)
+            plan = vae.memory_model().stream(
+                size, num_frames, row["step"], layout, 4, is_parked=row["parked"], others=others
+            )
             predicted = plan.num_bytes
         elif row["direction"] in ("encode", "decode"):
-            tile = tuple(row["tile"] or (height, width, num_frames))
+            tile = tuple(row["tile"] or (height, width, vae.num_frames_per_step or num_frames))
             plan = vae.plan(num_frames, height, width, tile=tile)
             predicted = plan.encode_bytes if row["direction"] == "encode" else plan.decode_bytes
             work = plan.encode_overhead if row["direction"] == "encode" else plan.decode_overhead
@@ -215,15 +230,19 @@ def predict(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--output", default="results/bench_memory.json", type=Path)
+    parser.add_argument("--model", default="LeanVAE-16ch", choices=list(MODELS))
+    parser.add_argument("--output", type=Path, help="by default results/bench_memory.json, with the model if another")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--worker", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
         with torch.inference_mode():
-            print(json.dumps(CASES[options.worker]()))
+            print(json.dumps(CASES[options.worker](options.model)))
         return
+    if options.output is None:
+        suffix = "" if options.model == "LeanVAE-16ch" else "_" + options.model.lower().replace("-", "_")
+        options.output = Path(f"results/bench_memory{suffix}.json")
     kept = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     if kept.get("num_threads", options.threads) != options.threads:
         raise SystemExit(f"`--threads` must be {kept['num_threads']}, as for the other rows of {options.output}.")
@@ -233,6 +252,7 @@ def main() -> None:
     for case in [*options.cases, None]:
         if case is not None:
             command = [sys.executable, __file__, "--worker", case, "--threads", str(options.threads)]
+            command += ["--model", options.model]
             output = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if output.returncode:
                 raise SystemExit(f"{case} failed:\n{output.stderr}")
@@ -240,7 +260,7 @@ def main() -> None:
             rows = [row for row in rows if row["case"] != case] + measured
         rows = [row for row in rows if row["case"] in CASES]
         rows.sort(key=lambda row: list(CASES).index(row["case"]))
-        predict(rows)
+        predict(rows, options.model)
         for row in rows:
             if row["case"] == case:
                 print(row, flush=True)
@@ -258,7 +278,7 @@ def main() -> None:
         )
         keys = {key: None for row in rows for key in (*order, *row)}
         rows = [{key: row[key] for key in keys if key in row} for row in rows]
-        about = {"model": "LeanVAE-16ch, random weights", "dtype": "float32", "num_threads": options.threads}
+        about = {"model": f"{options.model}, random weights", "dtype": "float32", "num_threads": options.threads}
         write_result(options.output, {"rows": rows} | about)
 
 

@@ -23,7 +23,7 @@ from diffusers_leanvae.cli.jobs import Jobs, process
 from diffusers_leanvae.cli.videos import live
 from diffusers_leanvae.inference import files
 from diffusers_leanvae.inference.memory import parse_memory
-from diffusers_leanvae.models.leanvae_memory import MemoryModel
+from diffusers_leanvae.models.memory_planning import MemoryModel
 from diffusers_leanvae.video_io import probe_video, read_video, write_video
 
 
@@ -100,7 +100,10 @@ def test_side_by_side_start_and_size(model, tmp_path):
     assert (frames[:, :, :64].permute(0, 3, 1, 2).float() - expected.float()).abs().mean() < 6
 
 
-def test_the_least_bound_on_memory_that_is_named_works(model, tmp_path):
+@pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])
+def test_the_least_bound_on_memory_that_is_named_works(family, tmp_path, tmp_path_factory):
+    model = str(tmp_path_factory.mktemp("model"))
+    make_tiny(family).save_pretrained(model)
     source = clip(tmp_path / "in.mkv", 11, 44, 70, codec="ffv1")
     for command, target in (("reconstruct", "out.mp4"), ("encode", "z.safetensors"), ("decode", "decoded.mp4")):
         path = tmp_path / "z.safetensors" if command == "decode" else source

@@ -279,10 +279,6 @@ def test_what_only_leanvae_has_is_refused(model: str):
     name = type(vae).__name__
     for call, argument in (
         (vae.fuse, "fuse"),
-        (vae.memory_model, "memory_model"),
-        (lambda: vae.plan(5, 8, 8), "plan"),
-        (lambda: vae.enable_tiling("auto"), "budget"),
-        (lambda: vae.enable_tiling(budget=10**9), "budget"),
         (lambda: vae.tiles_of(1, 1, TileSizes()), "tiles_of"),
         (lambda: encode_distributed(vae, make_inputs(vae)[0]), "encode_distributed"),
         (lambda: decode_distributed(vae, make_inputs(vae)[1]), "decode_distributed"),

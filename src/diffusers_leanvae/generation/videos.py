@@ -118,7 +118,7 @@ def generate_videos(
         if not isinstance(pipeline.vae, VideoAutoencoder):
             name = type(pipeline.vae).__name__
             raise ValueError(f"`max_memory` needs an autoencoder of this package, got an `{name}`.")
-        pipeline.vae.check_predicts_memory("max_memory")
+        pipeline.vae.check_can_stream("max_memory")
         pipeline.vae.enable_tiling(budget=max_memory)
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}

@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..models.leanvae_memory import OtherMemory, StreamPlan
+from ..models.memory_planning import OtherMemory, StreamPlan
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.containers import count_cores
 
@@ -69,7 +69,7 @@ def plan_streams(
     """Choose how a job keeps within `max_memory`, and predict what it will take.
 
     Args:
-        vae: The autoencoder; its memory must be predictable.
+        vae: The autoencoder; it must be able to stream.
         job: What is to be done.
         max_memory: Bytes above the weights for the network, the state of the streams, and all frames that wait or are
             worked on, those inside FFmpeg included.
@@ -83,7 +83,7 @@ def plan_streams(
     Raises:
         ValueError: If nothing fits, with the least bound that would do; or if the model's memory is not predicted.
     """
-    vae.check_predicts_memory("max_memory")
+    vae.check_can_stream("max_memory")
     if looks_ahead is None:
         num_ahead = min(job.num_frames or _LOOKAHEAD, _LOOKAHEAD)
         if 8 * _LOOKAHEAD_BYTES * num_ahead * job.height * job.width <= max_memory:

@@ -194,7 +194,8 @@ class BranchAttention(nn.Module):
         self.to_out = FrameConv2d(dim, dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, h * w, 3w)
+        # Contiguous, or PyTorch would take the kernel whose memory is the square of `h * w`.
+        tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 4, 1).flatten(2, 3).contiguous()  # (B, T, h * w, 3w)
         attended = attend_within_frames(tokens.chunk(3, dim=-1), x.shape[3:])  # type: ignore[arg-type]
         return x + self.to_out(attended.permute(0, 4, 1, 2, 3))
 

@@ -33,7 +33,7 @@ from .leanvae_blocks import (
     works_in_place,
 )
 from .leanvae_fused import FusedLeanVAE, Product, signature
-from .leanvae_memory import MemoryModel, MemoryPlan, free_memory
+from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import VideoAutoencoder
@@ -306,7 +306,6 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
     """
 
     is_local = True
-    predicts_memory = True
 
     _no_split_modules = ["LeanVAEBlock", "ISTAIteration"]
     # `encode` and `decode` do not pass through the model's `forward`, so what they call must be offloaded by itself.
@@ -476,42 +475,10 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def plan(
-        self,
-        num_frames: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype | None = None,
-        budget: int | None = None,
-        batch_size: int = 1,
-        tile: tuple[int, int, int] | None = None,
-    ) -> MemoryPlan:
-        """Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
-
-        Args:
-            num_frames: Frames of the video.
-            height: Height in pixels, a multiple of the spatial ratio.
-            width: Width in pixels, a multiple of the spatial ratio.
-            dtype: Dtype of the computation, the model's by default.
-            budget: Bytes above weights and input; by default what the model's device has left.
-            batch_size: Videos at once.
-            tile: Height, width and frames of a tile: predict for these instead of choosing.
-
-        Raises:
-            ValueError: If nothing fits.
-        """
-        shape = (batch_size, num_frames, height, width)
-        item_bytes = (dtype or self.dtype).itemsize
-        model = self.memory_model()
-        if tile is not None:
-            return model.plan(shape, tile[:2], tile[2], item_bytes)
-        return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
-
-    def memory_model(self) -> MemoryModel:
-        """Model of the memory that videos take; [`plan`] and the file functions ask it."""
-        return MemoryModel(
+    def memory_model(self) -> LeanVAEMemory:
+        return LeanVAEMemory(
             dim=self.logvar_proj.in_features,
-            patch_dim=self.in_channels * self.temporal_compression_ratio * self.spatial_compression_ratio**2,
+            frame_elements=self.in_channels * self.spatial_compression_ratio**2,
             latent_channels=self.latent_channels,
             ratio_t=self.temporal_compression_ratio,
             ratio_s=self.spatial_compression_ratio,

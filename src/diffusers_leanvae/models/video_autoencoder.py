@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
@@ -17,14 +17,13 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .memory_planning import MemoryModel, MemoryPlan, free_memory
 from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 from .temporal_cache import Chunk, TemporalCache, chunks
 from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
+from .traced_memory import TracedMemory
 from .video_config import VideoAutoencoderConfig
 
-
-if TYPE_CHECKING:
-    from .leanvae_memory import MemoryModel, MemoryPlan
 
 # Of a network: all of it, the layers that are local in space, or those that see whole frames.
 Part = Literal["all", "local", "whole"]
@@ -48,7 +47,6 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         is_local: Whether all layers are local in space. Then a tile goes through all its chunks before the next one,
             and only its state is in use. Else a chunk goes through all its tiles before the next one, since layers at
             the latent size see whole frames.
-        predicts_memory: Whether there is a [`memory_model`].
         can_stream: Whether the model computes chunks exactly.
         num_frames_per_step: Frames of a first chunk in which clips are computed without gradients, tiling or not;
             `None` for whole clips.
@@ -65,7 +63,6 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     encoder_halo: int
     decoder_halo: int
     is_local: bool = False
-    predicts_memory: bool = False
     can_stream: bool = True
     num_frames_per_step: int | None = None
     num_delayed_frames: int = 0
@@ -233,15 +230,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
                 f"`{type(self).__name__}`; `encode` and `decode` after `enable_tiling` take tiles of every model."
             )
 
-    def check_predicts_memory(self, name: str) -> None:
-        """Raise a `ValueError` unless there is a [`memory_model`]."""
-        if not self.predicts_memory:
-            raise ValueError(
-                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose memory is predicted, got an "
-                f"`{type(self).__name__}`; give sizes to `enable_tiling` instead."
-            )
-
-    def _check_can_stream(self, name: str) -> None:
+    def check_can_stream(self, name: str) -> None:
         if not self.can_stream:
             raise ValueError(f"`{name}` needs `norm_type` 'layer_norm', got a model whose norms see the whole video.")
 
@@ -387,12 +376,10 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         Raises:
             ValueError: If a size is not legal, or the model cannot choose sizes or be computed in chunks.
         """
-        self._check_can_stream("enable_tiling")
+        self.check_can_stream("enable_tiling")
         is_auto = tile_sample_min_height == "auto" or budget is not None
         if is_auto and not (tile_sample_min_height in ("auto", None) and tile_sample_min_width is None):
             raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
-        if is_auto:
-            self.check_predicts_memory("budget")
         if num_frames_per_chunk is not None and tile_sample_min_num_frames is not None:
             raise ValueError("`tile_sample_min_num_frames` must come without `num_frames_per_chunk`, got both.")
         strides = {
@@ -425,7 +412,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         layout = None
         if cache is not None:
-            self._check_can_stream("cache")
+            self.check_can_stream("cache")
             layout = cache.layout
         if layout is None and self.use_tiling and (cache is None or cache.num_latent_frames == 0):
             layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
@@ -559,12 +546,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         missing = (ratio - 1) * is_first
         return slice(max(start * ratio - missing, 0), max(stop * ratio - missing, 0))
 
-    # ---- what only some models have ---------------------------------------------------------------------------------
-
-    def memory_model(self) -> "MemoryModel":
-        """Model of the memory that videos take; `plan` and the functions for files ask it."""
-        self.check_predicts_memory("memory_model")
-        raise NotImplementedError
+    # ---- memory -----------------------------------------------------------------------------------------------------
 
     def plan(
         self,
@@ -575,10 +557,46 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         budget: int | None = None,
         batch_size: int = 1,
         tile: tuple[int, int, int] | None = None,
-    ) -> "MemoryPlan":
-        """Choose tiles by what memory they take."""
-        self.check_predicts_memory("plan")
-        raise NotImplementedError
+    ) -> MemoryPlan:
+        """Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
+
+        Args:
+            num_frames: Frames of the video.
+            height: Height in pixels, a multiple of the spatial ratio.
+            width: Width in pixels, a multiple of the spatial ratio.
+            dtype: Dtype of the computation, the model's by default.
+            budget: Bytes above weights and input; by default what the model's device has left.
+            batch_size: Videos at once.
+            tile: Height, width and frames of a tile: predict for these instead of choosing.
+
+        Raises:
+            ValueError: If nothing fits.
+        """
+        shape = (batch_size, num_frames, height, width)
+        item_bytes = (dtype or self.dtype).itemsize
+        self.check_can_stream("plan")
+        model = self.memory_model()
+        if tile is not None:
+            return model.plan(shape, tile[:2], tile[2], item_bytes)
+        return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
+
+    def memory_model(self) -> MemoryModel:
+        """Model of the memory that videos take; [`plan`] and the file functions ask it."""
+        return TracedMemory(
+            latent_channels=self.latent_channels,
+            frame_elements=self.in_channels * self.spatial_compression_ratio**2,
+            ratio_t=self.temporal_compression_ratio,
+            ratio_s=self.spatial_compression_ratio,
+            encoder_halo=self.encoder_halo,
+            decoder_halo=self.decoder_halo,
+            is_local=self.is_local,
+            num_frames_per_step=self.num_frames_per_step,
+            model_class=type(self),
+            config=self.to_json_string(),
+            on_cpu=self.device.type == "cpu",
+        )
+
+    # ---- what only some models have ---------------------------------------------------------------------------------
 
     def fuse(
         self, weights: Literal["same", "int8"] = "same", kernels: Literal["auto", "torch", "triton"] = "auto"
