@@ -3,13 +3,13 @@
     python benchmarks/memory.py --threads 1                         every case (about an hour of one core)
     python benchmarks/memory.py --cases stream-17 whole-17x256      these cases; the file keeps its other rows
     python benchmarks/memory.py --cases                             only predict the rows again
+    python benchmarks/memory.py --model WF-VAE-S-8ch                another model and its cases, a file of its own
 
-    python benchmarks/memory.py --model WF-VAE-L-16ch --threads 1   another model, into a file of its own; hours
-
-A full-size model, random weights, float32, on the CPU. `peak_mib` is the highest resident memory while the case
-ran, minus the resident memory with weights loaded and every kernel used once. Input made before is not counted,
-results are. Streams push one frame at a time and drop what comes out. `reconstruct-*` cases go from file to file
-through `files.reconstruct_video(max_memory=...)`, and everything is counted: frames, network, state, FFmpeg.
+A model with random weights, float32, on the CPU: of full size, or of a recipe in `training/configs`. `peak_mib` is the
+highest resident memory while the case ran, minus the resident memory with weights loaded and every kernel used once.
+Input made before is not counted, results are. Streams push one frame at a time and drop what comes out.
+`reconstruct-*` cases go from file to file through `files.reconstruct_video(max_memory=...)`, and everything is
+counted: frames, network, state, FFmpeg.
 
 `predicted_mib` is what the planner says, `work` the tokens computed over the tokens kept: the halo's share.
 `cpu_seconds` is processor time, which others on the machine disturb less than the clock; `time_ratio` is that of a
@@ -26,9 +26,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from diffusers_leanvae import (
     AutoencoderKLIVVAE,
@@ -40,16 +41,32 @@ from diffusers_leanvae import (
 from diffusers_leanvae.clock import MIB, status_bytes
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.inference import files, memory
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.video_io import VideoReader, VideoWriter, iter_video
 
 
 Row = dict[str, Any]
-# With 16 channels each, and the bound in MiB within which 1080p must pass from file to file.
-MODELS: dict[str, tuple[Any, int]] = {
-    "LeanVAE-16ch": (AutoencoderKLLeanVAE, 2048),
-    "WF-VAE-L-16ch": (AutoencoderKLWFVAE, 8192),
-    "IV-VAE-16ch": (AutoencoderKLIVVAE, 8192),
-}
+
+
+class Model(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+        model_class: Its class.
+        config: Its config, or the recipe that it is in.
+        cases: What is measured if nothing is named.
+    """
+
+    model_class: type[VideoAutoencoder]
+    config: dict[str, Any] | str
+    cases: list[str]
+
+    def make(self) -> VideoAutoencoder:
+        config = self.config
+        if isinstance(config, str):
+            path = Path(__file__).parents[1] / "training" / "configs" / config
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        return self.model_class(**{name: value for name, value in config.items() if name != "type"}).eval()
 
 
 def measure(work: Callable[[], object]) -> Row:
@@ -63,9 +80,9 @@ def measure(work: Callable[[], object]) -> Row:
     }
 
 
-def make_vae(model: str) -> Any:
+def make_vae(model: str) -> VideoAutoencoder:
     torch.manual_seed(0)
-    vae = MODELS[model][0](latent_channels=16).eval()
+    vae = MODELS[model].make()
     vae(torch.zeros(1, 3, 5, 64, 64))
     return vae
 
@@ -74,10 +91,11 @@ def frames(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.rand(1, 3, num_frames, height, width).mul_(2).sub_(1)
 
 
-def stream(model: str, num_frames: int) -> list[Row]:
+def stream(model: str, num_frames: int, size: int = 256) -> list[Row]:
     """One stream in each direction; up to 121 frames also its largest difference from the whole video at once."""
-    vae, size = make_vae(model), 256
-    sample, latents = frames(num_frames, size, size), torch.randn(1, 16, (num_frames + 6) // 4, size // 8, size // 8)
+    vae = make_vae(model)
+    sample = frames(num_frames, size, size)
+    latents = torch.randn(1, vae.latent_channels, vae.num_latent_frames(num_frames), size // 8, size // 8)
     rows = []
     for direction, source, whole_of, make in (
         ("encode", sample, lambda x: vae.encode(x, return_dict=False)[0].mode(), lambda: StreamingEncoder(vae, 16)),
@@ -114,7 +132,7 @@ def whole(model: str, num_frames: int, height: int, width: int, tile: tuple[int,
     if tile is not None:
         vae.enable_tiling(*tile)
     sample = frames(num_frames, height, width)
-    latents = torch.randn(1, 16, vae.num_latent_frames(num_frames), height // 8, width // 8)
+    latents = torch.randn(1, vae.latent_channels, vae.num_latent_frames(num_frames), height // 8, width // 8)
     row = {"video": [num_frames, height, width], "tile": tile}
     return [
         {"direction": "encode", **row, **measure(lambda: vae.encode(sample))},
@@ -177,11 +195,16 @@ CASES: dict[str, Callable[[str], list[Row]]] = {
     "codec-1080p-medium": lambda _: codec(60, 1080, 1920, "medium"),
     "codec-1080p-ultrafast": lambda _: codec(60, 1080, 1920, "ultrafast"),
     "whole-17x256": lambda m: whole(m, 17, 256, 256),
+    "whole-5x64": lambda m: whole(m, 5, 64, 64),
+    "whole-5x128": lambda m: whole(m, 5, 128, 128),
+    "tiled-9x128-64": lambda m: whole(m, 9, 128, 128, (64, 64, 5)),
     "whole-17x512": lambda m: whole(m, 17, 512, 512),
     "tiled-17x512-256": lambda m: whole(m, 17, 512, 512, (256, 256, 17)),
     "tiled-33x256-128": lambda m: whole(m, 33, 256, 256, (128, 128, 17)),
     **{f"stream-{n}": (lambda m, n=n: stream(m, n)) for n in (1, 5, 17, 121, 1001)},
-    "reconstruct-17x1080p": lambda m: reconstruct(m, 17, 1080, 1920, MODELS[m][1]),
+    "stream-1001x64": lambda m: stream(m, 1001, 64),
+    "reconstruct-17x1080p": lambda m: reconstruct(m, 17, 1080, 1920, 2048),
+    "reconstruct-5x1080p": lambda m: reconstruct(m, 5, 1080, 1920, 2048),
     "whole-5x1080p": lambda m: whole(m, 5, 1080, 1920),
     "tiled-5x1080p-544x960": lambda m: whole(m, 5, 1080, 1920, (544, 960, 5)),
     "tiled-5x1080p-544x640": lambda m: whole(m, 5, 1080, 1920, (544, 640, 5)),
@@ -189,12 +212,29 @@ CASES: dict[str, Callable[[str], list[Row]]] = {
     "reconstruct-33x512-parked": lambda m: reconstruct(m, 33, 512, 512, 400),
     "reconstruct-17x2160p": lambda m: reconstruct(m, 17, 2160, 3840, 3072),
 }
+# The others take ten to a hundred times the arithmetic of LeanVAE, so that they get smaller cases.
+SHORT_CASES = ["whole-5x64", "whole-5x128", "tiled-9x128-64"]
+LONG_CASES = ["stream-1001x64", "reconstruct-5x1080p"]
+MODELS = {
+    "LeanVAE-16ch": Model(
+        AutoencoderKLLeanVAE, {"latent_channels": 16}, [name for name in CASES if name not in SHORT_CASES + LONG_CASES]
+    ),
+    "LeanVAE-compact": Model(AutoencoderKLLeanVAE, "compact_16ch.yaml", SHORT_CASES + LONG_CASES),
+    "WF-VAE-compact": Model(AutoencoderKLWFVAE, "compact_wfvae_16ch.yaml", SHORT_CASES + LONG_CASES),
+    "IV-VAE-compact": Model(AutoencoderKLIVVAE, "compact_ivvae_16ch.yaml", SHORT_CASES + LONG_CASES),
+    "WF-VAE-S-8ch": Model(
+        AutoencoderKLWFVAE,
+        {"latent_channels": 8, "base_channels": 128, "encoder_flow_channels": 64, "num_flow_layers": 2},
+        SHORT_CASES,
+    ),
+    "IV-VAE-4ch": Model(AutoencoderKLIVVAE, {"latent_channels": 4}, SHORT_CASES),
+}
 
 
-def predict(rows: list[Row], model: str = "LeanVAE-16ch") -> None:
+def predict(rows: list[Row], model: str, num_threads: int) -> None:
     """Add to every row the planner's prediction and, for a tiled case, its time over the untiled one's."""
     with torch.device("meta"):
-        vae = MODELS[model][0](latent_channels=16)
+        vae = MODELS[model].make()
     vae = vae.to_empty(device="cpu")  # never touched, so no memory: slices are those of a CPU
     seconds = {(r["case"].split("-")[1], r["direction"]): r["cpu_seconds"] for r in rows if r["case"][:5] == "whole"}
     for row in rows:
@@ -206,7 +246,7 @@ def predict(rows: list[Row], model: str = "LeanVAE-16ch") -> None:
         elif row["direction"] == "reconstruct":
             layout = tuple(row["tile"] or (height, width, row["step"] + 1))
             job = memory.VideoJob(num_frames, height, width)
-            others = memory.memory_beside_network(job, looks_ahead=row["preset"] == "medium", num_threads=1)
+            others = memory.memory_beside_network(job, looks_ahead=row["preset"] == "medium", num_threads=num_threads)
             size = (-(-height // 8) * 8, -(-width // 8) * 8)
             plan = vae.memory_model().stream(
                 size, num_frames, row["step"], layout, 4, is_parked=row["parked"], others=others
@@ -229,7 +269,7 @@ def predict(rows: list[Row], model: str = "LeanVAE-16ch") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), help="by default those of the model")
     parser.add_argument("--model", default="LeanVAE-16ch", choices=list(MODELS))
     parser.add_argument("--output", type=Path, help="by default results/bench_memory.json, with the model if another")
     parser.add_argument("--threads", type=int, default=1)
@@ -237,9 +277,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
+        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[: options.threads])  # FFmpeg takes a thread per core
         with torch.inference_mode():
             print(json.dumps(CASES[options.worker](options.model)))
         return
+    if options.cases is None:
+        options.cases = MODELS[options.model].cases
     if options.output is None:
         suffix = "" if options.model == "LeanVAE-16ch" else "_" + options.model.lower().replace("-", "_")
         options.output = Path(f"results/bench_memory{suffix}.json")
@@ -260,7 +303,7 @@ def main() -> None:
             rows = [row for row in rows if row["case"] != case] + measured
         rows = [row for row in rows if row["case"] in CASES]
         rows.sort(key=lambda row: list(CASES).index(row["case"]))
-        predict(rows, options.model)
+        predict(rows, options.model, options.threads)
         for row in rows:
             if row["case"] == case:
                 print(row, flush=True)

@@ -477,12 +477,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def memory_model(self) -> LeanVAEMemory:
         return LeanVAEMemory(
+            **self._memory_sizes(),
             dim=self.logvar_proj.in_features,
-            frame_elements=self.in_channels * self.spatial_compression_ratio**2,
-            latent_channels=self.latent_channels,
-            ratio_t=self.temporal_compression_ratio,
-            ratio_s=self.spatial_compression_ratio,
-            encoder_halo=self.encoder_halo,
-            decoder_halo=self.decoder_halo,
             slice_elements=slice_elements(self.device),
         )

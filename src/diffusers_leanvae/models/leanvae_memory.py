@@ -5,35 +5,20 @@ The terms are the tensors alive at the peak of `AutoencoderKLLeanVAE._encode` an
 
 from dataclasses import dataclass
 
-from .memory_planning import Cost, MemoryModel, computed_tokens
+from .memory_planning import Cost, MemoryModel
 
 
 @dataclass(frozen=True)
 class LeanVAEMemory(MemoryModel):
-    """The sizes of a model that its memory depends on.
+    """The sizes of a LeanVAE that its memory depends on. A halo is also a number of causal convolutions in a row.
 
     Attributes:
         dim: Width of the tokens.
-        frame_elements: Pixel values of a frame over one token.
-        latent_channels: Channels of the latents.
-        ratio_t: Temporal compression ratio.
-        ratio_s: Spatial compression ratio.
-        encoder_halo: Tokens that `encode` reads around a tile; also its number of causal convolutions in a row.
-        decoder_halo: The same for `decode`.
         slice_elements: Elements of the temporary tensors of a slice (see `leanvae_blocks.slices`).
     """
 
     dim: int
-    frame_elements: int
-    latent_channels: int
-    ratio_t: int
-    ratio_s: int
-    encoder_halo: int
-    decoder_halo: int
     slice_elements: int
-
-    is_local = True
-    num_frames_per_step = None
 
     @property
     def patch_dim(self) -> int:
@@ -43,26 +28,21 @@ class LeanVAEMemory(MemoryModel):
     def cost(
         self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
     ) -> Cost:
-        batch_size, num_frames, height, width = shape
+        num_frames = shape[1]
         halo = self.decoder_halo if decoding else self.encoder_halo
-        rows, columns = height // self.ratio_s, width // self.ratio_s
-        (max_rows, sum_rows), (max_columns, sum_columns) = (
-            computed_tokens(size, edge // self.ratio_s, halo) for size, edge in ((rows, tile[0]), (columns, tile[1]))
-        )
-        area = batch_size * max_rows * max_columns
-        computed = batch_size * sum_rows * sum_columns
+        positions = self._positions(decoding, shape, tile)
         num_frames_per_chunk = min(num_frames_per_chunk, num_frames)
         peak = self._decode_peak if decoding else self._encode_peak
         moments = 2 * self.latent_channels * self._num_latent(num_frames)
         per_position = self.frame_elements * num_frames if decoding else moments
         # Two steps per convolution, and one convolution's new ones together with its old ones.
-        one_more = 2 * self.dim * area
+        one_more = 2 * self.dim * positions.tile
         return Cost(
-            working=peak(area, num_frames_per_chunk),
-            result=per_position * batch_size * rows * columns,
-            tile_state=2 * halo * self.dim * area + one_more,
-            state=2 * halo * self.dim * computed + one_more,
-            overhead=computed / (batch_size * rows * columns),
+            working=peak(positions.tile, num_frames_per_chunk),
+            result=per_position * positions.frame,
+            tile_state=2 * halo * self.dim * positions.tile + one_more,
+            state=2 * halo * self.dim * positions.computed + one_more,
+            overhead=positions.computed / positions.frame,
         )
 
     def _slice(self, num_tokens: int) -> int:

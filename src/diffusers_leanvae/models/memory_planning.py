@@ -7,6 +7,7 @@ with measurements in `results/bench_memory.json` (`benchmarks/memory.py`).
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -113,8 +114,23 @@ _MARGIN = 1.1
 _PARKED_WORK = 1.0
 
 
+class Positions(NamedTuple):
+    """Latent positions, all videos of a batch together.
+
+    Attributes:
+        frame: Of a frame.
+        tile: Of the largest tile with its halo.
+        computed: Of all tiles with their halos.
+    """
+
+    frame: int
+    tile: int
+    computed: int
+
+
+@dataclass(frozen=True)
 class MemoryModel(ABC):
-    """What memory a model takes, and what fits into a bound.
+    """Model of the memory that an autoencoder takes; chooses what fits into a bound.
 
     Attributes:
         latent_channels: Channels of the latents.
@@ -140,7 +156,7 @@ class MemoryModel(ABC):
     def cost(
         self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
     ) -> Cost:
-        """Demand of one direction.
+        """Return the demand of one direction.
 
         Args:
             decoding: Whether latents are decoded.
@@ -152,12 +168,12 @@ class MemoryModel(ABC):
     def plan(
         self, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int, item_bytes: int
     ) -> MemoryPlan:
-        """Cost of one choice.
+        """Return the cost of one choice.
 
         Args:
-            shape: `(batch_size, num_frames, height, width)` of the video.
-            tile: Height and width of a tile in pixels.
-            num_frames_per_chunk: Frames of the first chunk.
+            shape: As the arguments up to `item_bytes` of [`cost`].
+            tile: See `shape`.
+            num_frames_per_chunk: See `shape`.
             item_bytes: Bytes of a number of the model's dtype.
         """
         _, num_frames, height, width = shape
@@ -177,9 +193,6 @@ class MemoryModel(ABC):
         (encode_bytes, encode_overhead), (decode_bytes, decode_overhead) = results
         return MemoryPlan(*tile, num_frames_per_chunk, encode_bytes, decode_bytes, encode_overhead, decode_overhead)
 
-    def _num_latent(self, num_frames: int) -> int:
-        return (num_frames - 1) // self.ratio_t + 1
-
     def stream(
         self,
         frame: tuple[int, int],
@@ -193,7 +206,7 @@ class MemoryModel(ABC):
         decode: bool = True,
         others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
-        """Cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
+        """Return the cost of frames that go through a `StreamingEncoder`, a `StreamingDecoder`, or both in turn.
 
         Counted are the frames that wait for a step, the step's result, the network, and the states of the streams.
 
@@ -249,7 +262,7 @@ class MemoryModel(ABC):
         return StreamPlan(num_frames_per_step, layout if is_tiled else None, is_parked, num_bytes, overhead)
 
     def fit(self, shape: tuple[int, int, int, int], item_bytes: int, budget: int) -> MemoryPlan:
-        """The plan within `budget` bytes that computes least; with equal work the one with longer chunks.
+        """Return the plan within `budget` bytes that computes least; with equal work the one with longer chunks.
 
         Raises:
             ValueError: If not even the smallest tiles fit.
@@ -280,7 +293,7 @@ class MemoryModel(ABC):
         decode: bool = True,
         others: OtherMemory = _NOTHING,
     ) -> StreamPlan:
-        """The settings of streams within `max_memory` bytes that take least work; with equal work the longest steps.
+        """Return the settings of streams within `max_memory` bytes that take least work, then with the longest steps.
 
         Args:
             frame: As the arguments up to `item_bytes` of [`stream`].
@@ -324,6 +337,18 @@ class MemoryModel(ABC):
             raise ValueError(_too_small("max_memory", least, f"frames of {frame[1]}x{frame[0]}", max_memory))
         return min(fitting, key=lambda p: (p.overhead, -p.num_frames_per_step, p.num_bytes))
 
+    def _num_latent(self, num_frames: int) -> int:
+        return (num_frames - 1) // self.ratio_t + 1
+
+    def _positions(self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int]) -> Positions:
+        halo = self.decoder_halo if decoding else self.encoder_halo
+        batch_size, _, *size = shape
+        rows, columns = (
+            _along_axis(length // self.ratio_s, edge // self.ratio_s, halo)
+            for length, edge in zip(size, tile, strict=True)
+        )
+        return Positions(*(batch_size * row * column for row, column in zip(rows, columns, strict=True)))
+
     def _tiles(self, height: int, width: int) -> Iterator[tuple[int, int]]:
         """Tile sizes to try: as square as the number of rows allows, for a halo costs least around squares."""
         for num_rows in range(1, 65):
@@ -339,10 +364,9 @@ class MemoryModel(ABC):
 
 
 @lru_cache(maxsize=4096)  # `fit` asks for the same edges again and again
-def computed_tokens(size: int, tile: int, halo: int) -> tuple[int, int]:
-    """Tokens along one axis that the largest tile computes, and that all compute, with their halos."""
+def _along_axis(size: int, tile: int, halo: int) -> Positions:
     outer = [span.outer_stop - span.outer_start for span in spans(size, tile, halo)]
-    return max(outer), sum(outer)
+    return Positions(size, max(outer), sum(outer))
 
 
 def _too_small(name: str, least: int, what: str, got: int) -> str:

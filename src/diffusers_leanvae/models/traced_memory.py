@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .memory_planning import Cost, MemoryModel, computed_tokens
+from .memory_planning import Cost, MemoryModel
 from .temporal_cache import Chunk, TemporalCache
 
 
@@ -78,16 +78,16 @@ def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, int]:
     if func is not torch.ops.aten.convolution.default:
         return 0, 0
     x, weight, _, _, _, dilation = args[:6]
-    is_last = torch.channels_last_3d in {suggest_memory_format(tensor) for tensor in (x, weight)}
+    is_channels_last = torch.channels_last_3d in {suggest_memory_format(tensor) for tensor in (x, weight)}
     is_pointwise = weight[0, 0].numel() == 1
-    layout = torch.channels_last_3d if is_last and not is_pointwise else torch.contiguous_format
+    layout = torch.channels_last_3d if is_channels_last and not is_pointwise else torch.contiguous_format
     copy = 0 if x.is_contiguous(memory_format=layout) else x.nbytes
     # Which kernel PyTorch takes depends on the size, too, but what a large frame takes is no question of that.
     if is_pointwise:
         return copy, 0
     if max(dilation) > 1:  # the values under the kernel, side by side
         return copy + output[0, 0].numel() * weight[0].numel() * output.itemsize, 0
-    if is_last:
+    if is_channels_last:
         return copy, weight.nbytes
     # oneDNN: input and result once more, in blocks of 16 channels; the input's are freed before the result is ordered.
     blocks, results = (_padded(tensor, tensor.shape[1]) for tensor in (x, output))
@@ -119,7 +119,7 @@ class _Part(NamedTuple):
         return max(each * area + fixed for fixed, each in self.peaks.items())
 
     def more(self, area: int) -> float:
-        """By how much the peak of a chunk in a stream is higher than that and the state together."""
+        """What a chunk of a stream takes at its peak beyond [`peak`] and the state."""
         peak = max(each * area + fixed for fixed, each in self.stream_peaks.items())
         return max(peak - self.peak(area) - self.state * area, 0.0)
 
@@ -178,7 +178,7 @@ def _trace_part(
 
 @dataclass(frozen=True)
 class TracedMemory(MemoryModel):
-    """The memory of a model as its traced network says; see [`MemoryModel`] for the attributes not named here.
+    """The memory of a model as its traced network says.
 
     Attributes:
         model_class: The class of the model.
@@ -186,14 +186,6 @@ class TracedMemory(MemoryModel):
         on_cpu: Whether kernels are those of a processor.
     """
 
-    latent_channels: int
-    frame_elements: int
-    ratio_t: int
-    ratio_s: int
-    encoder_halo: int
-    decoder_halo: int
-    is_local: bool
-    num_frames_per_step: int | None
     model_class: type
     config: str
     on_cpu: bool
@@ -201,15 +193,8 @@ class TracedMemory(MemoryModel):
     def cost(
         self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
     ) -> Cost:
-        batch_size, num_frames, height, width = shape
-        halo = self.decoder_halo if decoding else self.encoder_halo
-        rows, columns = height // self.ratio_s, width // self.ratio_s
-        (max_rows, sum_rows), (max_columns, sum_columns) = (
-            computed_tokens(size, edge // self.ratio_s, halo) for size, edge in ((rows, tile[0]), (columns, tile[1]))
-        )
-        frame = batch_size * rows * columns
-        area = batch_size * max_rows * max_columns
-        computed = batch_size * sum_rows * sum_columns
+        num_frames = shape[1]
+        frame, area, computed = self._positions(decoding, shape, tile)
         num_latent_frames = self._num_latent(min(num_frames_per_chunk, num_frames))
         local, whole = _trace(self.model_class, self.config, decoding, num_latent_frames, self.on_cpu)
         # The frame that tiles are put together to. One tile is the frame itself.

@@ -231,6 +231,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             )
 
     def check_can_stream(self, name: str) -> None:
+        """Raise a `ValueError` unless the model computes chunks exactly."""
         if not self.can_stream:
             raise ValueError(f"`{name}` needs `norm_type` 'layer_norm', got a model whose norms see the whole video.")
 
@@ -581,20 +582,26 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
 
     def memory_model(self) -> MemoryModel:
-        """Model of the memory that videos take; [`plan`] and the file functions ask it."""
+        """Return a model of the memory that videos take; [`plan`] and the functions for files ask it."""
         return TracedMemory(
-            latent_channels=self.latent_channels,
-            frame_elements=self.in_channels * self.spatial_compression_ratio**2,
-            ratio_t=self.temporal_compression_ratio,
-            ratio_s=self.spatial_compression_ratio,
-            encoder_halo=self.encoder_halo,
-            decoder_halo=self.decoder_halo,
-            is_local=self.is_local,
-            num_frames_per_step=self.num_frames_per_step,
+            **self._memory_sizes(),
             model_class=type(self),
             config=self.to_json_string(),
             on_cpu=self.device.type == "cpu",
         )
+
+    def _memory_sizes(self) -> dict[str, Any]:
+        """The attributes of a [`MemoryModel`]."""
+        return {
+            "latent_channels": self.latent_channels,
+            "frame_elements": self.in_channels * self.spatial_compression_ratio**2,
+            "ratio_t": self.temporal_compression_ratio,
+            "ratio_s": self.spatial_compression_ratio,
+            "encoder_halo": self.encoder_halo,
+            "decoder_halo": self.decoder_halo,
+            "is_local": self.is_local,
+            "num_frames_per_step": self.num_frames_per_step,
+        }
 
     # ---- what only some models have ---------------------------------------------------------------------------------
 
