@@ -202,8 +202,9 @@ CASES: dict[str, Callable[[str], list[Row]]] = {
     "tiled-17x512-256": lambda m: whole(m, 17, 512, 512, (256, 256, 17)),
     "tiled-33x256-128": lambda m: whole(m, 33, 256, 256, (128, 128, 17)),
     **{f"stream-{n}": (lambda m, n=n: stream(m, n)) for n in (1, 5, 17, 121, 1001)},
-    "stream-1001x64": lambda m: stream(m, 1001, 64),
+    "stream-1001x48": lambda m: stream(m, 1001, 48),
     "reconstruct-17x1080p": lambda m: reconstruct(m, 17, 1080, 1920, 2048),
+    "reconstruct-1x1080p": lambda m: reconstruct(m, 1, 1080, 1920, 2048),
     "reconstruct-5x1080p": lambda m: reconstruct(m, 5, 1080, 1920, 2048),
     "whole-5x1080p": lambda m: whole(m, 5, 1080, 1920),
     "tiled-5x1080p-544x960": lambda m: whole(m, 5, 1080, 1920, (544, 960, 5)),
@@ -214,7 +215,7 @@ CASES: dict[str, Callable[[str], list[Row]]] = {
 }
 # The others take ten to a hundred times the arithmetic of LeanVAE, so that they get smaller cases.
 SHORT_CASES = ["whole-5x64", "whole-5x128", "tiled-9x128-64"]
-LONG_CASES = ["stream-1001x64", "reconstruct-5x1080p"]
+LONG_CASES = ["stream-1001x48", "reconstruct-1x1080p", "reconstruct-5x1080p"]
 MODELS = {
     "LeanVAE-16ch": Model(
         AutoencoderKLLeanVAE, {"latent_channels": 16}, [name for name in CASES if name not in SHORT_CASES + LONG_CASES]
