@@ -2,12 +2,16 @@
 
 Every process of a `torch.distributed` group calls the same function with the same arguments. The network's work and
 its memory are divided; equal to one process up to float rounding (1e-10 in float64, as
-`tests/inference/test_distributed.py` checks).
+`tests/inference/test_distributed.py` checks). Layers that see whole frames, the attention of WF-VAE and IV-VAE at the
+latent size, are not divided: they follow or precede the tiles of every chunk in each process.
 
     torch.distributed.init_process_group()  # torchrun --nproc-per-node 2 ...
     vae.enable_tiling()
     sample = decode_distributed(vae, latents).sample
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..models.temporal_cache import TemporalCache
+from ..models.tiling import Canvas, Tile
 from ..models.video_autoencoder import VideoAutoencoder
 
 
@@ -24,8 +30,7 @@ def encode_distributed(
     """`vae.encode` with its tiles spread over the processes of `group`; without gradients.
 
     Args:
-        vae: A LeanVAE, whose layers are all local in space, with the same weights and tiling in every process; its
-            tiling must be enabled.
+        vae: The autoencoder, with the same weights and tiling in every process; its tiling must be enabled.
         x: As of `vae.encode`, the same in every process.
         group: The processes that share the work, all of which must call; by default all there are.
 
@@ -37,10 +42,7 @@ def encode_distributed(
     """
     x = x.unsqueeze(2) if x.ndim == 4 else x
     vae.check_sample(x, "x")
-    height, width = (size // vae.spatial_compression_ratio for size in x.shape[3:])
-    size = (vae.num_latent_frames(x.shape[2]), height, width)
-    moments = _share_tiles(vae, x, (2 * vae.latent_channels, *size), size, False, group)
-    return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+    return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(_share(vae, x, False, group)))
 
 
 def decode_distributed(
@@ -49,8 +51,7 @@ def decode_distributed(
     """`vae.decode` with its tiles spread over the processes of `group`; without gradients.
 
     Args:
-        vae: A LeanVAE, whose layers are all local in space, with the same weights and tiling in every process; its
-            tiling must be enabled.
+        vae: The autoencoder, with the same weights and tiling in every process; its tiling must be enabled.
         z: As of `vae.decode`, the same in every process.
         group: The processes that share the work, all of which must call; by default all there are.
 
@@ -63,24 +64,52 @@ def decode_distributed(
     is_image = z.ndim == 4
     z = z.unsqueeze(2) if is_image else z
     vae.check_latents(z, "z")
-    ratio = vae.spatial_compression_ratio
-    shape = (vae.in_channels, vae.num_sample_frames(z.shape[2]), z.shape[3] * ratio, z.shape[4] * ratio)
-    sample = _share_tiles(vae, z, shape, tuple(z.shape[2:]), True, group)
+    sample = _share(vae, z, True, group)
     return DecoderOutput(sample=sample.squeeze(2) if is_image else sample)
+
+
+class _SharedCanvas(Canvas):
+    """A canvas on which each process puts every n-th tile, and which all of them take as a whole.
+
+    Args:
+        group: The processes.
+        device: Where the result is.
+        size: The arguments of a `Canvas`.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None", device: torch.device, *size: int) -> None:
+        super().__init__(*size)
+        self.group, self.device = group, device
+        self.tiles: list[Tile] = []
+
+    def choose(self, tiles: list[Tile]) -> list[Tile]:
+        self.tiles = tiles
+        return tiles[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+
+    def take(self) -> torch.Tensor:
+        # The first process has the first tile, and so it knows channels and dtype; others may have no tile.
+        about = [None if self._whole is None else (self._whole.shape, self._whole.dtype)]
+        dist.broadcast_object_list(about, group=self.group, group_src=0, device=self.device)
+        if self._whole is None:
+            shape, dtype = about[0]  # type: ignore[misc]
+            self._whole = torch.empty(shape, dtype=dtype, device=self.device)
+        # Each tile is sent by its owner: every process receives each byte it lacks once, and a buffer of one tile is
+        # all the memory it takes. A sum of zero-filled results would move everything twice (reduce, then gather), and
+        # a gather would hold all tiles a second time, padded to the largest; also, copies keep every bit.
+        for number, tile in enumerate(self.tiles):
+            target = tile.place(self._whole, self.scale)
+            buffer = target.contiguous()
+            dist.broadcast(buffer, group=self.group, group_src=number % dist.get_world_size(self.group))
+            target.copy_(buffer)
+        return self._whole
 
 
 @apply_forward_hook  # an offloaded model comes to its device, as for `vae.encode`
 @torch.no_grad()  # no gradient would find its way back to the process that computed a tile
-def _share_tiles(
-    vae: VideoAutoencoder,
-    source: torch.Tensor,
-    shape: tuple[int, ...],
-    latent_size: tuple[int, ...],
-    decode: bool,
-    group: "dist.ProcessGroup | None",
+def _share(
+    vae: VideoAutoencoder, source: torch.Tensor, decode: bool, group: "dist.ProcessGroup | None"
 ) -> torch.Tensor:
-    """The result, `(batch_size, *shape)`, of which this process computes every n-th tile."""
-    vae.check_is_local("decode_distributed" if decode else "encode_distributed")
+    """The moments or pixels of `source`."""
     if not vae.use_tiling:
         raise ValueError("`vae` must have tiling enabled, or there is nothing to share: call `vae.enable_tiling()`.")
     if not dist.is_available() or not dist.is_initialized():
@@ -91,29 +120,26 @@ def _share_tiles(
     rank, num_processes = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"`group` must contain the process that calls, got one without: rank {dist.get_rank()}.")
-    kind = source.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
-    whole = source.new_empty((len(source), *shape), dtype=dtype)
-    items = [slice(i, i + 1) for i in range(len(source))] if vae.use_slicing else [slice(None)]
-    num_latent_frames, height, width = latent_size
-    sizes = [vae.tile_sizes(1 if vae.use_slicing else len(source), num_latent_frames, height, width)]
+    items = list(source.split(1 if vae.use_slicing else len(source)))
+    ratio = 1 if decode else vae.spatial_compression_ratio
+    num_latent_frames = source.shape[2] if decode else vae.num_latent_frames(source.shape[2])
+    cache = TemporalCache()
+    vae.tile_sizes(len(items[0]), num_latent_frames, source.shape[3] // ratio, source.shape[4] // ratio, cache)
     # Those of one process for all: free memory, from which sizes may follow, can differ among processes.
-    dist.broadcast_object_list(sizes, group=group, group_src=0, device=source.device)
-    compute, scale = (vae.decode_tile, vae.spatial_compression_ratio) if decode else (vae.encode_tile, 1)
-    tiles = [
-        (tile.place(whole[item], scale), source[item], tile)
-        for item in items
-        for tile in vae.tiles_of(height, width, sizes[0], decode)
-    ]
-    for target, part, tile in tiles[rank::num_processes]:
-        for frames, chunk in compute(part, tile, sizes[0]):
-            target[:, :, frames] = chunk
-            del chunk  # or it would still be there while the next is computed
-    # Each tile is sent by its owner: every process receives each byte it lacks once, and a buffer of one tile is all
-    # the memory it takes. A sum of zero-filled results would move everything twice (reduce, then gather), and a gather
-    # would hold all tiles a second time, padded to the largest; also, copies keep every bit.
-    for number, (target, *_) in enumerate(tiles):
-        buffer = target.contiguous()
-        dist.broadcast(buffer, group=group, group_src=number % num_processes)
-        target.copy_(buffer)
-    return whole
+    layouts = [cache.layout]
+    dist.broadcast_object_list(layouts, group=group, group_src=0, device=source.device)
+
+    def compute(item: torch.Tensor, make_canvas: Callable[..., Canvas]) -> torch.Tensor:
+        cache = TemporalCache(layout=layouts[0])
+        cache.is_last = True  # a stream of one piece, which has these tiles
+        return (vae.decode_sample if decode else vae.encode_moments)(item, True, cache, make_canvas)
+
+    # Slices go to the processes as a whole while there is one for each. Of the others the tiles are shared.
+    num_whole = len(items) // num_processes * num_processes
+    own = {index: compute(items[index], Canvas).contiguous() for index in range(rank, num_whole, num_processes)}
+    results = [own[index] if index in own else torch.empty_like(own[rank]) for index in range(num_whole)]
+    for index, result in enumerate(results):
+        dist.broadcast(result, group=group, group_src=index % num_processes)
+    make_canvas = partial(_SharedCanvas, group, source.device)
+    results += [compute(item, make_canvas) for item in items[num_whole:]]
+    return torch.cat(results) if len(results) > 1 else results[0]

@@ -1,6 +1,6 @@
 """Prediction of the memory that LeanVAE needs. Arithmetic only.
 
-The terms are the tensors alive at the peak of `AutoencoderKLLeanVAE._encode` and `._decode` without gradients.
+The terms are the tensors alive at the peak of `encode_moments` and `decode_sample` without gradients.
 """
 
 from dataclasses import dataclass

@@ -63,16 +63,22 @@ class Canvas:
 
     Args:
         num_frames: Frames of the result; `None` for as many as a part has.
-        height: Height of the result.
-        width: Width of the result.
+        height: Height of the result in tokens.
+        width: Width of the result in tokens.
+        scale: Elements of the result per token along height and along width.
     """
 
-    def __init__(self, num_frames: int | None, height: int, width: int) -> None:
-        self.size = (num_frames, height, width)
+    def __init__(self, num_frames: int | None, height: int, width: int, scale: int = 1) -> None:
+        self.size = (num_frames, height * scale, width * scale)
+        self.scale = scale
         self._whole: torch.Tensor | None = None
 
-    def put(self, part: torch.Tensor, frames: slice, tile: Tile, scale: int) -> None:
-        """Write the result of a tile, `scale` elements per token."""
+    def choose(self, tiles: list[Tile]) -> list[Tile]:
+        """Return the tiles to compute here: all of them."""
+        return tiles
+
+    def put(self, part: torch.Tensor, frames: slice, tile: Tile) -> None:
+        """Write the result of a tile."""
         num_frames, height, width = self.size
         size = (part.shape[2] if num_frames is None else num_frames, height, width)
         if part.shape[2:] == size:
@@ -80,7 +86,7 @@ class Canvas:
             return
         if self._whole is None:
             self._whole = part.new_empty(*part.shape[:2], *size)
-        tile.place(self._whole[:, :, frames], scale)[:] = part
+        tile.place(self._whole[:, :, frames], self.scale)[:] = part
 
     def take(self) -> torch.Tensor:
         """Return the result."""

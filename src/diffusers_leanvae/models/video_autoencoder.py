@@ -7,7 +7,7 @@ a result is computed from all that it depends on.
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -222,14 +222,6 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
                 f"...), got {num_frames}."
             )
 
-    def check_is_local(self, name: str) -> None:
-        """Raise a `ValueError` unless every tile can be computed by itself."""
-        if not self.is_local:
-            raise ValueError(
-                f"`{name}` needs an `AutoencoderKLLeanVAE`, whose layers are all local in space, got an "
-                f"`{type(self).__name__}`; `encode` and `decode` after `enable_tiling` take tiles of every model."
-            )
-
     def check_can_stream(self, name: str) -> None:
         """Raise a `ValueError` unless the model computes chunks exactly."""
         if not self.can_stream:
@@ -263,11 +255,11 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         self.check_sample(x, "x", is_first)
         if cache is not None:
             with cache.step(-(-x.shape[2] // self.temporal_compression_ratio)):
-                moments = self._encode(x, is_first, cache)
+                moments = self.encode_moments(x, is_first, cache)
         elif self.use_slicing and x.shape[0] > 1:
-            moments = torch.cat([self._encode(x_slice, True, None) for x_slice in x.split(1)])
+            moments = torch.cat([self.encode_moments(x_slice, True, None) for x_slice in x.split(1)])
         else:
-            moments = self._encode(x, True, None)
+            moments = self.encode_moments(x, True, None)
         self._refuse_wrong_gradients(moments)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -301,11 +293,11 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         self.check_latents(z, "z", can_be_empty=is_end and self.num_delayed_frames > 0)
         if cache is not None:
             with cache.step(z.shape[2]):
-                sample = self._decode(z, cache.num_latent_frames == 0, cache)
+                sample = self.decode_sample(z, cache.num_latent_frames == 0, cache)
         elif self.use_slicing and z.shape[0] > 1:
-            sample = torch.cat([self._decode(z_slice, True, None) for z_slice in z.split(1)])
+            sample = torch.cat([self.decode_sample(z_slice, True, None) for z_slice in z.split(1)])
         else:
-            sample = self._decode(z, True, None)
+            sample = self.decode_sample(z, True, None)
         self._refuse_wrong_gradients(sample)
         sample = sample.squeeze(2) if is_image else sample
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -434,33 +426,88 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             return TileSizes(num_latent_frames=self.num_frames_per_step // ratio_t)
         return TileSizes()
 
-    def tiles_of(self, latent_height: int, latent_width: int, sizes: TileSizes, decode: bool = False) -> list[Tile]:
-        """The tiles of latents of this size, each of which [`encode_tile`] or [`decode_tile`] computes by itself.
+    def encode_moments(
+        self,
+        x: torch.Tensor,
+        is_first: bool = True,
+        cache: TemporalCache | None = None,
+        make_canvas: Callable[..., Canvas] = Canvas,
+    ) -> torch.Tensor:
+        """The work of [`encode`]: moments `(batch_size, 2 * latent_channels, t, h, w)`.
 
-        Raises:
-            ValueError: If the model has layers that see whole frames.
+        Args:
+            x: Frames, five-dimensional, as [`check_sample`] wants them.
+            is_first: Whether they start with the first frame of the video.
+            cache: State of a stream, as of [`encode`].
+            make_canvas: What makes the canvas on which tiles are put together; it also says which are computed here.
         """
-        self.check_is_local("tiles_of")
-        return grid(latent_height, latent_width, sizes, self.decoder_halo if decode else self.encoder_halo)
+        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
+        size = (self._num_latent(x), x.shape[3] // ratio, x.shape[4] // ratio)
+        sizes = self.tile_sizes(x.shape[0], *size, cache)
+        tiles = grid(*size[1:], sizes, self.encoder_halo)
+        if self.is_local:
+            canvas = make_canvas(*size)
+            for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
+                for frames, moments in self._encode_tile(x, tile, sizes, is_first, is_last, state):
+                    canvas.put(moments, frames, tile)
+                    del moments  # as in `_encode_tile`
+            return canvas.take()
+        outputs = []
+        bounds = time_chunks(size[0], sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
+            frames, canvas = x[:, :, self._frames(start, stop, is_first)], make_canvas(None, *size[1:])
+            for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
+                part = tile.crop(self._encode_local(tile.read(frames, ratio), state))
+                canvas.put(part, slice(None), tile)
+                del part
+            outputs.append(self._encode_whole(canvas.take(), chunk))
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
-    def encode_tile(
+    def decode_sample(
+        self,
+        z: torch.Tensor,
+        is_first: bool = True,
+        cache: TemporalCache | None = None,
+        make_canvas: Callable[..., Canvas] = Canvas,
+    ) -> torch.Tensor:
+        """The work of [`decode`]: pixels `(batch_size, in_channels, T, H, W)` of latents `(batch_size, ..., h, w)`.
+
+        The other arguments are those of [`encode_moments`].
+        """
+        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
+        num_latent_frames, *size = z.shape[2:]
+        sizes = self.tile_sizes(z.shape[0], num_latent_frames, *size, cache)
+        tiles = grid(*size, sizes, self.decoder_halo)
+        if self.is_local:
+            canvas = make_canvas(self._frames(0, num_latent_frames, is_first).stop, *size, ratio)
+            for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
+                for frames, pixels in self._decode_tile(z, tile, sizes, is_first, is_last, state):
+                    canvas.put(pixels, frames, tile)
+                    del pixels
+            return canvas.take()
+        outputs = []
+        bounds = time_chunks(num_latent_frames, sizes.num_latent_frames, is_first)
+        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
+            hidden, canvas = self._decode_whole(z[:, :, start:stop], chunk), make_canvas(None, *size, ratio)
+            for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
+                part = tile.crop(self._decode_local(tile.read(hidden), state), ratio)
+                canvas.put(part, slice(None), tile)
+                del part
+            outputs.append(canvas.take())
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+    def _encode_tile(
         self,
         x: torch.Tensor,
         tile: Tile,
         sizes: TileSizes,
-        is_first: bool = True,
-        is_last: bool = True,
-        state: TemporalCache | None = None,
+        is_first: bool,
+        is_last: bool,
+        state: TemporalCache | None,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Moments of one tile of videos, without halo, chunk after chunk, each with the latent frames it covers.
+        """Moments of one tile of `x`, without halo, chunk after chunk, each with the latent frames it covers.
 
-        Args:
-            x: The whole videos, `(batch_size, in_channels, num_frames, height, width)`.
-            tile: One of [`tiles_of`].
-            sizes: Those of [`tile_sizes`].
-            is_first: Whether `x` starts with the first frame of the video.
-            is_last: Whether nothing follows.
-            state: What the tile remembers, if something precedes or follows.
+        `state` is what the tile remembers, if something precedes or follows.
         """
         bounds = time_chunks(self._num_latent(x), sizes.num_latent_frames, is_first)
         for start, stop, chunk in chunks(state, bounds, is_first, is_last):
@@ -468,75 +515,22 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             # Kept by no name here: the last chunk would still be there while the next is computed.
             yield slice(start, stop), tile.crop(self._encode_local(part, chunk))
 
-    def decode_tile(
+    def _decode_tile(
         self,
         z: torch.Tensor,
         tile: Tile,
         sizes: TileSizes,
-        is_first: bool = True,
-        is_last: bool = True,
-        state: TemporalCache | None = None,
+        is_first: bool,
+        is_last: bool,
+        state: TemporalCache | None,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Pixels of one tile of latents, without halo, chunk after chunk, each with the frames it covers.
-
-        The arguments are those of [`encode_tile`].
-        """
+        """Pixels of one tile of `z`, as [`_encode_tile`] gives moments."""
         bounds = time_chunks(z.shape[2], sizes.num_latent_frames, is_first)
         for start, stop, chunk in chunks(state, bounds, is_first, is_last):
             pixels = self._decode_local(tile.read(z[:, :, start:stop]), chunk)
             frames = self._frames(start, stop, is_first)
             yield frames, tile.crop(pixels, self.spatial_compression_ratio)
             del pixels
-
-    def _encode(self, x: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        """Moments `(B, 2z, t, h, w)` of frames; `is_first` if they start with the first of the video."""
-        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
-        size = (self._num_latent(x), x.shape[3] // ratio, x.shape[4] // ratio)
-        sizes = self.tile_sizes(x.shape[0], *size, cache)
-        if self.is_local:
-            canvas = Canvas(*size)
-            for tile, state in _in_tiles(*size[1:], sizes, self.encoder_halo, cache):
-                for frames, moments in self.encode_tile(x, tile, sizes, is_first, is_last, state):
-                    canvas.put(moments, frames, tile, 1)
-                    del moments  # as in `encode_tile`
-            return canvas.take()
-        outputs = []
-        bounds = time_chunks(size[0], sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
-            frames, canvas = x[:, :, self._frames(start, stop, is_first)], Canvas(None, *size[1:])
-            for tile, state in _in_tiles(*size[1:], sizes, self.encoder_halo, chunk):
-                part = tile.crop(self._encode_local(tile.read(frames, ratio), state))
-                canvas.put(part, slice(None), tile, 1)
-                del part
-            outputs.append(self._encode_whole(canvas.take(), chunk))
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-
-    def _decode(self, z: torch.Tensor, is_first: bool, cache: TemporalCache | None) -> torch.Tensor:
-        """Pixels `(B, C, T, H, W)` of latent frames; `is_first` if they start with the first of the video."""
-        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
-        num_latent_frames, height, width = z.shape[2:]
-        sizes = self.tile_sizes(z.shape[0], num_latent_frames, height, width, cache)
-        if self.is_local:
-            frames = self._frames(0, num_latent_frames, is_first)
-            canvas = Canvas(frames.stop, height * ratio, width * ratio)
-            for tile, state in _in_tiles(height, width, sizes, self.decoder_halo, cache):
-                for frames, pixels in self.decode_tile(z, tile, sizes, is_first, is_last, state):
-                    canvas.put(pixels, frames, tile, ratio)
-                    del pixels
-            return canvas.take()
-        outputs = []
-        bounds = time_chunks(num_latent_frames, sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
-            hidden, canvas = (
-                self._decode_whole(z[:, :, start:stop], chunk),
-                Canvas(None, height * ratio, width * ratio),
-            )
-            for tile, state in _in_tiles(height, width, sizes, self.decoder_halo, chunk):
-                part = tile.crop(self._decode_local(tile.read(hidden), state), ratio)
-                canvas.put(part, slice(None), tile, ratio)
-                del part
-            outputs.append(canvas.take())
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
     def _num_latent(self, x: torch.Tensor) -> int:
         return -(-x.shape[2] // self.temporal_compression_ratio)
@@ -618,9 +612,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         """Undo [`fuse`]: free the prepared weights, if there are any."""
 
 
-def _in_tiles(height: int, width: int, sizes: TileSizes, halo: int, state: Any) -> Iterator[tuple[Tile, Any]]:
-    """The tiles of `height` x `width` latents, each with its part of `state`: of a stream, of a chunk, or `None`."""
-    tiles = grid(height, width, sizes, halo)
+def _with_states(tiles: list[Tile], sizes: TileSizes, state: Any) -> Iterator[tuple[Tile, Any]]:
+    """Each tile with its part of `state`: of a stream, of a chunk, or `None`."""
     for tile in tiles:
         if sizes.height is None or state is None:  # the whole frame has the state itself
             yield tile, state
