@@ -6,7 +6,7 @@ from tiny_autoencoders import assert_exact, make, make_video
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
-from diffusers_leanvae.models.traced_memory import _Alive
+from diffusers_leanvae.models.traced_memory import _Alive, _Case
 
 
 siblings = pytest.mark.parametrize("case", ["wf_one_layer", "iv_one_layer"])
@@ -21,28 +21,37 @@ def test_what_is_alive_is_counted():
         view = y[:500]
         assert alive.num_bytes == 8000
         z = x * y
-        assert alive.take_peaks() == {0: 12000}
+        assert alive.take_peaks() == {_Case(): 12000}
         del x, z
         assert alive.num_bytes == 4000
         del y
         assert alive.num_bytes == 4000  # the view keeps it
         del view
         given.view(10, 10)  # nothing new
-        assert (alive.num_bytes, alive.take_peaks(), alive.take_peaks()) == (0, {0: 12000}, {0: 0})
+        assert (alive.num_bytes, *alive.take_peaks().values(), *alive.take_peaks().values()) == (0, 12000, 0)
+
+
+# Rows from which PyTorch takes oneDNN, of 20 channels and 4 frames of 4 rows, which stand for 16.
+LIMIT = 20480 / (20 * 4 * 4) * 16
 
 
 @pytest.mark.parametrize(
-    "layout, kernel, dilation, scratch, weight",
+    "layout, kernel, dilation, channels",
     [
         # 20 and 40 channels are 32 and 48 in blocks of 16.
-        (torch.contiguous_format, 3, 1, 48, 27),
-        (torch.channels_last_3d, 3, 1, 0, 27),
-        (torch.contiguous_format, 1, 1, 0, 0),
-        (torch.contiguous_format, 3, 2, 20 * 27, 0),
+        (
+            torch.contiguous_format,
+            3,
+            1,
+            {_Case(up_to=LIMIT): 40 + 20 * 27, _Case(4 * 20 * 40 * 27, above=LIMIT): 40 + 48},
+        ),
+        (torch.channels_last_3d, 3, 1, {_Case(4 * 20 * 40 * 27): 40}),
+        (torch.contiguous_format, 1, 1, {_Case(): 40}),
+        (torch.contiguous_format, 3, 2, {_Case(): 40 + 20 * 27}),
     ],
 )
 def test_what_a_convolution_takes_for_itself(
-    layout: torch.memory_format, kernel: int, dilation: int, scratch: int, weight: int
+    layout: torch.memory_format, kernel: int, dilation: int, channels: dict[_Case, int]
 ):
     with torch.no_grad(), FakeTensorMode():
         x = torch.empty(1, 20, 4, 4, 4).contiguous(memory_format=layout)
@@ -51,8 +60,8 @@ def test_what_a_convolution_takes_for_itself(
             with _Alive(on_cpu) as alive:
                 y = torch.nn.functional.conv3d(x, kernels, None, 1, kernel // 2 * dilation, dilation)
             assert y.shape == (1, 40, 4, 4, 4)
-            peaks = alive.take_peaks()
-            assert max(peaks.items()) == (4 * 20 * 40 * weight * on_cpu, 4 * 64 * (40 + scratch * on_cpu))
+            expected = channels if on_cpu else {_Case(): 40}
+            assert alive.take_peaks() == {case: 4 * 64 * number for case, number in expected.items()}
 
 
 @siblings

@@ -341,13 +341,13 @@ class MemoryModel(ABC):
         return (num_frames - 1) // self.ratio_t + 1
 
     def _positions(self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int]) -> Positions:
-        halo = self.decoder_halo if decoding else self.encoder_halo
-        batch_size, _, *size = shape
-        rows, columns = (
-            _along_axis(length // self.ratio_s, edge // self.ratio_s, halo)
-            for length, edge in zip(size, tile, strict=True)
-        )
+        batch_size, _, height, width = shape
+        rows, columns = self._along_axis(decoding, height, tile[0]), self._along_axis(decoding, width, tile[1])
         return Positions(*(batch_size * row * column for row, column in zip(rows, columns, strict=True)))
+
+    def _along_axis(self, decoding: bool, size: int, tile: int) -> Positions:
+        halo = self.decoder_halo if decoding else self.encoder_halo
+        return _positions_along_axis(size // self.ratio_s, tile // self.ratio_s, halo)
 
     def _tiles(self, height: int, width: int) -> Iterator[tuple[int, int]]:
         """Tile sizes to try: as square as the number of rows allows, for a halo costs least around squares."""
@@ -364,7 +364,7 @@ class MemoryModel(ABC):
 
 
 @lru_cache(maxsize=4096)  # `fit` asks for the same edges again and again
-def _along_axis(size: int, tile: int, halo: int) -> Positions:
+def _positions_along_axis(size: int, tile: int, halo: int) -> Positions:
     outer = [span.outer_stop - span.outer_start for span in spans(size, tile, halo)]
     return Positions(size, max(outer), sum(outer))
 

@@ -6,6 +6,7 @@ themselves: the copies in blocks that oneDNN makes for a convolution, and copies
 """
 
 import json
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,22 @@ from .temporal_cache import Chunk, TemporalCache
 # Height and width of the frame that is traced, in latents: large enough that the row which downsampling pads is small.
 _EDGE = 16
 _FLOAT_BYTES = 4
+# PyTorch gives a convolution to oneDNN if channels times frames times rows of its input, one video, are more.
+_SMALL_INPUT = 20480
+
+
+class _Case(NamedTuple):
+    """What a peak depends on besides the area of the frames.
+
+    Attributes:
+        fixed: What comes on top, whatever the area: a copy of a weight. In bytes, or in elements of a `_Part`.
+        above: Frames of more rows than this have the peak, in latents.
+        up_to: And of so many at most.
+    """
+
+    fixed: float = 0
+    above: float = 0
+    up_to: float = math.inf
 
 
 class _Alive(TorchDispatchMode):
@@ -42,7 +59,7 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         self.on_cpu = on_cpu
         self.num_bytes = 0
-        self._peaks: dict[int, int] = {}
+        self._peaks: dict[_Case, int] = {}
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,16 +71,16 @@ class _Alive(TorchDispatchMode):
                 self._seen[storage] = True
                 self.num_bytes += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
-        scratch, copy_of_weight = _scratch(func, args, output) if self.on_cpu else (0, 0)
-        self._peaks[copy_of_weight] = max(self._peaks.get(copy_of_weight, 0), self.num_bytes + scratch)
+        for case, scratch in (_scratch(func, args, output) if self.on_cpu else {_Case(): 0}).items():
+            self._peaks[case] = max(self._peaks.get(case, 0), self.num_bytes + scratch)
         return output
 
     def _free(self, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
 
-    def take_peaks(self) -> dict[int, int]:
-        """Return peaks since the last call: by the bytes that do not depend on the frame's size, the other bytes."""
-        peaks, self._peaks = self._peaks, {0: self.num_bytes}
+    def take_peaks(self) -> dict[_Case, int]:
+        """Return the peaks since the last call, in bytes."""
+        peaks, self._peaks = self._peaks, {_Case(): self.num_bytes}
         return peaks
 
 
@@ -71,27 +88,31 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, int]:
-    """Bytes that a kernel takes beside its result: for activations, and for a copy of its weight."""
+def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> dict[_Case, int]:
+    """Bytes that a kernel takes beside its result."""
     if func is torch.ops.aten.native_layer_norm.default:
-        return (0 if args[0].is_contiguous() else args[0].nbytes), 0
+        return {_Case(): 0 if args[0].is_contiguous() else args[0].nbytes}
     if func is not torch.ops.aten.convolution.default:
-        return 0, 0
+        return {_Case(): 0}
     x, weight, _, _, _, dilation = args[:6]
     is_channels_last = torch.channels_last_3d in {suggest_memory_format(tensor) for tensor in (x, weight)}
     is_pointwise = weight[0, 0].numel() == 1
     layout = torch.channels_last_3d if is_channels_last and not is_pointwise else torch.contiguous_format
     copy = 0 if x.is_contiguous(memory_format=layout) else x.nbytes
-    # Which kernel PyTorch takes depends on the size, too, but what a large frame takes is no question of that.
     if is_pointwise:
-        return copy, 0
-    if max(dilation) > 1:  # the values under the kernel, side by side
-        return copy + output[0, 0].numel() * weight[0].numel() * output.itemsize, 0
+        return {_Case(): copy}
+    side_by_side = copy + output[0, 0].numel() * weight[0].numel() * output.itemsize  # the values under the kernel
+    if max(dilation) > 1:
+        return {_Case(): side_by_side}
     if is_channels_last:
-        return copy, weight.nbytes
+        return {_Case(weight.nbytes): copy}
     # oneDNN: input and result once more, in blocks of 16 channels; the input's are freed before the result is ordered.
     blocks, results = (_padded(tensor, tensor.shape[1]) for tensor in (x, output))
-    return copy + max(blocks + results - output.nbytes, results), weight.nbytes
+    limit = _SMALL_INPUT / x[0, :, :, :, 0].numel() * _EDGE
+    return {
+        _Case(up_to=limit): side_by_side,
+        _Case(weight.nbytes, above=limit): copy + max(blocks + results - output.nbytes, results),
+    }
 
 
 def _padded(tensor: torch.Tensor, num_channels: int) -> int:
@@ -102,26 +123,29 @@ class _Part(NamedTuple):
     """Elements that a part of the network takes.
 
     Attributes:
-        peaks: Its peak, result included, where nothing is remembered: the largest of sums of elements over a latent
-            position and others that do not depend on the frame's size.
+        peaks: Its peak, result included, where nothing is remembered: the largest of those cases that apply, each by
+            its elements over a latent position.
         stream_peaks: Likewise in a stream, its state included.
         result: Its result, over a latent position.
         state: What it remembers, over a latent position.
     """
 
-    peaks: dict[float, float]
-    stream_peaks: dict[float, float]
+    peaks: dict[_Case, float]
+    stream_peaks: dict[_Case, float]
     result: float
     state: float
 
-    def peak(self, area: int) -> float:
-        """Its peak for a number of latent positions."""
-        return max(each * area + fixed for fixed, each in self.peaks.items())
+    def peak(self, area: int, rows: float) -> float:
+        """Its peak for a number of latent positions in so many rows."""
+        return _highest(self.peaks, area, rows)
 
-    def more(self, area: int) -> float:
+    def more(self, area: int, rows: float) -> float:
         """What a chunk of a stream takes at its peak beyond [`peak`] and the state."""
-        peak = max(each * area + fixed for fixed, each in self.stream_peaks.items())
-        return max(peak - self.peak(area) - self.state * area, 0.0)
+        return max(_highest(self.stream_peaks, area, rows) - self.peak(area, rows) - self.state * area, 0.0)
+
+
+def _highest(peaks: dict[_Case, float], area: int, rows: float) -> float:
+    return max(each * area + case.fixed for case, each in peaks.items() if case.above < rows <= case.up_to)
 
 
 @lru_cache(maxsize=128)
@@ -159,18 +183,18 @@ def _trace_part(
         result = call(inputs[0], Chunk())
         peaks, num_result = alive.take_peaks(), result.nbytes
         del result
-    outputs, cache, stream_peaks = [], TemporalCache(), dict[int, int]()
+    outputs, cache, stream_peaks = [], TemporalCache(), dict[_Case, int]()
     with _Alive(on_cpu) as alive:
         for index, x in enumerate(inputs):
             chunk = Chunk(index == 0, False, cache)
             outputs.append(call(x, chunk))
             chunk.close()
-            for fixed, num_bytes in alive.take_peaks().items():
-                stream_peaks[fixed] = max(stream_peaks.get(fixed, 0), num_bytes)
+            for case, num_bytes in alive.take_peaks().items():
+                stream_peaks[case] = max(stream_peaks.get(case, 0), num_bytes)
             alive.num_bytes = cache.nbytes()  # results are gone by the next chunk
             alive.take_peaks()
     first, later = (
-        {fixed / _FLOAT_BYTES: per_position(num_bytes) for fixed, num_bytes in found.items()}
+        {case._replace(fixed=case.fixed / _FLOAT_BYTES): per_position(num_bytes) for case, num_bytes in found.items()}
         for found in (peaks, stream_peaks)
     )
     return _Part(first, later, per_position(num_result), per_position(cache.nbytes())), outputs
@@ -193,19 +217,21 @@ class TracedMemory(MemoryModel):
     def cost(
         self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
     ) -> Cost:
-        num_frames = shape[1]
+        batch_size, num_frames, height, _ = shape
         frame, area, computed = self._positions(decoding, shape, tile)
+        # Several videos are never a small input.
+        frame_rows, tile_rows, _ = self._along_axis(decoding, height, tile[0]) if batch_size == 1 else 3 * (math.inf,)
         num_latent_frames = self._num_latent(min(num_frames_per_chunk, num_frames))
         local, whole = _trace(self.model_class, self.config, decoding, num_latent_frames, self.on_cpu)
         # The frame that tiles are put together to. One tile is the frame itself.
         canvas = local.result * frame if computed > area else 0.0
         if decoding:
-            peaks = whole.peak(frame), whole.result * frame + canvas + local.peak(area)
+            peaks = whole.peak(frame, frame_rows), whole.result * frame + canvas + local.peak(area, tile_rows)
             per_position = self.frame_elements * num_frames
         else:
-            peaks = canvas + local.peak(area), local.result * frame + whole.peak(frame)
+            peaks = canvas + local.peak(area, tile_rows), local.result * frame + whole.peak(frame, frame_rows)
             per_position = 2 * self.latent_channels * self._num_latent(num_frames)
-        more = max(local.more(area), whole.more(frame))
+        more = max(local.more(area, tile_rows), whole.more(frame, frame_rows))
         return Cost(
             working=round(max(peaks)),
             result=per_position * frame,
