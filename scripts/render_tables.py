@@ -25,6 +25,7 @@ PAGES = (
     "results/README.md",
     "docs/benchmarks.md",
     "docs/diffusers_pipelines.md",
+    "docs/siblings.md",
     "docs/speed.md",
 )
 REGION = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
@@ -302,6 +303,21 @@ def inference_linearity(results: Path) -> str:
     return f"{''.join(shown)}{table}\n{source_line(path, result)}"
 
 
+def memory_of_models(results: Path) -> str:
+    """Predicted and measured memory of the models that have a file of their own, next to each other."""
+    header = ["model", "case", "direction", "tile", "bound (MiB)", "predicted (MiB)", "measured (MiB)", "ratio"]
+    lines, sources = [], ""
+    for path in sorted(results.glob("bench_memory_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        model = result["model"].split(",")[0]
+        for row in result["rows"]:
+            figures = [cell(row.get(key)) for key in ("tile", "max_mib", "predicted_mib", "peak_mib")]
+            ratio = f"{row['predicted_mib'] / row['peak_mib']:.2f}"
+            lines.append([model, row["case"], row["direction"], *figures, ratio])
+        sources += "\n" + source_line(path, result)
+    return f"{markdown_table(header, lines)}{sources}" if lines else ""
+
+
 TABLES = {
     "validation": validation,
     "weights": weights,
@@ -311,6 +327,7 @@ TABLES = {
     "inference_floor_amx": partial(inference_floor, name="bench_inference_amx"),
     "gpu": gpu,
     "inference_linearity": inference_linearity,
+    "memory_of_models": memory_of_models,
 }
 
 

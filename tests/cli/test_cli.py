@@ -100,11 +100,12 @@ def test_side_by_side_start_and_size(model, tmp_path):
     assert (frames[:, :, :64].permute(0, 3, 1, 2).float() - expected.float()).abs().mean() < 6
 
 
-@pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])
-def test_the_least_bound_on_memory_that_is_named_works(family, tmp_path, tmp_path_factory):
+# Of the least bound are the smallest tiles, of which the halos of the others take much more work.
+@pytest.mark.parametrize("family, height, width", [("leanvae", 44, 70), ("wfvae", 12, 20), ("ivvae", 12, 20)])
+def test_the_least_bound_on_memory_that_is_named_works(family, height, width, tmp_path, tmp_path_factory):
     model = str(tmp_path_factory.mktemp("model"))
     make_tiny(family).save_pretrained(model)
-    source = clip(tmp_path / "in.mkv", 11, 44, 70, codec="ffv1")
+    source = clip(tmp_path / "in.mkv", 11, height, width, codec="ffv1")
     for command, target in (("reconstruct", "out.mp4"), ("encode", "z.safetensors"), ("decode", "decoded.mp4")):
         path = tmp_path / "z.safetensors" if command == "decode" else source
         arguments = (command, path, tmp_path / target, "--model", model, "--max-memory")
@@ -118,7 +119,7 @@ def test_the_least_bound_on_memory_that_is_named_works(family, tmp_path, tmp_pat
         assert code == 0, err
     assert entries(tmp_path) == ["decoded.mp4", "in.mkv", "out.mp4", "z.safetensors"]
     for name in ("out.mp4", "decoded.mp4"):
-        assert read_video(tmp_path / name)[0].shape == (11, 44, 70, 3)
+        assert read_video(tmp_path / name)[0].shape == (11, height, width, 3)
 
 
 def test_a_bound_on_memory_changes_no_pixel(make_model, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cache_runs import contents, launch_runs
+from tiny import make_tiny
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -68,6 +69,18 @@ def test_cached_latents_match_online_encoding(cache: LatentFolder, vae):
         torch.testing.assert_close(item.latents, encode(vae, clip.pixels), rtol=0, atol=1.5e-5)
     with pytest.raises(IndexError):
         cache[10]
+
+
+@pytest.mark.parametrize("family", ["wfvae", "ivvae"])
+def test_latents_of_any_autoencoder(family: str, tmp_path: Path):
+    sibling = make_tiny(family)
+    cache = encode_dataset(sibling, "shapes", tmp_path, num_clips=2, seed=3, **SIZE)
+    clips = MovingShapes(5, 16, 24, seed=3, num_clips=2)
+    assert len(cache) == 2 and cache.settings["vae"]["class"] == type(sibling).__name__
+    for index in range(2):
+        # A batch of 2 there and of 1 here, of order 1 (measured: 4e-6).
+        expected = encode(sibling, clips[index].pixels)
+        torch.testing.assert_close(cache[index].latents, expected, rtol=0, atol=1.5e-5)
 
 
 def test_statistics_index_and_settings_of_the_folder(cache: LatentFolder):
