@@ -254,15 +254,16 @@ def predict(rows: list[Row], model: str, num_threads: int) -> None:
             )
             predicted = plan.num_bytes
         elif row["direction"] in ("encode", "decode"):
-            tile = tuple(row["tile"] or (height, width, vae.num_frames_per_step or num_frames))
-            plan = vae.plan(num_frames, height, width, tile=tile)
+            untiled = (height, width, vae.num_frames_per_step or num_frames)
+            tile_height, tile_width, num_chunk_frames = row["tile"] or untiled
+            plan = vae.plan(num_frames, height, width, tile=(tile_height, tile_width, num_chunk_frames))
             predicted = plan.encode_bytes if row["direction"] == "encode" else plan.decode_bytes
             work = plan.encode_overhead if row["direction"] == "encode" else plan.decode_overhead
-            untiled = seconds.get((row["case"].split("-")[1], row["direction"]))
+            untiled_seconds = seconds.get((row["case"].split("-")[1], row["direction"]))
             if row["tile"]:
                 row["work"] = round(work, 3)
-            if row["tile"] and untiled:
-                row["time_ratio"] = round(row["cpu_seconds"] / untiled, 3)
+            if row["tile"] and untiled_seconds:
+                row["time_ratio"] = round(row["cpu_seconds"] / untiled_seconds, 3)
         else:
             continue
         row["predicted_mib"] = round(predicted / MIB, 1)

@@ -475,11 +475,11 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         The other arguments are those of [`encode_moments`].
         """
         ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
-        num_latent_frames, *size = z.shape[2:]
-        sizes = self.tile_sizes(z.shape[0], num_latent_frames, *size, cache)
-        tiles = grid(*size, sizes, self.decoder_halo)
+        num_latent_frames, height, width = z.shape[2:]
+        sizes = self.tile_sizes(z.shape[0], num_latent_frames, height, width, cache)
+        tiles = grid(height, width, sizes, self.decoder_halo)
         if self.is_local:
-            canvas = make_canvas(self._frames(0, num_latent_frames, is_first).stop, *size, ratio)
+            canvas = make_canvas(self._frames(0, num_latent_frames, is_first).stop, height, width, ratio)
             for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
                 for frames, pixels in self._decode_tile(z, tile, sizes, is_first, is_last, state):
                     canvas.put(pixels, frames, tile)
@@ -488,7 +488,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         outputs = []
         bounds = time_chunks(num_latent_frames, sizes.num_latent_frames, is_first)
         for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
-            hidden, canvas = self._decode_whole(z[:, :, start:stop], chunk), make_canvas(None, *size, ratio)
+            hidden, canvas = self._decode_whole(z[:, :, start:stop], chunk), make_canvas(None, height, width, ratio)
             for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
                 part = tile.crop(self._decode_local(tile.read(hidden), state), ratio)
                 canvas.put(part, slice(None), tile)
