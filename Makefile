@@ -10,7 +10,7 @@ STAMP := .venv/installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu style quality wheel-check tables clean
+.PHONY: help demo test test-slow gpu style quality wheel-check tables loading-routes clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1: \2/p' Makefile
@@ -64,6 +64,12 @@ wheel-check: $(STAMP)  ## build the wheel, and run the demo from it alone
 
 tables: $(STAMP)  ## write the tables of README.md, model_card.md, docs/ and results/README.md from results/
 	$(BIN)/python scripts/render_tables.py
+
+# The installed release of diffusers, and the two others that are supported.
+loading-routes: $(STAMP)  ## measure the ways of loading a pushed model by every supported release of diffusers
+	for version in 0.41.0 0.42.0; do $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-deps \
+		--upgrade --target build/diffusers-$$version diffusers==$$version || exit 1; done
+	$(BIN)/python benchmarks/loading_routes.py --diffusers build/diffusers-0.41.0 --diffusers build/diffusers-0.42.0
 
 clean:  ## remove what building and testing left (.venv, runs/ and outputs/ stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

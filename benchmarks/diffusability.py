@@ -15,9 +15,10 @@ import torch
 from diffusers import AutoModel
 
 import diffusers_leanvae  # noqa: F401 - makes AutoModel know AutoencoderKLLeanVAE
+from diffusers_leanvae.checks import sha256
 from diffusers_leanvae.conversion.headers import WEIGHTS_NAME
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
-from diffusers_leanvae.evaluation.results import sha256, write_result
+from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.loading import resolve_bundled
 
 

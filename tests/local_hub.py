@@ -9,13 +9,14 @@ assert server.repositories["someone/tiny"] and server.unknown == []
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 
 
 CREDENTIALS = {"HF_TOKEN": "hf_of_the_test", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
@@ -31,6 +32,12 @@ class LocalHub(ThreadingHTTPServer):
         # What the Hub tells of the token, `None` for one that it does not know; and what that may not write to.
         self.user: dict | None = {"name": "someone", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
         self.protected: set[str] = set()
+        self.private: set[str] = set()  # repositories that only the user's own token opens
+        self.branches: dict[str, set[str]] = {}  # of a repository, besides main
+        self.damaged: dict[str, bytes] = {}  # file -> what is sent instead of it
+        self.cut: set[str] = set()  # files of which half is sent
+        self.messages: list[str] = []  # of commits
+        self.sent: list[str] = []  # files that were asked for with their content
 
     def __enter__(self) -> "LocalHub":
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
@@ -65,6 +72,7 @@ class LocalHub(ThreadingHTTPServer):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name, value in CREDENTIALS.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)  # whose methods are functions of huggingface_hub
         close_session()  # an open one would keep its proxies
 
     def commit_id(self, repo: str) -> str:
@@ -80,14 +88,17 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, body: bytes | dict | list, status: int = 200, **headers: str) -> None:
+    def answer(self, body: bytes | dict | list, status: int = 200, num_cut: int = 0, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) - num_cut])
+            if num_cut:
+                self.wfile.flush()
+                self.connection.close()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -97,21 +108,29 @@ class Handler(BaseHTTPRequestHandler):
             repo = f"{request['organization']}/{request['name']}"
             status = 409 if repo in repositories else 200
             repositories.setdefault(repo, {})
+            self.server.private |= {repo} if request.get("private", request.get("visibility") == "private") else set()
             self.answer({"url": f"{self.server.url}/{repo}"}, status)
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
-        elif path.endswith("/preupload/main"):
+        elif "/branch/" in path:
+            repo, branch = path.removeprefix("/api/models/").split("/branch/")
+            self.server.branches.setdefault(repo, set()).add(branch)
+            self.answer({})
+        elif "/preupload/" in path:
             files = [file["path"] for file in json.loads(body)["files"]]
             self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
-        elif path.endswith("/commit/main"):
-            repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
+        elif "/commit/" in path:
+            repo = path.removeprefix("/api/models/").split("/commit/")[0]
             for operation in map(json.loads, body.splitlines()):
+                if operation["key"] == "header":
+                    self.server.messages.append(operation["value"]["summary"])
                 if operation["key"] == "file":
                     value = operation["value"]
                     repositories[repo][value["path"]] = base64.b64decode(value["content"])
             commit = self.server.commit_id(repo)
             url = f"{self.server.url}/{repo}/commit/{commit}"
-            self.answer({"success": True, "commitOid": commit, "commitUrl": url})
+            request = f"{self.server.url}/{repo}/discussions/1" if "create_pr=1" in self.path else None
+            self.answer({"success": True, "commitOid": commit, "commitUrl": url, "pullRequestUrl": request})
         else:
             self.not_found(path)
 
@@ -128,8 +147,21 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({}, 403 if repo in self.server.protected else 200)
                 return
             commit = self.server.commit_id(repo)
-            if path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
-                self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            is_mine = path.startswith((f"/api/models/{repo}/", f"/{repo}/resolve/")) or path == f"/api/models/{repo}"
+            if is_mine and self.server.user is None:
+                self.answer(b"", 401, X_Error_Message="Invalid credentials in Authorization header")
+                return
+            if is_mine and repo in self.server.private and "Authorization" not in self.headers:
+                self.answer(b"", 401, X_Error_Code="RepoNotFound")
+                return
+            match = re.match(rf"/(?:api/models/{repo}/(?:revision|tree)|{repo}/resolve)/([^/]+)", path)
+            if match is not None and match[1] not in {"main", commit, *self.server.branches.get(repo, ())}:
+                self.answer(b"", 404, X_Error_Code="RevisionNotFound")
+                return
+            if path == f"/api/models/{repo}" or path.startswith(f"/api/models/{repo}/revision/"):
+                blobs = {n: hashlib.sha1(b"blob %d\0" % len(x) + x).hexdigest() for n, x in files.items()}
+                siblings = [{"rfilename": n, "size": len(files[n]), "blobId": blob} for n, blob in blobs.items()]
+                self.answer({"id": repo, "sha": commit, "siblings": siblings})
                 return
             if path.startswith(f"/api/models/{repo}/tree/"):
                 sizes = {name: len(content) for name, content in files.items()}
@@ -139,7 +171,10 @@ class Handler(BaseHTTPRequestHandler):
                 name = path.removeprefix(f"/{repo}/resolve/").split("/", 1)[1]
                 if name in files:
                     etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
-                    self.answer(files[name], X_Repo_Commit=commit, ETag=etag)
+                    content = self.server.damaged.get(name, files[name])
+                    num_cut = len(content) // 2 if name in self.server.cut else 0
+                    self.server.sent += [name] if self.command == "GET" else []
+                    self.answer(content, num_cut=num_cut, X_Repo_Commit=commit, ETag=etag)
                 else:
                     self.answer(b"", 404, X_Repo_Commit=commit, X_Error_Code="EntryNotFound")
                 return

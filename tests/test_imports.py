@@ -18,11 +18,13 @@ FOLDERS = {"src/diffusers_leanvae": PACKAGE, "pipelines": f"{PACKAGE}.pipelines"
 # below, and never from its own line.
 ORDER = (
     ("_version", "checks", "atomic", "clock", "launching", "registration"),
+    ("bundled", "hub_errors"),
     ("video_io", "kernels", "conversion"),
+    ("description",),
+    ("hub",),
     ("models",),
     ("latents", "losses", "text_encoders"),
-    ("bundled",),
-    ("loading", "hub"),
+    ("loading",),
     ("data",),
     ("evaluation",),
     ("inference",),

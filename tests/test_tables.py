@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from diffusers_leanvae import bundled
-from diffusers_leanvae.evaluation.results import sha256
+from diffusers_leanvae.checks import sha256
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,7 @@
 """Small checks and tables that every part of the package needs; imports nothing heavy."""
 
+import hashlib
+import os
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,12 @@ def one_line(error: Any) -> str:
 def reason_of(error: Any) -> str:
     """Put the text of an error on one line, for the end of a sentence."""
     return one_line(str(error).strip().rstrip(". ") or type(error).__name__)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Compute the checksum of a file, which says to which weights a number belongs."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_choice(name: str, value: Any, legal: Iterable[Any], context: str = "") -> None:

@@ -4,7 +4,10 @@ The class of a model is found from its config or from the keys of its weights; m
 """
 
 import difflib
+import json
+import os
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,15 @@ from .conversion.checkpoints import (
     read_keys,
     resolve_checkpoint,
 )
+from .description import class_of_index
+from .hub_errors import hub_reason
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from .models.pretrained import PretrainedModel, read_own_config
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .models.video_autoencoder import VideoAutoencoder
+from .registration import PIPELINES, SHIM
 
 
 AUTOENCODERS = (AutoencoderKLLeanVAE, AutoencoderKLWFVAE, AutoencoderKLIVVAE)
@@ -114,21 +120,53 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
     Raises:
         ValueError: If there is none.
     """
-    if source in bundled.PIPELINES:
-        name = str(source)
-        if "vae" not in options:
-            options["vae"] = load_autoencoder(bundled.PIPELINES[name].model, dtype)
-        source = bundled.pipeline_path(name)
-    elif not Path(source).exists() and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
+    options = {"dtype": dtype} | options
+    is_here = source in bundled.PIPELINES or Path(source).exists()
+    if not is_here and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
             f"`source` must be a bundled pipeline ({legal}), the folder of one, or a Hub id 'user/repo', got "
             f"{str(source)!r}, which does not exist{_suggestion(source, bundled.PIPELINES)}."
         )
     try:
-        return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **options)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"`source` must be a pipeline, got {str(source)!r}: {_sentence(error)}") from None
+        place, options = resolve_pipeline(source, options)
+        return _class_of_pipeline(place, options).from_pretrained(place, **options)
+    except Exception as error:  # huggingface_hub lets errors of its HTTP client through
+        reason = hub_reason(error, f"model {str(source)!r}", options.get("revision"))
+        if reason is None and not isinstance(error, (OSError, ValueError, AttributeError)):
+            raise
+        reason = _sentence(error) if reason is None else f"{reason}."
+        raise ValueError(f"`source` must be a pipeline, got {str(source)!r}: {reason}") from None
+
+
+def resolve_pipeline(source: str | os.PathLike | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Replace the name of a bundled pipeline by its folder, and nothing else.
+
+    Args:
+        source: What `from_pretrained` of a pipeline was given; a folder of such a name comes first.
+        options: Its further arguments.
+
+    Returns:
+        Folder and arguments, which then hold the autoencoder, whose weights are in the package only once.
+    """
+    name = str(source)
+    if name not in bundled.PIPELINES or Path(name).exists():
+        return name, options
+    if "vae" not in options:
+        dtype = options.get("dtype") or options.get("torch_dtype")
+        if isinstance(dtype, dict):  # of components
+            dtype = dtype.get("vae", dtype.get("default"))
+        options = options | {"vae": load_autoencoder(bundled.PIPELINES[name].model, dtype)}
+    return str(bundled.pipeline_path(name)), options
+
+
+def _class_of_pipeline(source: str, options: dict[str, Any]) -> Any:
+    """Return our class where the index of a pipeline names it with the module in its repository, which is not run."""
+    hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
+    index: Any = DiffusionPipeline.load_config(source, **hub)
+    name = class_of_index(index)
+    is_ours = index.get("_class_name") == [SHIM, name] and name in PIPELINES
+    return getattr(import_module(PIPELINES[name]), name) if is_ours else DiffusionPipeline
 
 
 def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES) -> type[PretrainedModel]:
@@ -250,8 +288,12 @@ def _load(
         path = resolve_checkpoint(place, **hub)
         config_values = {name: value for name, value in options.items() if name not in HUB_ARGUMENTS}
         return class_of_checkpoint(path, classes).from_single_file(path, torch_dtype=dtype, **config_values)
-    except OSError as error:
-        raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {_sentence(error)}") from None
+    except Exception as error:  # huggingface_hub lets errors of its HTTP client through
+        reason = hub_reason(error, f"model {place!r}", hub.get("revision"))
+        if reason is None and not isinstance(error, OSError):
+            raise
+        reason = _sentence(error) if reason is None else f"{reason}."
+        raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {reason}") from None
 
 
 def _find_config(
@@ -267,7 +309,9 @@ def _find_config(
             continue  # diffusers would take the one above a sub-folder
         try:
             config: Any = AutoModel.load_config(place, subfolder=folder, **hub)
-        except OSError:
+        except OSError as error:
+            if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise ValueError(f"`source` must have a `{CONFIG_NAME}` of valid JSON, got {place!r}.") from None
             continue
         return folder, config
     return subfolder, None

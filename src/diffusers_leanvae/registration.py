@@ -28,6 +28,10 @@ PIPELINES = {
     "LeanVAELatteTextToVideoPipeline": "diffusers_leanvae.pipelines.pipeline_leanvae_latte_text_to_video",
 }
 
+# Module that is pushed with a model or pipeline and imports this package (see `hub.make_shims`). The index of a pushed
+# pipeline names it as the library of our classes.
+SHIM = "modeling_leanvae"
+
 
 def register() -> None:
     """Tell diffusers of our classes, now or when it is imported; runs when `diffusers_leanvae` is imported."""
@@ -48,7 +52,8 @@ def _answer_for(classes: Mapping[str, str]) -> Callable[[ModuleType], None]:
 
         def __getattr__(name: str) -> Any:  # what the module does not have itself is looked up here (PEP 562)
             if name in classes:
-                return getattr(import_module(classes[name]), name)
+                found = import_module(classes[name])
+                return found if name == SHIM else getattr(found, name)
             if ask_others is not None:
                 return ask_others(name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
@@ -67,7 +72,8 @@ def _list_package(module: ModuleType) -> None:
 # `diffusers.pipelines`.
 _LISTENERS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers": _answer_for(MODELS | PIPELINES),
-    "diffusers.pipelines": _answer_for(PIPELINES),
+    # With this package, the name of the shim is that of a module of pipelines, so that no code of a repository is run.
+    "diffusers.pipelines": _answer_for(PIPELINES | {SHIM: "diffusers_leanvae"}),
     "diffusers.pipelines.pipeline_loading_utils": _list_package,
 }
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled, registration
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.cli.description import FAMILIES, describe
 from diffusers_leanvae.conversion.headers import read_header
+from diffusers_leanvae.description import FAMILIES, describe
 from diffusers_leanvae.video_io import write_video
 
 
@@ -222,7 +222,7 @@ def test_nothing_heavy_is_imported(tmp_path):
     code = """
 import sys
 from diffusers_leanvae import bundled
-from diffusers_leanvae.cli.description import describe
+from diffusers_leanvae.description import describe
 for source in (str(bundled.clip_path()), *bundled.MODELS, *bundled.PIPELINES, sys.argv[1]):
     assert describe(source), source
 print(*sorted({"diffusers", "torch"} & sys.modules.keys()))

@@ -10,9 +10,9 @@ import torch
 from tiny import make_tiny, seeded
 
 from diffusers_leanvae import bundled
+from diffusers_leanvae.checks import sha256
 from diffusers_leanvae.evaluation.autoencoders import find_class, open_autoencoder
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
-from diffusers_leanvae.evaluation.results import sha256
 
 
 # Small configs of other classes, with the shape of the latents of 9 frames of 32x48.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from diffusers_leanvae.cli.description import describe
+from diffusers_leanvae.description import describe
 from diffusers_leanvae.latents import normalize_latents
 
 

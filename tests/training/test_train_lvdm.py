@@ -195,7 +195,8 @@ def test_the_pipeline_and_its_card_go_to_the_hub(script: Script, tmp_path: Path,
         run = script.train(tmp_path / "run", *PLAIN, "push_to_hub=someone/tiny")
     files = server.repositories["someone/tiny"]
     folder = run / "pipeline"
-    assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    saved = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(files) == saved | {f"{place}modeling_leanvae.py" for place in ("", "transformer/", "vae/")}
     assert bytes(files["README.md"]) == (folder / "README.md").read_bytes()
     assert b'from_pretrained("someone/tiny")' in files["README.md"]
 

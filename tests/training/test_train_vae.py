@@ -185,7 +185,7 @@ def test_the_model_and_its_card_go_to_the_hub(script: Script, tmp_path: Path, mo
         server.connect(monkeypatch)
         run = script.train(tmp_path / "run", "num_steps=1", "push_to_hub=someone/tiny")
     files = server.repositories["someone/tiny"]
-    assert set(files) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    assert set(files) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "modeling_leanvae.py"}
     assert bytes(files["README.md"]) == (run / "vae/README.md").read_bytes()
     assert b'from_pretrained("someone/tiny")' in files["README.md"]
 

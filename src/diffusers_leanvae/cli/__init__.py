@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..checks import one_line
-from . import demo, evaluation, generation, measure, models, serving, training, videos
+from . import demo, evaluation, generation, measure, models, serving, sharing, training, videos
 from .common import in_one_sentence
 
 
@@ -36,6 +36,8 @@ COMMANDS = {
     "convert": models.convert,
     "info": models.info,
     "models": models.models,
+    "push": sharing.push,
+    "pull": sharing.pull,
     "eval": evaluation.evaluate,
     "bench": measure.bench,
     "demo": demo.demo,

@@ -7,7 +7,7 @@ from typing import Any
 from .. import bundled, registration
 from ..checks import CHECKPOINT_SUFFIXES
 from ..conversion.headers import CONFIG_NAME
-from .description import describe, describe_checkpoint
+from ..description import describe, describe_checkpoint
 
 
 def list_bundled() -> Iterator[dict[str, Any]]:

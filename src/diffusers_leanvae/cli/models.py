@@ -8,9 +8,9 @@ import typer
 
 from .. import bundled
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
+from ..description import describe, describe_model
 from .choices import DTYPE_NAMES, complete
 from .common import DTYPES_TEXT, Json, print_json, render_table
-from .description import describe, describe_model
 
 
 def convert(

@@ -23,6 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..atomic import replace_file
 from ..checks import CHECKPOINT_SUFFIXES
+from ..hub_errors import hub_reason
 from .headers import CONFIG_NAME, WEIGHTS_NAME, TensorInfo, read_header
 
 
@@ -66,12 +67,18 @@ def resolve_checkpoint(reference: str | Path, **hub_kwargs: Any) -> Path:
         hub_kwargs.setdefault("revision", parts[3])
         del parts[2:4]
     repo, name = "/".join(parts[:2]), "/".join(parts[2:])
-    if not name.endswith(CHECKPOINT_SUFFIXES):
-        names = _list_repository(repo, name, **hub_kwargs)
-        name = f"{name}/{_choose_checkpoint(names, text)}".removeprefix("/")
-    path = Path(hf_hub_download(repo, name, **hub_kwargs))
-    with suppress(EntryNotFoundError):  # most have none
-        hf_hub_download(repo, str(Path(name).with_name(CONFIG_NAME).as_posix()), **hub_kwargs)
+    try:
+        if not name.endswith(CHECKPOINT_SUFFIXES):
+            names = list_repository(repo, name, **hub_kwargs)
+            name = f"{name}/{_choose_checkpoint(names, text)}".removeprefix("/")
+        path = Path(hf_hub_download(repo, name, **hub_kwargs))
+        with suppress(EntryNotFoundError):  # most have none
+            hf_hub_download(repo, str(Path(name).with_name(CONFIG_NAME).as_posix()), **hub_kwargs)
+    except Exception as error:  # huggingface_hub lets errors of its HTTP client through
+        reason = hub_reason(error, f"model {repo!r}", hub_kwargs.get("revision"), name)
+        if reason is None:
+            raise
+        raise ValueError(f"`reference` must be on the Hub and readable, got {text!r}: {reason}.") from error
     return path
 
 
@@ -107,7 +114,7 @@ def _choose_checkpoint(names: Iterable[str], folder: str) -> str:
     return found[0]
 
 
-def _list_repository(repo: str, folder: str, **hub_kwargs: Any) -> list[str]:
+def list_repository(repo: str, folder: str, **hub_kwargs: Any) -> list[str]:
     """List the files of a folder in a repository; of what is cached, where there is no connection."""
     if hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
         options: dict[str, Any] = hub_kwargs | {"local_files_only": True}
@@ -204,10 +211,9 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        unsafe = re.search(r"GLOBAL (\S+)", reason) or re.search(r"Unsupported \S+ ([^\W\d]\S*)", reason)
-        what = f"it wants to import {unsafe[1]!r}" if unsafe else "it is no readable PyTorch file"
-        raise ValueError(f"`path` must be a pickle of tensors and plain values, got {str(path)!r}: {what}.") from None
+        raise ValueError(
+            f"`path` must be a pickle of tensors and plain values, got {str(path)!r}: {pickle_reason(error)}."
+        ) from None
     except Exception as error:  # on bytes that are no checkpoint torch's unpickler fails with whatever comes first
         raise ValueError(f"`path` must be a PyTorch checkpoint, got {str(path)!r}: {error}.") from None
     if not isinstance(checkpoint, dict):
@@ -225,6 +231,13 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
         elif isinstance(entry, torch.Tensor):  # a bare state dict
             tensors[name] = entry
     return args, tensors
+
+
+def pickle_reason(error: pickle.UnpicklingError) -> str:
+    """Say in part of a sentence why `torch.load` with `weights_only=True` has refused a pickle."""
+    reason = re.sub(r"\s+", " ", str(error))
+    unsafe = re.search(r"GLOBAL (\S+)", reason) or re.search(r"Unsupported \S+ ([^\W\d]\S*)", reason)
+    return f"it wants to import {unsafe[1]!r}" if unsafe else "it is no readable PyTorch file"
 
 
 # --- Selecting and renaming ------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ import diffusers
 import torch
 
 from ..bundled import MODELS, PIPELINES
-from ..checks import reason_of
+from ..checks import reason_of, sha256
 from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
 from ..loading import load_autoencoder, resolve_bundled
 from ..models.video_autoencoder import VideoAutoencoder
-from .results import sha256
 
 
 class OpenedAutoencoder(NamedTuple):

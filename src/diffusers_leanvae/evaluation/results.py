@@ -1,6 +1,5 @@
 """Published numbers as files; each carries the machine, versions, date and command that made it."""
 
-import hashlib
 import json
 import os
 import platform
@@ -61,9 +60,3 @@ def write_result(path: str | Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as partial:
         partial.write_text(json.dumps(result | {"provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
-
-
-def sha256(path: str | Path) -> str:
-    """Compute the checksum of a weight file, which says to which weights a number belongs."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,12 +5,13 @@ Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, lat
 `latents.py`), and stay in float32 between the steps, whatever dtype the networks have.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
 from ..checks import check_choice
+from ..hub import pushing
+from ..hub_errors import hub_reason
 from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
+from ..loading import resolve_pipeline
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
+from ..registration import SHIM
 from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
 from .schedulers import guide_noise
@@ -172,6 +177,45 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
         self._interrupt = False
+
+    # ---- the Hub ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Self:
+        """Load a saved pipeline as diffusers does, also by the name of a bundled one; no code of a repository is run.
+
+        Args:
+            pretrained_model_name_or_path: A folder of `save_pretrained`, a Hub id `user/repo`, or the name of a
+                bundled pipeline, before which comes a folder of that name.
+            kwargs: As of diffusers.
+
+        Raises:
+            OSError: If it is not on the Hub or cannot be read from there, in one sentence.
+        """
+        source, options = resolve_pipeline(pretrained_model_name_or_path, kwargs)
+        try:
+            return super().from_pretrained(source, **options)
+        except Exception as error:  # huggingface_hub lets errors of its HTTP client through
+            reason = hub_reason(error, f"model {str(source)!r}", kwargs.get("revision"))
+            if reason is None:
+                raise
+            raise OSError(
+                f"`{cls.__name__}.from_pretrained` must be given a pipeline that can be read, got {str(source)!r}: "
+                f"{reason}."
+            ) from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        # A pushed pipeline names a module in its repository, which imports this package (`hub.make_shims`).
+        entries = super()._dict_from_json_file(json_file)
+        for name, value in entries.items():
+            if isinstance(value, list) and len(value) == 2 and value[0] == SHIM:
+                entries[name] = value[1] if name == "_class_name" else ["diffusers_leanvae", value[1]]
+        return entries
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+        """Push the pipeline to the Hub with a card: [`hub.push_to_hub`], where the arguments are described."""
+        return pushing.push_to_hub(self, repo_id, commit_message=commit_message, **options)
 
     # ---- what a pipeline defines ------------------------------------------------------------------------------------
 

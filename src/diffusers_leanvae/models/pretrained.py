@@ -7,6 +7,7 @@ that the file does not have at random values. [`PretrainedModel`] checks the con
 import inspect
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,18 +16,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 
-from ..checks import reason_of
+from .. import bundled
+from ..checks import CHECKPOINT_SUFFIXES, reason_of
 from ..conversion.checkpoints import (
     HUB_ARGUMENTS,
     has_anchor,
     is_checkpoint_reference,
     is_hub_reference,
+    list_repository,
+    pickle_reason,
     read_keys,
     read_tensors,
     resolve_checkpoint,
 )
 from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
+from ..hub import pushing
+from ..hub_errors import hub_reason
 
 
 # Arguments of `from_single_file` that are not config values: those of `huggingface_hub` and those of diffusers. Of
@@ -69,6 +76,35 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         return cls.conversion.CONFIG_ANCHOR is not None and cls.conversion.CONFIG_ANCHOR in config
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Load a saved model as diffusers does, also by the name of a bundled one.
+
+        Args:
+            pretrained_model_name_or_path: A folder of `save_pretrained`, a Hub id `user/repo`, or the name of a
+                bundled model, before which comes a folder of that name.
+            kwargs: As of diffusers: `torch_dtype`, `subfolder`, `revision`, `variant`, `token`, ...; any other is a
+                config value.
+
+        Raises:
+            OSError: If it is not there or cannot be read, in one sentence.
+            ValueError: If it is none of this class.
+        """
+        source: Any = pretrained_model_name_or_path
+        if source in bundled.MODELS and not Path(source).exists():
+            source = bundled.model_path(source)
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except Exception as error:  # huggingface_hub lets errors of its HTTP client through
+            sentence = _unreadable(cls, str(pretrained_model_name_or_path), kwargs, error)
+            if sentence is None:
+                raise
+            raise OSError(sentence) from error
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+        """Push the model to the Hub with a card: [`hub.push_to_hub`], where the arguments are described."""
+        return pushing.push_to_hub(self, repo_id, commit_message=commit_message, **options)
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a config as diffusers does, and check that it describes a model of this class.
 
@@ -78,10 +114,57 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.pop("auto_map", None)  # which is for `AutoModel`
         source = str(pretrained_model_name_or_path)
         _check_class(cls, config, source)
         _check_size(cls, config, source, kwargs.get("subfolder"))
         return loaded
+
+
+def _unreadable(
+    model_class: type[PretrainedModel], source: str, kwargs: Mapping[str, Any], error: Exception
+) -> str | None:
+    """Say in a sentence why there is no model at a source; `None` if the error is of another kind."""
+    subfolder = kwargs.get("subfolder")
+    reason = hub_reason(error, f"model {source!r}", kwargs.get("revision"))
+    if reason is None and not isinstance(error, OSError):
+        return None
+    found = _find_originals(source, subfolder, kwargs)
+    name = model_class.__name__
+    if found:
+        place = "/".join(filter(None, (source, subfolder, found[0])))
+        return (
+            f"`{name}.from_pretrained` must be given a folder of `save_pretrained`, got {source!r} with "
+            f"{', '.join(found)} and no `{CONFIG_NAME}`: for an original checkpoint call "
+            f"`{name}.from_single_file({place!r})`."
+        )
+    reason = reason or _weights_reason(error) or reason_of(str(error).split("\n")[0])
+    return f"`{name}.from_pretrained` must be given a model that can be read, got {source!r}: {reason}."
+
+
+def _weights_reason(error: BaseException) -> str | None:
+    """Say what is wrong with a file of weights, which diffusers leaves to the errors that led to its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (pickle.UnpicklingError, SafetensorError)):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    if isinstance(cause, SafetensorError):
+        return f"its weights are damaged ({reason_of(cause)})"
+    return f"its weights are no pickle of tensors alone, {pickle_reason(cause)}"
+
+
+def _find_originals(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> list[str]:
+    """List the checkpoints in a folder or repository that has no config, and so was not saved by diffusers."""
+    try:
+        if Path(source).is_dir():
+            names = [path.name for path in Path(source, subfolder or "").iterdir()]
+        else:
+            options = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            names = list_repository(source, subfolder or "", **options)
+    except Exception:  # why it is not there is told by the error that led here
+        return []
+    return [] if CONFIG_NAME in names else sorted(name for name in names if name.endswith(CHECKPOINT_SUFFIXES))
 
 
 def load_single_file(

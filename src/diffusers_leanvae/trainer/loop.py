@@ -42,7 +42,7 @@ from ..atomic import replace_folder
 from ..data.datasets import ClipDataset
 from ..data.latent_samples import LatentData
 from ..data.schedule import Share, StepBatches
-from ..hub import check_push, upload_folder
+from ..hub import check_push, push_folder
 from ..launching import start_accelerator
 from .checkpoints import (
     Progress,
@@ -313,7 +313,7 @@ class TrainingRun:
             yield folder
         self.say(f"saved {target}")
         if self.recipe.push_to_hub is not None:
-            upload_folder(target, self.recipe.push_to_hub)
+            push_folder(target, self.recipe.push_to_hub)
             self.say(f"uploaded to {self.recipe.push_to_hub}")
 
     def summarize(self) -> dict[str, Any]:

@@ -5,82 +5,45 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..conversion.checkpoints import is_hub_reference
 from ..generation.pipeline import LatentVideoPipeline
-from ..hub import DESCRIPTIONS
+from ..hub.cards import CARD_NAME, DESCRIPTIONS, CardOptions, card_metadata, compose_card, render_usage
 from ..models.video_autoencoder import VideoAutoencoder
 from .finetuning import NEW_MODELS
 from .recipe import RunRecipe, dump_recipe
 
 
 TEMPLATE = """\
----
-library_name: diffusers
-tags:
-- video
-- autoencoder
-- {tag}
-- diffusers-leanvae
-{base_model}---
-
 # {title}
 
 {kind}, {description}
 
 ```python
-import diffusers_leanvae
-
-vae = diffusers_leanvae.{class_name}.from_pretrained("{repository}")
+{usage}
 ```
 
 Pixels are in `[-1, 1]`, videos `(batch_size, {in_channels}, num_frames, height, width)` with `num_frames` =
 {ratio_t} * n + 1 and sizes that are multiples of {ratio_s}; latents have {latent_channels} channels at
 {ratio_t}x{ratio_s}x{ratio_s} compression.
 {num_parameters:.2f} M parameters, averaged over training (decay {ema_decay}).
-
-## Figures
-
-{figures}
-
-## Training
-
-{steps} steps of {batch_size} clips ({minutes:.0f} minutes since the last start); {num_skipped} steps skipped because a
-loss or gradient was not finite.
-{losses}
-
-The recipe, with all defaults resolved:
-
-```yaml
-{recipe}```
 """
 
 
 PIPELINE_TEMPLATE = """\
----
-library_name: diffusers
-tags:
-- video
-- video-generation
-- latte
-- leanvae
-- diffusers-leanvae
----
-
 # {title}
 
 Generates videos {of_what}: a [Latte](https://arxiv.org/abs/2401.03048) transformer on the latents of an
 `{autoencoder}`, {description}
 
 ```python
-import diffusers_leanvae
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{repository}")
+{usage}
 {prompt}frames = pipeline({arguments}).frames[0]
 ```
 
 {num_frames} frames of {height}x{width} from latents of {channels}x{num_latent_frames}x{latent_size}; transformer of
 {num_parameters:.2f} M parameters, averaged over training (decay {ema_decay}); sampled by `{scheduler}`.
-{classes}
+{classes}"""
+RUN_TEMPLATE = """
 ## Figures
 
 {figures}
@@ -108,7 +71,7 @@ def write_model_card(folder: Path, recipe: Any, vae: VideoAutoencoder, run: dict
         run: As of `TrainingRun.summarize`: `step`, `num_skipped`, `minutes`, `validation` (the last record of
             `validation.jsonl`, or `None`), `log` (that of `log.jsonl`, or `None`).
     """
-    folder.joinpath("README.md").write_text(render_model_card(recipe, vae, run), encoding="utf-8")
+    folder.joinpath(CARD_NAME).write_text(render_model_card(recipe, vae, run), encoding="utf-8")
 
 
 def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -> str:
@@ -118,30 +81,23 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
     start = "trained from scratch"
     if recipe.init == "image":
         start = f"started from the image autoencoder `{recipe.image_vae.path}`"
-    repository = recipe.push_to_hub or "path/to/this/folder"
+    repository, title = _name(recipe)
     tuned = {"full": "all weights", "decoder": "the decoder alone", "lora": "low-rank adapters, merged"}[recipe.tune]
-    return TEMPLATE.format(
-        base_model=f"base_model: {recipe.init}\n" if not is_new and recipe.init.count("/") == 1 else "",
-        tag=vae.conversion.NAME.lower().replace("-", ""),
-        title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
+    body = TEMPLATE.format(
+        title=title,
         kind=DESCRIPTIONS[class_name].removesuffix("."),
-        class_name=class_name,
         description=f"{start}." if is_new else f"fine-tuned from `{recipe.init}`: {tuned}.",
-        repository=repository,
+        usage=render_usage(class_name, repository, "vae"),
         in_channels=vae.in_channels,
         latent_channels=vae.latent_channels,
         ratio_t=vae.temporal_compression_ratio,
         ratio_s=vae.spatial_compression_ratio,
         num_parameters=sum(parameter.numel() for parameter in vae.parameters()) / 1e6,
         ema_decay=recipe.ema_decay,
-        figures=_figures(recipe, run["validation"]),
-        steps=run["step"],
-        batch_size=recipe.batch_size,
-        minutes=run["minutes"],
-        num_skipped=run["num_skipped"],
-        losses=_losses(run["log"]),
-        recipe=dump_recipe(recipe),
     )
+    tags = ["autoencoder", vae.conversion.NAME.lower().replace("-", "")]
+    metadata = card_metadata(class_name, title, _origin(recipe.init if not is_new else None), tags)
+    return compose_card(metadata, body + _describe_run(recipe, run, _figures(recipe, run["validation"])))
 
 
 def write_pipeline_card(
@@ -157,7 +113,7 @@ def write_pipeline_card(
         prompt: An example of what a pipeline of texts can be asked for.
     """
     text = render_pipeline_card(recipe, pipeline, run, prompt)
-    folder.joinpath("README.md").write_text(text, encoding="utf-8")
+    folder.joinpath(CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def render_pipeline_card(
@@ -168,19 +124,20 @@ def render_pipeline_card(
     config, size = transformer.config, transformer.config["sample_size"]
     side = size * vae.spatial_compression_ratio
     num_latent_frames = config["num_latent_frames" if recipe.text is None else "video_length"]
-    repository = recipe.push_to_hub or "path/to/this/folder"
+    repository, title = _name(recipe)
     tuned = {"full": "", "lora": ": low-rank adapters, merged"}[recipe.tune]
     arguments = ["prompt=prompt"] if recipe.text is not None else []
     if id2label:
         arguments += [f"class_labels={json.dumps(next(iter(id2label.values())), ensure_ascii=False)}"]
     arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
     arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
-    return PIPELINE_TEMPLATE.format(
-        title=repository.split("/")[-1] if recipe.push_to_hub else Path(recipe.output).name,
+    class_name = type(pipeline).__name__
+    body = PIPELINE_TEMPLATE.format(
+        title=title,
         of_what=_of_what(recipe, id2label),
         autoencoder=type(vae).__name__,
         description="trained from scratch." if recipe.init is None else f"fine-tuned from `{recipe.init}`{tuned}.",
-        repository=repository,
+        usage=render_usage(class_name, repository, "pipeline"),
         arguments=", ".join(arguments),
         num_frames=vae.num_sample_frames(num_latent_frames),
         height=side,
@@ -193,7 +150,28 @@ def render_pipeline_card(
         scheduler=type(pipeline.scheduler).__name__,
         prompt="" if recipe.text is None else f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n",
         classes=_describe_condition(pipeline, recipe, id2label),
-        figures=_denoising_losses(run["validation"]),
+    )
+    metadata = card_metadata(class_name, title, _origin(recipe.init), ["video-generation", "latte"])
+    return compose_card(metadata, body + _describe_run(recipe, run, _denoising_losses(run["validation"])))
+
+
+def _name(recipe: RunRecipe) -> tuple[str, str]:
+    """Return what the model is loaded by, and its title."""
+    if recipe.push_to_hub is None:
+        return "path/to/this/folder", Path(recipe.output).name
+    return recipe.push_to_hub, recipe.push_to_hub.split("/")[-1]
+
+
+def _origin(init: str | None) -> CardOptions:
+    """Name the repository that a run started from, which a folder, a file here or a bundled model is not."""
+    if init is None or Path(init).exists() or not is_hub_reference(init) or "://" in init:
+        return CardOptions()
+    return CardOptions(base_model="/".join(init.split("/")[:2]))
+
+
+def _describe_run(recipe: Any, run: dict[str, Any], figures: str) -> str:
+    return RUN_TEMPLATE.format(
+        figures=figures,
         steps=run["step"],
         batch_size=recipe.batch_size,
         minutes=run["minutes"],

@@ -19,6 +19,7 @@ from typing import IO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from .._version import __version__
+from ..hub_errors import hub_reason
 from .containers import PathLike, VideoError
 
 
@@ -335,14 +336,7 @@ def _request(address: str) -> urllib.request.Request:
 def _from_hub(name: str, address: str) -> Path:
     """Find a file of the Hub in the cache, after downloading it where it is not there yet."""
     from huggingface_hub import hf_hub_download, parse_hf_uri
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfUriError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfUriError
 
     try:
         uri = parse_hf_uri(address)
@@ -352,21 +346,9 @@ def _from_hub(name: str, address: str) -> Path:
         raise _unreadable(
             name, "it must name a file as in 'hf://datasets/user/name/clip.mp4' or 'hf://user/name/clip.mp4'"
         )
-    kind = f"{uri.type} {uri.id!r}"
     try:
         found = hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision)
-    except LocalEntryNotFoundError as error:
-        raise _unreadable(name, "the Hub cannot be reached, and the file is not in its cache") from error
-    except GatedRepoError as error:
-        raise _unreadable(name, f"access to the {kind} must be granted on its page on the Hub first") from error
-    except RepositoryNotFoundError as error:
-        raise _unreadable(
-            name, f"there is no {kind} on the Hub, or it is private and the token does not open it"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise _unreadable(name, f"the {kind} has no revision {uri.revision!r}") from error
-    except EntryNotFoundError as error:
-        raise _unreadable(name, f"the {kind} has no file {uri.path_in_repo!r}") from error
     except Exception as error:  # huggingface_hub lets errors of its HTTP client, of checks and of the disk through
-        raise _unreadable(name, f"the download failed ({error or type(error).__name__})") from error
+        reason = hub_reason(error, f"{uri.type} {uri.id!r}", uri.revision, uri.path_in_repo)
+        raise _unreadable(name, reason or f"the download failed ({error or type(error).__name__})") from error
     return Path(found)

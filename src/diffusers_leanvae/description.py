@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from .. import bundled
-from ..checks import CHECKPOINT_SUFFIXES
-from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, TensorInfo, read_header
+from . import bundled
+from .checks import CHECKPOINT_SUFFIXES
+from .conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, read_header
 
 
 INDEX_NAME = "model_index.json"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "model.safetensors")  # of diffusers, of transformers
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` of diffusers looks for
+ADAPTER_VALUES = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}  # ours -> those of peft
 
 
 class Family(NamedTuple):
@@ -40,7 +42,7 @@ FAMILIES = {
 
 
 def describe(source: str) -> dict[str, Any] | None:
-    """Describe a video, image, latents file, cached data set, model or pipeline by its header and config.
+    """Describe a video, image, latents file, cached data set, model, pipeline or adapter by its header and config.
 
     Args:
         source: A path, `-` for a video on standard input, the address of a video, numbered pictures (`f_%04d.png`), or
@@ -57,7 +59,7 @@ def describe(source: str) -> dict[str, Any] | None:
     if source in bundled.PIPELINES:
         vae = bundled.model_path(bundled.PIPELINES[source].model)
         return _describe_pipeline(bundled.pipeline_path(source), {"vae": vae})
-    from ..video_io.inputs import find_sequence, is_remote
+    from .video_io.inputs import find_sequence, is_remote
 
     path = Path(source)
     if path.is_dir():
@@ -69,6 +71,30 @@ def describe(source: str) -> dict[str, Any] | None:
     if (is_video and not is_checkpoint) or find_sequence(source) is not None:
         return _describe_video(source)
     return None
+
+
+def list_files(source: str | Path) -> dict[str, Path]:
+    """List the files of a saved model, pipeline or adapter by their names in its folder, but for hidden ones.
+
+    Args:
+        source: The folder, or the name of a bundled model or pipeline, with the autoencoder of the latter.
+
+    Returns:
+        The files in the order of their names; none if there is no such folder.
+    """
+    folders = {"": Path(source)}
+    if source in bundled.MODELS:
+        folders = {"": bundled.model_path(str(source))}
+    elif source in bundled.PIPELINES:
+        vae = bundled.model_path(bundled.PIPELINES[str(source)].model)
+        folders = {"": bundled.pipeline_path(str(source)), "vae/": vae}
+    files: dict[str, Path] = {}
+    for start, folder in folders.items():
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                files[start + name.as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 def _is_model(address: str) -> bool:
@@ -115,7 +141,7 @@ def describe_model(
 
 
 def _describe_video(source: str) -> dict[str, Any]:
-    from ..video_io.reader import probe_video
+    from .video_io.reader import probe_video
 
     info = probe_video(source)
     described = {key: value for key, value in vars(info).items() if key != "is_variable_rate"}
@@ -132,6 +158,8 @@ def _describe_video(source: str) -> dict[str, Any]:
 
 def _describe_safetensors(path: Path) -> dict[str, Any] | None:
     header = read_header(path)
+    if "lora_adapter_metadata" in header.metadata or path.name == ADAPTER_NAME:
+        return _describe_adapter(path, header)
     if "leanvae" not in header.metadata:
         return _describe_original(path, header.args(), header.tensors)
     latents = header.tensors["latents"]
@@ -145,14 +173,31 @@ def describe_checkpoint(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If the file is damaged, or is a pickle of more than tensors and plain values.
     """
-    from ..conversion.checkpoints import read_layout
+    from .conversion.checkpoints import read_layout
 
     return _describe_original(path, *read_layout(path))
 
 
+def _describe_adapter(path: Path, header: Header) -> dict[str, Any]:
+    """Describe low-rank adapters; what diffusers notes of them names the adapted component in front."""
+    dtypes: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        dtypes[tensor.dtype] += tensor.numel()
+    noted = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    values = {key.rpartition(".")[2]: value for key, value in noted.items()}
+    return {
+        "kind": "adapter",
+        "components": sorted({name.split(".")[0] for name in header.tensors}),
+        "num_parameters": dtypes.total(),
+        "dtypes": dict(dtypes),
+        "num_bytes": path.stat().st_size,
+        **{name: values[key] for name, key in ADAPTER_VALUES.items() if key in values},
+    }
+
+
 def _describe_original(path: Path, args: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
-    from ..conversion import ivvae, latte, leanvae, wfvae
-    from ..conversion.checkpoints import has_anchor
+    from .conversion import ivvae, latte, leanvae, wfvae
+    from .conversion.checkpoints import has_anchor
 
     modules = {module.NAME: module for module in (leanvae, wfvae, ivvae, latte)}
     for class_name, family in FAMILIES.items():
@@ -167,21 +212,23 @@ def _describe_folder(folder: Path) -> dict[str, Any] | None:
         return _describe_pipeline(folder, {})
     if (folder / CONFIG_NAME).is_file():
         return _describe_model(folder)
+    if (folder / ADAPTER_NAME).is_file():
+        return _describe_safetensors(folder / ADAPTER_NAME)
     if (folder / "settings.json").is_file():  # of `leanvae encode-dataset`
         index = folder / "index.json"
         is_complete = index.is_file()
         return {
             "kind": "data set of latents",
             "is_complete": is_complete,
-            **(_read_json(index) if is_complete else {}),
-            "settings": _read_json(folder / "settings.json"),
+            **(read_json(index) if is_complete else {}),
+            "settings": read_json(folder / "settings.json"),
         }
     return None
 
 
 def _describe_model(folder: Path, class_name: str | None = None) -> dict[str, Any] | None:
     """Describe a model in a folder; `class_name` is what its pipeline calls it, where its config does not say."""
-    config = _read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
     class_name = config.get("_class_name", class_name)
     files = _weight_files(folder)
     if class_name not in FAMILIES and len(files) == 1:  # perhaps an original that was saved by diffusers' means
@@ -207,7 +254,7 @@ def _parameters(class_name: str, tensors: Mapping[str, TensorInfo]) -> list[tupl
 
 def _describe_pipeline(folder: Path, elsewhere: dict[str, Path]) -> dict[str, Any]:
     """Describe a pipeline; `elsewhere` are folders of components that are not in its own."""
-    index = _read_json(folder / INDEX_NAME)
+    index = read_json(folder / INDEX_NAME)
     components: dict[str, Any] = {}
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[1] is not None:
@@ -218,11 +265,17 @@ def _describe_pipeline(folder: Path, elsewhere: dict[str, Path]) -> dict[str, An
     labels = index.get("id2label") or {}
     return {
         "kind": "pipeline",
-        "class": index.get("_class_name"),
+        "class": class_of_index(index),
         "num_parameters": sum(counts),
         **({"labels": [labels[key] for key in sorted(labels, key=int)]} if labels else {}),
         "components": components,
     }
+
+
+def class_of_index(index: Mapping[str, Any]) -> Any:
+    """Return the class of a pipeline; a pushed one names the module in its repository first (`hub.make_shims`)."""
+    name = index.get("_class_name")
+    return name[1] if isinstance(name, list) and len(name) == 2 else name
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -230,13 +283,24 @@ def _weight_files(folder: Path) -> list[Path]:
     for weights in WEIGHTS_NAMES:
         index = folder / f"{weights}.index.json"
         if index.is_file():
-            return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
         if (folder / weights).is_file():
             return [folder / weights]
-    return []
+    # Of a variant, which stands between name and suffix; its shards differ from it in their numbers.
+    stems = {Path(weights).stem for weights in WEIGHTS_NAMES}
+    variants: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.*.safetensors")):
+        if path.name.split(".")[0] in stems:
+            variants.setdefault(re.sub(r"-\d+-of-\d+$", "", path.stem), []).append(path)
+    return next(iter(variants.values()), [])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If there is none in the file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
