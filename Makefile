@@ -10,7 +10,7 @@ STAMP := .venv/installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu style quality wheel-check tables loading-routes clean
+.PHONY: help demo test test-slow gpu style quality wheel-check tables loading-routes docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1: \2/p' Makefile
@@ -70,6 +70,15 @@ loading-routes: $(STAMP)  ## measure the ways of loading a pushed model by every
 	for version in 0.41.0 0.42.0; do $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-deps \
 		--upgrade --target build/diffusers-$$version diffusers==$$version || exit 1; done
 	$(BIN)/python benchmarks/loading_routes.py --diffusers build/diffusers-0.41.0 --diffusers build/diffusers-0.42.0
+
+# A stamp of its own, so that no other target waits for these packages.
+DOCS_STAMP := .venv/docs-installed
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(DOCS_STAMP)  ## build the site with the API reference into build/site, without a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what building and testing left (.venv, runs/ and outputs/ stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

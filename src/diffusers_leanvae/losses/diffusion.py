@@ -33,7 +33,9 @@ class EpsilonObjective:
     Args:
         min_snr_gamma: Weight `mse` by `min(snr, gamma) / snr` (arXiv 2303.09556; 5.0 there); `None` for no weight.
         sampling: `"uniform"`, or `"logit_normal"`: more timesteps from the middle (arXiv 2403.03206).
-        num_train_timesteps, beta_start, beta_end: The linear noise schedule; the defaults are those of the reference.
+        num_train_timesteps: Length of the linear noise schedule. All three defaults are those of the reference.
+        beta_start: Its first variance.
+        beta_end: Its last variance.
     """
 
     def __init__(
