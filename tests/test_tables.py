@@ -181,6 +181,9 @@ def test_picture_is_small():
     assert 10_000 < (ROOT / "docs" / "images" / "demo.jpg").stat().st_size <= 250_000
 
 
+SIBLINGS = ("wf_vae_compact", "wf_vae_s_8ch", "iv_vae_compact", "iv_vae_4ch")
+
+
 @pytest.fixture(scope="module")
 def memory_rows() -> dict[tuple[str, str], dict[str, Any]]:
     rows = json.loads((ROOT / "results" / "bench_memory.json").read_text())["rows"]
@@ -195,14 +198,22 @@ def test_memory_is_as_the_planner_predicts(memory_rows):
     assert all(0.8 <= ratio <= 1.2 for ratio in ratios.values()), ratios
 
 
-def test_predictions_are_those_of_the_planner_of_today(memory_rows):
-    again = copy.deepcopy(list(memory_rows.values()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bench_memory",
+        "bench_memory_leanvae_compact",
+        *(pytest.param(f"bench_memory_{model}", marks=pytest.mark.slow) for model in SIBLINGS),
+    ],
+)
+def test_predictions_are_those_of_the_planner_of_today(name):
+    result = json.loads((ROOT / f"results/{name}.json").read_text())
+    again = copy.deepcopy(result["rows"])
     for row in again:
         row.pop("predicted_mib", None)
-    runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))["predict"](again)
-    for row in again:
-        stored = memory_rows[row["case"], row["direction"]]
-        assert row == stored, "run `python benchmarks/memory.py --cases`"
+    model = result["model"].split(",")[0]
+    runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))["predict"](again, model, result["num_threads"])
+    assert again == result["rows"], f"run `python benchmarks/memory.py --model {model} --cases`"
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

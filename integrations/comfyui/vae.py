@@ -342,15 +342,11 @@ class LeanVAE:
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         # Where memory is scarce, ComfyUI leaves layers behind and moves its own ones when they are used; not these.
         self.autoencoder.to(self.device)
-        if self.autoencoder.predicts_memory:
-            layout = (*(tile or (height, width)), step + 1)
-            plan = self.autoencoder.memory_model().stream(
-                (height, width), None, step, layout, self.vae_dtype.itemsize, encode=not decode, decode=decode
-            )
-            num_bytes = plan.num_bytes
-        else:
-            num_bytes = comfy.model_management.get_total_memory(self.device)
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=num_bytes, force_full_load=True)
+        layout = (*(tile or (height, width)), step + 1)
+        plan = self.autoencoder.memory_model().stream(
+            (height, width), None, step, layout, self.vae_dtype.itemsize, encode=not decode, decode=decode
+        )
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=plan.num_bytes, force_full_load=True)
 
     def _to_sample(self, pixels: torch.Tensor) -> torch.Tensor:
         num_channels = self.autoencoder.in_channels

@@ -127,7 +127,6 @@ class Comfy:
             "comfy": ModuleType("comfy"),
             "comfy.model_management": _module(
                 "comfy.model_management",
-                get_total_memory=lambda dev=None, torch_total_too=False: 2**36,
                 intermediate_device=lambda: CPU,
                 load_models_gpu=load_models_gpu,
                 soft_empty_cache=lambda force=False: None,

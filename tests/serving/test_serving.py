@@ -489,6 +489,8 @@ def test_pages_of_the_package_are_served(vae, tmp_path, monkeypatch):
 
 
 def run_command(*arguments: str) -> None:
+    # A job that a shell put in the background ignores interrupts, and its children do.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app(list(arguments))
 
 
