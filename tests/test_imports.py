@@ -29,7 +29,7 @@ ORDER = (
     ("evaluation",),
     ("inference",),
     ("generation",),
-    ("serving",),
+    ("serving", "export"),
     ("benchmark",),
     ("trainer",),
     ("pipelines", "training"),
@@ -158,6 +158,8 @@ def test_what_runs_at_import_time_is_declared(name: str, path: Path):
         requirements += project["optional-dependencies"]["train"]
     if folder_of(name) == "serving":  # imported by `leanvae serve` alone
         requirements += project["optional-dependencies"]["serve"]
+    if name == f"{PACKAGE}.export.onnx_files":  # imported for `to="onnx"` alone
+        requirements += project["optional-dependencies"]["export"]
     if name.startswith(f"{PACKAGE}.kernels.triton_"):  # imported by `kernels.get("triton")` alone
         requirements += project["optional-dependencies"]["triton"]
     names = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}

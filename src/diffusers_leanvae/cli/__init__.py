@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..checks import one_line
-from . import demo, evaluation, generation, measure, models, serving, sharing, training, videos
+from . import demo, evaluation, export, generation, measure, models, serving, sharing, training, videos
 from .common import in_one_sentence
 
 
@@ -34,6 +34,7 @@ COMMANDS = {
     "encode-dataset": generation.encode_dataset,
     "train": training.train,
     "convert": models.convert,
+    "export": export.export,
     "info": models.info,
     "models": models.models,
     "push": sharing.push,

@@ -1,0 +1,83 @@
+"""Models for other programs: `export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import bundled
+from ..checks import check_choice
+from .choices import EXPORT_FORMATS, EXPORT_PARTS, EXPORT_WEIGHTS, complete
+from .common import Device, Dtype, Json, load_model, print_json, progress_bar
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"Autoencoder: a bundled model ({', '.join(bundled.MODELS)}), a model folder, an original checkpoint "
+            "file, or a Hub id.",
+            autocompletion=complete(*bundled.MODELS),
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Kind of the files: onnx; torch-export, for torch.export.load; aoti, compiled for the device by "
+            "AOTInductor.",
+            autocompletion=complete(*EXPORT_FORMATS),
+        ),
+    ] = "onnx",
+    part: Annotated[
+        str,
+        typer.Option(help="What to export: encoder, decoder or both.", autocompletion=complete(*EXPORT_PARTS)),
+    ] = "both",
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Add the graphs of streams, which take a chunk and what the layers remember of those before.",
+        ),
+    ] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Weights in ONNX files: same, or float16 for half the size; the computation stays in float32.",
+            autocompletion=complete(*EXPORT_WEIGHTS),
+        ),
+    ] = "same",
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators, 18 to 21.")] = 18,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a former export. Without it one that exists is an error.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export encoder and decoder to ONNX, torch.export or AOTInductor, for clips of any size."""
+    check_choice("--to", to, EXPORT_FORMATS)
+    check_choice("--part", part, EXPORT_PARTS)
+    check_choice("--weights", weights, EXPORT_WEIGHTS)
+    from ..export import PARTS, export_model
+
+    vae = load_model(model, device, dtype)
+    with progress_bar("graph", "export") as advance:
+        files = export_model(
+            vae,
+            target,
+            to,  # type: ignore[arg-type] - checked above
+            parts=PARTS if part == "both" else (part,),  # type: ignore[arg-type]
+            streaming=streaming,
+            opset=opset,
+            weights=weights,  # type: ignore[arg-type]
+            overwrite=overwrite,
+            progress=lambda done, total: advance(min(done, 1), total),
+        )
+    written = sorted(path for path in target.iterdir())
+    if as_json:
+        print_json({"folder": str(target), "files": {path.name: path.stat().st_size for path in written}})
+        return
+    for path in written:
+        typer.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB" + ("" if path in files else "  (belongs to these)"))

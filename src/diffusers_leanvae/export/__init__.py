@@ -1,0 +1,7 @@
+"""Encoder and decoder as files for ONNX Runtime, `torch.export` and AOTInductor: [`export_model`]."""
+
+from .files import FORMATS, export_model, trace
+from .graphs import PARTS, Graph, Port, Size, graphs_of
+
+
+__all__ = ["FORMATS", "PARTS", "Graph", "Port", "Size", "export_model", "graphs_of", "trace"]

@@ -1,0 +1,182 @@
+"""The graphs of a video autoencoder as files of ONNX, `torch.export` or AOTInductor.
+
+Every file says by itself what it is: class, config and version of the model, pixel range, names and shapes, as JSON;
+the folder has the same in `export.json`.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .._version import __version__
+from ..atomic import replace_folder
+from ..checks import check_choice
+from ..models.video_autoencoder import VideoAutoencoder
+from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of
+
+
+if TYPE_CHECKING:
+    pass
+
+Format = Literal["onnx", "torch-export", "aoti"]
+FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
+MANIFEST = "export.json"
+OPSETS = (18, 19, 20, 21)
+# A file of protocol buffers takes 2 GiB at most.
+MAX_BYTES_INSIDE = 3 * 2**29
+
+# A graph is traced with these sizes, of which none matters, but which have no slice of one element or of none: those
+# would be taken for fixed sizes. For the same reason the groups are at least so many in a program of `torch.export`.
+EXAMPLE = {"batch": 2, "groups": 5, "latent_height": 3, "latent_width": 4}
+MIN_GROUPS = 4
+
+
+def export_model(
+    vae: VideoAutoencoder,
+    folder: str | Path,
+    to: Format = "onnx",
+    *,
+    parts: tuple[Part, ...] = PARTS,
+    streaming: bool = False,
+    opset: int = 18,
+    weights: Literal["same", "float16"] = "same",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Write a model as graphs that run without this package.
+
+    Batch size, frames, height and width stay open. The folder appears when it is complete.
+
+    Args:
+        vae: The model, of whatever family; its dtype is that of inputs, outputs and computation.
+        folder: The folder to write.
+        to: `"onnx"`, `"torch-export"` (a program for `torch.export.load`), or `"aoti"` (compiled by AOTInductor for
+            the device of the model, for `torch._inductor.aoti_load_package` and C++).
+        parts: `"encoder"`, `"decoder"` or both.
+        streaming: Whether to add the graphs of streams, which take and give what the layers remember between chunks.
+        opset: Version of ONNX's operators.
+        weights: `"float16"`: ONNX files of half the size, whose float32 computation starts from rounded weights.
+        overwrite: Whether to replace a former export.
+        progress: Called with the number of finished graphs and of all, at first and after each.
+
+    Returns:
+        The files of the graphs, inside the folder.
+
+    Raises:
+        ValueError: If an argument is not legal, or the model cannot do this.
+        ImportError: If the packages that write ONNX are not installed.
+    """
+    folder = Path(folder)
+    check_choice("to", to, FORMATS)
+    check_choice("weights", weights, ("same", "float16"))
+    check_choice("opset", opset, OPSETS)
+    for part in parts:
+        check_choice("parts", part, PARTS)
+    if weights != "same" and (to != "onnx" or vae.dtype != torch.float32):
+        raise ValueError(f"`weights` {weights!r} needs an ONNX file of a float32 model, got {to} of {vae.dtype}.")
+    if to == "onnx" and (vae.dtype not in (torch.float32, torch.float16) or vae.device.type != "cpu"):
+        raise ValueError(f"`to` 'onnx' needs a model of float32 or float16 on cpu, got {vae.dtype} on {vae.device}.")
+    _check_folder(folder, overwrite)
+    if to == "onnx":
+        try:
+            from .onnx_files import SharedWeights, write_onnx
+        except ImportError as error:
+            raise ImportError(
+                'ONNX files need onnx and onnxscript: pip install "diffusers-leanvae[export]".'
+            ) from error
+    graphs = graphs_of(vae, parts, streaming)
+    entries = {graph.name: {"file": f"{graph.name}{FORMATS[to]}", **_entry(graph, to)} for graph in graphs}
+    with replace_folder(folder) as partial, ExitStack() as stack:
+        shared: dict[Part, SharedWeights] = {}
+        if to == "onnx" and (streaming or sum(weight.nbytes for weight in vae.parameters()) > MAX_BYTES_INSIDE):
+            shared = {part: stack.enter_context(SharedWeights(partial / f"{part}.weights")) for part in parts}
+        progress(0, len(graphs))
+        for done, graph in enumerate(graphs, 1):
+            description = json.dumps(_describe(vae, to, {graph.name: entries[graph.name]}))
+            path = partial / entries[graph.name]["file"]
+            program = trace(graph)
+            if to == "onnx":
+                write_onnx(program, graph, path, opset, description, weights == "float16", shared.get(graph.part))
+            elif to == "torch-export":
+                torch.export.save(program, path, extra_files={f"{METADATA}.json": description})
+            else:
+                _compile(program, path, description)
+            progress(done, len(graphs))
+        manifest = json.dumps(_describe(vae, to, entries), indent=2)
+        (partial / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
+    return [folder / entry["file"] for entry in entries.values()]
+
+
+def trace(graph: Graph) -> torch.export.ExportedProgram:
+    """Trace a graph, with open sizes."""
+    dims = {name: torch.export.Dim(name, min=MIN_GROUPS if name == "groups" else 1) for name in EXAMPLE}
+
+    def dim(size: Size) -> Any:
+        scaled = size.factor * dims[size.name] if size.factor != 1 else dims[size.name]
+        return scaled + size.more if size.more else scaled
+
+    like = next(graph.module.parameters())
+    examples, shapes = [], []
+    for port in graph.inputs:
+        sizes = [size if isinstance(size, int) else size.of(EXAMPLE) for size in port.shape]
+        examples.append(torch.zeros(sizes, dtype=like.dtype, device=like.device))
+        shapes.append({i: dim(size) for i, size in enumerate(port.shape) if isinstance(size, Size)})
+    dynamic_shapes = (shapes[0], tuple(shapes[1:])) if len(shapes) > 1 else (shapes[0],)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's own use of what it has deprecated
+        return torch.export.export(graph.module, tuple(examples), dynamic_shapes=dynamic_shapes)
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    try:
+        aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: description}}
+        )
+    except Exception as error:
+        if "compiler" not in str(error).lower():
+            raise
+        raise ValueError("`to` 'aoti' needs a C++ compiler such as g++, got none.") from error
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a former export."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"`folder` must be new, empty or a former export, got {str(folder)!r}.")
+    if not overwrite:
+        raise ValueError(f"`folder` must be new or empty without `overwrite`, got the export {str(folder)!r}.")
+
+
+def _entry(graph: Graph, to: Format) -> dict[str, Any]:
+    """One graph of the description."""
+    ports = {"inputs": graph.inputs, "outputs": graph.outputs}
+    named = {key: [{"name": port.name, "shape": port.labels} for port in value] for key, value in ports.items()}
+    return {"part": graph.part, "role": graph.role, "min_groups": MIN_GROUPS if to != "onnx" else 1, **named}
+
+
+def _describe(vae: VideoAutoencoder, to: Format, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}
+    return {
+        "format": to,
+        "package": f"diffusers-leanvae {__version__}",
+        "class": type(vae).__name__,
+        "config": config,
+        "dtype": str(vae.dtype).removeprefix("torch."),
+        "pixel_range": [-1.0, 1.0],
+        "temporal_compression_ratio": vae.temporal_compression_ratio,
+        "spatial_compression_ratio": vae.spatial_compression_ratio,
+        "latent_channels": vae.latent_channels,
+        "num_delayed_frames": vae.num_delayed_frames,
+        "latents_mean": config["latents_mean"],
+        "latents_std": config["latents_std"],
+        "scaling_factor": config["scaling_factor"],
+        "graphs": entries,
+    }

@@ -1,0 +1,276 @@
+"""Exported graphs are the model: as functions of PyTorch exactly, in onnxruntime up to float32 rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from models.tiny_autoencoders import CASES, make
+from onnx import helper, numpy_helper
+from tiny import make_latents, make_tiny, make_video
+from typer.testing import CliRunner
+
+from diffusers_leanvae.cli import app, choices
+from diffusers_leanvae.export import FORMATS, PARTS, export_model, files, graphs_of, onnx_files
+
+
+# The smallest network that still has a causal convolution, since tracing takes seconds.
+SMALL = {
+    "num_branch_layers": 0,
+    "num_fusion_layers": 1,
+    "bottleneck_type": "linear",
+    "patch_embedding_type": "joint",
+}
+# Batch, groups of frames, latent height and width; none is that of the trace but for one size of the last.
+CLIPS = [(1, 1, 2, 3), (3, 2, 1, 1), (1, 7, 5, 2), (2, 0, 4, 4)]
+# Measured: at most 8e-6 for outputs of order 1 to 10.
+ATOL = 4e-5
+
+
+class Runner:
+    """The graphs of a folder in onnxruntime, by the names of their files; inputs and outputs by name."""
+
+    def __init__(self, folder: Path):
+        self.sessions = {path.stem: onnxruntime.InferenceSession(path) for path in folder.glob("*.onnx")}
+
+    def __call__(self, name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        session = self.sessions[name]
+        arrays = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+        return dict(zip([output.name for output in session.get_outputs()], map(torch.from_numpy, arrays), strict=True))
+
+
+def videos(vae: Any, batch_size: int, num_groups: int, height: int, width: int) -> torch.Tensor:
+    num_frames = num_groups * vae.temporal_compression_ratio + 1
+    return make_video(batch_size, 3, num_frames, 8 * height, 8 * width, dtype=vae.dtype)
+
+
+def latents(vae: Any, batch_size: int, num_groups: int, height: int, width: int) -> torch.Tensor:
+    return make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width, dtype=vae.dtype)
+
+
+def stream(run: Any, part: str, x: torch.Tensor, sizes: list[int], has_last: bool) -> torch.Tensor:
+    """Chunks of so many frames through the graphs of a stream; present of one is past of the next."""
+    source, result = ("video", "mean") if part == "encoder" else ("latents", "video")
+    outputs: list[torch.Tensor] = []
+    state: dict[str, torch.Tensor] = {}
+    for index, chunk in enumerate(x.split(sizes, dim=2)):
+        role = "first" if index == 0 else "last" if has_last and index == len(sizes) - 1 else "next"
+        got = run(f"{part}_{role}", {source: chunk.contiguous(), **state})
+        outputs.append(got[result])
+        state = {f"past.{name.removeprefix('present.')}": x for name, x in got.items() if name.startswith("present.")}
+    return torch.cat(outputs, dim=2)
+
+
+class TestGraphs:
+    """The functions that are traced, in float64."""
+
+    @pytest.mark.parametrize("case", CASES)
+    @torch.no_grad()
+    def test_they_are_the_model(self, case):
+        vae = make(case)
+        graphs = {graph.name: graph for graph in graphs_of(vae, is_streaming=True)}
+
+        def run(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            graph = graphs[name]
+            outputs = graph.module(*(inputs[port.name] for port in graph.inputs))
+            for port, output in zip(graph.outputs, outputs, strict=True):
+                assert [size for size in port.shape if isinstance(size, int)] == [
+                    actual for size, actual in zip(port.shape, output.shape, strict=True) if isinstance(size, int)
+                ]
+            return {port.name: output for port, output in zip(graph.outputs, outputs, strict=True)}
+
+        ratio = vae.temporal_compression_ratio
+        video, z = videos(vae, 2, 4, 2, 3), latents(vae, 2, 4, 2, 3)
+        posterior, sample = vae.encode(video).latent_dist, vae.decode(z).sample
+        whole = run("encoder", {"video": video})
+        expected = {"rtol": 0, "atol": 1e-13}  # measured 1e-14
+        torch.testing.assert_close(whole["mean"], posterior.mean, **expected)
+        torch.testing.assert_close(whole["logvar"], posterior.logvar, **expected)
+        torch.testing.assert_close(run("decoder", {"latents": z})["video"], sample, **expected)
+        has_last = vae.num_delayed_frames > 0
+        assert ("decoder_last" in graphs) == has_last
+        means = stream(run, "encoder", video, [ratio + 1, ratio, 2 * ratio], has_last=False)
+        torch.testing.assert_close(means, posterior.mean, **expected)
+        frames = stream(run, "decoder", z, [2, 1, 2], has_last)
+        torch.testing.assert_close(frames, sample, **expected)
+
+    def test_they_share_the_weights_and_leave_the_model_alone(self):
+        vae = make("lean")
+        kinds = [type(module) for module in vae.modules()]
+        graph = graphs_of(vae, ("decoder",))[0]
+        pointers = {weight.data_ptr() for weight in vae.parameters()}
+        assert {weight.data_ptr() for weight in graph.module.parameters()} == pointers
+        assert [type(module) for module in vae.modules()] == kinds
+
+    def test_a_model_that_sees_the_whole_video_is_no_stream(self):
+        widths = ("base_channels", "encoder_flow_channels", "decoder_flow_channels")
+        vae = make_tiny("wfvae", **dict.fromkeys(widths, 32), norm_type="group_norm")
+        assert [graph.name for graph in graphs_of(vae)] == ["encoder", "decoder"]
+        with pytest.raises(ValueError, match="`streaming` needs `norm_type` 'layer_norm'"):
+            graphs_of(vae, is_streaming=True)
+
+
+class TestFiles:
+    """ONNX files as such: a small graph by hand in place of a traced one."""
+
+    @staticmethod
+    def model(scale: float) -> onnx.ModelProto:
+        weights = numpy_helper.from_array(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64), "weights")
+        bias = numpy_helper.from_array(np.full(64, scale, dtype=np.float32), "bias")
+        nodes = [helper.make_node("MatMul", ["x", "weights"], ["y"]), helper.make_node("Add", ["y", "bias"], ["z"])]
+        ports = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64]) for name in "xz"]
+        graph = helper.make_graph(nodes, "small", ports[:1], ports[1:], [weights, bias])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+    def test_files_share_what_is_equal(self, tmp_path):
+        x = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
+        expected = {}
+        with onnx_files.SharedWeights(tmp_path / "all.weights") as shared:
+            for scale in (0.5, 2.0):
+                model = self.model(scale)
+                expected[scale] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+                onnx_files.share_weights(model, shared)
+                (tmp_path / f"{scale}.onnx").write_bytes(model.SerializeToString())
+        assert (tmp_path / "all.weights").stat().st_size == 4096 * 4  # once
+        for scale, wanted in expected.items():
+            assert (tmp_path / f"{scale}.onnx").stat().st_size < 4096
+            actual = onnxruntime.InferenceSession(tmp_path / f"{scale}.onnx").run(None, {"x": x})[0]
+            np.testing.assert_array_equal(actual, wanted)
+
+    def test_float16_weights_are_the_rounded_ones(self):
+        model, x = self.model(0.5), np.eye(64, dtype=np.float32)
+        size = len(model.SerializeToString())
+        onnx_files.store_as_float16(model)
+        assert len(model.SerializeToString()) < 0.6 * size
+        actual = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+        rounded = np.linspace(-1, 1, 4096, dtype=np.float32).astype(np.float16).astype(np.float32).reshape(64, 64)
+        np.testing.assert_array_equal(actual, rounded + 0.5)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"to": "onyx"}, "`to` must be one of 'onnx', 'torch-export', 'aoti', got 'onyx'"),
+            ({"parts": ("coder",)}, "`parts` must be one of 'encoder', 'decoder', got 'coder'"),
+            ({"opset": 12}, "`opset` must be one of 18, 19, 20, 21, got 12"),
+            ({"weights": "int4"}, "`weights` must be one of 'same', 'float16', got 'int4'"),
+            ({"weights": "float16", "to": "torch-export"}, "`weights` 'float16' needs an ONNX file of a float32"),
+        ],
+    )
+    def test_arguments(self, tmp_path, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            export_model(make_tiny("leanvae", **SMALL), tmp_path / "out", **arguments)
+        assert not (tmp_path / "out").exists()
+
+    def test_other_dtypes(self, tmp_path):
+        with pytest.raises(ValueError, match="needs a model of float32 or float16 on cpu, got torch.bfloat16"):
+            export_model(make_tiny("leanvae", torch.bfloat16, **SMALL), tmp_path / "out")
+
+    def test_a_folder_of_something_else_stays(self, tmp_path):
+        (tmp_path / "letter.txt").write_text("dear")
+        with pytest.raises(ValueError, match="`folder` must be new, empty or a former export"):
+            export_model(make_tiny("leanvae", **SMALL), tmp_path, overwrite=True)
+        (tmp_path / files.MANIFEST).write_text("{}")
+        with pytest.raises(ValueError, match="without `overwrite`, got the export"):
+            export_model(make_tiny("leanvae", **SMALL), tmp_path)
+        assert (tmp_path / "letter.txt").read_text() == "dear"
+
+    def test_the_command_says_it_in_one_sentence(self, tmp_path):
+        result = CliRunner().invoke(app, ["export", "compact-4ch", str(tmp_path / "out"), "--to", "tflite"])
+        assert result.exit_code == 1
+        assert result.stderr == "error: `--to` must be one of 'onnx', 'torch-export', 'aoti', got 'tflite'.\n"
+
+    def test_the_command_knows_the_choices(self):
+        assert choices.EXPORT_FORMATS == tuple(FORMATS) and choices.EXPORT_PARTS == (*PARTS, "both")
+
+
+def check_clips(run: Runner, vae: Any, atol: float) -> None:
+    for clip in CLIPS:
+        video, z = videos(vae, *clip), latents(vae, *clip)
+        if "encoder" in run.sessions:
+            posterior, got = vae.encode(video).latent_dist, run("encoder", {"video": video})
+            torch.testing.assert_close(got["mean"], posterior.mean, rtol=0, atol=atol)
+            torch.testing.assert_close(got["logvar"], posterior.logvar, rtol=0, atol=atol)
+        if "decoder" in run.sessions:
+            sample = vae.decode(z).sample
+            torch.testing.assert_close(run("decoder", {"latents": z})["video"], sample, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Any, Path]:
+    """The smallest model, exported by the command."""
+    folder, vae = tmp_path_factory.mktemp("small"), make_tiny("leanvae", **SMALL)
+    vae.save_pretrained(folder / "vae")
+    arguments = [str(folder / "vae"), str(folder / "out"), "--part", "decoder", "--json"]
+    result = CliRunner().invoke(app, ["export", *arguments])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["files"]) == {"decoder.onnx", "export.json"}
+    return vae, folder / "out"
+
+
+class TestSmall:
+    @torch.no_grad()
+    def test_clips_of_any_size(self, small):
+        vae, folder = small
+        check_clips(Runner(folder), vae, ATOL)
+
+    def test_a_file_explains_itself(self, small):
+        vae, folder = small
+        model = onnx.load(folder / "decoder.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        (told,) = [json.loads(entry.value) for entry in model.metadata_props if entry.key == "leanvae"]
+        assert told == json.loads((folder / "export.json").read_text())
+        assert told["class"] == "AutoencoderKLLeanVAE" and told["pixel_range"] == [-1.0, 1.0]
+        again = type(vae).from_config(told["config"])
+        assert again.state_dict().keys() == vae.state_dict().keys()
+        assert [port["shape"] for port in told["graphs"]["decoder"]["inputs"]] == [
+            ["batch", 4, "latent_frames", "latent_height", "latent_width"]
+        ]
+        dims = model.graph.output[0].type.tensor_type.shape.dim
+        assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "frames", "height", "width"]
+
+    def test_it_is_plain_onnx_without_traces_of_this_machine(self, small):
+        path = small[1] / "decoder.onnx"
+        model = onnx.load(path)
+        assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain] == []
+        assert {node.domain for node in model.graph.node} == {""} and not model.functions
+        assert b".py" not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
+        # WebGPU has no grouped convolutions of more than two dimensions.
+        ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+        convs = [node for node in model.graph.node if node.op_type == "Conv"]
+        grouped = [node for node in convs if any(entry.name == "group" and entry.i > 1 for entry in node.attribute)]
+        assert len(grouped) == 3 and {ranks[node.input[1]] for node in grouped} == {4}
+
+
+@pytest.fixture(scope="module", params=["leanvae", "wfvae", "ivvae"])
+def family(request, tmp_path_factory) -> tuple[Any, Path]:
+    """A model of each family with its streams; tracing takes minutes."""
+    vae = make_tiny(request.param, **({"decoder_flow_channels": 8} if request.param == "wfvae" else {}))
+    folder = tmp_path_factory.mktemp(request.param) / "out"
+    export_model(vae, folder, streaming=True)
+    return vae, folder
+
+
+@pytest.mark.slow
+class TestFamilies:
+    @torch.no_grad()
+    def test_clips_of_any_size(self, family):
+        vae, folder = family
+        check_clips(Runner(folder), vae, ATOL)
+
+    @torch.no_grad()
+    def test_streams(self, family):
+        vae, folder = family
+        run, has_last = Runner(folder), vae.num_delayed_frames > 0
+        assert {path.name for path in folder.glob("*.weights")} == {"encoder.weights", "decoder.weights"}
+        for batch_size, height, width in ((1, 2, 3), (3, 5, 4)):
+            video, z = videos(vae, batch_size, 6, height, width), latents(vae, batch_size, 6, height, width)
+            means = stream(run, "encoder", video, [5, 4, 12, 4], has_last=False)
+            torch.testing.assert_close(means, vae.encode(video).latent_dist.mean, rtol=0, atol=ATOL)
+            frames = stream(run, "decoder", z, [2, 1, 3, 1], has_last)
+            torch.testing.assert_close(frames, vae.decode(z).sample, rtol=0, atol=ATOL)
