@@ -14,8 +14,9 @@ from diffusers_leanvae.video_io import write_video
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
-# Its blocks go on from its commands: tests/training/test_text_to_video_page.py runs both.
-STORY = ROOT / "docs" / "text_to_video.md"
+# Their blocks go on from their commands: tests/training/test_text_to_video_page.py and tests/export/test_export.py run
+# both.
+STORIES = (ROOT / "docs" / "text_to_video.md", ROOT / "docs" / "export.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = {
     "reconstruct_video": ["vae", "clips/a.mp4", "out.mp4"],
@@ -25,7 +26,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != STORY], ids=lambda page: page.relative_to(ROOT).as_posix()
+    "page", [page for page in PAGES if page not in STORIES], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     # One namespace per page, as a reader who pastes the blocks one after another has it.

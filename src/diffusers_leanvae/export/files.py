@@ -1,4 +1,4 @@
-"""The graphs of a video autoencoder as files of ONNX, `torch.export` or AOTInductor.
+"""The graphs of a video autoencoder as files of ONNX or `torch.export`.
 
 Every file says by itself what it is: class, config and version of the model, pixel range, names and shapes, as JSON;
 the folder has the same in `export.json`.
@@ -23,8 +23,8 @@ from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of
 if TYPE_CHECKING:
     pass
 
-Format = Literal["onnx", "torch-export", "aoti"]
-FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
+Format = Literal["onnx", "torch-export"]
+FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 MANIFEST = "export.json"
 OPSETS = (18, 19, 20, 21)
 # A file of protocol buffers takes 2 GiB at most.
@@ -55,8 +55,7 @@ def export_model(
     Args:
         vae: The model, of whatever family; its dtype is that of inputs, outputs and computation.
         folder: The folder to write.
-        to: `"onnx"`, `"torch-export"` (a program for `torch.export.load`), or `"aoti"` (compiled by AOTInductor for
-            the device of the model, for `torch._inductor.aoti_load_package` and C++).
+        to: `"onnx"`, or `"torch-export"`: programs for `torch.export.load`, on the device of the model.
         parts: `"encoder"`, `"decoder"` or both.
         streaming: Whether to add the graphs of streams, which take and give what the layers remember between chunks.
         opset: Version of ONNX's operators.
@@ -90,7 +89,9 @@ def export_model(
                 'ONNX files need onnx and onnxscript: pip install "diffusers-leanvae[export]".'
             ) from error
     graphs = graphs_of(vae, parts, streaming)
-    entries = {graph.name: {"file": f"{graph.name}{FORMATS[to]}", **_entry(graph, to)} for graph in graphs}
+    entries = {
+        graph.name: {"file": f"{graph.name}{FORMATS[to]}", **_entry(graph, to, vae.is_local)} for graph in graphs
+    }
     with replace_folder(folder) as partial, ExitStack() as stack:
         shared: dict[Part, SharedWeights] = {}
         if to == "onnx" and (streaming or sum(weight.nbytes for weight in vae.parameters()) > MAX_BYTES_INSIDE):
@@ -102,10 +103,8 @@ def export_model(
             program = trace(graph)
             if to == "onnx":
                 write_onnx(program, graph, path, opset, description, weights == "float16", shared.get(graph.part))
-            elif to == "torch-export":
-                torch.export.save(program, path, extra_files={f"{METADATA}.json": description})
             else:
-                _compile(program, path, description)
+                torch.export.save(program, path, extra_files={f"{METADATA}.json": description})
             progress(done, len(graphs))
         manifest = json.dumps(_describe(vae, to, entries), indent=2)
         (partial / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
@@ -132,19 +131,6 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
         return torch.export.export(graph.module, tuple(examples), dynamic_shapes=dynamic_shapes)
 
 
-def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
-    from torch._inductor import aoti_compile_and_package
-
-    try:
-        aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: description}}
-        )
-    except Exception as error:
-        if "compiler" not in str(error).lower():
-            raise
-        raise ValueError("`to` 'aoti' needs a C++ compiler such as g++, got none.") from error
-
-
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse to replace anything but a former export."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -155,11 +141,12 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"`folder` must be new or empty without `overwrite`, got the export {str(folder)!r}.")
 
 
-def _entry(graph: Graph, to: Format) -> dict[str, Any]:
+def _entry(graph: Graph, to: Format, takes_images: bool) -> dict[str, Any]:
     """One graph of the description."""
     ports = {"inputs": graph.inputs, "outputs": graph.outputs}
+    least = MIN_GROUPS if to != "onnx" else int(graph.role != "whole" or not takes_images)
     named = {key: [{"name": port.name, "shape": port.labels} for port in value] for key, value in ports.items()}
-    return {"part": graph.part, "role": graph.role, "min_groups": MIN_GROUPS if to != "onnx" else 1, **named}
+    return {"part": graph.part, "role": graph.role, "min_groups": least, **named}
 
 
 def _describe(vae: VideoAutoencoder, to: Format, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

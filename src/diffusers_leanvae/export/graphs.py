@@ -6,6 +6,7 @@ the outputs of a chunk to the next one by their names.
 """
 
 import copy
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -231,13 +232,14 @@ class ExportableConv3d(CausalDepthwiseConv3d):
         steps = torch.cat((no_tail(hidden_states) if tail is None else tail, hidden_states), dim=1)
         chunk.remember(self.name, steps[:, -NUM_TAIL_STEPS:])
         num_steps = hidden_states.shape[1]
-        output = sum(self._convolve_frames(steps[:, i : i + num_steps], i) for i in range(NUM_TAIL_STEPS + 1))
-        output = output + self.bias
+        outputs = [self._convolve_frames(steps[:, i : i + num_steps], i) for i in range(NUM_TAIL_STEPS + 1)]
+        output = functools.reduce(torch.add, outputs)
         return hidden_states + output if residual else output
 
     def _convolve_frames(self, steps: torch.Tensor, index: int) -> torch.Tensor:
         frames = steps.flatten(0, 1).permute(0, 3, 1, 2)  # (B * t, c, h, w)
-        frames = nn.functional.conv2d(frames, self.weight[:, :, index], None, padding=1, groups=self.weight.shape[0])
+        bias = self.bias if index == 0 else None
+        frames = nn.functional.conv2d(frames, self.weight[:, :, index], bias, padding=1, groups=self.weight.shape[0])
         return frames.permute(0, 2, 3, 1).unflatten(0, steps.shape[:2])
 
 
