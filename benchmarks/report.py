@@ -90,6 +90,7 @@ def main() -> None:
             num_examples=3,
             device="auto",
             dtype="float32",
+            as_json=False,
         )
 
 
