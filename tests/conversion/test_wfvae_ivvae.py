@@ -188,6 +188,10 @@ def test_reconstruct_command(tmp_path: Path, family: str):
     assert result.exit_code == 0, result.output
     info = probe_video(target)
     assert (info.num_frames, min(info.height, info.width)) == (7, 32)
+    bounded = tmp_path / "bounded.mp4"
+    options = ["reconstruct", str(target), str(bounded), "--model", str(folder), "--max-memory", "1GiB"]
+    result = CliRunner().invoke(app, options, catch_exceptions=False)
+    assert result.exit_code == 0 and probe_video(bounded).num_frames == 7, result.output
     result = CliRunner().invoke(app, [*arguments, "--overwrite", "--fuse"])
     assert result.exit_code == 1 and "`fuse` needs an `AutoencoderKLLeanVAE`" in result.output
 
