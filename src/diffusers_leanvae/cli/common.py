@@ -28,13 +28,13 @@ DTYPES_TEXT = ", ".join(f"{long} ({short})" for long, short in DTYPES.items())
 TRACEBACK = "LEANVAE_TRACEBACK"  # set in the environment, it shows where an error comes from
 Advance = Callable[[int, int | None], None]  # told how many units were just finished, and of how many, if known
 
+MODEL_TEXT = (
+    f"Autoencoder: a bundled model ({', '.join(bundled.MODELS)}), a model folder, an original checkpoint file, or a "
+    "Hub id (user/repo, or user/repo/file.ckpt for original weights)."
+)
 Model = Annotated[
     str,
-    typer.Option(
-        help=f"Autoencoder: a bundled model ({', '.join(bundled.MODELS)}), a model folder, an original checkpoint "
-        "file, or a Hub id (user/repo, or user/repo/file.ckpt for original weights).",
-        autocompletion=complete(*bundled.MODELS),
-    ),
+    typer.Option(help=MODEL_TEXT, autocompletion=complete(*bundled.MODELS)),
 ]
 Device = Annotated[
     str,

@@ -8,18 +8,13 @@ import typer
 from .. import bundled
 from ..checks import check_choice
 from .choices import EXPORT_FORMATS, EXPORT_PARTS, EXPORT_WEIGHTS, complete
-from .common import Device, Dtype, Json, load_model, print_json, progress_bar
+from .common import MODEL_TEXT, Device, Dtype, Json, load_model, print_json, progress_bar
 
 
 def export(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help=f"Autoencoder: a bundled model ({', '.join(bundled.MODELS)}), a model folder, an original checkpoint "
-            "file, or a Hub id.",
-            autocompletion=complete(*bundled.MODELS),
-        ),
+        typer.Argument(metavar="MODEL", help=MODEL_TEXT, autocompletion=complete(*bundled.MODELS)),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     to: Annotated[
@@ -74,7 +69,7 @@ def export(
             overwrite=overwrite,
             progress=lambda done, total: advance(min(done, 1), total),
         )
-    written = sorted(path for path in target.iterdir())
+    written = sorted(target.iterdir())
     if as_json:
         print_json({"folder": str(target), "files": {path.name: path.stat().st_size for path in written}})
         return

@@ -1,7 +1,7 @@
 """Encoder and decoder as files for ONNX Runtime and `torch.export`: [`export_model`]."""
 
-from .files import FORMATS, export_model, trace
+from .files import FORMATS, WEIGHTS, export_model, trace
 from .graphs import PARTS, Graph, Port, Size, graphs_of
 
 
-__all__ = ["FORMATS", "PARTS", "Graph", "Port", "Size", "export_model", "graphs_of", "trace"]
+__all__ = ["FORMATS", "PARTS", "WEIGHTS", "Graph", "Port", "Size", "export_model", "graphs_of", "trace"]

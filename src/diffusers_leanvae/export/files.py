@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,14 +17,13 @@ from .._version import __version__
 from ..atomic import replace_folder
 from ..checks import check_choice
 from ..models.video_autoencoder import VideoAutoencoder
-from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of
+from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of, number_of
 
-
-if TYPE_CHECKING:
-    pass
 
 Format = Literal["onnx", "torch-export"]
 FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+Weights = Literal["same", "float16"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 MANIFEST = "export.json"
 OPSETS = (18, 19, 20, 21)
 # A file of protocol buffers takes 2 GiB at most.
@@ -44,7 +43,7 @@ def export_model(
     parts: tuple[Part, ...] = PARTS,
     streaming: bool = False,
     opset: int = 18,
-    weights: Literal["same", "float16"] = "same",
+    weights: Weights = "same",
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
@@ -72,7 +71,7 @@ def export_model(
     """
     folder = Path(folder)
     check_choice("to", to, FORMATS)
-    check_choice("weights", weights, ("same", "float16"))
+    check_choice("weights", weights, WEIGHTS)
     check_choice("opset", opset, OPSETS)
     for part in parts:
         check_choice("parts", part, PARTS)
@@ -122,7 +121,7 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
     like = next(graph.module.parameters())
     examples, shapes = [], []
     for port in graph.inputs:
-        sizes = [size if isinstance(size, int) else size.of(EXAMPLE) for size in port.shape]
+        sizes = [number_of(size, EXAMPLE) for size in port.shape]
         examples.append(torch.zeros(sizes, dtype=like.dtype, device=like.device))
         shapes.append({i: dim(size) for i, size in enumerate(port.shape) if isinstance(size, Size)})
     dynamic_shapes = (shapes[0], tuple(shapes[1:])) if len(shapes) > 1 else (shapes[0],)

@@ -32,15 +32,16 @@ class Size(NamedTuple):
     factor: int = 1
     more: int = 0
 
-    def of(self, clip: dict[str, int]) -> int:
-        """The number, for a clip of these sizes."""
-        return self.factor * clip[self.name] + self.more
-
     def __str__(self) -> str:
         return (f"{self.factor}*" if self.factor != 1 else "") + self.name + (f"+{self.more}" if self.more else "")
 
 
 Shape = tuple[int | Size, ...]
+
+
+def number_of(size: int | Size, clip: dict[str, int]) -> int:
+    """The number that a size is for a clip of these sizes."""
+    return size if isinstance(size, int) else size.factor * clip[size.name] + size.more
 
 
 class Port(NamedTuple):
@@ -153,7 +154,7 @@ def _remembered(vae: VideoAutoencoder, part: Part, clip: dict[str, int]) -> dict
     cache, shapes = TemporalCache(), []
     for role in ("first", "next"):
         shape = _make_graph(vae, part, role, {}).inputs[0].shape
-        x = torch.zeros([_number(size, clip) for size in shape], dtype=vae.dtype, device=vae.device)
+        x = torch.zeros([number_of(size, clip) for size in shape], dtype=vae.dtype, device=vae.device)
         chunk = Chunk(role == "first", False, cache, has_gradients=False)
         with torch.no_grad():
             _compute(vae, part, x, chunk)
@@ -161,10 +162,6 @@ def _remembered(vae: VideoAutoencoder, part: Part, clip: dict[str, int]) -> dict
         shapes.append({name: tail.shape for name, tail in cache.tails.items()})
     assert shapes[0] == shapes[1]  # the first chunk leaves behind what later ones take and leave
     return shapes[0]
-
-
-def _number(size: int | Size, clip: dict[str, int]) -> int:
-    return size if isinstance(size, int) else size.of(clip)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ class GraphModule(nn.Module):
         scale = self.vae.spatial_compression_ratio if self.part == "encoder" else 1
         clip = {"batch": x.shape[0], "latent_height": x.shape[3] // scale, "latent_width": x.shape[4] // scale}
         return {
-            name: x.new_zeros([_number(size, clip) for size in shape]) if 0 in shape else past.pop(0)
+            name: x.new_zeros([number_of(size, clip) for size in shape]) if 0 in shape else past.pop(0)
             for name, shape in self.states.items()
         }
 
