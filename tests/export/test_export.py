@@ -16,7 +16,7 @@ from tiny import make_latents, make_tiny, make_video
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app, choices
-from diffusers_leanvae.export import FORMATS, PARTS, export_model, files, graphs_of, onnx_files
+from diffusers_leanvae.export import FORMATS, PARTS, WEIGHTS, export_model, files, graphs_of, onnx_files, trace
 
 
 # The smallest network that still has a causal convolution, since tracing takes seconds.
@@ -189,6 +189,7 @@ class TestRefusals:
 
     def test_the_command_knows_the_choices(self):
         assert choices.EXPORT_FORMATS == tuple(FORMATS) and choices.EXPORT_PARTS == (*PARTS, "both")
+        assert choices.EXPORT_WEIGHTS == WEIGHTS
 
 
 def check_clips(run: Runner, vae: Any, atol: float) -> None:
@@ -203,6 +204,19 @@ def check_clips(run: Runner, vae: Any, atol: float) -> None:
             torch.testing.assert_close(run("decoder", {"latents": z})["video"], sample, rtol=0, atol=atol)
 
 
+def grouped_ranks(model: onnx.ModelProto) -> list[int]:
+    """Dimensions of the weights of grouped convolutions, of a model that is nothing but standard operators.
+
+    WebGPU has no such convolutions of more than two dimensions, which are four of the weights.
+    """
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
+    grouped = [node for node in convs if any(entry.name == "group" and entry.i > 1 for entry in node.attribute)]
+    return [ranks[node.input[1]] for node in grouped]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Any, Path]:
     """The smallest model, exported by the command."""
@@ -215,6 +229,7 @@ def small(tmp_path_factory) -> tuple[Any, Path]:
     return vae, folder / "out"
 
 
+@pytest.mark.slow
 class TestSmall:
     @torch.no_grad()
     def test_clips_of_any_size(self, small):
@@ -239,20 +254,30 @@ class TestSmall:
     def test_it_is_plain_onnx_without_traces_of_this_machine(self, small):
         path = small[1] / "decoder.onnx"
         model = onnx.load(path)
-        assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain] == []
-        assert {node.domain for node in model.graph.node} == {""} and not model.functions
         assert b".py" not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
-        # WebGPU has no grouped convolutions of more than two dimensions.
-        ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-        convs = [node for node in model.graph.node if node.op_type == "Conv"]
-        grouped = [node for node in convs if any(entry.name == "group" and entry.i > 1 for entry in node.attribute)]
-        assert len(grouped) == 3 and {ranks[node.input[1]] for node in grouped} == {4}
+        assert grouped_ranks(model) == [4, 4, 4]  # the three steps of time of its one convolution
+
+    @pytest.mark.parametrize("opset", [19, 20, 21])  # all but the default
+    def test_other_versions_of_the_operators(self, small, tmp_path, opset):
+        vae, path = small[0], tmp_path / "decoder.onnx"
+        (graph,) = graphs_of(vae, ("decoder",))
+        onnx_files.write_onnx(trace(graph), graph, path, opset, "{}")
+        assert [(entry.domain, entry.version) for entry in onnx.load(path).opset_import] == [("", opset)]
+        check_clips(Runner(tmp_path), vae, ATOL)
 
 
-@pytest.fixture(scope="module", params=["leanvae", "wfvae", "ivvae"])
+# With one layer of each kind where there may be several.
+FAMILIES = {
+    "lean": {},
+    "wf_one_layer": {"decoder_flow_channels": 8},  # LayerNorm over two is a sign: any rounding may flip it
+    "iv_one_layer": {},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory) -> tuple[Any, Path]:
     """A model of each family with its streams; tracing takes minutes."""
-    vae = make_tiny(request.param, **({"decoder_flow_channels": 8} if request.param == "wfvae" else {}))
+    vae = make(request.param, torch.float32, **FAMILIES[request.param])
     folder = tmp_path_factory.mktemp(request.param) / "out"
     export_model(vae, folder, streaming=True)
     return vae, folder
@@ -277,6 +302,10 @@ class TestFamilies:
             frames = stream(run, "decoder", z, [2, 1, 3, 1], has_last)
             torch.testing.assert_close(frames, vae.decode(z).sample, rtol=0, atol=ATOL)
 
+    def test_it_is_plain_onnx(self, family):
+        for path in family[1].glob("*.onnx"):
+            assert 5 not in grouped_ranks(onnx.load(path, load_external_data=False))
+
 
 @pytest.mark.slow
 def test_the_page_runs(tmp_path, monkeypatch):
@@ -290,17 +319,38 @@ def test_the_page_runs(tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_program_of_torch_export_is_the_model(tmp_path):
+    """What all graphs go through first; this much of an export takes seconds."""
     vae = make_tiny("leanvae", **SMALL)
-    (path,) = export_model(vae, tmp_path / "out", "torch-export", parts=("decoder",))
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = [str(tmp_path / "vae"), str(tmp_path / "out"), "--to", "torch-export", "--part", "decoder", "--json"]
+    result = CliRunner().invoke(app, ["export", *arguments])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["files"]) == {"decoder.pt2", "export.json"}
     told = {"leanvae.json": ""}
-    program = torch.export.load(path, extra_files=told).module()
+    program = torch.export.load(tmp_path / "out" / "decoder.pt2", extra_files=told).module()
     assert json.loads(told["leanvae.json"]) == json.loads((tmp_path / "out" / files.MANIFEST).read_text())
     for clip in ((1, 4, 2, 3), (3, 6, 1, 1)):
         z = latents(vae, *clip)
         torch.testing.assert_close(program(z)[0], vae.decode(z).sample, rtol=0, atol=ATOL)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_programs_of_torch_export_stream(tmp_path):
+    vae = make_tiny("leanvae", **SMALL)
+    graphs = {graph.name: graph for graph in graphs_of(vae, ("decoder",), is_streaming=True)}
+    paths = export_model(vae, tmp_path / "out", "torch-export", parts=("decoder",), streaming=True)
+    programs = {path.stem: torch.export.load(path).module() for path in paths}
+
+    def run(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = programs[name](*(inputs[port.name] for port in graphs[name].inputs))
+        return {port.name: output for port, output in zip(graphs[name].outputs, outputs, strict=True)}
+
+    z = latents(vae, 2, 13, 2, 3)
+    frames = stream(run, "decoder", z, [5, 4, 5], has_last=False)
+    torch.testing.assert_close(frames, vae.decode(z).sample, rtol=0, atol=ATOL)
 
 
 @pytest.mark.slow
