@@ -362,4 +362,4 @@ def test_float16_computes_in_float16(tmp_path):
     export_model(vae, tmp_path / "out", parts=("decoder",))
     got = Runner(tmp_path / "out")("decoder", {"latents": latents(vae, 1, 2, 2, 3)})["video"]
     assert got.dtype == torch.float16
-    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.013)  # measured 0.0032
