@@ -467,6 +467,7 @@ def test_a_token_is_asked_for(vae):
             assert connection.recv(12) == b"HTTP/1.1 401"
 
 
+            "Basic caffè",
 def test_info_tells_of_model_and_limits(vae, small):
     info = requests.get(f"{small}/info").json()
     assert info["class"] == "AutoencoderKLLeanVAE" and info["config"]["latents_mean"] == STATISTICS["latents_mean"]

@@ -101,7 +101,7 @@ async def _check_token(token: bytes, request: Request) -> None:
     found = given.encode()
     if scheme.lower() == "basic":
         try:
-            found = base64.b64decode(given, validate=True).partition(b":")[2]
+            found = base64.b64decode(found, validate=True).partition(b":")[2]
         except binascii.Error:
             found = b""
     if scheme.lower() not in ("basic", "bearer") or not hmac.compare_digest(found, token):
