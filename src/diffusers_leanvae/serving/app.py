@@ -59,14 +59,14 @@ def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str |
     async def post_decode(request: Request, query: Annotated[DecodeQuery, Query()]) -> Response:
         is_file_wanted = request.headers.get("accept", "").startswith("image/")
         query.check(vae, limits, is_file_wanted)
-        async with queue.place():
+        with queue.place():
             body = await _read_body(request, query.num_bytes, limits)
             return await _compute(request, partial(decode, vae, query, body, is_file_wanted))
 
     @app.post("/encode", dependencies=guarded)
     async def post_encode(request: Request, query: Annotated[EncodeQuery, Query()]) -> Response:
         query.check(vae, limits)
-        async with queue.place():
+        with queue.place():
             body = await _read_body(request, query.num_bytes, limits)
             return await _compute(request, partial(encode, vae, query, body, limits))
 

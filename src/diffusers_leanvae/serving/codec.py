@@ -1,18 +1,16 @@
 """What is computed for a request, from the bytes of its body to those of the answer."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..latents import denormalize_latents
 from ..models.video_autoencoder import VideoAutoencoder
-from ..video_io import VideoError, write_video
+from ..video_io import write_video
 from ..video_io.pixels import as_sample, pixels_to_sample, sample_to_pixels, sample_to_unit
 from ..video_io.stills import ImageFrames
-from .protocol import Answer, DecodeQuery, EncodeQuery, Limits, Refusal, answer_of, check_sample, tensor_of
+from .protocol import Answer, DecodeQuery, EncodeQuery, Limits, Refusal, answer_of, refusing_value_errors, tensor_of
 
 
 # First bytes of the image files that are taken: those that the client sends, and those of cameras.
@@ -83,17 +81,15 @@ def _read_image(vae: VideoAutoencoder, body: bytearray, limits: Limits) -> torch
     """Read an image file to a sample `(1, 3, height, width)`; its size is checked before its pixels are read."""
     if not body.startswith(IMAGE_STARTS):
         raise Refusal(400, "The body must be a PNG or JPEG file, or the numbers of a tensor with `shape` and `dtype`.")
-    with _as_file(body) as path:
-        try:
-            with ImageFrames(path, name="body") as image:
-                if image.is_animated:
-                    raise Refusal(400, f"The body must be one image, got an animation of {image.num_frames} frames.")
-                limits.check_pixels(image.width * image.height)
-                outline = torch.empty(1, 3, image.height, image.width, dtype=vae.dtype, device="meta")
-                check_sample(vae, outline, "image")
-                (pixels,) = (torch.from_numpy(frame.copy()) for frame in image.arrays_from(0))
-        except (VideoError, ValueError) as error:
-            raise Refusal(400, str(error)) from None
+    with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
+        path = Path(folder, "body")
+        path.write_bytes(body)
+        with refusing_value_errors(), ImageFrames(path, name="body") as image:
+            if image.is_animated:
+                raise Refusal(400, f"The body must be one image, got an animation of {image.num_frames} frames.")
+            limits.check_pixels(image.width * image.height)
+            vae.check_sample(torch.empty(1, 3, 1, image.height, image.width, dtype=vae.dtype, device="meta"), "image")
+            pixels = torch.from_numpy(next(image.arrays_from(0)).copy())
     return pixels_to_sample(pixels).permute(2, 0, 1)[None]
 
 
@@ -102,11 +98,3 @@ def _write_file(pixels: torch.Tensor, kind: str, fps: float) -> bytes:
         path = Path(folder, f"answer.{kind}")
         write_video(path, pixels, fps)
         return path.read_bytes()
-
-
-@contextmanager
-def _as_file(content: bytearray) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
-        path = Path(folder, "body")
-        path.write_bytes(content)
-        yield path

@@ -6,7 +6,8 @@ numbers of a tensor, or a PNG or JPEG file.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -107,7 +108,8 @@ class DecodeQuery(BaseModel):
         ratio = vae.spatial_compression_ratio
         num_frames = vae.num_sample_frames(num_latent_frames)
         limits.check_pixels(batch_size * num_frames * height * ratio * width * ratio)
-        _refuse_value_errors(vae.check_latents, _outline(self.shape, vae.dtype), "shape")
+        with refusing_value_errors():
+            vae.check_latents(_outline(self.shape, vae.dtype), "shape")
         is_bare = self.output_type == "pt" and not self.partial_postprocess
         if not is_bare and batch_size > 1 and len(self.shape) == 5:
             raise Refusal(400, f"`shape` must be of one video for pictures or a file, got {batch_size} videos.")
@@ -122,7 +124,7 @@ class DecodeQuery(BaseModel):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return _num_bytes(self.shape, self.dtype)
 
 
 class EncodeQuery(BaseModel):
@@ -141,19 +143,24 @@ class EncodeQuery(BaseModel):
             raise Refusal(400, "`shape` and `dtype` must be given for a tensor, or neither of them for an image file.")
         if self.shape is not None:
             limits.check_pixels(math.prod(_check_shape(self.shape)))
-            _refuse_value_errors(check_sample, vae, _outline(self.shape, vae.dtype), "shape")
+            with refusing_value_errors():
+                vae.check_sample(_outline(self.shape, vae.dtype), "shape")
 
     @property
     def num_bytes(self) -> int | None:
         """Bytes that the body must have; `None` for those of a file."""
         if self.shape is None or self.dtype is None:
             return None
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return _num_bytes(self.shape, self.dtype)
 
 
-def check_sample(vae: VideoAutoencoder, sample: torch.Tensor, name: str) -> None:
-    """Raise a `ValueError` unless these are videos or images that the model encodes."""
-    vae.check_sample(sample.unsqueeze(2) if sample.ndim == 4 else sample, name)
+@contextmanager
+def refusing_value_errors() -> Iterator[None]:
+    """Make a `ValueError` the `Refusal` of the request."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(400, one_line(error)) from None
 
 
 def tensor_of(body: bytearray, shape: Sequence[int], dtype: str) -> torch.Tensor:
@@ -196,14 +203,11 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
     return shape[0], shape[2] if len(shape) == 5 else 1, shape[-2], shape[-1]
 
 
+def _num_bytes(shape: Sequence[int], dtype: str) -> int:
+    return math.prod(shape) * getattr(torch, dtype).itemsize
+
+
 def _outline(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without numbers, for the checks of the model."""
     shape = shape if len(shape) == 5 else [*shape[:2], 1, *shape[2:]]
     return torch.empty(1, dtype=dtype, device="meta").expand(*shape)
-
-
-def _refuse_value_errors(check: Any, *arguments: Any) -> None:
-    try:
-        check(*arguments)
-    except ValueError as error:
-        raise Refusal(400, one_line(error)) from None

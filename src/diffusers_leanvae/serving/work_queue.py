@@ -1,9 +1,9 @@
 """One model, one thread, and a bounded number of requests that wait for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 from .protocol import Refusal
@@ -29,8 +29,8 @@ class WorkQueue:
         # Of its own, since each thread that computes would keep a team of threads and memory.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leanvae-model")
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    @contextmanager
+    def place(self) -> Iterator[None]:
         """Take a place for a request, from before its body is read: so many bodies are in memory at most."""
         if self._num_inside > self._max_waiting:
             raise Refusal(503, "The server is busy, and no place to wait is free; try again.", {"Retry-After": "1"})
