@@ -12,8 +12,9 @@ import torch
 from comfy_api.latest import InputImpl
 
 from diffusers_leanvae import bundled
+from diffusers_leanvae.checks import DTYPES, check_choice, parse_dtype
 from diffusers_leanvae.loading import load_autoencoder
-from diffusers_leanvae.video_io import VideoReader, VideoWriter
+from diffusers_leanvae.video_io import VideoReader, VideoWriter, probe_video
 from diffusers_leanvae.video_io.pixels import pixels_to_unit, unit_to_pixels
 
 from .vae import NUM_FRAMES_PER_STEP, LeanVAE
@@ -21,7 +22,6 @@ from .vae import NUM_FRAMES_PER_STEP, LeanVAE
 
 CATEGORY = "leanvae"
 SIZE = "leanvae_size"  # key of the frames, height and width that latents came from
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = {
     "tile_size": (
         "INT",
@@ -75,13 +75,13 @@ class LeanVAELoader:
 
     def load(self, model: str, dtype: str = "auto", latents: str = "raw", source: str = "") -> tuple[LeanVAE]:
         models = _models()
-        if not source and model not in models:
-            raise ValueError(f"`model` must be one of {', '.join(map(repr, models))}, got {model!r}.")
+        if not source:
+            check_choice("model", model, models)
         if dtype == "auto":
             device = comfy.model_management.vae_device()
             torch_dtype = comfy.model_management.vae_dtype(device, [torch.bfloat16, torch.float32])
         else:
-            torch_dtype = DTYPES[dtype]
+            torch_dtype = parse_dtype("dtype", dtype)
         return (LeanVAE(load_autoencoder(source or models[model], torch_dtype), latents == "normalized"),)
 
 
@@ -164,8 +164,7 @@ class LeanVAEEncodeVideo:
                 components.images, vae, tile_size=tile_size, frames_per_step=frames_per_step
             )
             return latent, float(components.frame_rate)
-        with VideoReader(path) as reader:
-            info = reader.info
+        info = probe_video(path)
         num_frames = 0
 
         def read() -> Iterator[torch.Tensor]:
