@@ -4,11 +4,15 @@
 """
 
 import os
+import tempfile
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and inherited by processes that tests start
+# Before torch and huggingface_hub are loaded, which read them once; inherited by processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # for all its caches: those of the user stay as they are
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -27,6 +31,7 @@ from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.video_io import VideoWriter
 
 
+HF_HOME = os.environ["HF_HOME"]
 # Runners share their cores, and sums over one thread come out the same everywhere.
 torch.set_num_threads(1)
 # Derandomised: a red test must stay red until its cause is gone. No deadline: a loaded runner is no bug.
@@ -52,6 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rng = random.Random(seed)
         order = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
         items.sort(key=lambda item: (order[item.path], rng.random()))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
