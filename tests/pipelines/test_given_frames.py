@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny import make_video
 
-from diffusers_leanvae.generation.pipeline import add_noise
-from diffusers_leanvae.generation.schedulers import make_scheduler
+from diffusers_leanvae.generation.schedulers import add_noise, make_scheduler
 from diffusers_leanvae.latents import normalize_latents
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import config_from_original, from_original
-from diffusers_leanvae.generation.pipeline import plan_windows, set_timesteps
-from diffusers_leanvae.generation.schedulers import make_scheduler, respaced_timesteps
+from diffusers_leanvae.generation.pipeline import plan_windows
+from diffusers_leanvae.generation.schedulers import make_scheduler, respaced_timesteps, set_timesteps
 from diffusers_leanvae.latents import normalize_latents
 
 

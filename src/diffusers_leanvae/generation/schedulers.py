@@ -1,14 +1,17 @@
-"""Sampling as the reference Latte does it, with diffusers' schedulers: step lists, scheduler settings, guidance.
+"""Sampling with any scheduler of diffusers; and as the reference Latte does it: step lists, settings, guidance.
 
 The reference (and so the released weights) diffuses over 1000 steps with linear betas 1e-4 .. 0.02, predicts epsilon
 and a variance between its bounds, and never clips. Which of diffusers' schedulers gives its numbers is not obvious:
 see [`make_scheduler`].
 """
 
+from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from diffusers.schedulers import (
+    DDPMParallelScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,6 +28,10 @@ _BETAS: dict[str, Any] = {
     "beta_schedule": "linear",
 }
 SCHEDULERS = ("ddpm", "ddim", "dpm++", "flow")
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+# Any scheduler of diffusers: they have methods in common, but no type that declares these.
+Scheduler = Any
 
 
 def make_scheduler(
@@ -99,3 +106,71 @@ def guide_noise(
     noise_cond, rest = conditional.tensor_split((num_guided_channels,), dim=1)
     noise_uncond = unconditional[:, :num_guided_channels]
     return torch.cat((noise_uncond + guidance_scale * (noise_cond - noise_uncond), rest), dim=1)
+
+
+def set_timesteps(
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Set a scheduler's steps by their number, or by a list of timesteps or of sigmas; return its timesteps.
+
+    Raises:
+        ValueError: If both lists are given, or one that the scheduler does not take.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("`timesteps` and `sigmas` must not be given together, got both.")
+    for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if steps is None:
+            continue
+        if name not in signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"`{name}` must be None for a {type(scheduler).__name__}, which takes none, got a list.")
+        scheduler.set_timesteps(**{name: list(steps)}, device=device)
+        return scheduler.timesteps
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler.timesteps
+
+
+def choose_timesteps(scheduler: Scheduler, steps: dict[str, Any], strength: float | None) -> torch.Tensor:
+    """Set a scheduler's steps as [`set_timesteps`] does; with a `strength`, only that share of them, the last ones."""
+    timesteps = set_timesteps(scheduler, **steps)
+    if strength is None:
+        return timesteps
+    order = scheduler.order
+    num_steps = -(-len(timesteps) // order)  # a step of second order has two entries, the last one only one
+    start = num_steps - round(num_steps * strength)
+    if start == num_steps:
+        raise ValueError(f"`strength` must leave at least one of {num_steps} steps, got {strength}.")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * order)
+    return timesteps[start * order :]
+
+
+def takes_variance(scheduler: Scheduler) -> bool:
+    """Tell whether `step` wants the variance half of a model output: only DDPM has a use for it."""
+    is_learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
+    return is_learned and isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+
+
+def prepare_scheduler(scheduler: Scheduler) -> Scheduler:
+    """Return the scheduler to sample with: the given one, or a copy where its setting of the variance would do harm.
+
+    The DPM solvers with `variance_type="learned_range"`, which their config inherits from a DDPM scheduler's, keep the
+    first *three* channels of what they get, a constant for RGB. The copy has no such setting and gets epsilon alone.
+    """
+    is_learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
+    if not is_learned or takes_variance(scheduler):
+        return scheduler
+    return type(scheduler).from_config({**scheduler.config, "variance_type": None})
+
+
+def add_noise(
+    scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Bring latents to a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
+    timesteps = timestep.expand(latents.shape[0])
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(latents, timesteps, noise)
+    return scheduler.add_noise(latents, noise, timesteps)
