@@ -5,7 +5,7 @@
 
 Tiny models with the files that `push` adds are loaded from folders, every way in a process that has imported diffusers
 alone. `make loading-routes` does it for all supported releases and writes results/loading_routes.json; the table is in
-docs/diffusers_pipelines.md. `tests/test_hub.py` does the same through a Hub.
+docs/diffusers_pipelines.md. `tests/hub/test_fresh_processes.py` does the same through a Hub.
 """
 
 import argparse

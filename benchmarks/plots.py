@@ -2,7 +2,7 @@
 
     python benchmarks/plots.py        docs/images/bench_area.png and docs/images/bench_length.png
 
-Needs matplotlib: `pip install "diffusers-leanvae[bench]"`.
+Needs matplotlib: `pip install ".[bench]"`.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from . import bundled
+from .checks import reason_of
 from .conversion.checkpoints import (
     CONFIG_NAME,
     HUB_ARGUMENTS,
@@ -135,8 +136,8 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         reason = hub_reason(error, f"model {str(source)!r}", options.get("revision"))
         if reason is None and not isinstance(error, (OSError, ValueError, AttributeError)):
             raise
-        reason = _sentence(error) if reason is None else f"{reason}."
-        raise ValueError(f"`source` must be a pipeline, got {str(source)!r}: {reason}") from None
+        reason = reason or reason_of(error)
+        raise ValueError(f"`source` must be a pipeline, got {str(source)!r}: {reason}.") from None
 
 
 def resolve_pipeline(source: str | os.PathLike | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -292,8 +293,8 @@ def _load(
         reason = hub_reason(error, f"model {place!r}", hub.get("revision"))
         if reason is None and not isinstance(error, OSError):
             raise
-        reason = _sentence(error) if reason is None else f"{reason}."
-        raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {reason}") from None
+        reason = reason or reason_of(error)
+        raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {reason}.") from None
 
 
 def _find_config(
@@ -315,7 +316,3 @@ def _find_config(
             continue
         return folder, config
     return subfolder, None
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -43,7 +43,7 @@ def list_cached(folder: str | Path) -> Iterator[dict[str, Any]]:
         for snapshot in sorted(repository.revisions, key=lambda snapshot: snapshot.commit_hash):
             for path, described in _models_in(snapshot.snapshot_path):
                 name = Path(repository.repo_id, path.relative_to(snapshot.snapshot_path)).as_posix()
-                yield _entry(name, next(iter(sorted(snapshot.refs)), snapshot.commit_hash), path, described)
+                yield _entry(name, min(snapshot.refs, default=snapshot.commit_hash), path, described)
 
 
 def _models_in(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

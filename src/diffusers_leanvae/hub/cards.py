@@ -131,7 +131,7 @@ def card_metadata(
 
 def compose_card(metadata: ModelCardData, body: str) -> str:
     """Join the text of a card: metadata as YAML between lines of dashes, then the body."""
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
 def render_usage(class_name: str, repo_id: str, name: str) -> str:
@@ -152,26 +152,32 @@ def describe_saved(folder: str | Path) -> dict[str, Any]:
     return described
 
 
-def render_hub_card(source: str | Path, repo_id: str, options: CardOptions = CardOptions()) -> str:  # noqa: B008
+def render_hub_card(
+    source: str | Path,
+    repo_id: str,
+    options: CardOptions = CardOptions(),  # noqa: B008
+    shim: bool = True,
+) -> str:
     """Write the card of a saved model, pipeline or adapter from its files.
 
     Args:
         source: The folder of `save_pretrained`, or the name of a bundled model or pipeline.
         repo_id: `user/name`, as the card's examples load it.
         options: What the files do not say.
+        shim: Whether the files of [`make_shims`] are pushed along, so that it is loaded by them, too.
 
     Raises:
         ValueError: If there is nothing of these in the folder, or a result is not of its weights.
     """
     described = describe_saved(source)
     title, kind = repo_id.split("/")[-1], described["kind"]
+    results = _read_results(source, described, options)
     if kind == "adapter":
         return _render_adapter(described, title, repo_id, options)
     class_name = described["class"]
     description = DESCRIPTIONS.get(class_name, f"A `{class_name}` with parts of diffusers-leanvae.")
     if described.get("labels"):
         description += f" Classes: {', '.join(described['labels'])}."
-    results = _read_results(source, described, options)
     loader = "DiffusionPipeline" if kind == "pipeline" else "AutoModel"
     parts = described["components"] if kind == "pipeline" else {"model": described}
     rows = [f"| {key} | `{part['class']}` | {_describe(part)} |" for key, part in parts.items()]
@@ -180,7 +186,7 @@ def render_hub_card(source: str | Path, repo_id: str, options: CardOptions = Car
         description=description,
         picture=_show_picture(options),
         usage=render_usage(class_name, repo_id, kind),
-        parts=UNIMPORTED.format(loader=loader, name=kind, repo_id=repo_id)
+        parts=(UNIMPORTED.format(loader=loader, name=kind, repo_id=repo_id) if shim else "")
         + "\n".join(["| part | class | size |", "| --- | --- | --- |", *rows, ""]),
         figures=_list_results(results),
     )
@@ -210,7 +216,6 @@ def update_card(text: str, source: str | Path, repo_id: str, options: CardOption
 
 
 def _render_adapter(described: Mapping[str, Any], title: str, repo_id: str, options: CardOptions) -> str:
-    _read_results(repo_id, described, options)  # which measure autoencoders, so that any is refused
     rank = f" of rank {described['rank']}" if "rank" in described else ""
     body = CARD.format(
         title=title,
@@ -244,7 +249,7 @@ def _describe(part: Mapping[str, Any]) -> str:
 
 
 def _read_results(source: str | Path, described: Mapping[str, Any], options: CardOptions) -> list[EvalResult]:
-    """Read the means in files of `leanvae eval`, which must be of the autoencoder in `source`."""
+    """Read the means in files of `leanvae eval`, which must be of the autoencoder in `source`: an adapter has none."""
     name = f"vae/{WEIGHTS_NAME}" if described["kind"] == "pipeline" else WEIGHTS_NAME
     weights = list_files(source).get(name)
     checksum = sha256(weights) if weights is not None and options.results else None

@@ -105,22 +105,24 @@ def push_folder(
     describe_saved(folder)
     if not create_pr:
         check_push(repo_id, token, "repo_id")
-    contents: dict[str, Path | bytes] = dict(list_files(folder))
-    contents |= make_shims(list_files(folder)) if shim else {}
+    files = list_files(folder)
+    contents: dict[str, Path | bytes] = {**files, **(make_shims(files) if shim else {})}
     if subfolder is None:
-        contents |= _make_card(folder, repo_id, card)
+        contents |= _make_card(folder, files.get(CARD_NAME), repo_id, card, shim)
     start = "" if subfolder is None else f"{subfolder.strip('/')}/"
     contents = {start + name: content for name, content in contents.items()}
     return _upload(contents, repo_id, private, token, commit_message, revision, create_pr)
 
 
-def _make_card(folder: str | Path, repo_id: str, card: str | CardOptions | None) -> dict[str, Path | bytes]:
+def _make_card(
+    folder: str | Path, written: Path | None, repo_id: str, card: str | CardOptions | None, shim: bool
+) -> dict[str, Path | bytes]:
     """Make the README, unless that in the folder stays as it is, and take the picture along that it shows."""
-    written = list_files(folder).get(CARD_NAME)
     if isinstance(card, str):
         return {CARD_NAME: card.encode()}
     if written is None:
-        made: dict[str, Path | bytes] = {CARD_NAME: render_hub_card(folder, repo_id, card or CardOptions()).encode()}
+        text = render_hub_card(folder, repo_id, card or CardOptions(), shim)
+        made: dict[str, Path | bytes] = {CARD_NAME: text.encode()}
         return made if card is None or card.picture is None else made | {card.picture_name: card.picture}
     if card is None:
         return {}
