@@ -28,6 +28,7 @@ import torch
 
 from diffusers_leanvae.atomic import replace_file
 from diffusers_leanvae.benchmark.linearity import linearity
+from diffusers_leanvae.benchmark.names import LEANVAE, PEERS, VARIANTS
 from diffusers_leanvae.benchmark.rounds import (
     KEYS,
     SUBJECT_KEYS,
@@ -38,7 +39,7 @@ from diffusers_leanvae.benchmark.rounds import (
     run_rounds,
     summarize,
 )
-from diffusers_leanvae.benchmark.subjects import LEANVAE, PEERS, VARIANTS, Subject, build_model
+from diffusers_leanvae.benchmark.subjects import Subject, build_model
 from diffusers_leanvae.benchmark.work import DIRECTIONS
 from diffusers_leanvae.checks import DTYPES, parse_dtype, parse_video_size
 from diffusers_leanvae.clock import MIB, keep_freed_memory, status_bytes

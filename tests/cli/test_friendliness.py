@@ -14,7 +14,6 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled
-from diffusers_leanvae.benchmark import subjects
 from diffusers_leanvae.checks import DTYPES
 from diffusers_leanvae.cli import COMMANDS, app, choices
 from diffusers_leanvae.evaluation.codecs import CODECS
@@ -33,7 +32,7 @@ def invoke(*arguments: object, **options) -> tuple[int, str, str]:
 
 
 def complete(*words: str) -> list[str]:
-    """What the script of bash gets for the last of the words."""
+    """Return what the script of bash gets for the last of the words."""
     environment = {
         "_LEANVAE_COMPLETE": "complete_bash",
         "COMP_WORDS": " ".join(("leanvae", *words)),
@@ -58,9 +57,6 @@ def test_names_in_help_are_those_of_the_tables():
     assert set(choices.METRICS) == set(KINDS)
     assert set(choices.PROTOCOLS) == set(PROTOCOLS)
     assert set(choices.RATE_CODECS) == set(CODECS)
-    assert set(choices.VARIANTS) == set(subjects.VARIANTS)
-    assert set(choices.PEERS) == set(subjects.PEERS)
-    assert {*choices.RANDOM_MODELS, "LeanVAE-tiny"} == set(subjects.LEANVAE)  # the last is for tests
     assert set(choices.SCHEDULERS) == set(SCHEDULERS)
     assert set(choices.VIDEO_CODECS) < set(formats.CODECS)
     assert {f".{name}" for name in choices.FILE_FORMATS} == set(formats.CONTAINERS)

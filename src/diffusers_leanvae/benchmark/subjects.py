@@ -11,32 +11,8 @@ from ..checks import check_choice
 from ..clock import MIB, end_of_peak, seconds, start_of_peak
 from ..evaluation.autoencoders import decode, encode, legal_sample
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from .names import LEANVAE, PEERS, VARIANTS
 from .work import Layout, MatrixFloor, Size, count_work
-
-
-# How a variant of LeanVAE is fused (arguments of `AutoencoderKLLeanVAE.fuse`), or not.
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "eager": None,
-    "fused": {},
-    "fused-torch": {"kernels": "torch"},
-    "compiled": None,
-    "int8": {"weights": "int8"},
-    "graphs": {},
-}
-LEANVAE: dict[str, dict[str, Any]] = {
-    "LeanVAE-16ch": {"latent_channels": 16},
-    "LeanVAE-4ch": {"latent_channels": 4},
-    # For tests and rehearsals: everything is there, nothing takes time.
-    "LeanVAE-tiny": {"latent_channels": 4, "low_freq_dim": 8, "high_freq_dim": 24, "num_fusion_layers": 1},
-}
-PEERS = (
-    "AutoencoderKLWan",
-    "AutoencoderKLCogVideoX",
-    "AutoencoderKLCosmos",
-    "AutoencoderKLLTXVideo",
-    "AutoencoderVidTok",
-    "AutoencoderKLHunyuanVideo",
-)
 
 
 def build_model(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

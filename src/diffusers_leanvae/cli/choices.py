@@ -33,16 +33,6 @@ EXPORT_FORMATS = ("onnx", "torch-export")
 EXPORT_PARTS = ("encoder", "decoder", "both")
 EXPORT_WEIGHTS = ("same", "float16")
 RATE_CODECS = ("x264", "x264-444", "x265", "x265-444", "av1")
-VARIANTS = ("eager", "compiled", "fused", "fused-torch", "int8", "graphs")
-RANDOM_MODELS = ("LeanVAE-16ch", "LeanVAE-4ch")  # in full size, with random weights
-PEERS = (
-    "AutoencoderKLWan",
-    "AutoencoderKLCogVideoX",
-    "AutoencoderKLCosmos",
-    "AutoencoderKLLTXVideo",
-    "AutoencoderVidTok",
-    "AutoencoderKLHunyuanVideo",
-)
 SCHEDULERS = ("ddpm", "ddim", "dpm++", "flow")
 
 
