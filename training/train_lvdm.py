@@ -42,12 +42,8 @@ from torch import nn
 
 from diffusers_leanvae.atomic import replace_folder
 from diffusers_leanvae.conversion.checkpoints import is_checkpoint_reference
-from diffusers_leanvae.data import ClipOptions, Share, StepSchedule, open_clip_dataset
+from diffusers_leanvae.data import Share
 from diffusers_leanvae.data.latent_samples import LatentBatch, LatentData
-from diffusers_leanvae.data.latent_shards import LatentFolder
-from diffusers_leanvae.data.named import open_named_dataset
-from diffusers_leanvae.data.scenes import MovingScenes
-from diffusers_leanvae.data.shapes import MovingShapes
 from diffusers_leanvae.generation.lora import save_lora
 from diffusers_leanvae.generation.pipeline import LatentVideoPipeline, Transformer
 from diffusers_leanvae.generation.schedulers import make_scheduler
@@ -59,6 +55,7 @@ from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3D
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
 from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
+from diffusers_leanvae.trainer.diffusion_data import DataRecipe, class_names, open_data
 from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
 from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_transformer_lora
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
@@ -80,30 +77,6 @@ ADAMW_LAYERS = ("norm1.linear", "norm_out.linear", "adaln_single.linear", "linea
 
 
 # --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------
-
-
-@dataclass
-class DataRecipe:
-    """Cached latents, or clips that are encoded on the fly."""
-
-    kind: Literal[
-        "latents", "videos", "shapes", "scenes", "ucf101", "skytimelapse", "ffs", "taichi", "videofolder"
-    ] = "latents"
-    # Of "latents": a folder that `leanvae encode-dataset` wrote; of "videos": what `open_training_data` takes, clips
-    # cut at random without labels; of the named data sets: their folder, see `open_named_dataset`.
-    path: str | None = None
-    clip_size: list[int] = field(default_factory=lambda: [17, 256, 256])  # [T, H, W], of all but "latents"
-    stride: int = 3  # distance of frames
-    flip: bool | None = None  # mirror every other clip; null: what is usual for the data set, and not "videos"
-    short_side: int | None = None  # of "videos": larger ones are scaled down to it
-    sampling: Literal["exact", "reference"] = "exact"  # of named data sets
-    num_draws: int = 16  # of named data sets: different clips per video
-    num_clips: int = 10_000  # of "shapes" and "scenes"
-    num_captions: int = 1  # of "scenes": descriptions of each clip
-    caption_column: str | None = None  # of "videos" and "videofolder": where captions are; null: the usual names
-    seed: int = 0  # of "shapes", "scenes" and named data sets: what is drawn
-    cache_gib: float = 4.0  # latents, or decoded videos, are kept in memory up to this size, by each process
-    num_workers: int = 0
 
 
 @dataclass
@@ -288,52 +261,6 @@ class LatentDiffusionTrainingModule(nn.Module):
 # --- What a run is made of -------------------------------------------------------------------------------------------
 
 
-def open_data(data: DataRecipe, recipe: Recipe, share: Share, num_images: int = 0) -> LatentData:
-    """Open the samples of training, or of validation."""
-    if data.kind == "shapes":
-        items = MovingShapes(*data.clip_size, seed=data.seed, num_clips=data.num_clips)
-    elif data.kind == "scenes":
-        items = MovingScenes(*data.clip_size, seed=data.seed, num_clips=data.num_clips, num_captions=data.num_captions)
-    elif data.path is None:
-        raise ValueError(f"`data.path` must be given for `data.kind: {data.kind}`, got null.")
-    elif data.kind == "latents":
-        items = LatentFolder(data.path)
-    elif data.kind == "videos":
-        if recipe.num_classes is not None:
-            raise ValueError(f"`num_classes` must be null for `data.kind: videos`, got {recipe.num_classes}.")
-        options = ClipOptions([data.clip_size], False, data.short_side, data.stride, flip=bool(data.flip))
-        schedule, cache_gib = StepSchedule(recipe.batch_size), data.cache_gib
-        items = open_clip_dataset(
-            data.path,
-            options,
-            schedule,
-            share,
-            seed=recipe.seed,
-            cache_gib=cache_gib,
-            caption_column=data.caption_column,
-        )
-    else:
-        num_frames, height, width = data.clip_size
-        if height != width:
-            raise ValueError(f"`data.clip_size` must be square for `data.kind: {data.kind}`, got {data.clip_size}.")
-        items = open_named_dataset(
-            data.kind,
-            data.path,
-            num_frames,
-            height,
-            data.sampling,
-            data.seed,
-            sample_stride=data.stride,
-            flip=data.flip,
-            num_draws=data.num_draws,
-            caption_column=data.caption_column,
-        )
-    has_latents, has_labels = data.kind == "latents", recipe.num_classes is not None
-    has_captions = recipe.text is not None
-    has_text = recipe.text is not None and not recipe.text.train_text_encoder  # else they are encoded in every step
-    return LatentData(items, has_latents, has_labels, recipe.seed, num_images, data.cache_gib, has_captions, has_text)
-
-
 def measure_channels(
     data: LatentData, num_items: int, vae: VideoAutoencoder, device: torch.device
 ) -> tuple[list[float], list[float]]:
@@ -342,18 +269,6 @@ def measure_channels(
         return data.items.statistics["mean"], data.items.statistics["std"]
     batches = data.first(num_items, 16)
     return measure_statistics((to_latents(batch.videos, False, vae, device) for batch in batches), vae.latent_channels)
-
-
-def class_names(data: LatentData, num_classes: int | None) -> dict[int, str] | None:
-    """Names of the classes, where the data has them."""
-    if num_classes is None:
-        return None
-    names = getattr(data.items, "class_names", None)
-    if names is None:
-        return {index: str(index) for index in range(num_classes)}
-    if len(names) != num_classes:
-        raise ValueError(f"`num_classes` must be the {len(names)} classes of the data, got {num_classes}.")
-    return {index: name.replace(",", " ") for index, name in enumerate(names)}
 
 
 def build_transformer(
@@ -500,14 +415,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     # --- Data --------------------------------------------------------------------------------------------------------
     vae = load_autoencoder(recipe.vae, torch.float32).to(device).requires_grad_(False).eval()
-    data = open_data(recipe.data, recipe, run.share, recipe.num_images)
+    data = open_data(recipe.data, recipe, run.share, recipe.num_classes, recipe.text, recipe.num_images)
     run.say(f"data: {data.describe()}")
     id2label = class_names(data, recipe.num_classes)
     captions = None if recipe.text is None else open_captions(recipe.text, recipe.init, data, device)
     view = recipe.validation
     held_out = None
     if view.data is not None:  # all of it in every process
-        held_out = open_data(view.data, recipe, Share(num_accumulation_steps=recipe.num_accumulation_steps))
+        everything = Share(num_accumulation_steps=recipe.num_accumulation_steps)
+        held_out = open_data(view.data, recipe, everything, recipe.num_classes, recipe.text)
         if captions is not None:
             captions.check(held_out)
     has_latents = data.has_latents
