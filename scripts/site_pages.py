@@ -27,6 +27,7 @@ NAMES = {
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+sources: dict[str, Path] = {}  # the file of the project behind each page, by the name of the page
 
 
 def on_startup(**_: Any) -> None:
@@ -44,22 +45,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     waiting = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
     waiting += sorted(ROOT.glob("examples/notebooks/*.ipynb"))
     waiting += [Path(file.abs_src_path) for file in files.documentation_pages()]
-    seen = set()
+    sources.clear()
     while waiting:
         path = waiting.pop()
-        if path in seen or not path.is_file():  # of a link that leads nowhere, mkdocs warns
+        name = page_of(path)
+        if name in sources or not path.is_file():  # of a link that leads nowhere, mkdocs warns
             continue
-        seen.add(path)
-        if files.get_file_from_path(page_of(path)) is None:
-            files.append(File.generated(config, page_of(path), content=text_of(path)))
+        sources[name] = path
+        if files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, content=text_of(path)))
         if path.suffix in (".md", ".ipynb"):
-            waiting += [found for _, found in links(text_of(path), path)]
+            waiting += links(text_of(path), path)
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point the links of a page at pages of the site."""
-    sources = {page_of(path): path for path in sources_of(files)}
     source = sources.get(page.file.src_uri)
     if source is None or source.suffix not in (".md", ".ipynb"):
         return markdown
@@ -76,25 +77,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(pieces)
 
 
-def sources_of(files: Files) -> list[Path]:
-    """The files of the project behind the pages of the site."""
-    originals = {name: ROOT / path for path, name in NAMES.items()}
-    found = []
-    for file in files.documentation_pages():
-        uri = file.src_uri
-        if (ROOT / "docs" / uri).is_file():
-            found.append(ROOT / "docs" / uri)
-        elif uri in originals:
-            found.append(originals[uri])
-        elif uri.startswith("notebooks/"):
-            found.append(ROOT / "examples" / Path(uri).with_suffix(".ipynb"))
-        else:
-            found.append(ROOT / uri)
-    return found
-
-
 def page_of(path: Path) -> str:
-    """Where on the site a file of the project is shown: pages of `docs/` at the top, code under `source/`."""
+    """Name the page that shows a file of the project: pages of `docs/` at the top, code under `source/`."""
     if path.is_relative_to(ROOT / "docs"):
         return path.relative_to(ROOT / "docs").as_posix()
     name = path.relative_to(ROOT).as_posix()
@@ -118,11 +102,11 @@ def cell_text(cell: dict[str, Any]) -> str:
     return source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
 
 
-def links(markdown: str, source: Path) -> list[tuple[str, Path]]:
-    """The links of a page to files of the project, as they are written and as paths."""
+def links(markdown: str, source: Path) -> list[Path]:
+    """The files of the project that a page links to."""
     text = "".join(FENCE.split(markdown)[::2])
-    found = [(match[2], resolve(match[2], source)) for match in LINK.finditer(text)]
-    return [(target, path) for target, path in found if path is not None and path.suffix not in (".png", ".jpg")]
+    found = [resolve(match[2], source) for match in LINK.finditer(text)]
+    return [path for path in found if path is not None and path.suffix not in (".png", ".jpg")]
 
 
 def resolve(target: str, source: Path) -> Path | None:
