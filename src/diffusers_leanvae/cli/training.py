@@ -1,5 +1,6 @@
 """Training by the scripts in `training/`: `train vae`, `train lvdm`, `train recipes`."""
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,10 @@ from .common import Json, in_one_sentence, print_json
 
 
 SCRIPTS = {"vae": "train_vae", "lvdm": "train_lvdm"}
+PURPOSES = {
+    "vae": "Train or fine-tune a video autoencoder: LeanVAE, WF-VAE or IV-VAE.",
+    "lvdm": "Train a latent diffusion model: unconditional, of classes, or of texts.",
+}
 PACKAGE = "diffusers_leanvae.training"
 
 train = typer.Typer(
@@ -52,32 +57,23 @@ def _recipe(kind: str) -> Any:
     )
 
 
-@train.command("vae", no_args_is_help=True)
-@in_one_sentence
-def train_vae(
-    recipe: Annotated[str | None, _recipe("vae")] = None, overrides: Overrides = None, keys: Keys = False
-) -> None:
-    """Train or fine-tune a video autoencoder: LeanVAE, WF-VAE or IV-VAE.
+def _make_command(kind: str, purpose: str) -> Callable[..., None]:
+    def command(
+        recipe: Annotated[str | None, _recipe(kind)] = None, overrides: Overrides = None, keys: Keys = False
+    ) -> None:
+        run(kind, recipe, overrides or [], keys)
+
+    command.__doc__ = f"""{purpose}
 
     Started again with the same recipe and output it resumes where it stopped.
 
-    `torchrun --nproc_per_node N --no-python leanvae train vae ...` trains in N processes.
+    `torchrun --nproc_per_node N --no-python leanvae train {kind} ...` trains in N processes.
     """
-    run("vae", recipe, overrides or [], keys)
+    return command
 
 
-@train.command("lvdm", no_args_is_help=True)
-@in_one_sentence
-def train_lvdm(
-    recipe: Annotated[str | None, _recipe("lvdm")] = None, overrides: Overrides = None, keys: Keys = False
-) -> None:
-    """Train a latent diffusion model: unconditional, of classes, or of texts.
-
-    Started again with the same recipe and output it resumes where it stopped.
-
-    `torchrun --nproc_per_node N --no-python leanvae train lvdm ...` trains in N processes.
-    """
-    run("lvdm", recipe, overrides or [], keys)
+for kind, purpose in PURPOSES.items():
+    train.command(kind, no_args_is_help=True)(in_one_sentence(_make_command(kind, purpose)))
 
 
 def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None:
