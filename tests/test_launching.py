@@ -33,7 +33,7 @@ def run_script() -> None:
 
 
 def run_by_torchrun() -> None:
-    """What `torchrun --standalone --nproc_per_node 2` does, but in forked processes, not in new interpreters."""
+    """Do what `torchrun --standalone --nproc_per_node 2` does, but in forked processes, not in new interpreters."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -48,7 +48,7 @@ def run_by_torchrun() -> None:
 
 
 def run_by_accelerate(*options: str) -> None:
-    """What `accelerate launch` does for one process, but in this one, not in a new interpreter."""
+    """Do what `accelerate launch` does for one process, but in this one, not in a new interpreter."""
     arguments = launch_command_parser().parse_args([*options, "script.py"])
     os.environ.update(prepare_simple_launcher_cmd_env(_validate_launch_command(arguments)[0])[1])
     run_script()

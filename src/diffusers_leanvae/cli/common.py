@@ -183,7 +183,7 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
         device = found.type if found is not None and found.type in ("cuda", "xpu", "mps") else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    elif dtype not in (*DTYPES, *DTYPES.values()):
+    elif dtype not in DTYPE_NAMES:
         raise ValueError(f"`--dtype` must be auto, {DTYPES_TEXT}, got {dtype!r}.")
     torch_dtype = parse_dtype("--dtype", dtype)
     try:
@@ -280,7 +280,7 @@ def progress_bar(unit: str, description: str | None = None) -> Iterator[Advance]
     """Show progress on a terminal, and nothing elsewhere.
 
     Yields:
-        What to tell of it.
+        A function to call with the number of units that are done anew, and of how many, if that is known.
     """
     from tqdm.auto import tqdm
 
