@@ -141,7 +141,7 @@ def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
     for name, overrides in VARIANTS["alignment"].items():
         common = ["init=spec", "sample_posterior=false", "model.pixel_factor=1.0", f"teacher.path={wan}", *MUON]
         common += ["data.clip_sizes=[[17,64,64]]", "batch_size=2"]  # the teacher costs more than the student
-        vae = AutoencoderKLLeanVAE.from_pretrained(train(options, name, [*common, *overrides]) / "vae").eval()
+        vae: Any = AutoencoderKLLeanVAE.from_pretrained(train(options, name, [*common, *overrides]) / "vae").eval()
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(4)])
         decoded = torch.cat([vae.decode(part).sample for part in expected.split(4)]).clamp(-1, 1)
         error = ((latents - expected) / std).square().mean().sqrt().item()

@@ -72,7 +72,7 @@ def train_all(options: argparse.Namespace, names: list[str]) -> dict[str, Path]:
 def wait_for(running: list[subprocess.Popen]) -> None:
     while running:
         if status := running[0].wait():
-            raise SystemExit(f"A run ended with status {status}: {' '.join(running[0].args)}")
+            raise SystemExit(f"A run ended with status {status}: {running[0].args}")
         running.pop(0)
 
 

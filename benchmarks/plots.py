@@ -45,10 +45,10 @@ def series(rows: list[dict[str, Any]], axis: str, fixed: list[int], direction: s
 
 def draw(rows: list[dict[str, Any]], axis: str, fixed: list[int], target: Path) -> None:
     """Four panels, double logarithmic: cost that is linear has the slope of the grey lines."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 8), sharex=True, layout="constrained")
     colours: dict[str, str] = {}
