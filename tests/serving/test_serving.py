@@ -34,7 +34,6 @@ from diffusers_leanvae.cli.serving import serve
 from diffusers_leanvae.inference.memory import parse_memory
 from diffusers_leanvae.latents import denormalize_latents
 from diffusers_leanvae.serving import Limits
-from diffusers_leanvae.serving import app as serving_app
 from diffusers_leanvae.video_io import read_video, write_video
 from diffusers_leanvae.video_io.pixels import as_sample, pixels_to_sample, sample_to_pixels
 
@@ -448,7 +447,7 @@ def test_a_fault_of_the_model_is_answered_and_does_no_harm(vae, url, monkeypatch
     assert post(url).status_code == 200
 
 
-# --- Token, information, pages ---------------------------------------------------------------------------------------
+# --- Token and information -------------------------------------------------------------------------------------------
 
 
 def test_a_token_is_asked_for(vae):
@@ -489,15 +488,6 @@ def test_info_tells_of_model_and_limits(vae, small):
     assert info["dtype"] == "float32" and info["limits"] == vars(SMALL)
     ratios = info["latent_channels"], info["temporal_compression_ratio"], info["spatial_compression_ratio"]
     assert ratios == (4, 4, 8)
-
-
-def test_pages_of_the_package_are_served(vae, tmp_path, monkeypatch):
-    (tmp_path / "index.html").write_text("<p>page</p>")
-    monkeypatch.setattr(serving_app, "PAGES", tmp_path)
-    with serving(vae, token="t") as url:
-        assert requests.get(url).text == "<p>page</p>"  # the page itself is no secret, and asks for the token
-        assert requests.post(f"{url}/decode").status_code == 401
-        check_refused(requests.get(f"{url}/..%2f..%2fetc/passwd"), 404, "POST /decode")
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The routes: `/decode`, `/encode`, `/info`, `/health`, and the pages of the package if there are any."""
+"""The routes: `/decode`, `/encode`, `/info` and `/health`."""
 
 import asyncio
 import base64
@@ -7,13 +7,11 @@ import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -23,9 +21,6 @@ from ..models.video_autoencoder import VideoAutoencoder
 from .codec import decode, encode
 from .protocol import Answer, DecodeQuery, EncodeQuery, Limits, Refusal, sentence_of
 from .work_queue import WorkQueue
-
-
-PAGES = Path(__file__).parent / "pages"  # what is in this folder is served at `/`
 
 
 def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str | None = None) -> FastAPI:
@@ -91,8 +86,6 @@ def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str |
     async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
-    if PAGES.is_dir():
-        app.mount("/", StaticFiles(directory=PAGES, html=True))
     return app
 
 
