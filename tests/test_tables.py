@@ -198,6 +198,15 @@ def test_memory_is_as_the_planner_predicts(memory_rows):
     assert all(0.8 <= ratio <= 1.2 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.parametrize("model", SIBLINGS)
+def test_memory_of_siblings_is_within_a_tenth(model):
+    rows = json.loads((ROOT / f"results/bench_memory_{model}.json").read_text())["rows"]
+    ratios = {(row["case"], row["direction"]): row["predicted_mib"] / row["peak_mib"] for row in rows}
+    assert len(ratios) >= 2 and all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+    bounds = [(row["peak_mib"], row["max_mib"]) for row in rows if row["direction"] == "reconstruct"]
+    assert len(bounds) == model.endswith("compact") and all(peak < bound for peak, bound in bounds)
+
+
 @pytest.mark.parametrize(
     "name",
     [
