@@ -164,7 +164,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video of `num_frames` = `temporal_compression_ratio * n + 1` frames."""
+        """Latent frames of a video of `temporal_compression_ratio * n + 1` frames, or of a later chunk of one less."""
         return (num_frames - 1) // self.temporal_compression_ratio + 1
 
     def num_sample_frames(self, num_latent_frames: int) -> int:
@@ -254,7 +254,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         is_first = cache is None or cache.num_latent_frames == 0
         self.check_sample(x, "x", is_first)
         if cache is not None:
-            with cache.step(-(-x.shape[2] // self.temporal_compression_ratio)):
+            with cache.step(self.num_latent_frames(x.shape[2])):
                 moments = self.encode_moments(x, is_first, cache)
         elif self.use_slicing and x.shape[0] > 1:
             moments = torch.cat([self.encode_moments(x_slice, True, None) for x_slice in x.split(1)])
@@ -441,27 +441,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             cache: State of a stream, as of [`encode`].
             make_canvas: What makes the canvas on which tiles are put together; it also says which are computed here.
         """
-        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
-        size = (self._num_latent(x), x.shape[3] // ratio, x.shape[4] // ratio)
-        sizes = self.tile_sizes(x.shape[0], *size, cache)
-        tiles = grid(*size[1:], sizes, self.encoder_halo)
-        if self.is_local:
-            canvas = make_canvas(*size)
-            for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
-                for frames, moments in self._encode_tile(x, tile, sizes, is_first, is_last, state):
-                    canvas.put(moments, frames, tile)
-                    del moments  # as in `_encode_tile`
-            return canvas.take()
-        outputs = []
-        bounds = time_chunks(size[0], sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
-            frames, canvas = x[:, :, self._frames(start, stop, is_first)], make_canvas(None, *size[1:])
-            for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
-                part = tile.crop(self._encode_local(tile.read(frames, ratio), state))
-                canvas.put(part, slice(None), tile)
-                del part
-            outputs.append(self._encode_whole(canvas.take(), chunk))
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        return self._compute(False, x, is_first, cache, make_canvas)
 
     def decode_sample(
         self,
@@ -474,66 +454,51 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
         The other arguments are those of [`encode_moments`].
         """
-        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
-        num_latent_frames, height, width = z.shape[2:]
-        sizes = self.tile_sizes(z.shape[0], num_latent_frames, height, width, cache)
-        tiles = grid(height, width, sizes, self.decoder_halo)
-        if self.is_local:
-            canvas = make_canvas(self._frames(0, num_latent_frames, is_first).stop, height, width, ratio)
-            for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
-                for frames, pixels in self._decode_tile(z, tile, sizes, is_first, is_last, state):
-                    canvas.put(pixels, frames, tile)
-                    del pixels
-            return canvas.take()
-        outputs = []
-        bounds = time_chunks(num_latent_frames, sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
-            hidden, canvas = self._decode_whole(z[:, :, start:stop], chunk), make_canvas(None, height, width, ratio)
-            for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
-                part = tile.crop(self._decode_local(tile.read(hidden), state), ratio)
-                canvas.put(part, slice(None), tile)
-                del part
-            outputs.append(canvas.take())
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        return self._compute(True, z, is_first, cache, make_canvas)
 
-    def _encode_tile(
+    def _compute(
         self,
-        x: torch.Tensor,
-        tile: Tile,
-        sizes: TileSizes,
+        decoding: bool,
+        source: torch.Tensor,
         is_first: bool,
-        is_last: bool,
-        state: TemporalCache | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Moments of one tile of `x`, without halo, chunk after chunk, each with the latent frames it covers.
+        cache: TemporalCache | None,
+        make_canvas: Callable[..., Canvas],
+    ) -> torch.Tensor:
+        """The work of [`encode_moments`] or [`decode_sample`]: all tiles of all chunks of `source`.
 
-        `state` is what the tile remembers, if something precedes or follows.
+        No result of a tile has a name here: the last one would still be in memory while the next is computed.
         """
-        bounds = time_chunks(self._num_latent(x), sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(state, bounds, is_first, is_last):
-            part = tile.read(x[:, :, self._frames(start, stop, is_first)], self.spatial_compression_ratio)
-            # Kept by no name here: the last chunk would still be there while the next is computed.
-            yield slice(start, stop), tile.crop(self._encode_local(part, chunk))
+        ratio, is_last = self.spatial_compression_ratio, cache is None or cache.is_last
+        scale_in, scale_out = (1, ratio) if decoding else (ratio, 1)
+        length = source.shape[2] if decoding else self.num_latent_frames(source.shape[2])
+        height, width = source.shape[3] // scale_in, source.shape[4] // scale_in
+        sizes = self.tile_sizes(source.shape[0], length, height, width, cache)
+        tiles = grid(height, width, sizes, self.decoder_halo if decoding else self.encoder_halo)
+        bounds = time_chunks(length, sizes.num_latent_frames, is_first)
+        layers = self._decode_local if decoding else self._encode_local
 
-    def _decode_tile(
-        self,
-        z: torch.Tensor,
-        tile: Tile,
-        sizes: TileSizes,
-        is_first: bool,
-        is_last: bool,
-        state: TemporalCache | None,
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Pixels of one tile of `z`, as [`_encode_tile`] gives moments."""
-        bounds = time_chunks(z.shape[2], sizes.num_latent_frames, is_first)
-        for start, stop, chunk in chunks(state, bounds, is_first, is_last):
-            pixels = self._decode_local(tile.read(z[:, :, start:stop]), chunk)
-            frames = self._frames(start, stop, is_first)
-            yield frames, tile.crop(pixels, self.spatial_compression_ratio)
-            del pixels
+        if self.is_local:
+            num_frames = self._frames(0, length, is_first).stop if decoding else length
+            canvas = make_canvas(num_frames, height, width, scale_out)
+            for tile, state in _with_states(canvas.choose(tiles), sizes, cache):
+                for start, stop, chunk in chunks(state, bounds, is_first, is_last):
+                    latents, frames = slice(start, stop), self._frames(start, stop, is_first)
+                    taken, given = (latents, frames) if decoding else (frames, latents)
+                    part = tile.read(source[:, :, taken], scale_in)
+                    canvas.put(tile.crop(layers(part, chunk), scale_out), given, tile)
+            return canvas.take()
 
-    def _num_latent(self, x: torch.Tensor) -> int:
-        return -(-x.shape[2] // self.temporal_compression_ratio)
+        outputs = []
+        for start, stop, chunk in chunks(cache, bounds, is_first, is_last):
+            canvas = make_canvas(None, height, width, scale_out)
+            hidden = source[:, :, slice(start, stop) if decoding else self._frames(start, stop, is_first)]
+            if decoding:
+                hidden = self._decode_whole(hidden, chunk)
+            for tile, state in _with_states(canvas.choose(tiles), sizes, chunk):
+                canvas.put(tile.crop(layers(tile.read(hidden, scale_in), state), scale_out), slice(None), tile)
+            hidden = canvas.take()
+            outputs.append(hidden if decoding else self._encode_whole(hidden, chunk))
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
     def _frames(self, start: int, stop: int, is_first: bool) -> slice:
         """The frames of some latent frames; the first latent frame of a video has one only."""
