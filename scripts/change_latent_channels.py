@@ -12,6 +12,7 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import VideoFolder, pixels_to_sample
+from diffusers_leanvae.description import public_config
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def main() -> None:
     z = options.latent_channels
     if not 0 < z < source.latent_channels:
         parser.error(f"`--latent-channels` must be 1 to {source.latent_channels - 1}, got {z}.")
-    config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+    config = public_config(source.config)
     config |= {"latent_channels": z, "latents_mean": None, "latents_std": None, "scaling_factor": 1.0}
     target = AutoencoderKLLeanVAE(**config).eval()
 

@@ -136,8 +136,13 @@ def describe_model(
         "dtypes": dict(dtypes),
         **({} if num_bytes is None else {"num_bytes": num_bytes}),
         **ratios,
-        "config": {key: value for key, value in config.items() if not key.startswith("_")},
+        "config": public_config(config),
     }
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the arguments of a model from its config, without the entries of diffusers: class, version, origin."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _describe_video(source: str) -> dict[str, Any]:

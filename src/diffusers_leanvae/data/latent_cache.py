@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..checks import check_choice, parse_dtype
+from ..description import public_config
 from ..latents import encode_batch, measure_statistics
 from ..launching import start_accelerator
 from ..models.video_autoencoder import VideoAutoencoder
@@ -270,12 +271,11 @@ def _latent_shape(vae: VideoAutoencoder, clip_size: Sequence[int]) -> tuple[int,
 
 def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     """Describe an autoencoder: class, config, and a checksum of the names and bytes of its weights."""
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return {
         "class": type(vae).__name__,
         "dtype": str(vae.dtype).removeprefix("torch."),
         "weights_sha256": checksum_of_weights(vae),
-        "config": config,
+        "config": public_config(vae.config),
     }
 
 

@@ -16,6 +16,7 @@ import torch
 from .._version import __version__
 from ..atomic import replace_folder
 from ..checks import check_choice
+from ..description import public_config
 from ..models.video_autoencoder import VideoAutoencoder
 from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of, number_of
 
@@ -149,7 +150,7 @@ def _entry(graph: Graph, to: Format, takes_images: bool) -> dict[str, Any]:
 
 
 def _describe(vae: VideoAutoencoder, to: Format, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    config = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}
+    config = public_config(vae.config)
     return {
         "format": to,
         "package": f"diffusers-leanvae {__version__}",

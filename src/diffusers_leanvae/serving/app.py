@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from .._version import __version__
 from ..checks import one_line
+from ..description import public_config
 from ..models.video_autoencoder import VideoAutoencoder
 from .codec import decode, encode
 from .protocol import Answer, DecodeQuery, EncodeQuery, Limits, Refusal, sentence_of
@@ -74,7 +75,7 @@ def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str |
         return {
             "version": __version__,
             "class": type(vae).__name__,
-            "config": {key: value for key, value in vae.config.items() if not key.startswith("_")},
+            "config": public_config(vae.config),
             "dtype": str(vae.dtype).removeprefix("torch."),
             "latent_channels": vae.latent_channels,
             "temporal_compression_ratio": vae.temporal_compression_ratio,

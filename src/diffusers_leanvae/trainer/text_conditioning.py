@@ -13,6 +13,7 @@ from .. import bundled
 from ..checks import parse_dtype, reason_of
 from ..data.latent_samples import LatentBatch, LatentData
 from ..data.text_cache import check_text_encoder, differing_setting
+from ..description import public_config
 from ..text_encoders import (
     TextEmbeddings,
     TextEncoder,
@@ -260,8 +261,7 @@ def build_text_transformer(
     shape |= {"video_length": config["num_latent_frames"], "caption_channels": caption_channels}
     if init is not None:
         source = _load_latte(init)
-        kept = {name: value for name, value in source.config.items() if not name.startswith("_")}
-        model = _new_latte(kept | shape | overrides)
+        model = _new_latte(public_config(source.config) | shape | overrides)
         _initialize(model)
         _take_weights(model, source, init, may_start_anew)
         return model
