@@ -75,6 +75,24 @@ class Scene:
         check_choice("background", self.background, BACKGROUNDS)
 
 
+class ObjectLayout(NamedTuple):
+    """Size of an object in pixels, its centres `(num_frames,)`, and its colour `(3,)` in `[0, 1]`."""
+
+    extent_x: float
+    extent_y: float
+    x: np.ndarray
+    y: np.ndarray
+    color: np.ndarray
+
+
+class SceneLayout(NamedTuple):
+    """All that is random about the pixels of a scene: its objects, the background's mean colour, and its ramp."""
+
+    ground: np.ndarray
+    angle: float
+    objects: list[ObjectLayout]
+
+
 class ScenesItem(NamedTuple):
     """`pixels` are float32 in `[-1, 1]`, `(3, num_frames, height, width)`; PyTorch collates batches of it."""
 
@@ -116,6 +134,17 @@ def draw_scene(
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
     if min(height, width) < 48:
         raise ValueError(f"`height` and `width` must be at least 48, got {height} and {width}.")
+    layout = lay_out_scene(scene, num_frames, height, width, seed, index)
+    ground = _paint_ground(layout, height, width)
+    pixels = np.broadcast_to(ground[:, None], (3, num_frames, height, width))
+    for item, place in zip((scene.first, scene.second), layout.objects, strict=True):
+        coverage = shape_coverage(item.shape, place.extent_x, place.extent_y, place.x, place.y, height, width)
+        pixels = pixels + coverage * (place.color[:, None, None, None] - pixels)
+    return torch.from_numpy(pixels.astype(np.float32)).mul_(2.0).sub_(1.0)
+
+
+def lay_out_scene(scene: Scene, num_frames: int, height: int, width: int, seed: int, index: int) -> SceneLayout:
+    """Draw at random what a scene leaves open: positions, exact sizes, ways and shades; arguments as of `draw_scene`."""
     rng = np.random.default_rng([seed, index, 1])
     side = min(height, width)
     ways = [_draw_way(rng, item, side) for item in (scene.first, scene.second)]
@@ -126,13 +155,15 @@ def draw_scene(
         near, far = (away_x, away_y) if scene.relation == "above" else (away_y, away_x)
         if near < 0.6 * far:
             break
-    pixels = np.broadcast_to(_ground(rng, scene.background, height, width)[:, None], (3, num_frames, height, width))
+    hue, saturation, value = _GROUNDS[scene.background]
+    ground = hsv_color(hue + rng.uniform(-6, 6), saturation, value * rng.uniform(0.9, 1.1))
+    angle = rng.uniform(0, 2 * np.pi)
+    objects = []
     for item, way, (x, y) in zip((scene.first, scene.second), ways, paths, strict=True):
         hue, saturation, value = _FOREGROUNDS[item.color]
         color = hsv_color(hue + rng.uniform(-6, 6), saturation, value * rng.uniform(0.94, 1))
-        coverage = shape_coverage(item.shape, way.extent_x, way.extent_y, x, y, height, width)
-        pixels = pixels + coverage * (color[:, None, None, None] - pixels)
-    return torch.from_numpy(pixels.astype(np.float32)).mul_(2.0).sub_(1.0)
+        objects.append(ObjectLayout(way.extent_x, way.extent_y, x, y, color))
+    return SceneLayout(ground, angle, objects)
 
 
 def describe_scene(scene: Scene, rng: np.random.Generator) -> str:
@@ -293,11 +324,8 @@ def _place(
     return x + place * (width - half_width), y + place * (height - half_height)
 
 
-def _ground(rng: np.random.Generator, background: str, height: int, width: int) -> np.ndarray:
+def _paint_ground(layout: SceneLayout, height: int, width: int) -> np.ndarray:
     """Paint a background `(3, height, width)`: one colour, somewhat brighter towards a random side."""
-    hue, saturation, value = _GROUNDS[background]
-    color = hsv_color(hue + rng.uniform(-6, 6), saturation, value * rng.uniform(0.9, 1.1))
-    angle = rng.uniform(0, 2 * np.pi)
-    ramp_y = np.linspace(-1, 1, height)[:, None] * np.sin(angle)
-    ramp_x = np.linspace(-1, 1, width)[None] * np.cos(angle)
-    return color[:, None, None] * (1 + 0.1 * (ramp_y + ramp_x))
+    ramp_y = np.linspace(-1, 1, height)[:, None] * np.sin(layout.angle)
+    ramp_x = np.linspace(-1, 1, width)[None] * np.cos(layout.angle)
+    return layout.ground[:, None, None] * (1 + 0.1 * (ramp_y + ramp_x))
