@@ -187,6 +187,21 @@ class TestRefusals:
         assert result.exit_code == 1
         assert result.stderr == "error: `--to` must be one of 'onnx', 'torch-export', got 'tflite'.\n"
 
+    @pytest.mark.parametrize("opset", [*files.OPSETS, files.OPSETS[0] - 1, files.OPSETS[-1] + 1])
+    def test_the_command_names_its_own_arguments(self, tmp_path, opset):
+        arguments = ["export", str(tmp_path / "none"), str(tmp_path), "--opset", str(opset)]
+        result = CliRunner().invoke(app, arguments)
+        if opset not in files.OPSETS:
+            assert result.exit_code == 2 and "'--opset'" in result.stderr
+            return
+        assert result.exit_code == 1 and result.stderr.startswith(
+            f"error: MODEL '{tmp_path / 'none'}' cannot be loaded"
+        )
+        (tmp_path / files.MANIFEST).write_text("{}")
+        result = CliRunner().invoke(app, arguments)  # of which the folder is looked at first
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: OUT must be new or empty without `--overwrite`, got the export ")
+
     def test_the_command_knows_the_choices(self):
         assert choices.EXPORT_FORMATS == tuple(FORMATS) and choices.EXPORT_PARTS == (*PARTS, "both")
         assert choices.EXPORT_WEIGHTS == WEIGHTS

@@ -194,10 +194,20 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     return torch_device, torch_dtype
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False) -> Any:
-    """Load the autoencoder of a `--model` option, ready for inference."""
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", fuse: bool = False, *, argument: str = "`--model`"
+) -> Any:
+    """Load the autoencoder that a command was given, ready for inference.
+
+    Args:
+        name: Of the model.
+        device: As of `--device`.
+        dtype: As of `--dtype`.
+        fuse: Whether to prepare the weights for speed.
+        argument: Where the command takes the name, for the message.
+    """
     torch_device, torch_dtype = place(device, dtype)
-    vae = _load(name, torch_dtype).to(torch_device)
+    vae = _load(name, torch_dtype, argument).to(torch_device)
     if fuse:
         vae.fuse()
     return vae
@@ -220,7 +230,7 @@ def load_known_model(
     from ..inference.latents_file import weights_sha256
 
     torch_device, torch_dtype = place(device, dtype)
-    vae = _load(name, torch.float32, **({} if revision is None else {"revision": revision}))
+    vae = _load(name, torch.float32, "`--model`", **({} if revision is None else {"revision": revision}))
     checksum = weights_sha256(vae)  # of the weights as they are stored, whatever dtype they are used in
     # As exact as loading it in this dtype; diffusers' own method warns that for some models it would not be.
     vae = torch.nn.Module.to(vae, torch_device, torch_dtype)
@@ -229,13 +239,13 @@ def load_known_model(
     return vae, checksum
 
 
-def _load(name: str, dtype: "torch.dtype", **options: Any) -> Any:
+def _load(name: str, dtype: "torch.dtype", argument: str, **options: Any) -> Any:
     from ..loading import load_autoencoder
 
     try:
         return load_autoencoder(name, dtype, **options).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"`--model` {name!r} cannot be loaded: {one_line(error)}") from None
+        raise ValueError(f"{argument} {name!r} cannot be loaded: {one_line(error)}") from None
 
 
 def say_demonstration(context: typer.Context, model: str) -> None:

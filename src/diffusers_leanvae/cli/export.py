@@ -42,7 +42,7 @@ def export(
             autocompletion=complete(*EXPORT_WEIGHTS),
         ),
     ] = "same",
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators, 18 to 21.")] = 18,
+    opset: Annotated[int, typer.Option(min=18, max=21, help="Version of ONNX's operators.")] = 18,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     overwrite: Annotated[
@@ -54,9 +54,10 @@ def export(
     check_choice("--to", to, EXPORT_FORMATS)
     check_choice("--part", part, EXPORT_PARTS)
     check_choice("--weights", weights, EXPORT_WEIGHTS)
-    from ..export import PARTS, export_model
+    from ..export import PARTS, check_folder, export_model
 
-    vae = load_model(model, device, dtype)
+    check_folder(target, overwrite, "OUT", "`--overwrite`")
+    vae = load_model(model, device, dtype, argument="MODEL")
     with progress_bar("graph", "export") as advance:
         files = export_model(
             vae,

@@ -80,7 +80,7 @@ def export_model(
         raise ValueError(f"`weights` {weights!r} needs an ONNX file of a float32 model, got {to} of {vae.dtype}.")
     if to == "onnx" and (vae.dtype not in (torch.float32, torch.float16) or vae.device.type != "cpu"):
         raise ValueError(f"`to` 'onnx' needs a model of float32 or float16 on cpu, got {vae.dtype} on {vae.device}.")
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     if to == "onnx":
         try:
             from .onnx_files import SharedWeights, write_onnx
@@ -131,14 +131,21 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
         return torch.export.export(graph.module, tuple(examples), dynamic_shapes=dynamic_shapes)
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but a former export."""
+def check_folder(folder: Path, overwrite: bool, name: str = "`folder`", option: str = "`overwrite`") -> None:
+    """Refuse to replace anything but a former export.
+
+    Args:
+        folder: The folder to write.
+        overwrite: Whether to replace a former export.
+        name: Where the folder was given, for the message.
+        option: Where `overwrite` was given, for the message.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"`folder` must be new, empty or a former export, got {str(folder)!r}.")
+        raise ValueError(f"{name} must be new, empty or a former export, got {str(folder)!r}.")
     if not overwrite:
-        raise ValueError(f"`folder` must be new or empty without `overwrite`, got the export {str(folder)!r}.")
+        raise ValueError(f"{name} must be new or empty without {option}, got the export {str(folder)!r}.")
 
 
 def _entry(graph: Graph, to: Format, takes_images: bool) -> dict[str, Any]:
