@@ -19,6 +19,7 @@ from diffusers_leanvae import (
     bundled,
 )
 from diffusers_leanvae.conversion import latte, leanvae, wfvae
+from diffusers_leanvae.description import describe, list_files
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.loading import (
     AUTOENCODERS,
@@ -310,6 +311,43 @@ class TestOriginalConfigs:
         assert f"call `AutoencoderKLWFVAE.from_single_file('{folder}')`" in str(error.value)
         with pytest.raises(ValueError, match="an `WFVAEModel`: .*`diffusers_leanvae.loading.load_autoencoder`"):
             AutoencoderKLLeanVAE.from_pretrained(folder)
+
+
+class TestFoldersWithBundledNames:
+    """A folder in the working directory comes before the bundled model or pipeline of its name, whoever asks."""
+
+    @pytest.fixture(autouse=True)
+    def working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize("load", [load_autoencoder, load_model, AutoencoderKLLeanVAE.from_pretrained, load_vae])
+    def test_models(self, folders: dict, models: dict, load: Any):
+        Path("compact-4ch").symlink_to(folders[AutoencoderKLLeanVAE])
+        loaded = load("compact-4ch", {}) if load is load_vae else load("compact-4ch")
+        assert_same(loaded.eval(), models[AutoencoderKLLeanVAE])
+        assert portable_reference("compact-4ch") == (str(folders[AutoencoderKLLeanVAE].resolve()), None)
+        assert describe("compact-4ch") == describe(str(folders[AutoencoderKLLeanVAE]))
+        assert list_files("compact-4ch") == {
+            name: Path("compact-4ch", name) for name in list_files(folders[AutoencoderKLLeanVAE])
+        }
+        assert_same(load_autoencoder(Path("compact-16ch")), load_autoencoder(bundled.model_path("compact-16ch")))
+
+    def test_pipelines(self, pipeline_folder: Path, models: dict):
+        Path("mini-shapes").symlink_to(pipeline_folder)
+        assert_same(load_autoencoder("mini-shapes"), models[AutoencoderKLWFVAE])
+        assert_same(load_transformer("mini-shapes"), models[LeanVAELatteTransformer3DModel])
+        for load in (load_diffusion_pipeline, LeanVAELattePipeline.from_pretrained):
+            assert_same(load("mini-shapes").vae, models[AutoencoderKLWFVAE])
+
+    def test_a_bundled_pipeline_keeps_its_own_autoencoder(self, folders: dict):
+        name = bundled.PIPELINES["mini-shapes"].model
+        Path(name).symlink_to(folders[AutoencoderKLWFVAE])
+        assert_same(load_diffusion_pipeline("mini-shapes").vae, load_autoencoder(bundled.model_path(name)))
+        assert_same(load_autoencoder("mini-shapes"), load_autoencoder(bundled.model_path(name)))
+
+    def test_a_file_is_no_folder(self):
+        Path("compact-4ch").write_text("notes")
+        assert_same(load_autoencoder("compact-4ch"), load_autoencoder(bundled.model_path("compact-4ch")))
 
 
 class TestTransformersAndPipelines:

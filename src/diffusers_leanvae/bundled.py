@@ -1,5 +1,6 @@
 """Demonstration weights and a clip, which are shipped with the package."""
 
+from collections.abc import Container
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,11 @@ class BundledPipeline(NamedTuple):
 
 
 PIPELINES = {"mini-shapes": BundledPipeline("compact-4ch", guidance_scale=2.0)}
+
+
+def is_bundled(source: object, names: Container[str] = (*MODELS, *PIPELINES)) -> bool:
+    """Tell whether a source is one of these names; a folder of that name in the working directory comes first."""
+    return str(source) in names and not Path(str(source)).is_dir()
 
 
 def model_path(name: str) -> Path:

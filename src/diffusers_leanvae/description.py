@@ -46,7 +46,7 @@ def describe(source: str) -> dict[str, Any] | None:
 
     Args:
         source: A path, `-` for a video on standard input, the address of a video, numbered pictures (`f_%04d.png`), or
-            the name of a bundled model or pipeline.
+            the name of a bundled model or pipeline, before which comes a folder of that name.
 
     Returns:
         `kind` and what is known, or `None` for anything else, such as a pickle or a Hub id.
@@ -54,11 +54,8 @@ def describe(source: str) -> dict[str, Any] | None:
     Raises:
         ValueError: If a file is damaged, or is not what its name or config says.
     """
-    if source in bundled.MODELS:
-        return _describe_model(bundled.model_path(source))
-    if source in bundled.PIPELINES:
-        vae = bundled.model_path(bundled.PIPELINES[source].model)
-        return _describe_pipeline(bundled.pipeline_path(source), {"vae": vae})
+    if bundled.is_bundled(source):
+        return describe_bundled(source)
     from .video_io.inputs import find_sequence, is_remote
 
     path = Path(source)
@@ -73,19 +70,28 @@ def describe(source: str) -> dict[str, Any] | None:
     return None
 
 
+def describe_bundled(name: str) -> dict[str, Any] | None:
+    """Describe the bundled model or pipeline of a name, as [`describe`] does."""
+    if name in bundled.MODELS:
+        return _describe_model(bundled.model_path(name))
+    vae = bundled.model_path(bundled.PIPELINES[name].model)
+    return _describe_pipeline(bundled.pipeline_path(name), {"vae": vae})
+
+
 def list_files(source: str | Path) -> dict[str, Path]:
     """List the files of a saved model, pipeline or adapter by their names in its folder, but for hidden ones.
 
     Args:
-        source: The folder, or the name of a bundled model or pipeline, with the autoencoder of the latter.
+        source: The folder, or the name of a bundled model or pipeline, with the autoencoder of the latter; a folder of
+            that name comes first.
 
     Returns:
         The files in the order of their names; none if there is no such folder.
     """
     folders = {"": Path(source)}
-    if source in bundled.MODELS:
+    if bundled.is_bundled(source, bundled.MODELS):
         folders = {"": bundled.model_path(str(source))}
-    elif source in bundled.PIPELINES:
+    elif bundled.is_bundled(source, bundled.PIPELINES):
         vae = bundled.model_path(bundled.PIPELINES[str(source)].model)
         folders = {"": bundled.pipeline_path(str(source)), "vae/": vae}
     files: dict[str, Path] = {}

@@ -51,9 +51,10 @@ def load_autoencoder(
     """Load an autoencoder of whatever family.
 
     Args:
-        source: The name of a bundled model or pipeline; a folder of `save_pretrained`, of a model or of a pipeline
-            with one; an original checkpoint, or a folder with one; each of these on the Hub: `user/repo`, or
-            `user/repo/file` for an original checkpoint, or its URL.
+        source: The name of a bundled model or pipeline, unless there is a folder of that name in the working
+            directory; a folder of `save_pretrained`, of a model or of a pipeline with one; an original checkpoint, or
+            a folder with one; each of these on the Hub: `user/repo`, or `user/repo/file` for an original checkpoint,
+            or its URL.
         dtype: Dtype to cast the weights to; as stored if `None`.
         subfolder: Folder of the model inside `source`; `vae` by default in that of a pipeline.
         options: `revision`, `variant`, `token`, `cache_dir`, `force_download` and `local_files_only` as of diffusers;
@@ -85,7 +86,7 @@ def load_transformer(
     Raises:
         ValueError: If there is no such transformer.
     """
-    if source in bundled.PIPELINES:
+    if bundled.is_bundled(source, bundled.PIPELINES):
         source = bundled.pipeline_path(str(source))
     return _load(source, TRANSFORMERS, bundled.PIPELINES, "transformer", dtype, subfolder, options)
 
@@ -114,7 +115,8 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
     """Load a pipeline of diffusers or of this package, whatever its class.
 
     Args:
-        source: The name of a bundled pipeline, a folder of `save_pretrained`, or a Hub id `user/repo`.
+        source: The name of a bundled pipeline, before which comes a folder of that name; a folder of
+            `save_pretrained`, or a Hub id `user/repo`.
         dtype: Dtype to cast the weights to; as stored if `None`.
         options: As of `DiffusionPipeline.from_pretrained`: `revision`, `variant`, components, ...
 
@@ -122,7 +124,7 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         ValueError: If there is none.
     """
     options = {"dtype": dtype} | options
-    is_here = source in bundled.PIPELINES or Path(source).exists()
+    is_here = str(source) in bundled.PIPELINES or Path(source).exists()
     if not is_here and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
@@ -151,13 +153,13 @@ def resolve_pipeline(source: str | os.PathLike | None, options: dict[str, Any]) 
         Folder and arguments, which then hold the autoencoder, whose weights are in the package only once.
     """
     name = str(source)
-    if name not in bundled.PIPELINES or Path(name).exists():
+    if not bundled.is_bundled(name, bundled.PIPELINES):
         return name, options
     if "vae" not in options:
         dtype = options.get("dtype") or options.get("torch_dtype")
         if isinstance(dtype, dict):  # of components
             dtype = dtype.get("vae", dtype.get("default"))
-        options = options | {"vae": load_autoencoder(bundled.PIPELINES[name].model, dtype)}
+        options = options | {"vae": load_autoencoder(name, dtype)}
     return str(bundled.pipeline_path(name)), options
 
 
@@ -232,10 +234,14 @@ def _suggestion(source: str | Path, names: Iterable[str]) -> str:
 
 
 def resolve_bundled(source: str | Path) -> str | Path:
-    """Replace the name of a bundled model or pipeline by the folder of its autoencoder, and nothing else."""
-    if source in bundled.PIPELINES:
-        source = bundled.PIPELINES[str(source)].model
-    return bundled.model_path(str(source)) if source in bundled.MODELS else source
+    """Replace the name of a bundled model or pipeline by the folder of its autoencoder, and nothing else.
+
+    A folder of such a name in the working directory comes first.
+    """
+    if not bundled.is_bundled(source):
+        return source
+    name = str(source)
+    return bundled.model_path(bundled.PIPELINES[name].model if name in bundled.PIPELINES else name)
 
 
 def portable_reference(source: str | Path) -> tuple[str, str | None]:
@@ -249,7 +255,7 @@ def portable_reference(source: str | Path) -> tuple[str, str | None]:
         `revision` of [`load_autoencoder`], where the cache of the Hub tells.
     """
     text = str(source)
-    if source in bundled.MODELS or source in bundled.PIPELINES:
+    if bundled.is_bundled(source):
         return text, None
     if Path(source).exists():
         return str(Path(source).resolve()), None

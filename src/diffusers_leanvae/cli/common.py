@@ -251,7 +251,7 @@ def _load(name: str, dtype: "torch.dtype", argument: str, **options: Any) -> Any
 def say_demonstration(context: typer.Context, model: str) -> None:
     """Say on stderr that the weights are a demonstration, if no model was named."""
     source = context.get_parameter_source("model")
-    if source is not None and source.name == "DEFAULT":
+    if source is not None and source.name == "DEFAULT" and bundled.is_bundled(model):
         typer.echo(f"uses the demonstration weights {model}; `--model` names others", err=True)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 from .. import bundled, registration
 from ..checks import CHECKPOINT_SUFFIXES
 from ..conversion.headers import CONFIG_NAME
-from ..description import describe, describe_checkpoint
+from ..description import describe, describe_bundled, describe_checkpoint
 
 
 def list_bundled() -> Iterator[dict[str, Any]]:
     """Describe the models and pipelines in the package; see [`list_cached`]."""
     for names, place in ((bundled.MODELS, bundled.model_path), (bundled.PIPELINES, bundled.pipeline_path)):
         for name in names:
-            described = describe(name)
+            described = describe_bundled(name)
             if described is not None:
                 yield _entry(name, None, place(name), described)
 

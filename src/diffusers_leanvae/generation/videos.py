@@ -122,7 +122,7 @@ def generate_videos(
         pipeline.vae.enable_tiling(budget=max_memory)
     pipeline.set_progress_bar_config(disable=not show_progress, leave=False)
     options = {key: value for key, value in options.items() if value is not None}
-    if model in bundled.PIPELINES:
+    if bundled.is_bundled(model, bundled.PIPELINES):
         options = {"guidance_scale": bundled.PIPELINES[model].guidance_scale} | options
     options |= choose_scheduler(pipeline, scheduler, num_inference_steps)
     if image is not None:

@@ -100,8 +100,6 @@ def push_folder(
         ValueError: If there is nothing of these in the folder, an argument is not legal, or nothing could be pushed.
     """
     check_repo_id("repo_id", repo_id)
-    if Path(folder).is_dir():  # before a bundled model of that name
-        folder = Path(folder).resolve()
     describe_saved(folder)
     if not create_pr:
         check_push(repo_id, token, "repo_id")

@@ -90,8 +90,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             ValueError: If it is none of this class.
         """
         source: Any = pretrained_model_name_or_path
-        if source in bundled.MODELS and not Path(source).exists():
-            source = bundled.model_path(source)
+        if bundled.is_bundled(source, bundled.MODELS):
+            source = bundled.model_path(str(source))
         try:
             return super().from_pretrained(source, **kwargs)
         except Exception as error:  # huggingface_hub lets errors of its HTTP client through

@@ -206,8 +206,8 @@ def open_captions(recipe: TextRecipe, init: str | None, data: LatentData, device
 
 
 def _pipeline_folder(source: str) -> str:
-    """Replace the name of a bundled pipeline by its folder."""
-    return str(bundled.pipeline_path(source)) if source in bundled.PIPELINES else source
+    """Replace the name of a bundled pipeline by its folder, unless there is a folder of that name."""
+    return str(bundled.pipeline_path(source)) if bundled.is_bundled(source, bundled.PIPELINES) else source
 
 
 def _has_text_encoder(source: str) -> bool:
