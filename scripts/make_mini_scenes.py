@@ -1,8 +1,8 @@
-"""Make the bundled `mini-scenes`: a text-to-video pipeline of two moving objects, trained here from captions to frames.
+"""Make the bundled `mini-scenes`: a text-to-video pipeline of two moving objects, from captions to frames.
 
-    python scripts/make_mini_scenes.py text --output runs/mini_scenes_text      # a CPU, some minutes
-    python scripts/make_mini_scenes.py pool --output /dev/shm/pool.pt           # a GPU, under a minute
-    python scripts/make_mini_scenes.py train --text runs/mini_scenes_text --pool /dev/shm/pool.pt --minutes 7 --output OUT
+    python scripts/make_mini_scenes.py text --output runs/scenes_text           # a CPU, under 20 minutes
+    python scripts/make_mini_scenes.py pool --text runs/scenes_text --output /dev/shm/pool.pt         # a GPU
+    python scripts/make_mini_scenes.py train --text runs/scenes_text --pool /dev/shm/pool.pt --output runs/scenes
 
 `text` makes a T5 encoder with a vocabulary of the words of captions, and teaches it to tell from each of a caption's
 tokens what the scene is: both objects, which is above or to the left, and the background. `pool` paints scenes on the
@@ -18,13 +18,15 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 from torch import nn
 
 from diffusers_leanvae.data.scenes import (
@@ -43,10 +45,15 @@ from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch
 from diffusers_leanvae.loading import load_autoencoder
 from diffusers_leanvae.losses.diffusion import FlowMatchingObjective
-from diffusers_leanvae.text_encoders import TextEmbeddings, load_text_encoder, make_text_encoder, tokenize
+from diffusers_leanvae.text_encoders import (
+    TextEmbeddings,
+    encode_tokens,
+    load_text_encoder,
+    make_text_encoder,
+    tokenize,
+)
 from diffusers_leanvae.trainer.denoising_validation import denoise
 from diffusers_leanvae.trainer.text_conditioning import build_text_transformer
-from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 
 
 TEXT_SEED, POOL_SEED, VALIDATION_SEED = 7, 11, 1
@@ -68,10 +75,7 @@ def label_caption(scene: Scene, caption: str) -> list[int]:
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     says = {"size": bool({*words} & {*SIZES}), "speed": bool({*words} & {"slowly", "quickly", "fast"})}
     objects = [
-        [
-            values.index(getattr(item, name)) if says.get(name, True) else len(values)
-            for name, values in PARTS
-        ]
+        [values.index(getattr(item, name)) if says.get(name, True) else len(values) for name, values in PARTS]
         for item in (scene.first, scene.second)
     ]
     relation = RELATIONS.index(scene.relation)
@@ -133,7 +137,9 @@ def train_text(options: argparse.Namespace) -> None:
             print(json.dumps(row | {"seconds": time.monotonic() - started}), flush=True)
     with torch.no_grad():
         rights = [forward(*next(held))[1] for held in [caption_batches(500, VALIDATION_SEED)] for _ in range(2)]
-    print(json.dumps({"held_out_captions_all_right": torch.cat(rights, 1)[:12].all(0).float().mean().item()}), flush=True)
+    print(
+        json.dumps({"held_out_captions_all_right": torch.cat(rights, 1)[:12].all(0).float().mean().item()}), flush=True
+    )
     encoder.model.save_pretrained(options.output / "text_encoder")
     encoder.tokenizer.save_pretrained(options.output / "tokenizer")
 
@@ -225,191 +231,183 @@ class GraphableTextEncoder(nn.Module):
         return (self.model(input_ids=input_ids, attention_mask=bias)[0],)
 
 
-def train(options: argparse.Namespace) -> None:
-    started = time.monotonic()
-    device = torch.device(options.device)
-    is_cuda = device.type == "cuda"
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    pool = torch.load(options.pool, weights_only=True, mmap=True)
-    encoder = load_text_encoder(options.text, max_length=MAX_LENGTH)
-    data = {name: value.to(device) for name, value in pool["train"].items()}
-    held = {name: value.to(device) for name, value in pool["validation"].items()}
-    # Mean and deviation of the channels, of the first scenes, as of `latent_statistics: data`.
-    some = data["latents"][:4096].double()
-    mean, std = (value.view(1, -1, 1, 1, 1).float() for value in (some.mean((0, 2, 3, 4)), some.std((0, 2, 3, 4))))
-    for part in (data, held):
-        for piece in part["latents"].split(8192):
-            piece.copy_((piece.float() - mean) / std)
-    channels, num_frames, side = data["latents"].shape[1:4]
-    null = tokenize(encoder.tokenizer, [""], LENGTH)
-    null_ids, null_mask = (value.to(device) for value in null)
-    heads = options.heads
-    config = {
-        "in_channels": channels, "out_channels": channels, "sample_size": side, "num_latent_frames": num_frames,
-        "num_attention_heads": heads, "attention_head_dim": 32, "num_layers": 2 * options.layers,
-        "patch_size": options.patch,
-    }  # fmt: skip
-    transformer = build_text_transformer(config, {}, encoder.width, None)
-    objective = FlowMatchingObjective("uniform", shift=options.shift)
-    module = LatentDiffusionTrainingModule(transformer, objective, text_encoder=GraphableTextEncoder(encoder.model))
-    module.to(device).train()
-    encoder.model.eval()
-    names = [name for name, _ in module.named_parameters()]
-    parameters = list(module.parameters())
-    if options.resume is not None:
-        state = torch.load(options.resume, weights_only=True)
-        for name, parameter in module.named_parameters():
-            parameter.data.copy_(state[name])
-    average = [parameter.detach().clone() for parameter in parameters]
-    print(f"{sum(p.numel() for p in transformer.parameters())} parameters, {len(data['latents'])} scenes", flush=True)
-    if is_cuda:
-        transformer.compile(dynamic=False)
-    rates = [torch.tensor(0.0, device=device) for _ in range(2)]
-    is_text = [name.startswith("text_encoder.") for name in names]
-    groups = [[p for p, t in zip(parameters, is_text, strict=True) if t == which] for which in (False, True)]
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
-        betas=(0.9, 0.99), weight_decay=0.01, fused=is_cuda, capturable=is_cuda,
-    )  # fmt: skip
-    size, num_captions, total = options.batch_size, data["ids"].shape[1], torch.zeros(2, device=device)
+class Training:
+    """All that a step needs, on the device: the pool, the models, their averages, and the optimizer."""
 
-    def step() -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.is_cuda = self.device.type == "cuda"
+        self.encoder = load_text_encoder(options.text, max_length=MAX_LENGTH)
+        self.null = [value.to(self.device) for value in tokenize(self.encoder.tokenizer, [""], LENGTH)]
+        pool = torch.load(options.pool, weights_only=True, mmap=True)
+        self.vae_name = pool["vae"]
+        self.data, self.held_out = (
+            {name: value.to(self.device) for name, value in pool[part].items()} for part in ("train", "validation")
+        )
+        # Mean and deviation of the channels, of the first scenes, as of `latent_statistics: data`.
+        some = self.data["latents"][:4096].double()
+        self.mean, self.std = some.mean((0, 2, 3, 4)).float(), some.std((0, 2, 3, 4)).float()
+        for part in (self.data, self.held_out):
+            for piece in part["latents"].split(8192):
+                piece.copy_((piece.float() - _per_channel(self.mean)) / _per_channel(self.std))
+        channels, num_frames, side = self.data["latents"].shape[1:4]
+        shape = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+        shape |= {"num_latent_frames": num_frames, "num_attention_heads": options.heads, "attention_head_dim": 32}
+        shape |= {"num_layers": 2 * options.layers, "patch_size": options.patch}
+        self.transformer = build_text_transformer(shape, {}, self.encoder.width, None)
+        self.objective = FlowMatchingObjective("uniform", shift=options.shift)
+        text_encoder = GraphableTextEncoder(self.encoder.model)
+        self.module = LatentDiffusionTrainingModule(self.transformer, self.objective, text_encoder=text_encoder)
+        self.module.to(self.device).train()
+        self.encoder.model.eval()
+        self.parameters = list(self.module.parameters())
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.rates = [torch.tensor(0.0, device=self.device) for _ in range(2)]  # of the transformer, of the text
+        groups = [list(self.transformer.parameters()), list(self.encoder.model.parameters())]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for group, rate in zip(groups, self.rates, strict=True)],
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=self.is_cuda,
+            capturable=self.is_cuda,
+        )
+        self.sums = torch.zeros(2, device=self.device)  # of loss and norm of the gradient
+
+    def step(self) -> None:
+        """Take one step; nothing here may wait for the GPU."""
+        size, device, data = self.options.batch_size, self.device, self.data
         number = torch.randint(0, len(data["latents"]), (size,), device=device)
-        which = torch.randint(0, num_captions, (size,), device=device)
-        latents = data["latents"][number].float()
+        which = torch.randint(0, data["ids"].shape[1], (size,), device=device)
         is_dropped = torch.rand(size, 1, device=device) < 0.1
-        ids = torch.where(is_dropped, null_ids, data["ids"][number, which].long())
-        mask = torch.where(is_dropped, null_mask, data["mask"][number, which].long())
+        ids = torch.where(is_dropped, self.null[0], data["ids"][number, which].long())
+        mask = torch.where(is_dropped, self.null[1], data["mask"][number, which].long())
         given = torch.randint(1, 3, (size,), device=device) * (torch.rand(size, device=device) < 0.1)
         uniform = (torch.arange(size, device=device) + torch.rand(size, device=device)) / size
-        noise = torch.randn_like(latents)
+        latents, timesteps = data["latents"][number].float(), self.objective.timesteps(uniform)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            loss = module(
-                latents, noise, objective.timesteps(uniform), text=TextEmbeddings(ids, mask), num_given=given
-            ).loss
+            text = TextEmbeddings(ids, mask)
+            loss = self.module(latents, torch.randn_like(latents), timesteps, text=text, num_given=given).loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-        torch._foreach_lerp_(average, parameters, options.average_weight)
-        total.add_(torch.stack((loss.detach(), norm.detach())))
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        torch._foreach_lerp_(self.averages, self.parameters, self.options.average_weight)
+        self.sums.add_(torch.stack((loss.detach(), norm.detach())))
 
-    replay = step
-    if is_cuda:
+    def prepare(self) -> Callable[[], None]:
+        """Compile the transformer and record a step as a CUDA graph; return what runs a step."""
+
+        def plain() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step()
+
+        if not self.is_cuda:
+            return plain
+        self.transformer.compile(dynamic=False)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(4):
-                optimizer.zero_grad(set_to_none=True)
-                step()
+                plain()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        print(f"compiled {time.monotonic() - started:.1f} s", flush=True)
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            replay = graph.replay
-        except Exception as error:  # noqa: BLE001 - a run on a lent machine must not end here
-            print(f"no graph: {error!r}", flush=True)
-            torch.cuda.synchronize()
-    if replay is step:
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
 
-        def replay() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            step()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages of the weights into the models."""
+        with torch.no_grad():
+            current = [parameter.detach().clone() for parameter in self.parameters]
+            torch._foreach_copy_(self.parameters, self.averages)
+            yield
+            torch._foreach_copy_(self.parameters, current)
 
-    for value, parameter in zip(average, parameters, strict=True):
-        value.copy_(parameter)
-    begun = time.monotonic()
-    for _ in range(options.probe):
-        replay()
-    total.tolist()
-    per_step = (time.monotonic() - begun) / options.probe
-    left = options.minutes * 60 - (time.monotonic() - started) - options.reserve
-    num_steps = options.steps or max(10, int(left / per_step / 1.01))
-    print(f"{1000 * per_step:.2f} ms a step, {num_steps} steps", flush=True)
-    log = open(options.output / "log.jsonl", "w")  # noqa: SIM115
+    def validate(self) -> dict[str, float]:
+        """Measure the losses of held-out scenes at fixed levels, with their captions and with those of others."""
+        latents, ids, mask = (self.held_out[name] for name in ("latents", "ids", "mask"))
+        count = len(latents) if self.is_cuda else 16
+        latents, ids, mask = latents[:count].float(), ids[:count, 0].long(), mask[:count, 0].long()
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        row = {}
+        with self.averaged(), torch.compiler.set_stance("force_eager"):
+            states = encode_tokens(self.encoder.model, ids, mask)
+            for level in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0):
+                timesteps = self.objective.timesteps_at(torch.full((count,), level, device=self.device))
+                noisy = self.objective.add_noise(latents, noise, timesteps)
+                for kind, shift in (("right", 0), ("wrong", 1)):
+                    text = TextEmbeddings(states.roll(shift, 0), mask.roll(shift, 0))
+                    with torch.autocast(self.device.type, torch.bfloat16):
+                        output = denoise(self.transformer, noisy, timesteps, None, text)
+                    losses = self.objective.loss(output, latents, noise, timesteps)["loss"]
+                    row[f"{kind}_{level}"] = losses.mean().item()
+        return row
 
-    @torch.no_grad()
-    def validate(number: int) -> None:
-        current = [parameter.detach().clone() for parameter in parameters]
-        for parameter, value in zip(parameters, average, strict=True):
-            parameter.copy_(value)
-        latents, ids, mask = held["latents"].float(), held["ids"][:, 0].long(), held["mask"][:, 0].long()
-        count = len(latents) if is_cuda else 16
-        latents, ids, mask = latents[:count], ids[:count], mask[:count]
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        module.text_encoder.eval()
-        states = module.text_encoder(ids, mask)[0]
-        row: dict[str, Any] = {"step": number}
-        for level in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0):
-            timesteps = objective.timesteps_at(torch.full((count,), level, device=device))
-            noisy = objective.add_noise(latents, noise, timesteps)
-            for kind, shift in (("right", 0), ("wrong", 1)):
-                text = TextEmbeddings(states.roll(shift, 0), mask.roll(shift, 0))
-                with torch.autocast(device.type, torch.bfloat16):
-                    output = eager(noisy, timesteps, text)
-                row[f"{kind}_{level}"] = objective.loss(output, latents, noise, timesteps)["loss"].mean().item()
-        for parameter, value in zip(parameters, current, strict=True):
-            parameter.copy_(value)
-        print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-
-    def eager(noisy: torch.Tensor, timesteps: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        with torch.compiler.set_stance("force_eager"):
-            return denoise(transformer, noisy, timesteps, None, text)
-
-    def save(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        current = [parameter.detach().clone() for parameter in parameters]
-        for parameter, value in zip(parameters, average, strict=True):
-            parameter.data.copy_(value)
+    def save(self, folder: Path) -> None:
+        """Write the pipeline with averaged weights."""
         from diffusers_leanvae import LeanVAELatteTextToVideoPipeline
 
-        vae = load_autoencoder(pool["vae"])
-        vae.register_to_config(latents_mean=mean.flatten().tolist(), latents_std=std.flatten().tolist())
-        parts = (encoder.tokenizer, encoder.model, vae, transformer, make_scheduler("flow", options.shift))
-        pipeline = LeanVAELatteTextToVideoPipeline(*parts, True)
-        pipeline.save_pretrained(folder)
-        for parameter, value in zip(parameters, current, strict=True):
-            parameter.data.copy_(value)
+        vae = load_autoencoder(self.vae_name)
+        vae.register_to_config(latents_mean=self.mean.tolist(), latents_std=self.std.tolist())
+        parts = (self.encoder.tokenizer, self.encoder.model, vae, self.transformer)
+        with self.averaged():
+            scheduler = make_scheduler("flow", self.options.shift)
+            LeanVAELatteTextToVideoPipeline(*parts, scheduler, clean_given_frames=True).save_pretrained(folder)
 
-    total.zero_()
-    every = max(1, min(options.log_every, num_steps // 10))
+
+def _per_channel(values: torch.Tensor) -> torch.Tensor:
+    return values.view(1, -1, 1, 1, 1)
+
+
+def rate_at(step: int, num_steps: int, hold: float) -> float:
+    """Share of the learning rate: up for 500 steps, held until a share `hold` of them, then down to zero."""
+    warm = max(1, min(500, num_steps // 10))
+    return min(1.0, step / warm, (num_steps - step) / max(1, num_steps - int(hold * num_steps)))
+
+
+def train(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    training = Training(options)
+    run_step = training.prepare()
+    begun = time.monotonic()
+    for _ in range(options.probe):  # at a learning rate of zero
+        run_step()
+    training.sums.tolist()  # waits
+    seconds_per_step = (time.monotonic() - begun) / options.probe
+    left = options.minutes * 60 - (time.monotonic() - started) - options.reserve
+    num_steps = options.steps or max(10, int(left / seconds_per_step))
+    print(f"{1000 * seconds_per_step:.2f} ms a step, {num_steps} steps", flush=True)
+    torch._foreach_copy_(training.averages, [parameter.detach() for parameter in training.parameters])
+    training.sums.zero_()
+    every, interval = max(1, min(100, num_steps // 10)), max(1, num_steps // 6)
     begun = last = time.monotonic()
-    warm, hold = max(1, min(500, num_steps // 10)), int(options.hold * num_steps)
-    next_check = interval = max(1, num_steps // 6)
-    for number in range(1, num_steps + 1):
-        share = min(1.0, number / warm, (num_steps - number) / max(1, num_steps - hold))
-        rates[0].fill_(options.rate * share)
-        rates[1].fill_(options.rate * options.text_rate * share)
-        replay()
-        if number % every == 0 or number == num_steps:
-            loss, norm = (total / every).tolist()
-            total.zero_()
-            now = time.monotonic()
-            row = {"step": number, "loss": loss, "grad_norm": norm, "seconds_per_step": (now - last) / every}
-            last = now
-            log.write(json.dumps(row) + "\n")
-            if number % (every * 10) == 0 or not is_cuda:
-                print(f"[{now - started:.0f} s]", json.dumps({k: round(v, 4) for k, v in row.items()}), flush=True)
-            if not math.isfinite(loss):
-                print("diverged", flush=True)
-                break
-        if number >= next_check and number < num_steps:
-            validate(number)
-            next_check += interval
-    validate(number)
-    torch.save(dict(module.named_parameters()), options.output / "state.pt")
-    save(options.output / "pipeline")
-    settings = {k: str(v) for k, v in vars(options).items() if k != "run"}
-    settings["device"] = torch.cuda.get_device_name() if is_cuda else "cpu"
-    settings |= {"num_steps": number, "train_seconds": time.monotonic() - begun}
-    (options.output / "settings.json").write_text(json.dumps(settings, indent=2))
-    print(f"done {time.monotonic() - started:.1f} s", flush=True)
+    with open(options.output / "log.jsonl", "w", encoding="utf-8") as log:
+
+        def write(row: dict[str, Any]) -> None:
+            print(json.dumps(row), file=log, flush=True)
+            print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
+
+        for number in range(1, num_steps + 1):
+            share = rate_at(number, num_steps, options.hold)
+            training.rates[0].fill_(options.rate * share)
+            training.rates[1].fill_(options.rate * options.text_rate * share)
+            run_step()
+            if number % every == 0:
+                (loss, norm), now = (training.sums / every).tolist(), time.monotonic()
+                training.sums.zero_()
+                write({"step": number, "loss": loss, "grad_norm": norm, "seconds_per_step": (now - last) / every})
+                last = now
+            if number % interval == 0 or number == num_steps:
+                write({"step": number} | training.validate())
+    training.save(options.output / "pipeline")
+    settings = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()}
+    del settings["run"]
+    settings |= {"num_steps": num_steps, "train_seconds": time.monotonic() - begun}
+    settings["device"] = torch.cuda.get_device_name() if training.is_cuda else "cpu"
+    (options.output / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -417,9 +415,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     text = commands.add_parser("text", help="make and teach the text encoder")
     text.add_argument("--output", type=Path, required=True)
-    text.add_argument("--steps", type=int, default=6000)
+    text.add_argument("--steps", type=int, default=4000)
     text.add_argument("--batch-size", type=int, default=64)
-    text.add_argument("--rate", type=float, default=1e-3)
+    text.add_argument("--rate", type=float, default=3e-3)
     text.set_defaults(run=train_text)
     pool = commands.add_parser("pool", help="paint and encode scenes")
     pool.add_argument("--output", type=Path, required=True)
@@ -438,7 +436,6 @@ def main() -> None:
     fit.add_argument("--pool", type=Path, required=True)
     fit.add_argument("--minutes", type=float, default=7.0, help="from start to end")
     fit.add_argument("--reserve", type=float, default=15.0, help="seconds of them for the end")
-    fit.add_argument("--resume", type=Path, help="state.pt of an earlier run to go on from, at a new rate")
     fit.add_argument("--steps", type=int, default=None, help="instead of what the time allows")
     fit.add_argument("--probe", type=int, default=50, help="steps that measure how long one takes")
     fit.add_argument("--batch-size", type=int, default=256)
@@ -450,7 +447,6 @@ def main() -> None:
     fit.add_argument("--text-rate", type=float, default=0.1, help="of the rate")
     fit.add_argument("--hold", type=float, default=0.3, help="share of the steps at the full rate")
     fit.add_argument("--average-weight", type=float, default=0.001)
-    fit.add_argument("--log-every", type=int, default=100)
     fit.add_argument("--device", default="cuda")
     fit.set_defaults(run=train)
     options = parser.parse_args()

@@ -21,7 +21,7 @@ from diffusers_leanvae.video_io.pixels import (
 )
 
 
-GENERATOR = next(iter(bundled.PIPELINES))
+GENERATOR = bundled.default_pipeline(takes_text=False)
 SHORT_SIDE = 256  # of what is computed, in pixels: a clip of a phone takes seconds then on two processor cores
 
 load = cache(load_autoencoder)  # each model once, for all visitors

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from diffusers.utils import is_transformers_available
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
@@ -66,6 +67,8 @@ def load_autoencoder(
     Raises:
         ValueError: If there is no autoencoder of this package.
     """
+    if bundled.is_bundled(source, bundled.PIPELINES):
+        options = bundled.latent_statistics(str(source)) | options
     return _load(resolve_bundled(source), AUTOENCODERS, bundled.MODELS, "vae", dtype, subfolder, options)
 
 
@@ -88,7 +91,8 @@ def load_transformer(
     """
     if bundled.is_bundled(source, bundled.PIPELINES):
         source = bundled.pipeline_path(str(source))
-    return _load(source, TRANSFORMERS, bundled.PIPELINES, "transformer", dtype, subfolder, options)
+    names = [name for name, pipeline in bundled.PIPELINES.items() if not pipeline.takes_text]
+    return _load(source, TRANSFORMERS, names, "transformer", dtype, subfolder, options)
 
 
 def load_model(
@@ -121,6 +125,7 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         options: As of `DiffusionPipeline.from_pretrained`: `revision`, `variant`, components, ...
 
     Raises:
+        ImportError: If a bundled text-to-video pipeline is asked for without transformers.
         ValueError: If there is none.
     """
     options = {"dtype": dtype} | options
@@ -151,10 +156,15 @@ def resolve_pipeline(source: str | os.PathLike | None, options: dict[str, Any]) 
 
     Returns:
         Folder and arguments, which then hold the autoencoder, whose weights are in the package only once.
+
+    Raises:
+        ImportError: If a bundled text-to-video pipeline is asked for without transformers.
     """
     name = str(source)
     if not bundled.is_bundled(name, bundled.PIPELINES):
         return name, options
+    if bundled.PIPELINES[name].takes_text and not is_transformers_available():
+        raise ImportError(f'{name!r} needs transformers: pip install "diffusers-leanvae[text]".')
     if "vae" not in options:
         dtype = options.get("dtype") or options.get("torch_dtype")
         if isinstance(dtype, dict):  # of components

@@ -462,4 +462,4 @@ def test_demo(tmp_path):
     assert probe_video(tmp_path / "side_by_side.mp4").width == 2 * probe_video(bundled.clip_path()).width
     assert float(out.split("PSNR ")[1].split(" dB")[0]) > 30.0
     info = probe_video(tmp_path / "generated.mp4")
-    assert (info.width, info.height, info.num_frames) == (128, 128, 17)
+    assert (info.width, info.height, info.num_frames) == (256, 128, 17)

@@ -181,7 +181,7 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
     assert code == 1 and "`prompt` must be given to this pipeline, got none" in err
     code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model, "--label", 1, "--prompt", "a")
     assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
-    with pytest.raises(ValueError, match="`name` must be one of 'mini-shapes', got 'maxi'"):
+    with pytest.raises(ValueError, match="`name` must be one of 'mini-shapes', 'mini-scenes', got 'maxi'"):
         bundled.pipeline_path("maxi")
 
 

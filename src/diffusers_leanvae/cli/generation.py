@@ -35,12 +35,14 @@ def generate(
         ),
     ] = "outputs/generated.mp4",
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Pipeline: a bundled one ({', '.join(bundled.PIPELINES)}), a folder, or a Hub id (user/repo).",
+            help=f"Pipeline: a bundled one ({', '.join(bundled.PIPELINES)}), a folder, or a Hub id (user/repo). "
+            f"Without it {bundled.default_pipeline(takes_text=True)} with --prompt, else "
+            f"{bundled.default_pipeline(takes_text=False)}.",
             autocompletion=complete(*bundled.PIPELINES),
         ),
-    ] = next(iter(bundled.PIPELINES)),
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(help="Class of the video, by name or number; repeat it for several. Without it random classes."),
@@ -110,7 +112,7 @@ def generate(
     limit = memory_limit(max_memory)
     torch_device, torch_dtype = place(device, dtype)
     written = generate_videos(
-        model,
+        model or bundled.default_pipeline(takes_text=bool(prompt)),
         output,
         labels=label or None,
         prompts=prompt or None,

@@ -144,7 +144,7 @@ def draw_scene(
 
 
 def lay_out_scene(scene: Scene, num_frames: int, height: int, width: int, seed: int, index: int) -> SceneLayout:
-    """Draw at random what a scene leaves open: positions, exact sizes, ways and shades; arguments as of `draw_scene`."""
+    """Draw at random what a scene leaves open: positions, exact sizes, ways, shades; arguments as of `draw_scene`."""
     rng = np.random.default_rng([seed, index, 1])
     side = min(height, width)
     ways = [_draw_way(rng, item, side) for item in (scene.first, scene.second)]
