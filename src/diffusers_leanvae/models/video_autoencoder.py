@@ -196,8 +196,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
     def check_latents(self, z: torch.Tensor, name: str, can_be_empty: bool = False) -> None:
         """Raise a `ValueError` unless `z` are latents that [`decode`] takes."""
-        smallest = min(z.shape[3:] if can_be_empty else z.shape[2:], default=0)
-        if z.ndim != 5 or z.shape[1] != self.latent_channels or smallest < 1:
+        if z.ndim != 5 or z.shape[1] != self.latent_channels or 0 in z.shape[3 if can_be_empty else 2 :]:
             raise ValueError(
                 f"`{name}` must have shape (batch_size, {self.latent_channels}, num_latent_frames, latent_height, "
                 f"latent_width) or (batch_size, {self.latent_channels}, latent_height, latent_width), got "
@@ -422,7 +421,9 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
                 cache.layout = layout
         if layout is not None:
             return TileSizes(layout[0] // ratio_s, layout[1] // ratio_s, layout[2] // ratio_t)
-        if self.num_frames_per_step is not None and not torch.is_grad_enabled():
+        # A compiler would unroll the steps, for each number of frames anew.
+        has_steps = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if self.num_frames_per_step is not None and has_steps:
             return TileSizes(num_latent_frames=self.num_frames_per_step // ratio_t)
         return TileSizes()
 
