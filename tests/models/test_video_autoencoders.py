@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+import tiny
 from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
@@ -269,16 +270,20 @@ def test_loading_to_disk(case: str, tmp_path: Path):
         *(pytest.param(case, "inductor", marks=pytest.mark.slow) for case in ("lean", "wf", "iv")),
     ],
 )
-def test_compile(case: str, backend: str):
+@torch.no_grad()
+def test_one_compilation_serves_every_size(case: str, backend: str):
     torch.compiler.reset()
     vae = make(case, torch.float32)
-    video = make_video(vae, 1, 16, 16)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        expected = vae.encode(video).latent_dist.mean, vae.decode(make_latents(vae, 2, 2, 2)).sample
-        encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
-        decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
-        for _ in range(2):
-            torch.testing.assert_close((encode(video), decode(make_latents(vae, 2, 2, 2))), expected)
+    encode, decode = (
+        torch.compile(method, backend=backend, fullgraph=True, dynamic=True) for method in (vae.encode, vae.decode)
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # In the first sizes no two numbers are equal, which a compiler would take for a rule.
+        for batch_size, num_groups, height, width in ((2, 4, 6, 7), (3, 2, 4, 4), (2, 3, 7, 2)):
+            video = make_video(vae, num_groups, 8 * height, 8 * width, batch_size)
+            z = tiny.make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width)
+            expected = vae.encode(video).latent_dist.mean, vae.decode(z).sample
+            torch.testing.assert_close((encode(video).latent_dist.mean, decode(z).sample), expected)
 
 
 @models
