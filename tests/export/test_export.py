@@ -29,6 +29,7 @@ SMALL = {
 # Batch, groups of frames, latent height and width; none is that of the trace but for one size of the last.
 CLIPS = [(1, 1, 2, 3), (3, 2, 1, 1), (1, 7, 5, 2)]
 IMAGES = (2, 0, 4, 4)  # which only the graphs of LeanVAE take
+AOTI_CLIPS = [(1, 4, 2, 3), (3, 6, 1, 1), (2, 5, 5, 7)]  # of at least four groups, as what they are compiled from
 # Measured: at most 8e-6 for LeanVAE, 1.9e-5 for the decoder of IV-VAE; outputs are of order 1.
 ATOL = 8e-5
 
@@ -157,7 +158,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"to": "onyx"}, "`to` must be one of 'onnx', 'torch-export', got 'onyx'"),
+            ({"to": "onyx"}, "`to` must be one of 'onnx', 'torch-export', 'aoti', got 'onyx'"),
             ({"parts": ("coder",)}, "`parts` must be one of 'encoder', 'decoder', got 'coder'"),
             ({"opset": 12}, "`opset` must be one of 18, 19, 20, 21, got 12"),
             ({"weights": "int4"}, "`weights` must be one of 'same', 'float16', got 'int4'"),
@@ -185,7 +186,7 @@ class TestRefusals:
     def test_the_command_says_it_in_one_sentence(self, tmp_path):
         result = CliRunner().invoke(app, ["export", "compact-4ch", str(tmp_path / "out"), "--to", "tflite"])
         assert result.exit_code == 1
-        assert result.stderr == "error: `--to` must be one of 'onnx', 'torch-export', got 'tflite'.\n"
+        assert result.stderr == "error: `--to` must be one of 'onnx', 'torch-export', 'aoti', got 'tflite'.\n"
 
     @pytest.mark.parametrize("opset", [*files.OPSETS, files.OPSETS[0] - 1, files.OPSETS[-1] + 1])
     def test_the_command_names_its_own_arguments(self, tmp_path, opset):
@@ -201,6 +202,12 @@ class TestRefusals:
         result = CliRunner().invoke(app, arguments)  # of which the folder is looked at first
         assert result.exit_code == 1
         assert result.stderr.startswith("error: OUT must be new or empty without `--overwrite`, got the export ")
+
+    def test_no_compiler(self, tmp_path):
+        with torch._inductor.config.patch({"cpp.cxx": ("no-compiler-of-this-name",)}):
+            with pytest.raises(ValueError, match=r"`to` 'aoti' needs a C\+\+ compiler .*, got none\."):
+                export_model(make_tiny("leanvae", **SMALL), tmp_path / "out", "aoti")
+        assert not (tmp_path / "out").exists()
 
     def test_the_command_knows_the_choices(self):
         assert choices.EXPORT_FORMATS == tuple(FORMATS) and choices.EXPORT_PARTS == (*PARTS, "both")
@@ -353,11 +360,47 @@ def test_a_program_of_torch_export_is_the_model(tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_programs_of_torch_export_stream(tmp_path):
+def test_a_package_of_aotinductor_explains_itself(tmp_path):
+    vae = make_tiny("leanvae", **SMALL)
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = [str(tmp_path / "vae"), str(tmp_path / "out"), "--to", "aoti", "--part", "decoder", "--json"]
+    result = CliRunner().invoke(app, ["export", *arguments])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["files"]) == {"decoder.pt2", "export.json"}
+    program = torch._inductor.aoti_load_package(str(tmp_path / "out" / "decoder.pt2"))
+    told = json.loads((tmp_path / "out" / files.MANIFEST).read_text())
+    assert json.loads(program.get_metadata()["leanvae"]) == told and told["format"] == "aoti"
+    for clip in AOTI_CLIPS:
+        z = latents(vae, *clip)
+        torch.testing.assert_close(program(z)[0], vae.decode(z).sample, rtol=0, atol=ATOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILIES)
+@torch.no_grad()
+def test_packages_of_aotinductor_are_the_model(case, tmp_path):
+    vae = make(case, torch.float32, **FAMILIES[case])
+    paths = export_model(vae, tmp_path / "out", "aoti")
+    encoder, decoder = (torch._inductor.aoti_load_package(str(path)) for path in paths)
+    for clip in AOTI_CLIPS:
+        video, z = videos(vae, *clip), latents(vae, *clip)
+        posterior = vae.encode(video).latent_dist
+        expected = posterior.mean, posterior.logvar, vae.decode(z).sample
+        torch.testing.assert_close((*encoder(video), *decoder(z)), expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torch-export", "aoti"])
+@torch.no_grad()
+def test_programs_stream(to, tmp_path):
     vae = make_tiny("leanvae", **SMALL)
     graphs = {graph.name: graph for graph in graphs_of(vae, ("decoder",), is_streaming=True)}
-    paths = export_model(vae, tmp_path / "out", "torch-export", parts=("decoder",), streaming=True)
-    programs = {path.stem: torch.export.load(path).module() for path in paths}
+    paths = export_model(vae, tmp_path / "out", to, parts=("decoder",), streaming=True)
+    loaders = {
+        "torch-export": lambda path: torch.export.load(path).module(),
+        "aoti": lambda path: torch._inductor.aoti_load_package(str(path)),
+    }
+    programs = {path.stem: loaders[to](path) for path in paths}
 
     def run(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         outputs = programs[name](*(inputs[port.name] for port in graphs[name].inputs))

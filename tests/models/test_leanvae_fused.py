@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import make_tiny
+from tiny import make_tiny, make_video
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, TemporalCache
 from diffusers_leanvae.models import leanvae_fused as fused
@@ -307,6 +307,61 @@ def test_errors():
     pytest.importorskip("peft").inject_adapter_in_model(lora, vae)
     with pytest.raises(ValueError, match="`fuse` must be called on plain layers"):
         vae.fuse()
+
+
+class OtherWeight(torch.Tensor):
+    """Stands in for a quantized weight: it has no memory of its own, and can do nothing but be multiplied."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, weight: torch.Tensor):
+        self.kept = weight
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].kept, *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].kept)
+        raise NotImplementedError(f"{function}")
+
+
+def quantize(vae: AutoencoderKLLeanVAE, by: str) -> str:
+    """Quantize the feed-forwards of a model; returns what their weights are called."""
+    if by == "torchao":
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not a requirement")
+        quantization.quantize_(
+            vae, quantization.Int8WeightOnlyConfig(), lambda layer, name: name.endswith(("up_proj", "down_proj"))
+        )
+    for name, module in vae.named_modules():
+        if by == "stand-in" and name.endswith(("up_proj", "down_proj")):
+            module.weight = torch.nn.Parameter(OtherWeight(module.weight.detach()), requires_grad=False)
+    kinds = {type(parameter).__name__ for parameter in vae.parameters()} - {"Parameter"}
+    return kinds.pop()
+
+
+@pytest.mark.parametrize("by", ["stand-in", "torchao"])
+@torch.no_grad()
+def test_quantized_weights_are_refused_or_used_as_they_are(by: str):
+    vae = make_tiny("leanvae")
+    video = make_video(1, 3, 5, 16, 24)
+    plain = vae(video).sample
+    vae.fuse()
+    kind = quantize(vae, by)
+    with pytest.warns(UserWarning, match="`fuse` has no effect in this call, the layers are used: weights changed"):
+        fused_before = vae(video).sample
+    vae.unfuse()
+    assert torch.equal(vae(video).sample, fused_before)
+    assert (fused_before - plain).abs().max() < 0.1 * plain.std()
+    with pytest.raises(ValueError, match=f"`fuse` must be called on plain weights, got {kind}; a quantized model is"):
+        vae.fuse()
+    assert torch.equal(vae(video).sample, fused_before)
 
 
 @pytest.mark.parametrize("size", [(5, 3, 4, 100), (5, 3, 4, 30), (2, 7, 5, 12), (1, 3, 50, 7)])

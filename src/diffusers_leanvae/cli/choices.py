@@ -29,7 +29,7 @@ METRICS = (
     "flicker",
     "warp",
 )
-EXPORT_FORMATS = ("onnx", "torch-export")
+EXPORT_FORMATS = ("onnx", "torch-export", "aoti")
 EXPORT_PARTS = ("encoder", "decoder", "both")
 EXPORT_WEIGHTS = ("same", "float16")
 RATE_CODECS = ("x264", "x264-444", "x265", "x265-444", "av1")

@@ -20,7 +20,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Kind of the files: onnx; torch-export, programs for torch.export.load.",
+            help="Kind of the files: onnx; torch-export, programs for torch.export.load; aoti, compiled programs.",
             autocompletion=complete(*EXPORT_FORMATS),
         ),
     ] = "onnx",
@@ -50,7 +50,7 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Export encoder and decoder to ONNX or torch.export, for clips of any size."""
+    """Export encoder and decoder to ONNX, torch.export or AOTInductor, for clips of any size."""
     check_choice("--to", to, EXPORT_FORMATS)
     check_choice("--part", part, EXPORT_PARTS)
     check_choice("--weights", weights, EXPORT_WEIGHTS)

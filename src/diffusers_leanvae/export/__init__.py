@@ -1,4 +1,4 @@
-"""Encoder and decoder as files for ONNX Runtime and `torch.export`: [`export_model`]."""
+"""Encoder and decoder as files for ONNX Runtime, `torch.export` and AOTInductor: [`export_model`]."""
 
 from .files import FORMATS, WEIGHTS, check_folder, export_model, trace
 from .graphs import PARTS, Graph, Port, Size, graphs_of

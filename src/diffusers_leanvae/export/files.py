@@ -1,4 +1,4 @@
-"""The graphs of a video autoencoder as files of ONNX or `torch.export`.
+"""The graphs of a video autoencoder as files of ONNX, `torch.export` or AOTInductor.
 
 Every file says by itself what it is: class, config and version of the model, pixel range, names and shapes, as JSON;
 the folder has the same in `export.json`.
@@ -21,8 +21,8 @@ from ..models.video_autoencoder import VideoAutoencoder
 from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of, number_of
 
 
-Format = Literal["onnx", "torch-export"]
-FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+Format = Literal["onnx", "torch-export", "aoti"]
+FORMATS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 Weights = Literal["same", "float16"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 MANIFEST = "export.json"
@@ -55,7 +55,9 @@ def export_model(
     Args:
         vae: The model, of whatever family; its dtype is that of inputs, outputs and computation.
         folder: The folder to write.
-        to: `"onnx"`, or `"torch-export"`: programs for `torch.export.load`, on the device of the model.
+        to: `"onnx"`; `"torch-export"`: programs for `torch.export.load`, on the device of the model; `"aoti"`: the
+            same compiled by AOTInductor, for `torch._inductor.aoti_load_package` and for C++, on processors like this
+            one.
         parts: `"encoder"`, `"decoder"` or both.
         streaming: Whether to add the graphs of streams, which take and give what the layers remember between chunks.
         opset: Version of ONNX's operators.
@@ -67,7 +69,7 @@ def export_model(
         The files of the graphs, inside the folder.
 
     Raises:
-        ValueError: If an argument is not legal, or the model cannot do this.
+        ValueError: If an argument is not legal, the model cannot do this, or there is no C++ compiler for `"aoti"`.
         ImportError: If the packages that write ONNX are not installed.
     """
     folder = Path(folder)
@@ -88,6 +90,8 @@ def export_model(
             raise ImportError(
                 'ONNX files need onnx and onnxscript: pip install "diffusers-leanvae[export]".'
             ) from error
+    if to == "aoti":
+        _check_compiler()
     graphs = graphs_of(vae, parts, streaming)
     entries = {
         graph.name: {"file": f"{graph.name}{FORMATS[to]}", **_entry(graph, to, vae.is_local)} for graph in graphs
@@ -103,6 +107,8 @@ def export_model(
             program = trace(graph)
             if to == "onnx":
                 write_onnx(program, graph, path, opset, description, weights == "float16", shared.get(graph.part))
+            elif to == "aoti":
+                _compile(program, path, description)
             else:
                 torch.export.save(program, path, extra_files={f"{METADATA}.json": description})
             progress(done, len(graphs))
@@ -129,6 +135,25 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own use of what it has deprecated
         return torch.export.export(graph.module, tuple(examples), dynamic_shapes=dynamic_shapes)
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # these take a second to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "`to` 'aoti' needs a C++ compiler (g++, or the one that the environment variable CXX names), got none."
+        ) from error
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
+    settings = {"aot_inductor.metadata": {METADATA: description}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `trace`
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
 def check_folder(folder: Path, overwrite: bool, name: str = "`folder`", option: str = "`overwrite`") -> None:

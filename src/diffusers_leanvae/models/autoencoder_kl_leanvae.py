@@ -32,7 +32,7 @@ from .leanvae_blocks import (
     update_tokens,
     works_in_place,
 )
-from .leanvae_fused import FusedLeanVAE, Product, signature
+from .leanvae_fused import FusedLeanVAE, Product, is_plain, signature
 from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
@@ -431,8 +431,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
                 `"auto"`: Triton for a model on a GPU where it is installed.
 
         Raises:
-            ValueError: If the model has adapters that are not merged, or weights of several dtypes or on several
-                devices, or is not what int8 needs.
+            ValueError: If the model has adapters that are not merged, weights that another library has quantized or
+                distributed, or weights of several dtypes or on several devices, or is not what int8 needs.
         """
         if not callable(weights):
             check_choice("weights", weights, ("same", "int8"))
@@ -441,6 +441,11 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             raise ValueError(
                 f"`weights` {weights!r} needs a model of at most float32 on CPU without Triton, got {self.dtype} on "
                 f"{self.device}, `kernels` {kernels!r}."
+            )
+        if kinds := sorted({type(parameter).__name__ for parameter in self.parameters() if not is_plain(parameter)}):
+            raise ValueError(
+                f"`fuse` must be called on plain weights, got {', '.join(kinds)}; a quantized model is as fast as its "
+                "library makes it, and `fuse('int8')` quantizes a plain one."
             )
         stored = {(parameter.dtype, parameter.device.type) for parameter in self.parameters()}
         if len(stored) > 1:

@@ -569,6 +569,14 @@ def _first_gradient_step(initial: torch.Tensor, phi: torch.Tensor, step_size: fl
 
 
 def signature(module: nn.Module) -> tuple:
-    """Changes whenever a parameter is moved, cast, loaded or trained."""
+    """Changes whenever a parameter is moved, cast, loaded, trained or quantized."""
     parameters = module.parameters()
-    return tuple((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in parameters)
+    return tuple(
+        (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) if is_plain(p) else None
+        for p in parameters
+    )
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is numbers in memory, and no subclass that quantizes or distributes them."""
+    return type(parameter) is nn.Parameter
