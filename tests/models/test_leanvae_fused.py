@@ -332,6 +332,9 @@ class OtherWeight(torch.Tensor):
         raise NotImplementedError(f"{function}")
 
 
+FEED_FORWARD = ("up_proj", "down_proj")
+
+
 def quantize(vae: AutoencoderKLLeanVAE, by: str) -> str:
     """Quantize the feed-forwards of a model; returns what their weights are called."""
     if by == "torchao":

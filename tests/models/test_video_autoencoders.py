@@ -270,21 +270,49 @@ def test_loading_to_disk(case: str, tmp_path: Path):
         *(pytest.param(case, "inductor", marks=pytest.mark.slow) for case in ("lean", "wf", "iv")),
     ],
 )
-@torch.no_grad()
-def test_one_compilation_serves_every_size(case: str, backend: str):
+def test_compile(case: str, backend: str):
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
     vae = make(case, torch.float32)
+    video = make_video(vae, 1, 16, 16)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        expected = vae.encode(video).latent_dist.mean, vae.decode(make_latents(vae, 2, 2, 2)).sample
+        encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
+        decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close((encode(video), decode(make_latents(vae, 2, 2, 2))), expected)
+
+
+# What is traced is the same with fewer layers, and tracing of open sizes takes long.
+FEW_LAYERS = {"num_branch_layers": 0, "num_fusion_layers": 1, "bottleneck_type": "linear"}
+
+
+@pytest.mark.parametrize(
+    "case, config",
+    [
+        ("lean", FEW_LAYERS),
+        *(pytest.param(case, {}, marks=pytest.mark.slow) for case in ("lean", "wf_one_layer", "iv_one_layer")),
+    ],
+)
+@torch.no_grad()
+def test_one_compilation_serves_every_size(case: str, config: dict[str, Any]):
+    torch.compiler.reset()
+    vae, graphs = make(case, torch.float32, **config), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     encode, decode = (
-        torch.compile(method, backend=backend, fullgraph=True, dynamic=True) for method in (vae.encode, vae.decode)
+        torch.compile(method, backend=count, fullgraph=True, dynamic=True) for method in (vae.encode, vae.decode)
     )
     # In the first sizes no two numbers are equal, which a compiler would take for a rule.
     for batch_size, num_groups, height, width in ((2, 4, 6, 7), (3, 2, 4, 4), (2, 3, 7, 2)):
         video = make_video(vae, num_groups, 8 * height, 8 * width, batch_size)
         z = tiny.make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width)
         expected = vae.encode(video).latent_dist.mean, vae.decode(z).sample
-        torch.testing.assert_close((encode(video).latent_dist.mean, decode(z).sample), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding, measured 1e-5.
+        torch.testing.assert_close((encode(video).latent_dist.mean, decode(z).sample), expected, rtol=0, atol=4e-5)
+    assert len(graphs) == 2
 
 
 @models

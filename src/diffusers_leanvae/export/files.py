@@ -108,7 +108,7 @@ def export_model(
             if to == "onnx":
                 write_onnx(program, graph, path, opset, description, weights == "float16", shared.get(graph.part))
             elif to == "aoti":
-                _compile(program, path, description)
+                _compile(program, graph, path, description)
             else:
                 torch.export.save(program, path, extra_files={f"{METADATA}.json": description})
             progress(done, len(graphs))
@@ -149,11 +149,19 @@ def _check_compiler() -> None:
         ) from error
 
 
-def _compile(program: torch.export.ExportedProgram, path: Path, description: str) -> None:
+def _compile(program: torch.export.ExportedProgram, graph: Graph, path: Path, description: str) -> None:
+    from torch._inductor.exc import InductorError
+
     settings = {"aot_inductor.metadata": {METADATA: description}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `trace`
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+        except InductorError as error:
+            raise ValueError(
+                f"`to` must be 'torch-export' or 'onnx' for the {graph.part} of this model, got 'aoti', whose compiler "
+                "fails at its open sizes."
+            ) from error
 
 
 def check_folder(folder: Path, overwrite: bool, name: str = "`folder`", option: str = "`overwrite`") -> None:
