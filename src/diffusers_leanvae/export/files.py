@@ -159,8 +159,8 @@ def _compile(program: torch.export.ExportedProgram, graph: Graph, path: Path, de
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
         except InductorError as error:
             raise ValueError(
-                f"`to` must be 'torch-export' or 'onnx' for the {graph.part} of this model, got 'aoti', whose compiler "
-                "fails at its open sizes."
+                f"`to` must be 'torch-export' or 'onnx' for the {graph.part} of this model, got 'aoti', whose "
+                "compiler fails at its open sizes."
             ) from error
 
 
