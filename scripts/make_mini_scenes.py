@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 from torch import nn
 
 from diffusers_leanvae.data.scenes import (
@@ -53,7 +54,6 @@ from diffusers_leanvae.text_encoders import (
 )
 from diffusers_leanvae.trainer.denoising_validation import denoise
 from diffusers_leanvae.trainer.text_conditioning import build_text_transformer
-from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 
 
 TEXT_SEED, POOL_SEED, VALIDATION_SEED = 7, 11, 1
@@ -75,10 +75,7 @@ def label_caption(scene: Scene, caption: str) -> list[int]:
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     says = {"size": bool({*words} & {*SIZES}), "speed": bool({*words} & {"slowly", "quickly", "fast"})}
     objects = [
-        [
-            values.index(getattr(item, name)) if says.get(name, True) else len(values)
-            for name, values in PARTS
-        ]
+        [values.index(getattr(item, name)) if says.get(name, True) else len(values) for name, values in PARTS]
         for item in (scene.first, scene.second)
     ]
     relation = RELATIONS.index(scene.relation)
@@ -140,7 +137,8 @@ def train_text(options: argparse.Namespace) -> None:
             print(json.dumps(row | {"seconds": time.monotonic() - started}), flush=True)
     with torch.no_grad():
         rights = [forward(*next(held))[1] for held in [caption_batches(500, VALIDATION_SEED)] for _ in range(2)]
-    print(json.dumps({"held_out_captions_all_right": torch.cat(rights, 1)[:12].all(0).float().mean().item()}), flush=True)
+    share = torch.cat(rights, 1)[:12].all(0).float().mean().item()
+    print(json.dumps({"held_out_captions_all_right": share}), flush=True)
     encoder.model.save_pretrained(options.output / "text_encoder")
     encoder.tokenizer.save_pretrained(options.output / "tokenizer")
 
