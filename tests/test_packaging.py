@@ -17,7 +17,7 @@ FOLDERS = {
     "pipelines": "diffusers_leanvae/pipelines",
     "training": "diffusers_leanvae/training",
 }
-DATA_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".mp4", ".typed", ".j2"}
+DATA_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".mp4", ".typed", ".j2", ".html", ".css", ".js"}
 
 
 @pytest.fixture(scope="module")

@@ -567,3 +567,46 @@ def test_command_refuses_what_cannot_be_served(vae, url, monkeypatch, tmp_path: 
     assert "`--model` 'nothing' cannot be loaded" in refused("--model", "nothing", "--port", "0")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert 'pip install "diffusers-leanvae[serve]"' in refused()
+
+
+# --- A page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    (tmp_path / "outside.txt").write_text("not for others")
+    (tmp_path / "page" / "model").mkdir(parents=True)
+    (tmp_path / "page" / "index.html").write_text("<title>page</title>")
+    (tmp_path / "page" / "model" / "export.json").write_text("{}")
+    return tmp_path / "page"
+
+
+def test_a_page_stands_beside_the_routes(vae, page):
+    with serving(vae, page=page) as url:
+        answer = requests.get(url)
+        assert answer.text == "<title>page</title>" and answer.headers["Content-Type"].startswith("text/html")
+        # Without these a browser gives WebAssembly one thread.
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert requests.get(f"{url}/model/export.json").json() == {}
+        assert requests.head(f"{url}/model/export.json").headers["Content-Length"] == "2"
+        assert requests.get(f"{url}/health").json() == {"status": "ok"}
+        assert requests.get(f"{url}/info").json()["class"] == "AutoencoderKLLeanVAE"
+        for path in ("/nothing.js", "/..%2Foutside.txt", "/%2e%2e/outside.txt"):
+            missing = requests.get(f"{url}{path}")
+            assert missing.status_code == 404 and list(missing.json()) == ["error"], path
+
+
+def test_a_page_needs_the_token_too(vae, page):
+    with serving(vae, token="secret", page=page) as url:
+        assert requests.get(url).status_code == 401
+        assert requests.get(url, auth=("me", "secret")).text == "<title>page</title>"
+
+
+def test_without_a_page_there_is_none(url):
+    assert requests.get(url).status_code == 404
+
+
+def test_a_folder_without_a_page_is_refused(vae, tmp_path):
+    with pytest.raises(ValueError, match="`page` must be a folder that `leanvae page` has written, got"):
+        serving_package.create_app(vae, page=tmp_path)

@@ -35,6 +35,7 @@ COMMANDS = {
     "train": training.train,
     "convert": models.convert,
     "export": export.export,
+    "page": export.page,
     "info": models.info,
     "models": models.models,
     "push": sharing.push,

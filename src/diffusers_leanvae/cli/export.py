@@ -1,4 +1,4 @@
-"""Models for other programs: `export`."""
+"""Models for other programs: `export` and `page`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +11,16 @@ from .choices import EXPORT_FORMATS, EXPORT_PARTS, EXPORT_WEIGHTS, complete
 from .common import MODEL_TEXT, Device, Dtype, Json, load_model, print_json, progress_bar
 
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help=MODEL_TEXT, autocompletion=complete(*bundled.MODELS)),
+]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+
+
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help=MODEL_TEXT, autocompletion=complete(*bundled.MODELS)),
-    ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    model: ModelArgument,
+    target: Target,
     to: Annotated[
         str,
         typer.Option(
@@ -70,9 +74,50 @@ def export(
             overwrite=overwrite,
             progress=lambda done, total: advance(min(done, 1), total),
         )
-    written = sorted(target.iterdir())
+    _say_written(target, sorted(target.iterdir()), as_json, set(files))
+
+
+def page(
+    model: ModelArgument,
+    target: Target,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder `dist` of the npm package onnxruntime-web, to be copied into the page; without it a browser "
+            "loads these files from cdn.jsdelivr.net."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a former page. Without it one that exists is an error.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a web page that runs an autoencoder in the browser, for `serve --page` or any static host."""
+    from ..export import check_folder, check_runtime, export_page
+    from ..export.page import SETTINGS
+
+    check_folder(target, overwrite, "OUT", "`--overwrite`", SETTINGS)
+    if runtime is not None:
+        check_runtime(runtime, "`--runtime`")
+    vae = load_model(model, "cpu", "float32", argument="MODEL")
+    with progress_bar("graph", "export") as advance:
+        files = export_page(
+            vae,
+            target,
+            Path(model).name,
+            runtime=runtime,
+            overwrite=overwrite,
+            progress=lambda done, total: advance(min(done, 1), total),
+        )
+    _say_written(target, files, as_json, set(files))
+
+
+def _say_written(folder: Path, written: list[Path], as_json: bool, files: set[Path]) -> None:
+    """Print what was written; what is not in `files` belongs to one that is."""
     if as_json:
-        print_json({"folder": str(target), "files": {path.name: path.stat().st_size for path in written}})
+        print_json(
+            {"folder": str(folder), "files": {str(path.relative_to(folder)): path.stat().st_size for path in written}}
+        )
         return
     for path in written:
         typer.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB" + ("" if path in files else "  (belongs to these)"))

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,10 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Maximum number of requests that wait while one is computed.")
     ] = 1,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a page, written by `leanvae page`, to show to browsers at the address."),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     fuse: Fuse = False,
@@ -50,18 +55,20 @@ def serve(
     try:
         import uvicorn
 
-        from ..serving import Limits, create_app
+        from ..serving import Limits, check_page, create_app
     except ImportError as error:
         raise ImportError('Serving needs FastAPI and uvicorn: pip install "diffusers-leanvae[serve]".') from error
     from ..inference.memory import parse_memory
 
+    if page is not None:
+        check_page(page, "`--page`")
     limits = Limits(max_pixels, parse_memory(max_body, "--max-body"), timeout, max_waiting)
     with _listen(host, port) as listener:
         say_demonstration(context, model)
         vae = load_model(model, device, dtype, fuse)
         if vae.can_stream:
             vae.enable_tiling()  # exact, and memory does not grow with the size of what is asked for
-        app = create_app(vae, limits, token)
+        app = create_app(vae, limits, token, page)
         config = uvicorn.Config(app, log_level="warning")
         logging.getLogger("uvicorn.access").setLevel("INFO")  # one line for each request
         port = listener.getsockname()[1]

@@ -164,7 +164,9 @@ def _compile(program: torch.export.ExportedProgram, graph: Graph, path: Path, de
             ) from error
 
 
-def check_folder(folder: Path, overwrite: bool, name: str = "`folder`", option: str = "`overwrite`") -> None:
+def check_folder(
+    folder: Path, overwrite: bool, name: str = "`folder`", option: str = "`overwrite`", mark: str = MANIFEST
+) -> None:
     """Refuse to replace anything but a former export.
 
     Args:
@@ -172,10 +174,11 @@ def check_folder(folder: Path, overwrite: bool, name: str = "`folder`", option: 
         overwrite: Whether to replace a former export.
         name: Where the folder was given, for the message.
         option: Where `overwrite` was given, for the message.
+        mark: A file that a former export has.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / MANIFEST).is_file():
+    if not (folder / mark).is_file():
         raise ValueError(f"{name} must be new, empty or a former export, got {str(folder)!r}.")
     if not overwrite:
         raise ValueError(f"{name} must be new or empty without {option}, got the export {str(folder)!r}.")

@@ -3,8 +3,8 @@
 All of this folder needs the extra `serve`.
 """
 
-from .app import create_app
+from .app import check_page, create_app
 from .protocol import Limits
 
 
-__all__ = ["Limits", "create_app"]
+__all__ = ["Limits", "check_page", "create_app"]

@@ -7,6 +7,7 @@ import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -14,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.staticfiles import StaticFiles
 
 from .._version import __version__
 from ..checks import one_line
@@ -24,7 +26,13 @@ from .protocol import Answer, DecodeQuery, EncodeQuery, Limits, Refusal, sentenc
 from .work_queue import WorkQueue
 
 
-def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str | None = None) -> FastAPI:
+# A page may use several threads only if it is shut off from other pages.
+_ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+
+
+def create_app(
+    vae: VideoAutoencoder, limits: Limits | None = None, token: str | None = None, page: str | Path | None = None
+) -> FastAPI:
     """Make the server of one model, for uvicorn or another server of ASGI applications.
 
     Args:
@@ -32,9 +40,11 @@ def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str |
         limits: How much the server takes upon itself.
         token: What a client must know for all but `/health`, as `Authorization: Bearer TOKEN`, or as the password of
             `Basic`, which `http://user:TOKEN@host` sends.
+        page: A folder of files for browsers, as `leanvae page` writes it, to show at `/`.
 
     Raises:
-        ValueError: If the token is empty, or has other characters than those of ASCII that print.
+        ValueError: If the token is empty, or has other characters than those of ASCII that print, or if the folder
+            has no `index.html`.
     """
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
         raise ValueError("`token` must be ASCII characters that print, without a space at an end, got another.")
@@ -87,7 +97,23 @@ def create_app(vae: VideoAutoencoder, limits: Limits | None = None, token: str |
     async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
+    if page is not None:
+        check_page(page)
+        pages = StaticFiles(directory=page, html=True)
+
+        @app.api_route("/{path:path}", methods=["GET", "HEAD"], dependencies=guarded)
+        async def get_page(request: Request, path: str) -> Response:
+            response = await pages.get_response(path or ".", request.scope)
+            response.headers.update(_ISOLATION)
+            return response
+
     return app
+
+
+def check_page(folder: str | Path, name: str = "`page`") -> None:
+    """Refuse a folder without a page; `name` is where it was given, for the message."""
+    if not (Path(folder) / "index.html").is_file():
+        raise ValueError(f"{name} must be a folder that `leanvae page` has written, got {str(folder)!r}.")
 
 
 async def _check_token(token: bytes, request: Request) -> None:
