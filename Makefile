@@ -54,13 +54,9 @@ quality: $(STAMP)  ## check style, types and the import rule
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-wheel-check: $(STAMP)  ## build the wheel, and run the demo from it alone
-	rm -rf build dist
-	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir dist .
-	$(BIN)/python -m pip install -qq --no-deps --target build/wheel dist/*.whl
-	mkdir build/empty
-	cd build/empty && PYTHONPATH=../wheel ../wheel/bin/leanvae demo
-	cd build/empty && PYTHONPATH=../wheel ../../$(BIN)/python -c "import diffusers_leanvae.training.train_vae as m; assert 'build/wheel' in m.__file__, m.__file__"
+# Fresh environments of the Pythons that are found; `make wheel-check WHEEL_ARGS="--python /path/to/python3"` takes others.
+wheel-check: $(STAMP)  ## install the wheel into fresh environments, and run its commands there and the demo
+	$(BIN)/python scripts/check_wheel.py $(WHEEL_ARGS)
 
 tables: $(STAMP)  ## write the tables of README.md, model_card.md, docs/ and results/README.md from results/
 	$(BIN)/python scripts/render_tables.py

@@ -25,6 +25,7 @@ PAGES = (
     "results/README.md",
     "docs/benchmarks.md",
     "docs/diffusers_pipelines.md",
+    "docs/install.md",
     "docs/siblings.md",
     "docs/speed.md",
 )
@@ -318,6 +319,15 @@ def memory_of_models(results: Path) -> str:
     return f"{markdown_table(header, lines)}{sources}" if lines else ""
 
 
+def wheel_check(results: Path) -> str:
+    """What was installed and run of the wheel, by Pythons, and its size."""
+    path = results / "wheel_check.json"
+    if not path.is_file():
+        return ""
+    num_bytes = json.loads(path.read_text(encoding="utf-8"))["num_bytes"]
+    return f"The wheel has {num_bytes / 1e6:.1f} MB.\n\n{rows_table(results, path.stem)}"
+
+
 TABLES = {
     "validation": validation,
     "weights": weights,
@@ -328,6 +338,7 @@ TABLES = {
     "gpu": gpu,
     "inference_linearity": inference_linearity,
     "memory_of_models": memory_of_models,
+    "wheel_check": wheel_check,
 }
 
 

@@ -58,3 +58,16 @@ def test_wheel_holds_the_tree(wheel_files: set[str]):
 def test_wheel_holds_the_licence(wheel_files: set[str]):
     names = {Path(name).name for name in wheel_files if ".dist-info/" in name}
     assert {"LICENSE", "NOTICE", "METADATA", "entry_points.txt"} <= names
+
+
+def test_what_needs_no_torch_is_known():
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "scripts" / "check_wheel.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    lines = ["Name: x", "Requires-Dist: torch>=2.9", "Requires-Dist: torchmetrics", "Requires-Dist: av<19,>=18"]
+    lines += ['Requires-Dist: ruff; extra == "test"', 'Requires-Dist: numpy; python_version >= "3"']
+    assert [text.split(";")[0] for text in script.requirements_without_torch("\n".join(lines))] == [
+        "av<19,>=18",
+        "numpy",
+    ]
