@@ -14,6 +14,7 @@ No scene with a held-out look is ever drawn or described here.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from diffusers_leanvae.training.train_lvdm import LatentDiffusionTrainingModule
 from torch import nn
 
+from diffusers_leanvae.data.drawing import NUM_SAMPLES, is_inside
 from diffusers_leanvae.data.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -58,7 +60,7 @@ from diffusers_leanvae.trainer.text_conditioning import build_text_transformer
 
 TEXT_SEED, POOL_SEED, VALIDATION_SEED = 7, 11, 1
 MAX_LENGTH = 48  # of the tokenizer
-LENGTH = 40  # tokens that captions are padded to here; the longest has 35
+LENGTH = 40  # tokens that captions are padded to here; the longest has 34
 TEXT_CONFIG = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_heads": 4}
 PARTS = (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("direction", DIRECTIONS), ("speed", SPEEDS))
 
@@ -106,7 +108,8 @@ def train_text(options: argparse.Namespace) -> None:
     scenes = MovingScenes(seed=TEXT_SEED, num_clips=20_000)
     encoder = make_text_encoder((c for n in range(20_000) for c in scenes.captions(n, 1)), TEXT_CONFIG, MAX_LENGTH)
     properties = [len(values) + (name in ("size", "speed")) for name, values in PARTS] * 2
-    sizes = [*properties, len(RELATIONS), len(BACKGROUNDS) + 1, *properties, 2]
+    told = [*properties, len(RELATIONS), len(BACKGROUNDS) + 1]
+    sizes = [*told, *properties, 2]  # as `label_caption` numbers them
     head = nn.Linear(encoder.width, sum(sizes))
     parameters = [*encoder.model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -122,22 +125,24 @@ def train_text(options: argparse.Namespace) -> None:
             right.append((part * mask[..., None]).sum(1).argmax(-1) == labels[:, number])
         return torch.stack(losses), torch.stack(right)
 
+    def share_right(right: torch.Tensor) -> float:
+        """Share of captions of which all is right but what only helps."""
+        return right[: len(told)].all(0).float().mean().item()
+
     for step in range(options.steps):
-        share = step / options.steps
-        rate = options.rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
-        optimizer.param_groups[0]["lr"] = rate
+        decay = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        optimizer.param_groups[0]["lr"] = options.rate * min(1, (step + 1) / 100) * decay
         losses, right = forward(*next(batches))
         optimizer.zero_grad()
         losses.mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            row = {"step": step + 1, "loss": losses[:12].mean().item(), "order": losses[22].item()}
-            row |= {"named": losses[12:22].mean().item(), "right": right[:12].all(0).float().mean().item()}
+            row = {"step": step + 1, "loss": losses[: len(told)].mean().item(), "order": losses[-1].item()}
+            row |= {"named": losses[len(told) : -1].mean().item(), "right": share_right(right)}
             print(json.dumps(row | {"seconds": time.monotonic() - started}), flush=True)
     with torch.no_grad():
-        rights = [forward(*next(held))[1] for held in [caption_batches(500, VALIDATION_SEED)] for _ in range(2)]
-    share = torch.cat(rights, 1)[:12].all(0).float().mean().item()
+        share = share_right(forward(*next(caption_batches(1000, VALIDATION_SEED)))[1])
     print(json.dumps({"held_out_captions_all_right": share}), flush=True)
     encoder.model.save_pretrained(options.output / "text_encoder")
     encoder.tokenizer.save_pretrained(options.output / "tokenizer")
@@ -147,7 +152,7 @@ def train_text(options: argparse.Namespace) -> None:
 
 
 def describe_range(job: tuple[int, int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
-    """Lay out scenes: rows of 28 numbers for `paint`, and captions."""
+    """Lay out scenes: rows of 24 numbers for `paint`, and captions."""
     seed, start, stop, side, num_captions = job
     scenes = MovingScenes(17, side, side, seed=seed, num_clips=stop)
     rows, captions = [], []
@@ -169,23 +174,17 @@ def paint(rows: torch.Tensor, side: int, num_frames: int = 17) -> torch.Tensor:
     ground, angle = rows[:, :3, None, None, None], rows[:, 3, None, None]
     ramp = 1 + 0.1 * (line[:, None] * angle.sin() + line * angle.cos())  # (B, side, side)
     pixels = ground * ramp[:, None, None]
-    time_line = torch.linspace(0, 1, num_frames, device=rows.device)
+    time_line, place = torch.linspace(0, 1, num_frames, device=rows.device), torch.arange(side, device=rows.device)
     for item in rows[:, 4:].split(10, dim=1):
         shape, extent_x, extent_y = (value[:, None, None, None] for value in item[:, :3].unbind(1))
         x, y = (item[:, 3 + k, None] + time_line * (item[:, 5 + k] - item[:, 3 + k])[:, None] for k in (0, 1))
-        place = torch.arange(side, device=rows.device)
         coverage = torch.zeros((), device=rows.device)
-        for i in range(4):
-            v = (place[:, None] + (i + 0.5) / 4 - y[..., None, None]) / (extent_y / 2)  # (B, T, side, 1)
-            for j in range(4):
-                u = (place + (j + 0.5) / 4 - x[..., None, None]) / (extent_x / 2)  # (B, T, 1, side)
-                is_box = (u.abs() <= 1) & (v.abs() <= 1)
-                is_cross = is_box & (torch.minimum(u.abs(), v.abs()) <= 0.36)
-                is_triangle = (u.abs() <= (v + 1) / 2) & (v <= 1)
-                inside = torch.where(shape == 2, is_triangle, is_cross)
-                inside = torch.where(shape == 1, is_box, inside)
-                coverage = coverage + torch.where(shape == 0, u * u + v * v <= 1, inside)
-        pixels = pixels + coverage[:, None] / 16 * (item[:, 7:, None, None, None] - pixels)
+        for i, j in itertools.product(range(NUM_SAMPLES), repeat=2):
+            v = (place[:, None] + (i + 0.5) / NUM_SAMPLES - y[..., None, None]) / (extent_y / 2)  # (B, T, side, 1)
+            u = (place + (j + 0.5) / NUM_SAMPLES - x[..., None, None]) / (extent_x / 2)  # (B, T, 1, side)
+            for number, name in enumerate(SHAPES):
+                coverage = coverage + ((shape == number) & is_inside(name, u, v))
+        pixels = pixels + coverage[:, None] / NUM_SAMPLES**2 * (item[:, 7:, None, None, None] - pixels)
     return pixels * 2 - 1
 
 
@@ -196,8 +195,11 @@ def make_pool(options: argparse.Namespace) -> None:
     encoder = load_text_encoder(options.text, max_length=MAX_LENGTH)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     painter = torch.compile(paint, dynamic=False) if device.type == "cuda" else paint
-    pool: dict[str, Any] = {"side": options.side, "vae": options.vae}
-    for name, seed, count in (("train", POOL_SEED, options.num_scenes), ("validation", VALIDATION_SEED, 512)):
+    pool: dict[str, Any] = {"vae": options.vae}
+    for name, seed, count in (
+        ("train", POOL_SEED, options.num_scenes),
+        ("validation", VALIDATION_SEED, options.num_held_out),
+    ):
         started = time.monotonic()
         piece = max(1, min(2048, count // options.workers))
         jobs = [(seed, n, min(n + piece, count), options.side, options.num_captions) for n in range(0, count, piece)]
@@ -424,6 +426,7 @@ def main() -> None:
     pool.add_argument("--vae", default="compact-4ch")
     pool.add_argument("--side", type=int, default=128)
     pool.add_argument("--num-scenes", type=int, default=262_144)
+    pool.add_argument("--num-held-out", type=int, default=512, help="scenes for the validation")
     pool.add_argument("--num-captions", type=int, default=4)
     pool.add_argument("--batch-size", type=int, default=128)
     pool.add_argument("--workers", type=int, default=12)

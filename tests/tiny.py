@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from diffusers_leanvae import (
     AutoencoderKLIVVAE,
@@ -75,6 +76,15 @@ LATTE_TEXT: dict[str, Any] = {
 }
 
 
+# A LeanVAE with nothing but what it cannot do without, which is a causal convolution: tracing takes seconds.
+SMALLEST: dict[str, Any] = {
+    "num_branch_layers": 0,
+    "num_fusion_layers": 1,
+    "bottleneck_type": "linear",
+    "patch_embedding_type": "joint",
+}
+
+
 def make_tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
     """Make a tiny model of a family with lively weights, in evaluation mode.
 
@@ -83,6 +93,13 @@ def make_tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     model = make_fresh(family, seed, **config)
     enliven(model, seed)
     return torch.nn.Module.to(model, dtype).eval()  # without diffusers' warning about layers that want float32
+
+
+def make_tiny_wan_transformer(**config: Any) -> WanTransformer3DModel:
+    """Make a tiny denoiser of Wan for latents of 4 channels and prompts of 16 numbers a token, with random weights."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 32, "freq_dim": 32}
+    shape = {"patch_size": (1, 2, 2), "in_channels": 4, "out_channels": 4, "text_dim": 16, "rope_max_seq_len": 32}
+    return WanTransformer3DModel(**sizes, **shape, **config)
 
 
 def make_fresh(family: str, seed: int = 0, **config: Any) -> Any:

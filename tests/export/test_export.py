@@ -12,20 +12,13 @@ import pytest
 import torch
 from models.tiny_autoencoders import CASES, make
 from onnx import helper, numpy_helper
-from tiny import make_latents, make_tiny, make_video
+from tiny import SMALLEST, make_latents, make_tiny, make_video
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app, choices
 from diffusers_leanvae.export import FORMATS, PARTS, WEIGHTS, export_model, files, graphs_of, onnx_files, trace
 
 
-# The smallest network that still has a causal convolution, since tracing takes seconds.
-SMALL = {
-    "num_branch_layers": 0,
-    "num_fusion_layers": 1,
-    "bottleneck_type": "linear",
-    "patch_embedding_type": "joint",
-}
 # Batch, groups of frames, latent height and width; none is that of the trace but for one size of the last.
 CLIPS = [(1, 1, 2, 3), (3, 2, 1, 1), (1, 7, 5, 2)]
 IMAGES = (2, 0, 4, 4)  # which only the graphs of LeanVAE take
@@ -167,20 +160,20 @@ class TestRefusals:
     )
     def test_arguments(self, tmp_path, arguments, message):
         with pytest.raises(ValueError, match=message):
-            export_model(make_tiny("leanvae", **SMALL), tmp_path / "out", **arguments)
+            export_model(make_tiny("leanvae", **SMALLEST), tmp_path / "out", **arguments)
         assert not (tmp_path / "out").exists()
 
     def test_other_dtypes(self, tmp_path):
         with pytest.raises(ValueError, match="needs a model of float32 or float16 on cpu, got torch.bfloat16"):
-            export_model(make_tiny("leanvae", torch.bfloat16, **SMALL), tmp_path / "out")
+            export_model(make_tiny("leanvae", torch.bfloat16, **SMALLEST), tmp_path / "out")
 
     def test_a_folder_of_something_else_stays(self, tmp_path):
         (tmp_path / "letter.txt").write_text("dear")
         with pytest.raises(ValueError, match="`folder` must be new, empty or a former export"):
-            export_model(make_tiny("leanvae", **SMALL), tmp_path, overwrite=True)
+            export_model(make_tiny("leanvae", **SMALLEST), tmp_path, overwrite=True)
         (tmp_path / files.MANIFEST).write_text("{}")
         with pytest.raises(ValueError, match="without `overwrite`, got the export"):
-            export_model(make_tiny("leanvae", **SMALL), tmp_path)
+            export_model(make_tiny("leanvae", **SMALLEST), tmp_path)
         assert (tmp_path / "letter.txt").read_text() == "dear"
 
     def test_the_command_says_it_in_one_sentence(self, tmp_path):
@@ -206,7 +199,7 @@ class TestRefusals:
     def test_no_compiler(self, tmp_path):
         with torch._inductor.config.patch({"cpp.cxx": ("no-compiler-of-this-name",)}):
             with pytest.raises(ValueError, match=r"`to` 'aoti' needs a C\+\+ compiler .*, got none\."):
-                export_model(make_tiny("leanvae", **SMALL), tmp_path / "out", "aoti")
+                export_model(make_tiny("leanvae", **SMALLEST), tmp_path / "out", "aoti")
         assert not (tmp_path / "out").exists()
 
     def test_the_command_knows_the_choices(self):
@@ -242,7 +235,7 @@ def grouped_ranks(model: onnx.ModelProto) -> list[int]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Any, Path]:
     """The smallest model, exported by the command."""
-    folder, vae = tmp_path_factory.mktemp("small"), make_tiny("leanvae", **SMALL)
+    folder, vae = tmp_path_factory.mktemp("small"), make_tiny("leanvae", **SMALLEST)
     vae.save_pretrained(folder / "vae")
     arguments = [str(folder / "vae"), str(folder / "out"), "--part", "decoder", "--json"]
     result = CliRunner().invoke(app, ["export", *arguments])
@@ -341,38 +334,41 @@ def test_the_page_runs(tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@torch.no_grad()
-def test_a_program_of_torch_export_is_the_model(tmp_path):
-    """What all graphs go through first; this much of an export takes seconds."""
-    vae = make_tiny("leanvae", **SMALL)
-    vae.save_pretrained(tmp_path / "vae")
-    arguments = [str(tmp_path / "vae"), str(tmp_path / "out"), "--to", "torch-export", "--part", "decoder", "--json"]
+def export_decoder(folder: Path, to: str) -> tuple[Any, str]:
+    """Export the decoder of a model by the command, to `folder / "out"`; return the model, and `export.json`."""
+    vae = make_tiny("leanvae", **SMALLEST)
+    vae.save_pretrained(folder / "vae")
+    arguments = [str(folder / "vae"), str(folder / "out"), "--to", to, "--part", "decoder", "--json"]
     result = CliRunner().invoke(app, ["export", *arguments])
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["files"]) == {"decoder.pt2", "export.json"}
-    told = {"leanvae.json": ""}
-    program = torch.export.load(tmp_path / "out" / "decoder.pt2", extra_files=told).module()
-    assert json.loads(told["leanvae.json"]) == json.loads((tmp_path / "out" / files.MANIFEST).read_text())
-    for clip in ((1, 4, 2, 3), (3, 6, 1, 1)):
+    return vae, (folder / "out" / files.MANIFEST).read_text()
+
+
+def assert_decodes(program: Any, vae: Any, clips: list[tuple[int, int, int, int]]) -> None:
+    for clip in clips:
         z = latents(vae, *clip)
         torch.testing.assert_close(program(z)[0], vae.decode(z).sample, rtol=0, atol=ATOL)
+
+
+@torch.no_grad()
+def test_a_program_of_torch_export_is_the_model(tmp_path):
+    """What all graphs go through first; this much of an export takes seconds."""
+    vae, manifest = export_decoder(tmp_path, "torch-export")
+    told = {"leanvae.json": ""}
+    program = torch.export.load(tmp_path / "out" / "decoder.pt2", extra_files=told).module()
+    assert json.loads(told["leanvae.json"]) == json.loads(manifest)
+    assert_decodes(program, vae, [(1, 4, 2, 3), (3, 6, 1, 1)])
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_package_of_aotinductor_explains_itself(tmp_path):
-    vae = make_tiny("leanvae", **SMALL)
-    vae.save_pretrained(tmp_path / "vae")
-    arguments = [str(tmp_path / "vae"), str(tmp_path / "out"), "--to", "aoti", "--part", "decoder", "--json"]
-    result = CliRunner().invoke(app, ["export", *arguments])
-    assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)["files"]) == {"decoder.pt2", "export.json"}
+    vae, manifest = export_decoder(tmp_path, "aoti")
     program = torch._inductor.aoti_load_package(str(tmp_path / "out" / "decoder.pt2"))
-    told = json.loads((tmp_path / "out" / files.MANIFEST).read_text())
-    assert json.loads(program.get_metadata()["leanvae"]) == told and told["format"] == "aoti"
-    for clip in AOTI_CLIPS:
-        z = latents(vae, *clip)
-        torch.testing.assert_close(program(z)[0], vae.decode(z).sample, rtol=0, atol=ATOL)
+    told = json.loads(program.get_metadata()["leanvae"])
+    assert told == json.loads(manifest) and told["format"] == "aoti"
+    assert_decodes(program, vae, AOTI_CLIPS)
 
 
 @pytest.mark.slow
@@ -401,7 +397,7 @@ def test_a_part_that_aotinductor_cannot_compile(tmp_path):
 @pytest.mark.parametrize("to", ["torch-export", "aoti"])
 @torch.no_grad()
 def test_programs_stream(to, tmp_path):
-    vae = make_tiny("leanvae", **SMALL)
+    vae = make_tiny("leanvae", **SMALLEST)
     graphs = {graph.name: graph for graph in graphs_of(vae, ("decoder",), is_streaming=True)}
     paths = export_model(vae, tmp_path / "out", to, parts=("decoder",), streaming=True)
     loaders = {
@@ -422,7 +418,7 @@ def test_programs_stream(to, tmp_path):
 @pytest.mark.slow
 @torch.no_grad()
 def test_float16_computes_in_float16(tmp_path):
-    vae = make_tiny("leanvae", **SMALL)
+    vae = make_tiny("leanvae", **SMALLEST)
     expected = vae.decode(latents(vae, 1, 2, 2, 3)).sample
     vae = vae.to(torch.float16)
     export_model(vae, tmp_path / "out", parts=("decoder",))

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 from huggingface_hub import constants
 from local_hub import LocalHub
-from tiny import make_tiny
+from tiny import make_tiny, make_tiny_wan_transformer
 
 import diffusers_leanvae
 from diffusers_leanvae.generation.schedulers import make_scheduler
@@ -26,20 +26,10 @@ def latte_pipeline() -> diffusers.DiffusionPipeline:
 @pytest.fixture(scope="module")
 def wan_pipeline() -> diffusers.DiffusionPipeline:
     """A stock pipeline with our autoencoder, tiny, random; without text encoder: prompts come as embeddings."""
-    transformer = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
     vae = make_tiny("leanvae", latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[1.0, 2.0, 3.0, 0.25])
-    return diffusers.WanPipeline(None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), transformer)
+    return diffusers.WanPipeline(
+        None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), make_tiny_wan_transformer()
+    )
 
 
 @pytest.fixture

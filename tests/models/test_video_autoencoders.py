@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import send_to_device
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
 
@@ -262,65 +262,6 @@ def test_loading_to_disk(case: str, tmp_path: Path):
     assert torch.equal(loaded(video).sample, vae(video).sample)
 
 
-# Layers are traced one by one: where each block has one layer, less is traced, but the same code.
-@pytest.mark.parametrize(
-    "case, backend",
-    [
-        *((case, "aot_eager") for case in ("lean", "wf_one_layer", "iv_one_layer")),
-        *(pytest.param(case, "inductor", marks=pytest.mark.slow) for case in ("lean", "wf", "iv")),
-    ],
-)
-def test_compile(case: str, backend: str):
-    torch.compiler.reset()
-    vae = make(case, torch.float32)
-    video = make_video(vae, 1, 16, 16)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        expected = vae.encode(video).latent_dist.mean, vae.decode(make_latents(vae, 2, 2, 2)).sample
-        encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
-        decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
-        for _ in range(2):
-            torch.testing.assert_close((encode(video), decode(make_latents(vae, 2, 2, 2))), expected)
-
-
-# The smallest network that still has a causal convolution: tracing of open sizes takes long.
-SMALL = {"num_branch_layers": 0, "num_fusion_layers": 1, "bottleneck_type": "linear", "patch_embedding_type": "joint"}
-
-
-@pytest.mark.parametrize(
-    "case, config, parts",
-    [
-        ("lean", SMALL, ("decode",)),
-        *(
-            pytest.param(case, {}, ("encode", "decode"), marks=pytest.mark.slow)
-            for case in ("lean", "wf_one_layer", "iv_one_layer")
-        ),
-    ],
-)
-@torch.no_grad()
-def test_one_compilation_serves_every_size(case: str, config: dict[str, Any], parts: tuple[str, ...]):
-    torch.compiler.reset()
-    vae, graphs = make(case, torch.float32, **config), []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    for part in parts:
-        method = getattr(vae, part)
-        compiled = torch.compile(method, backend=count, fullgraph=True, dynamic=True)
-        # In the first sizes no two numbers are equal, which a compiler would take for a rule.
-        for batch_size, num_groups, height, width in ((2, 4, 6, 7), (3, 2, 4, 4), (2, 3, 7, 2)):
-            if part == "encode":
-                x = make_video(vae, num_groups, 8 * height, 8 * width, batch_size)
-                actual, expected = (function(x).latent_dist.mean for function in (compiled, method))
-            else:
-                x = tiny.make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width)
-                actual, expected = (function(x).sample for function in (compiled, method))
-            # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding, measured 1e-5.
-            torch.testing.assert_close(actual, expected, rtol=0, atol=4e-5)
-    assert len(graphs) == len(parts)
-
-
 @models
 def test_names_for_placement_exist(case: str):
     vae = make(case)
@@ -468,20 +409,7 @@ def test_a_wan_pipeline_takes_every_model(case: str, is_normalised: bool):
         vae.register_to_config(scaling_factor=0.5)
         mean, std = [0.0] * 4, [2.0] * 4
     torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
+    transformer = tiny.make_tiny_wan_transformer(cross_attn_norm=True, qk_norm="rms_norm_across_heads")
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)

@@ -9,11 +9,10 @@ import torch
 from diffusers import DiffusionPipeline, LatteTransformer3DModel
 from safetensors import safe_open
 from tiny import seeded
+from white_adapter import train_white_adapter
 
 from diffusers_leanvae.generation import load_pipeline
 from diffusers_leanvae.generation.lora import save_lora
-from diffusers_leanvae.losses.diffusion import FlowMatchingObjective
-from diffusers_leanvae.trainer.draws import draw_step
 
 
 peft = pytest.importorskip("peft", reason="adapters need peft (extra: lora)")
@@ -138,25 +137,8 @@ def test_a_trained_adapter_changes_what_the_bundled_generator_shows(tmp_path: Pa
         return pipeline("red circle left", generator=generator, **options).frames.mean().item()
 
     dark = brightness()
-    with seeded(0):
-        config = peft.LoraConfig(
-            r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "ff.net.0.proj", "proj_out"]
-        )
-        pipeline.transformer.add_adapter(config)
-    with torch.no_grad():
-        white = pipeline.encode_video(torch.full((1, 3, 17, 64, 64), 0.9)).expand(4, -1, -1, -1, -1)
-    objective = FlowMatchingObjective()
-    trained = [weight for weight in pipeline.transformer.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-2)
-    for step in range(20):
-        draws = draw_step(range(4 * step, 4 * step + 4), white.shape[1:], seed=0)
-        timesteps = objective.timesteps(draws.uniform)
-        noisy = objective.add_noise(white, draws.noise, timesteps)
-        output = pipeline.transformer(noisy, timesteps, torch.arange(4)).sample
-        loss = sum(term.mean() for term in objective.loss(output, white, draws.noise, timesteps).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    layers = ["to_q", "to_k", "to_v", "ff.net.0.proj", "proj_out"]
+    train_white_adapter(pipeline, lambda *noisy: pipeline.transformer(*noisy, torch.arange(4)).sample, layers, 4, 20)
     save_lora(pipeline.transformer, tmp_path)
     assert (tmp_path / FILE).stat().st_size < 0.1 * sum(
         4 * weight.numel() for weight in pipeline.transformer.parameters()

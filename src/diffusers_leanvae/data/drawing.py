@@ -19,7 +19,7 @@ EXTENTS = {"circle": (1.0, 1.0), "square": (0.886, 0.886), "triangle": (1.2, 1.1
 HUES = {"red": 0.0, "yellow": 55.0, "blue": 230.0}  # degrees
 VELOCITIES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 _CROSS_ARM = 0.36  # width, of the width of the whole
-_NUM_SAMPLES = 4  # per pixel and axis
+NUM_SAMPLES = 4  # per pixel and axis
 
 
 def straight_path(rng: np.random.Generator, extent: float, way: float, length: float, num_frames: int) -> np.ndarray:
@@ -41,30 +41,39 @@ def dark_gradient(rng: np.random.Generator, height: int, width: int) -> np.ndarr
 def shape_coverage(
     shape: str, extent_x: float, extent_y: float, x: np.ndarray, y: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """The covered share of every pixel, `(num_frames, height, width)`, from `_NUM_SAMPLES` squared samples."""
+    """The covered share of every pixel, `(num_frames, height, width)`, from `NUM_SAMPLES` squared samples."""
     coverage = np.zeros((len(x), height, width), np.float32)
     # Only where the shape ever is. Sample positions are in units of the shape: -1 and 1 are its sides.
     columns, u = _samples(x, extent_x, width)
     rows, v = _samples(y, extent_y, height)
     u, v = u[:, None], v[..., None]
-    if shape == "circle":
-        inside = u * u + v * v <= 1
-    elif shape == "square":
-        inside = (abs(u) <= 1) & (abs(v) <= 1)
-    elif shape == "cross":
-        inside = (np.minimum(abs(u), abs(v)) <= _CROSS_ARM) & (np.maximum(abs(u), abs(v)) <= 1)
-    else:
-        inside = (abs(u) <= (v + 1) / 2) & (v <= 1)  # the tip is at the top
-    blocks = inside.reshape(len(x), rows.stop - rows.start, _NUM_SAMPLES, columns.stop - columns.start, _NUM_SAMPLES)
+    inside = is_inside(shape, u, v)
+    blocks = inside.reshape(len(x), rows.stop - rows.start, NUM_SAMPLES, columns.stop - columns.start, NUM_SAMPLES)
     coverage[:, rows, columns] = blocks.mean((2, 4), dtype=np.float32)
     return coverage
+
+
+def is_inside(shape: str, u: Any, v: Any) -> Any:
+    """Tell which points are inside a shape.
+
+    Args:
+        shape: A key of `EXTENTS`.
+        u, v: Horizontal and vertical places, from -1 to 1 inside the box around the shape: arrays of NumPy or tensors,
+            which broadcast to each other.
+    """
+    if shape == "circle":
+        return u * u + v * v <= 1
+    if shape == "triangle":
+        return (abs(u) <= (v + 1) / 2) & (v <= 1)  # the tip is at the top
+    box = (abs(u) <= 1) & (abs(v) <= 1)
+    return box if shape == "square" else box & ((abs(u) <= _CROSS_ARM) | (abs(v) <= _CROSS_ARM))
 
 
 def _samples(centers: np.ndarray, extent: float, length: int) -> tuple[slice, np.ndarray]:
     """The pixels along one axis that the shape touches in any frame, and where their samples are."""
     first = max(0, math.floor(centers.min() - extent / 2))
     last = min(length, math.ceil(centers.max() + extent / 2))
-    places = first + (np.arange((last - first) * _NUM_SAMPLES) + 0.5) / _NUM_SAMPLES
+    places = first + (np.arange((last - first) * NUM_SAMPLES) + 0.5) / NUM_SAMPLES
     return slice(first, last), ((places - centers[:, None]) / (extent / 2)).astype(np.float32)
 
 

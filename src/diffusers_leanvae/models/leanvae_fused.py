@@ -578,5 +578,5 @@ def signature(module: nn.Module) -> tuple:
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is numbers in memory, and no subclass that quantizes or distributes them."""
+    """Tell whether a parameter is numbers in memory, and no subclass that quantizes or distributes them."""
     return type(parameter) is nn.Parameter
