@@ -386,11 +386,29 @@ def test_packages_of_aotinductor_are_the_model(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_part_that_aotinductor_cannot_compile(tmp_path):
+@pytest.mark.parametrize(
+    "part, reason", [("encoder", "compiler fails"), ("decoder", "program computes something else")]
+)
+def test_parts_that_aotinductor_cannot_compile(part, reason, tmp_path):
     vae = make("wf_one_layer", torch.float32, **FAMILIES["wf_one_layer"])
-    with pytest.raises(ValueError, match="for the encoder of this model, got 'aoti', whose compiler fails"):
-        export_model(vae, tmp_path / "out", "aoti", parts=("encoder",))
+    with pytest.raises(ValueError, match=f"for the {part} of this model, got 'aoti', whose {reason}"):
+        export_model(vae, tmp_path / "out", "aoti", parts=(part,))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_program_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    vae, shift = make_tiny("leanvae", **SMALLEST), [0.0]
+    graph = graphs_of(vae, ("decoder",), is_streaming=False)[0]
+
+    def load(path: str) -> Any:
+        return lambda *inputs: [output + shift[0] for output in graph.module(*inputs)]
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    files._compile(None, graph, tmp_path / "decoder.pt2", "")  # type: ignore[arg-type]
+    shift[0] = 1.0
+    with pytest.raises(ValueError, match="the decoder of this model, got 'aoti', whose program computes something"):
+        files._compile(None, graph, tmp_path / "decoder.pt2", "")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -55,19 +55,19 @@ def greenness(videos: torch.Tensor) -> torch.Tensor:
 def test_a_batch_holds_the_video_of_each_prompt(pipeline: Any):
     videos = generate(pipeline, GREEN, BLACK)
     assert backgrounds(videos) == ["green", "black"]
-    torch.testing.assert_close(videos[1:], generate(pipeline, BLACK, seed=1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(videos[1:], generate(pipeline, BLACK, seed=1), rtol=0, atol=5e-5)
 
 
 def test_embeddings_are_another_way_to_give_a_prompt(pipeline: Any):
     embeds, mask, _, _ = pipeline.encode_prompt([GREEN, BLACK], do_classifier_free_guidance=False)
     videos = generate(pipeline, prompt_embeds=embeds, prompt_attention_mask=mask)
     assert backgrounds(videos) == ["green", "black"]
-    torch.testing.assert_close(videos, generate(pipeline, GREEN, BLACK), rtol=0, atol=1e-3)
+    torch.testing.assert_close(videos, generate(pipeline, GREEN, BLACK), rtol=0, atol=5e-5)
 
 
 def test_guidance_strengthens_what_the_prompt_names(pipeline: Any):
     weak, strong = (greenness(generate(pipeline, *[GREEN] * 3, guidance_scale=scale)) for scale in (1.0, 4.0))
-    assert (strong > weak + 0.005).all() and (strong < 0.6).all()
+    assert (strong > weak + 0.03).all() and (strong < 0.6).all()
 
 
 def test_a_negative_prompt_leads_away_from_what_it_says(pipeline: Any):
@@ -87,7 +87,7 @@ def test_a_given_image_is_the_first_frame_and_its_objects_stay(seed: int, pipeli
     image = draw_scene(scene, 17, 128, 128, seed=seed)[:, 0]
     prompt = describe_scene(scene, np.random.default_rng(seed))
     video = generate(pipeline, prompt, image=image[None] / 2 + 0.5)[0]
-    assert (video[:, 0] - image).abs().mean() < 0.04  # 0.02: what the autoencoder loses
+    assert (video[:, 0] - image).abs().mean() < 0.04  # 0.031 and 0.034: what the autoencoder loses
     found = detect_scene(video)
     assert (found.relation, found.background) == ("left of", "black")
     assert found.first is not None and found.first[:3] == ("triangle", "yellow", "large")
@@ -100,7 +100,7 @@ def test_a_long_video_goes_on_as_it_began(pipeline: Any):
     assert video.shape == (3, 33, 128, 128)
     assert backgrounds(torch.stack([video[:, :17], video[:, 16:]])) == ["green", "green"]
     changes = (video[:, 1:] - video[:, :-1]).abs().mean((0, 2, 3))
-    assert changes[16:].max() < 3 * changes[:16].max()  # no cut where the second window begins
+    assert changes[16:].max() < 2 * changes[:16].max()  # no cut where the second window begins
 
 
 def test_a_trained_adapter_changes_what_is_shown(pipeline: Any, tmp_path: Path):
