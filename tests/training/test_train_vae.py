@@ -135,7 +135,7 @@ def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, clips
     log = read_log(output)
     assert [record["step"] for record in log] == [1, 2]
     counters = {"step", "lr", "num_skipped", "num_bad_videos"}
-    measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step"}
+    measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step", "cpu_seconds_per_step"}
     assert set(log[0]) == counters | measured | set(asdict(LeanVAEObjective())) - {"lpips", "ms_ssim"}
 
 

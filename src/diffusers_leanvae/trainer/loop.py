@@ -118,7 +118,7 @@ class TrainingRun:
             check_checkpoint(self.checkpoint, self.is_sharding)
         self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
         self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
-        self._step_started = self._data_seconds = self._learning_rate = 0.0
+        self._step_started = self._cpu_started = self._data_seconds = self._learning_rate = 0.0
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -192,7 +192,7 @@ class TrainingRun:
         recipe, progress = self.recipe, self.progress
         self._bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not self.is_main, mininterval=1.0)
         while progress.step < recipe.num_steps and not self._is_out_of_time:
-            self._step_started, self._data_seconds = time.monotonic(), 0.0
+            self._step_started, self._cpu_started, self._data_seconds = time.monotonic(), time.process_time(), 0.0
             self.loss, self.num_bad_videos = torch.zeros((), device=self.device), 0
             self._learning_rate = recipe.optimizer.learning_rate_at(progress.step, recipe.num_steps)
             for group in self._optimizers[0].param_groups:
@@ -257,6 +257,8 @@ class TrainingRun:
         if self._is_finite:
             seconds = time.monotonic() - self._step_started
             times = {"seconds_per_step": seconds, "data_seconds_per_step": self._data_seconds}
+            # Of all threads together: comparable where other programs take their share of the processor.
+            times["cpu_seconds_per_step"] = time.process_time() - self._cpu_started
             self._means.update({**terms, **times})
         self._bar.update()
         if self.is_due(recipe.log_every):

@@ -1,0 +1,155 @@
+"""LeanVAE, WF-VAE and IV-VAE trained alike: the same clips, size, channels, optimizer and processor time.
+
+    python benchmarks/compare_families.py train --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_families.py measure --held-out ../shared/videos/val
+
+Each has 16 latent channels, 5.5 to 6.1 million parameters, random weights at the start, AdamW, and about two hours of one
+thread: `num_steps` follows from the time of a step, which was measured with all runs side by side. One IV-VAE starts from
+images (keyframe-based temporal compression); their training takes a fourth of its time.
+
+`train` goes on where it was stopped, and `--only` takes one run, so that several can go at once: what counts is the
+processor time of the steps, not that of the clock. `measure` writes `results/bench_families.json`: quality by
+`val-17x256`, frame by frame within the groups, and the curves on smaller clips along the way.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusers_leanvae import load_autoencoder
+from diffusers_leanvae.evaluation.metrics import frame_psnr
+from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor, Reconstruction
+from diffusers_leanvae.evaluation.results import write_result
+
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = [
+    "init=spec",
+    "batch_size=2",
+    "data.clip_sizes=[[17,64,64]]",
+    "data.short_side=192",
+    "num_threads=1",
+    "optimizer.name=adamw",
+    "validation.size=128",
+    "validation.num_videos=0",
+]
+NUM_VALIDATIONS = 12  # of each run
+
+
+class Run(NamedTuple):
+    """One training run: its recipe, and what is changed in it besides `COMMON`."""
+
+    recipe: str
+    num_steps: int
+    overrides: list[str]
+    before: str | None = None  # the run whose model it starts from
+
+
+RUNS = {
+    "LeanVAE": Run("compact_16ch", 20000, ["optimizer.learning_rate=1e-3"]),
+    "WF-VAE": Run("compact_wfvae_16ch", 8000, ["optimizer.learning_rate=5e-4"]),
+    "IV-VAE": Run("compact_ivvae_16ch", 900, ["optimizer.learning_rate=5e-4"]),
+    "images": Run(
+        "compact_ivvae_image_8ch",
+        1000,
+        ["optimizer.learning_rate=5e-4", "batch_size=32", "data.clip_sizes=[[1,64,64]]"],
+    ),
+    "IV-VAE from images": Run("compact_ivvae_16ch", 675, ["optimizer.learning_rate=5e-4", "init=image"], "images"),
+}
+
+
+def folder_of(options: argparse.Namespace, name: str) -> Path:
+    return Path(options.runs) / name.lower().replace(" ", "_")
+
+
+def train(options: argparse.Namespace, name: str) -> None:
+    """Train one run, after the one that it starts from, unless that is done."""
+    run, output = RUNS[name], folder_of(options, name)
+    if (output / "vae" / "config.json").is_file():
+        return
+    overrides = [*COMMON, *run.overrides]
+    if run.before is not None:
+        train(options, run.before)
+        overrides.append(f"image_vae.path={folder_of(options, run.before) / 'vae'}")
+    script, recipe = ROOT / "training" / "train_vae.py", ROOT / "training" / "configs" / f"{run.recipe}.yaml"
+    command = [sys.executable, str(script), str(recipe), f"data.train={options.train}", f"output={output}"]
+    every = run.num_steps // NUM_VALIDATIONS
+    command += [f"validation.folder={options.held_out}", f"validation.every={every}", *overrides]
+    command += [f"num_steps={run.num_steps}", f"save_every={max(every // 4, 1)}"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cpu_hours_at(output: Path) -> dict[int, float]:
+    """Processor hours of all steps up to those that the log names."""
+    hours, newest, total = {}, 0, 0.0
+    for record in read_json_lines(output / "log.jsonl"):
+        total += (record["step"] - newest) * record["cpu_seconds_per_step"] / 3600
+        newest = record["step"]
+        hours[newest] = total
+    return hours
+
+
+def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a trained model, and its curve."""
+    run, output = RUNS[name], folder_of(options, name)
+    hours = cpu_hours_at(output)
+    before = 0.0 if run.before is None else max(cpu_hours_at(folder_of(options, run.before)).values())
+    vae: Any = load_autoencoder(output / "vae").eval()
+    frames: list[torch.Tensor] = []
+
+    def keep_frames(_: str, result: Reconstruction) -> None:
+        frames.append(frame_psnr(result.pixels, result.original))
+
+    quality = evaluate_reconstruction(AutoencoderReconstructor(vae, name), options.held_out, on_clip=keep_frames)
+    row: dict[str, Any] = {"run": name, "num_parameters": sum(p.numel() for p in vae.parameters())}
+    row |= {"num_steps": run.num_steps, "cpu_hours": round(before + max(hours.values()), 2)}
+    row |= {"psnr": round(quality.totals["psnr_frame_mean_rgb"], 2)}
+    row |= {"ssim": round(quality.totals["ssim_frame_mean_rgb"], 4)}
+    by_frame = torch.stack(frames).double().mean(dim=0)  # (num_frames,)
+    row["psnr_of_first_frame"] = round(by_frame[0].item(), 2)
+    row["psnr_in_group"] = [round(x.item(), 2) for x in by_frame[1:].unflatten(0, (-1, 4)).mean(dim=0)]
+    curve = [
+        {"step": record["step"], "cpu_hours": round(before + hours.get(record["step"], 0.0), 3)}
+        | {key: round(record[key], 4) for key in ("psnr_frame_mean_rgb", "ssim_frame_mean_rgb")}
+        for record in read_json_lines(output / "validation.jsonl")
+    ]
+    return row, curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["train", "measure"])
+    parser.add_argument("--train", help="folder of training videos")
+    parser.add_argument("--held-out", required=True, help="folder of other videos")
+    parser.add_argument("--only", choices=list(RUNS), help="one run, and what it starts from")
+    parser.add_argument("--runs", default="runs/families", help="folder of the training runs")
+    parser.add_argument("--output", default=str(ROOT / "results/bench_families.json"))
+    options = parser.parse_args()
+    names = [options.only] if options.only else [name for name in RUNS if name != "images"]
+    if options.action == "train":
+        if options.train is None:
+            parser.error("--train is needed for `train`")
+        for name in names:
+            train(options, name)
+        return
+    torch.set_num_threads(2)
+    measured = {name: measure(options, name) for name in names}
+    rows, curves = [row for row, _ in measured.values()], {name: curve for name, (_, curve) in measured.items()}
+    runs = {name: run._asdict() for name, run in RUNS.items()}
+    write_result(options.output, {"rows": rows, "curves": curves, "all_runs": COMMON, "runs": runs})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
