@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_leanvae import load_autoencoder
+from diffusers_leanvae.loading import load_autoencoder
 from diffusers_leanvae.evaluation.metrics import frame_psnr
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor, Reconstruction
