@@ -24,6 +24,10 @@ MAX_FRAME_PIXELS = 1 << 27  # of a frame of a video, of which a decoder holds se
 # Report damage instead of concealing it, and allocate nothing for a size that comes up later.
 _DECODING = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_FRAME_PIXELS)}
 
+# Tags in a foreign encoding are no reason to refuse a video. PyAV 18 must be told so; PyAV 19 has no such option, and
+# gives bytes that are no UTF-8 as lone surrogates.
+_TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
+
 
 # Containers of PyAV and their streams refer to each other, so that decoders wait for Python's collector. In a forked
 # process, such as a worker of a `DataLoader`, it must leave those of the parent alone: freeing one waits for its
@@ -62,12 +66,11 @@ def open_input(path: PathLike, name: PathLike | None = None) -> Iterator[InputCo
         if file.stat().st_size == 0:
             raise VideoError(f"Cannot read {str(path)!r}: the file is empty.")
         # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
-        # expanded, and the whitelist keeps a playlist that calls itself a video off the network. Tags in a foreign
-        # encoding are no reason to refuse a video.
+        # expanded, and the whitelist keeps a playlist that calls itself a video off the network.
         options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
         if "%" in file.name:
             options["pattern_type"] = "none"
-        with av.open(str(file.absolute()), "r", options=options, metadata_errors="replace") as container:
+        with av.open(str(file.absolute()), "r", options=options, **_TAG_OPTIONS) as container:
             yield container
 
 
