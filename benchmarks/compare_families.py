@@ -55,15 +55,15 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "LeanVAE": Run("compact_16ch", 20000, ["optimizer.learning_rate=1e-3"]),
-    "WF-VAE": Run("compact_wfvae_16ch", 8000, ["optimizer.learning_rate=5e-4"]),
-    "IV-VAE": Run("compact_ivvae_16ch", 900, ["optimizer.learning_rate=5e-4"]),
+    "LeanVAE": Run("compact_16ch", 19200, ["optimizer.learning_rate=1e-3"]),
+    "WF-VAE": Run("compact_wfvae_16ch", 6600, ["optimizer.learning_rate=5e-4"]),
+    "IV-VAE": Run("compact_ivvae_16ch", 1164, ["optimizer.learning_rate=5e-4"]),
     "images": Run(
         "compact_ivvae_image_8ch",
-        1000,
+        612,
         ["optimizer.learning_rate=5e-4", "batch_size=32", "data.clip_sizes=[[1,64,64]]"],
     ),
-    "IV-VAE from images": Run("compact_ivvae_16ch", 675, ["optimizer.learning_rate=5e-4", "init=image"], "images"),
+    "IV-VAE from images": Run("compact_ivvae_16ch", 876, ["optimizer.learning_rate=5e-4", "init=image"], "images"),
 }
 
 
