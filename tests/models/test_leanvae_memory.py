@@ -124,7 +124,7 @@ def test_the_state_is_as_large_as_predicted(make_model, make_video, layout):
             model.decode(model.encode(video).latent_dist.mode(), cache=cache)
         else:
             model.encode(video, cache=cache)
-        cost = plan.cost(decoding, (1, 13, 40, 48), (40, 48) if layout is None else layout[:2], 5)
+        cost = plan.cost(decoding, (1, 13, 40, 48), (40, 48) if layout is None else layout[:2], 5, 4)
         one_more = cost.tile_state // (halo + 1)
         assert cache.nbytes() == 4 * (cost.state - one_more)
 

@@ -74,8 +74,8 @@ def test_the_state_is_as_large_as_predicted(case: str):
         for decoding in (False, True):
             cache = TemporalCache()
             (vae.decode if decoding else vae.encode)(latents if decoding else video, cache=cache)
-            short = model.cost(decoding, (1, 5, 128, 128), (128, 128), 5)
-            tiled = model.cost(decoding, (1, 5, 128, 256), (128, 128), 5)
+            short = model.cost(decoding, (1, 5, 128, 128), (128, 128), 5, 4)
+            tiled = model.cost(decoding, (1, 5, 128, 256), (128, 128), 5, 4)
             assert 0 <= 4 * short.state - cache.nbytes() <= 0.1 * cache.nbytes()  # and what a chunk takes in addition
             assert short.state == short.tile_state < tiled.tile_state < tiled.state
 

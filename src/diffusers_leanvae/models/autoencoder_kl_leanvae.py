@@ -27,6 +27,7 @@ from .leanvae_blocks import (
     CausalDepthwiseConv3d,
     LeanVAEBlocks,
     by_strips,
+    inner_dim,
     keep,
     slice_elements,
     update_tokens,
@@ -484,5 +485,9 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         return LeanVAEMemory(
             **self._memory_sizes(),
             dim=self.logvar_proj.in_features,
+            branch_dim=self.config.high_freq_dim if self.encoder.separate else self.logvar_proj.in_features,
+            inner_dim=inner_dim(self.logvar_proj.in_features),
+            has_sparse_code=isinstance(self.bottleneck, CompressedSensingBottleneck),
             slice_elements=slice_elements(self.device),
+            on_cpu=self.device.type == "cpu",
         )

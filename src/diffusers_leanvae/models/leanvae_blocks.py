@@ -208,12 +208,17 @@ class _TrainableDepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def inner_dim(dim: int) -> int:
+    """Inner width of a feed-forward, by the reference's rounding: 1365 for 512, 341 for 128, 21 for 8."""
+    return int(4 * (2 / 3) * dim)
+
+
 class LeanVAEFeedForward(nn.Module):
     """LayerNorm -> Linear to twice the inner width -> `gelu(gate) * value` -> Linear, per token."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.inner_dim = int(4 * (2 / 3) * dim)  # the reference's rounding: 1365 for 512, 341 for 128, 21 for 8
+        self.inner_dim = inner_dim(dim)
         self.norm = nn.LayerNorm(dim)
         self.up_proj = nn.Linear(dim, 2 * self.inner_dim, bias=False)
         self.down_proj = nn.Linear(self.inner_dim, dim, bias=False)

@@ -154,7 +154,12 @@ class MemoryModel(ABC):
 
     @abstractmethod
     def cost(
-        self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
+        self,
+        decoding: bool,
+        shape: tuple[int, int, int, int],
+        tile: tuple[int, int],
+        num_frames_per_chunk: int,
+        item_bytes: int,
     ) -> Cost:
         """Return the demand of one direction.
 
@@ -163,6 +168,7 @@ class MemoryModel(ABC):
             shape: `(batch_size, num_frames, height, width)` of the video.
             tile: Height and width of a tile in pixels.
             num_frames_per_chunk: Frames of the first chunk.
+            item_bytes: Bytes of a number of the model's dtype.
         """
 
     def plan(
@@ -171,17 +177,17 @@ class MemoryModel(ABC):
         """Return the cost of one choice.
 
         Args:
-            shape: As the arguments up to `item_bytes` of [`cost`].
+            shape: As the arguments of [`cost`].
             tile: See `shape`.
             num_frames_per_chunk: See `shape`.
-            item_bytes: Bytes of a number of the model's dtype.
+            item_bytes: See `shape`.
         """
         _, num_frames, height, width = shape
         is_chunked = num_frames_per_chunk < num_frames
         is_tiled = tile[0] < height or tile[1] < width
         results = []
         for decoding in (False, True):
-            cost = self.cost(decoding, shape, tile, num_frames_per_chunk)
+            cost = self.cost(decoding, shape, tile, num_frames_per_chunk, item_bytes)
             elements = cost.working
             if is_chunked:
                 elements += cost.tile_state if self.is_local else cost.state
@@ -237,7 +243,7 @@ class MemoryModel(ABC):
         for decoding in [False] * encode + [True] * decode:
             # The first step fills the state while it works, and a later one works on one latent frame less: together
             # they stay below one that does all of the first step's work with a full state.
-            cost = self.cost(decoding, (1, num_taken, height, width), tile, num_frames_per_chunk)
+            cost = self.cost(decoding, (1, num_taken, height, width), tile, num_frames_per_chunk, item_bytes)
             working = cost.working
             if is_tiled:
                 working += cost.result

@@ -215,7 +215,12 @@ class TracedMemory(MemoryModel):
     on_cpu: bool
 
     def cost(
-        self, decoding: bool, shape: tuple[int, int, int, int], tile: tuple[int, int], num_frames_per_chunk: int
+        self,
+        decoding: bool,
+        shape: tuple[int, int, int, int],
+        tile: tuple[int, int],
+        num_frames_per_chunk: int,
+        item_bytes: int,
     ) -> Cost:
         batch_size, num_frames, height, _ = shape
         frame, area, computed = self._positions(decoding, shape, tile)
