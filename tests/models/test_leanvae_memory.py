@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
+from diffusers_leanvae.models import leanvae_blocks
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.memory_planning import MemoryModel, OtherMemory
+from diffusers_leanvae.models.temporal_cache import Chunk
+from diffusers_leanvae.models.traced_memory import _Alive, _Case
 
 
 MIB = 2**20
@@ -182,3 +185,30 @@ def test_a_parked_stream_is_saved_moved_and_continued(make_model, make_video, tm
 def test_a_folder_to_park_in_must_exist(tmp_path):
     with pytest.raises(ValueError, match="`directory` must be an existing folder, got '.*nothing'"):
         TemporalCache(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("num_elements", [2**22, 2**14], ids=["whole", "in_slices"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"low_freq_dim": 48, "high_freq_dim": 144},
+        {"low_freq_dim": 48, "high_freq_dim": 144, "patch_embedding_type": "joint", "bottleneck_type": "linear"},
+    ],
+    ids=["narrow", "wide", "wide_in_one_stack"],
+)
+@torch.no_grad()
+def test_the_peak_is_that_of_the_network(make_model, make_video, monkeypatch, options, dtype, num_elements):
+    monkeypatch.setattr(leanvae_blocks, "slice_elements", lambda device: num_elements)
+    vae = make_model(dtype, **options)
+    model = dataclasses.replace(vae.memory_model(), slice_elements=num_elements)
+    for shape in ((1, 1, 48, 48), (2, 5, 40, 64), (1, 17, 64, 48)):
+        num_frames, height, width = shape[1:]
+        video = make_video(shape[0], 3, num_frames, height, width, dtype=dtype)
+        latents = vae.encode(video).latent_dist.mode()
+        for decoding, call, x in ((False, vae._encode_local, video), (True, vae._decode_local, latents)):
+            with _Alive(on_cpu=False) as alive:
+                call(x, Chunk())
+            predicted = model.cost(decoding, shape, (height, width), num_frames, dtype.itemsize).working
+            assert predicted * dtype.itemsize == pytest.approx(alive.take_peaks()[_Case()], rel=0.1), (decoding, shape)

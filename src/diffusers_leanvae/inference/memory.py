@@ -9,11 +9,14 @@ from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.containers import count_cores
 
 
-# Bytes per pixel that FFmpeg holds (`results/bench_memory.json`, cases `codec-*`, with a margin): a decoder, an
-# encoder, each frame of x264's look-ahead, and what a thread of either adds.
-_READER_BYTES, _WRITER_BYTES, _LOOKAHEAD_BYTES, _THREAD_BYTES = 20, 30, 4, 4
+# Bytes per pixel, padding included, that FFmpeg holds (`results/bench_memory*.json`, cases `codec-*`, with a margin): a
+# decoder, an encoder once it compresses frames, each frame of x264's look-ahead, and what a thread of a decoder and of
+# an encoder adds.
+_READER_BYTES, _COMPRESSING_BYTES, _LOOKAHEAD_BYTES = 14, 21, 3.75
+_READER_THREAD_BYTES, _WRITER_THREAD_BYTES = 6.5, 4
+_PADDING = 64  # pixels more along height and along width, into which motion may point
 _LOOKAHEAD = 42  # frames, with those that wait to become B-frames
-_LIBRARY_BYTES = 24 * 2**20  # buffers of PyTorch and FFmpeg at any size
+_LIBRARY_BYTES = 16 * 2**20  # buffers that PyTorch's kernels and FFmpeg keep, at any size
 _METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
 
 
@@ -86,7 +89,7 @@ def plan_streams(
     vae.check_can_stream("max_memory")
     if looks_ahead is None:
         num_ahead = min(job.num_frames or _LOOKAHEAD, _LOOKAHEAD)
-        if 8 * _LOOKAHEAD_BYTES * num_ahead * job.height * job.width <= max_memory:
+        if 8 * _LOOKAHEAD_BYTES * num_ahead * _padded(job) <= max_memory:
             with suppress(ValueError):  # what does not fit with it may fit without
                 return plan_streams(vae, job, max_memory, num_frames_per_step=num_frames_per_step, looks_ahead=True)
         looks_ahead = False
@@ -114,14 +117,20 @@ def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: 
     """
     if num_threads is None:
         num_threads = count_cores()
-    num_pixels, threads = job.height * job.width, _THREAD_BYTES * num_threads
+    num_pixels, padded = job.height * job.width, _padded(job)
     fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
     if job.encode:
-        fixed += (_READER_BYTES + threads) * num_pixels
+        fixed += (_READER_BYTES + _READER_THREAD_BYTES * num_threads) * padded
+    writes = job.decode and job.num_frames != 1
     return OtherMemory(
-        fixed=fixed,
+        fixed=round(fixed),
         per_step_frame=3 * num_pixels * job.keeps_originals,
-        writer=(_WRITER_BYTES + threads) * num_pixels * (job.decode and job.num_frames != 1),
-        per_written=_LOOKAHEAD_BYTES * num_pixels * (job.decode and looks_ahead),
-        max_written=_LOOKAHEAD,
+        writer=_WRITER_THREAD_BYTES * num_threads * padded * writes,
+        per_written=round(_LOOKAHEAD_BYTES * padded) * (job.decode and looks_ahead),
+        max_written=_LOOKAHEAD * looks_ahead,
+        compressing=_COMPRESSING_BYTES * padded * writes,
     )
+
+
+def _padded(job: VideoJob) -> int:
+    return (job.height + _PADDING) * (job.width + _PADDING)

@@ -66,10 +66,11 @@ class LeanVAEMemory(MemoryModel):
     def _encode_peak(self, area: int, num_rows: int, num_frames: int, item_bytes: int) -> int:
         num_tokens = area * self._num_latent(num_frames)
         tokens, moments = self.dim * num_tokens, 2 * self.latent_channels * num_tokens
-        pixels = self.frame_elements * num_frames
-        first, second = self._strips(num_rows, pixels * area // num_rows)
-        # A strip's pixels on their way, or its projected patches joined to tokens.
-        per_row = max(_EMBEDDING_COPIES * pixels, pixels + 2 * tokens // area) * area // num_rows
+        image, video = self.frame_elements, self.frame_elements * (num_frames - 1)
+        first, second = self._strips(num_rows, (image + video) * area // num_rows)
+        # The pixels of a strip on their way, next to its image's patches and tokens; or its tokens being joined.
+        on_the_way = max(_EMBEDDING_COPIES * image, (_EMBEDDING_COPIES * video + image + self.dim) * (video > 0))
+        per_row = max(on_the_way, video + 2 * tokens // area) * area // num_rows
         embedding = first * per_row
         if second:  # the result, and of the strip before what the loop still holds
             embedding = max(embedding, tokens + self.branch_dim * num_tokens // num_rows * first + second * per_row)
@@ -99,8 +100,8 @@ class LeanVAEMemory(MemoryModel):
         padded = num_tokens + 2 * area  # with the steps before
         channels = self._num_per_slice(2 * padded, self.dim)
         convolution = padded + num_tokens
-        if self.on_cpu and item_bytes < 4:  # input and result in float32, and the result once more
-            convolution = convolution * 4 // item_bytes + num_tokens
+        if self.on_cpu and item_bytes < 4:  # input, weights, bias and result in float32, and the result once more
+            convolution = (convolution + 3**3 + 1) * 4 // item_bytes + num_tokens
         return max(feed_forward, channels * convolution)
 
     def _strips(self, num_rows: int, elements_per_row: int) -> tuple[int, int]:

@@ -71,6 +71,8 @@ class OtherMemory(NamedTuple):
         writer: From the first frame that came out.
         per_written: For each of the last `max_written` frames that came out; x264 looks ahead so far.
         max_written: See `per_written`.
+        compressing: Once more frames came out than are looked ahead. Before, they only wait; when the video ends
+            earlier, they are compressed while no step is in memory any more.
     """
 
     fixed: int = 0
@@ -78,14 +80,20 @@ class OtherMemory(NamedTuple):
     writer: int = 0
     per_written: int = 0
     max_written: int = 0
+    compressing: int = 0
 
     def after(self, num_written: int | None) -> int:
         """Bytes of the writer after a number of frames, `None` for any number."""
         held = self.max_written if num_written is None else min(num_written, self.max_written)
-        return 0 if num_written == 0 else self.writer + self.per_written * held
+        if num_written == 0:
+            return 0
+        compressing = self.compressing if num_written is None or num_written > self.max_written else 0
+        return self.writer + self.per_written * held + compressing
 
 
 _NOTHING = OtherMemory()
+# Frames are converted from and to 8 bits in float32, whatever the dtype of the model.
+_FLOAT_BYTES = 4
 
 
 class Cost(NamedTuple):
@@ -254,12 +262,12 @@ class MemoryModel(ABC):
             if is_chunked and not self.is_local:
                 working = max(working, 2 * cost.result)
             # Beside the step's frames either the network works, or one of them is converted from or to 8 bits.
-            frames = num_taken * one_frame
+            frames, converting = num_taken * one_frame * item_bytes, 2 * one_frame * _FLOAT_BYTES
             if decoding:
                 peaks.append(working * item_bytes + before)
-                peaks.append((frames + 2 * one_frame) * item_bytes + after)
+                peaks.append(frames + converting + after)
             else:
-                peaks.append((frames + max(working, 2 * one_frame)) * item_bytes + before)
+                peaks.append(frames + max(working * item_bytes, converting) + before)
             overhead += cost.overhead * (_DECODE_WORK if decoding else 1)
         overhead /= encode + decode * _DECODE_WORK
         if is_parked:
