@@ -9,14 +9,14 @@ from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.containers import count_cores
 
 
-# Bytes per pixel, padding included, that FFmpeg holds (`results/bench_memory*.json`, cases `codec-*`, with a margin): a
-# decoder, an encoder once it compresses frames, each frame of x264's look-ahead, and what a thread of a decoder and of
-# an encoder adds.
-_READER_BYTES, _COMPRESSING_BYTES, _LOOKAHEAD_BYTES = 14, 21, 3.75
+# Bytes per pixel, padding included, that FFmpeg holds (`results/bench_memory*.json`, cases `codec-*`, with a margin):
+# a decoder, one of a single frame, an encoder once it compresses frames, each frame of x264's look-ahead, and what a
+# thread of a decoder and of an encoder adds.
+_READER_BYTES, _ONE_FRAME_BYTES, _COMPRESSING_BYTES, _LOOKAHEAD_BYTES = 14, 10, 21, 3.75
 _READER_THREAD_BYTES, _WRITER_THREAD_BYTES = 6.5, 4
 _PADDING = 64  # pixels more along height and along width, into which motion may point
 _LOOKAHEAD = 42  # frames, with those that wait to become B-frames
-_LIBRARY_BYTES = 16 * 2**20  # buffers that PyTorch's kernels and FFmpeg keep, at any size
+_LIBRARY_BYTES = 12 * 2**20  # buffers that PyTorch's kernels and FFmpeg keep, at any size
 _METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
 
 
@@ -120,7 +120,8 @@ def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: 
     num_pixels, padded = job.height * job.width, _padded(job)
     fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
     if job.encode:
-        fixed += (_READER_BYTES + _READER_THREAD_BYTES * num_threads) * padded
+        per_pixel = _READER_BYTES + _READER_THREAD_BYTES * num_threads
+        fixed += (_ONE_FRAME_BYTES if job.num_frames == 1 else per_pixel) * padded
     writes = job.decode and job.num_frames != 1
     return OtherMemory(
         fixed=round(fixed),

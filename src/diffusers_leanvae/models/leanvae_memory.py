@@ -1,8 +1,8 @@
 """Prediction of the memory that LeanVAE needs. Arithmetic only.
 
-The terms are the tensors alive at the peaks of `_encode_local` and `_decode_local` without gradients: where layers work
-in slices (see `leanvae_blocks.slices`), those of the largest slice. `tests/models/test_leanvae_memory.py` compares
-them with the network itself, run on tensors without data.
+The terms are the tensors alive at the peaks of `_encode_local` and `_decode_local` without gradients: where layers
+work in slices (see `leanvae_blocks.slices`), those of the largest slice. `tests/models/test_leanvae_memory.py`
+compares them with what the network itself keeps alive.
 """
 
 from dataclasses import dataclass
