@@ -279,10 +279,15 @@ def parse_color(text: str) -> tuple[int, int, int]:
 
 
 def memory_limit(max_memory: str | None) -> int | None:
-    """Turn the option `--max-memory` into bytes; `None` is no limit."""
+    """Turn the option `--max-memory` into bytes, and keep no freed memory from then on; `None` is no limit."""
+    from ..clock import keep_freed_memory
     from ..inference.memory import parse_memory
 
-    return None if max_memory is None else parse_memory(max_memory)
+    if max_memory is None:
+        return None
+    num_bytes = parse_memory(max_memory)
+    keep_freed_memory(False)  # else the C library holds on to much that the network does not need any more
+    return num_bytes
 
 
 @contextmanager

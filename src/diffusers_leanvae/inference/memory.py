@@ -17,6 +17,7 @@ _READER_THREAD_BYTES, _WRITER_THREAD_BYTES = 6.5, 4
 _PADDING = 64  # pixels more along height and along width, into which motion may point
 _LOOKAHEAD = 42  # frames, with those that wait to become B-frames
 _LIBRARY_BYTES = 12 * 2**20  # buffers that PyTorch's kernels and FFmpeg keep, at any size
+_FIRST_USE_BYTES = 18 * 2**20  # code and tables that they load with the first video of a process
 _METRICS_BYTES = 12 * 16  # per pixel: float copies of a frame that PSNR and SSIM make
 
 
@@ -102,23 +103,26 @@ def plan_streams(
         max_frames_per_step=num_frames_per_step,
         encode=job.encode,
         decode=job.decode,
-        others=memory_beside_network(job, looks_ahead),
+        others=memory_beside_network(job, looks_ahead, is_first_use=True),
     )
     return plan, looks_ahead
 
 
-def memory_beside_network(job: VideoJob, looks_ahead: bool = True, num_threads: int | None = None) -> OtherMemory:
+def memory_beside_network(
+    job: VideoJob, looks_ahead: bool = True, num_threads: int | None = None, is_first_use: bool = False
+) -> OtherMemory:
     """Predict the memory of FFmpeg and of uint8 frames.
 
     Args:
         job: What is to be done.
         looks_ahead: Whether x264 looks ahead.
         num_threads: Threads of FFmpeg, one per core by default.
+        is_first_use: Whether the process has not used the network and FFmpeg before.
     """
     if num_threads is None:
         num_threads = count_cores()
     num_pixels, padded = job.height * job.width, _padded(job)
-    fixed = _LIBRARY_BYTES + _METRICS_BYTES * job.metrics * num_pixels
+    fixed = _LIBRARY_BYTES + _FIRST_USE_BYTES * is_first_use + _METRICS_BYTES * job.metrics * num_pixels
     if job.encode:
         per_pixel = _READER_BYTES + _READER_THREAD_BYTES * num_threads
         fixed += (_ONE_FRAME_BYTES if job.num_frames == 1 else per_pixel) * padded
