@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,17 @@ from diffusers_leanvae.latents import statistics_of
 
 
 WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 0.25]}
+STATISTICS: dict[str, Any] = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 0.25]}
+FOUND = STATISTICS | {"scaling_factor": 1.0}
 
 
 def test_of_wan():
     known = statistics_of("teacher", "wan2.1")
     with torch.device("meta"):
         config = AutoencoderKLWan().config
-    assert known == {key: config[key] for key in ("latents_mean", "latents_std")}
+    assert known == {key: config[key] for key in ("latents_mean", "latents_std")} | {"scaling_factor": 1.0}
     known = statistics_of("teacher", "wan2.2")
-    assert [len(values) for values in known.values()] == [48, 48]
+    assert (len(known["latents_mean"]), len(known["latents_std"]), known["scaling_factor"]) == (48, 48, 1.0)
     assert known["latents_mean"][0] == -0.2289 and known["latents_mean"][-1] == -0.0667
     assert known["latents_std"][0] == 0.4765 and known["latents_std"][-1] == 0.7744
     assert min(known["latents_std"]) == 0.3523  # all positive
@@ -31,16 +33,24 @@ def test_of_wan():
 
 def test_of_a_folder_a_file_and_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     AutoencoderKLWan(**WAN, **STATISTICS).save_pretrained(tmp_path)
-    assert statistics_of("teacher", str(tmp_path)) == STATISTICS
-    assert statistics_of("teacher", str(tmp_path / "config.json")) == STATISTICS
+    assert statistics_of("teacher", str(tmp_path)) == FOUND
+    assert statistics_of("teacher", str(tmp_path / "config.json")) == FOUND
     config = (tmp_path / "config.json").read_bytes()
     with LocalHub() as server:
         server.connect(monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         server.repositories = {"someone/wan": {"vae/config.json": config}}
-        assert statistics_of("teacher", "someone/wan/vae") == STATISTICS
+        assert statistics_of("teacher", "someone/wan/vae") == FOUND
         with pytest.raises(ValueError, match="`teacher` must be an autoencoder, got 'someone/wan': .*config.json"):
             statistics_of("teacher", "someone/wan")
+
+
+def test_of_an_autoencoder_with_a_factor(tmp_path: Path):
+    make_tiny("leanvae", scaling_factor=0.7).save_pretrained(tmp_path)
+    nothing = {"latents_mean": None, "latents_std": None}
+    assert statistics_of("teacher", str(tmp_path)) == nothing | {"scaling_factor": 0.7}
+    make_tiny("leanvae", scaling_factor=0.7, **STATISTICS).save_pretrained(tmp_path)
+    assert statistics_of("teacher", str(tmp_path)) == STATISTICS | {"scaling_factor": 0.7}
 
 
 def test_refusals(tmp_path: Path):

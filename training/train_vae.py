@@ -305,15 +305,15 @@ def build_training_module(recipe: Recipe, vae: VideoAutoencoder, device: torch.d
 
 
 def build_teacher(recipe: TeacherRecipe, vae: VideoAutoencoder, device: torch.device) -> Teacher | None:
-    """The teacher, if any; the model takes its latent statistics over, as it will stand in its place."""
+    """The teacher, if any; the model takes over how its latents are normalised, as it will stand in its place."""
     if recipe.path is None:
         return None
     if not isinstance(vae, AutoencoderKLLeanVAE):
         raise ValueError(f"`teacher.path` must be null for an {type(vae).__name__}, got {recipe.path!r}.")
     teacher = Teacher.from_pretrained(recipe.path, recipe.subfolder).to(device)
     teacher.check_student(vae)
-    if teacher.latents_std is not None:
-        vae.register_to_config(latents_mean=teacher.latents_mean, latents_std=teacher.latents_std)
+    names = ("latents_mean", "latents_std", "scaling_factor")
+    vae.register_to_config(**{name: getattr(teacher, name) for name in names})
     return teacher
 
 
@@ -488,7 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
             averaged.save_pretrained(run.output / "adapter")
             (run.output / "adapter" / "README.md").unlink(missing_ok=True)  # peft writes an empty template
             averaged = averaged.merge_and_unload()
-        if teacher is None or teacher.latents_std is None:
+        if teacher is None:
             videos = training_videos(dataset, recipe.num_statistics_clips, device)
             latents = (encode_batch(averaged, video) for video in videos)
             mean, std = measure_statistics(latents, averaged.latent_channels)

@@ -59,25 +59,27 @@ def _statistics(latents: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch
     return mean, std, factor
 
 
-def statistics_of(name: str, teacher: str) -> dict[str, list[float]]:
-    """Read `latents_mean` and `latents_std` of an autoencoder, for one that was trained to make the same latents.
+def statistics_of(name: str, teacher: str) -> dict[str, Any]:
+    """Read how the latents of an autoencoder are normalised, for one that was trained to make the same latents.
 
     Args:
         name: The argument, for the error.
         teacher: `"wan2.1"`, `"wan2.2"`; the folder or `config.json` of an autoencoder, or its Hub id `user/repo`, with
             the sub-folder of a pipeline behind it if it is in one.
 
+    Returns:
+        Config values that replace all of the student's: `latents_mean` and `latents_std`, `None` if the teacher has a
+        factor alone, and `scaling_factor`, 1.0 if it has none.
+
     Raises:
-        ValueError: If there is none, or its config has no such statistics.
+        ValueError: If there is none, or its config has neither statistics nor a factor.
     """
     if teacher == "wan2.1":
         defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
-        return {key: list(defaults[key].default) for key in ("latents_mean", "latents_std")}
+        return {key: list(defaults[key].default) for key in ("latents_mean", "latents_std")} | {"scaling_factor": 1.0}
     if teacher == "wan2.2":
-        return {
-            "latents_mean": [float(value) for value in WAN_22_MEAN.split()],
-            "latents_std": [float(value) for value in WAN_22_STD.split()],
-        }
+        mean, std = ([float(value) for value in values.split()] for values in (WAN_22_MEAN, WAN_22_STD))
+        return {"latents_mean": mean, "latents_std": std, "scaling_factor": 1.0}
     is_here = Path(teacher).exists()
     if not is_here and not is_hub_reference(teacher):
         raise ValueError(
@@ -90,11 +92,15 @@ def statistics_of(name: str, teacher: str) -> dict[str, list[float]]:
         config: Any = AutoModel.load_config(place, subfolder="/".join(folders) or None)
     except OSError as error:
         raise ValueError(f"`{name}` must be an autoencoder, got {teacher!r}: {reason_of(error)}.") from None
-    found = {key: config.get(key) for key in ("latents_mean", "latents_std")}
-    if None in found.values():
-        missing = " and ".join(f"`{key}`" for key, value in found.items() if value is None)
-        raise ValueError(f"`{name}` must be an autoencoder with statistics, got {teacher!r} without {missing}.")
-    return {key: [float(number) for number in values] for key, values in found.items()}
+    statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
+    factor = config.get("scaling_factor")
+    missing = [f"`{key}`" for key, value in statistics.items() if value is None]
+    if len(missing) == 1 or (missing and factor is None):
+        raise ValueError(
+            f"`{name}` must be an autoencoder with statistics, got {teacher!r} without {' and '.join(missing)}."
+        )
+    numbers = {key: value and [float(number) for number in value] for key, value in statistics.items()}
+    return numbers | {"scaling_factor": 1.0 if factor is None else float(factor)}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
 from diffusers_leanvae import bundled
 from diffusers_leanvae.evaluation.diffusability import load_clips
@@ -95,10 +95,21 @@ def test_teacher_from_a_folder(tmp_path, make_video):
     teacher = Teacher.from_pretrained(tmp_path / "pipeline", subfolder="vae")
     assert type(teacher.vae) is AutoencoderKLWan
     assert (teacher.latents_mean, teacher.latents_std) == (WAN["latents_mean"], WAN["latents_std"])
+    assert teacher.scaling_factor == 1.0
     sample = make_video(1, 3, 5, 16, 16)
     assert torch.equal(teacher.encode(sample), Teacher(wan).encode(sample))
     half = Teacher.from_pretrained(tmp_path / "pipeline" / "vae", dtype=torch.float64)
     assert half.vae.dtype == torch.float64 and half.encode(sample).dtype == torch.float32
+
+
+def test_a_teacher_with_a_factor_alone(make_model, make_video):
+    sizes = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    teacher = Teacher(AutoencoderKLCogVideoX(**sizes))
+    assert (teacher.latents_mean, teacher.latents_std, teacher.scaling_factor) == (None, None, 1.15258426)
+    student = make_model()
+    teacher.check_student(student)
+    sample = make_video(1, 3, 9, 32, 32)
+    assert teacher.encode(sample).shape == student.encode(sample).latent_dist.mode().shape
 
 
 def test_a_leanvae_can_teach_as_well(make_model, make_video):

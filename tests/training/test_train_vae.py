@@ -336,7 +336,7 @@ def test_lora_leaves_adapters_and_a_merged_model(script: Script, base_model: Pat
 def test_a_teacher_lends_latents_and_their_statistics(script: Script, tmp_path: Path):
     torch.manual_seed(1)
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
-    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0], "scaling_factor": 0.5}
     AutoencoderKLLeanVAE(**tiny, **statistics).save_pretrained(tmp_path / "teacher")
     judged = ("teacher.has_discriminator=true", "sample_posterior=false", "loss.ms_ssim=1.0", *SMALL_GAN)
     run = script.train(tmp_path / "run", f"teacher.path={tmp_path / 'teacher'}", "num_steps=2", *judged)
@@ -346,6 +346,10 @@ def test_a_teacher_lends_latents_and_their_statistics(script: Script, tmp_path: 
     log = read_log(run)
     assert aligned | {"align_discriminator", "align_lecam"} <= set(log[-1])
     assert changed(weights_at(run, 2, "_1"), weights_at(run, 2, "_2"))
+    AutoencoderKLLeanVAE(**tiny, scaling_factor=0.5).save_pretrained(tmp_path / "factor")
+    run = script.train(tmp_path / "factored", f"teacher.path={tmp_path / 'factor'}", "num_steps=1")
+    config = AutoencoderKLLeanVAE.load_config(run / "vae")
+    assert {name: config[name] for name in statistics} == dict.fromkeys(statistics) | {"scaling_factor": 0.5}
     with pytest.raises(ValueError, match="`student` must have the teacher's latents, 4 channels"):
         script.train(tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
 

@@ -26,6 +26,7 @@ class Teacher:
         compression_ratios: Pixels per latent in time, height and width; `None` where the model does not tell.
         latents_mean: Mean of each latent channel from its config, for the student to take over, or `None`.
         latents_std: Standard deviation of each latent channel, in the same way.
+        scaling_factor: Factor on its latents, which has no statistics then, for the student to take over, or 1.0.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -37,6 +38,7 @@ class Teacher:
         self.compression_ratios = (temporal, spatial, spatial)
         self.latents_mean = _statistics(config, "latents_mean", self.latent_channels)
         self.latents_std = _statistics(config, "latents_std", self.latent_channels)
+        self.scaling_factor: float = config.get("scaling_factor", 1.0)
 
     @classmethod
     def from_pretrained(
