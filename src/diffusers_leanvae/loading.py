@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline
-from diffusers.utils import is_transformers_available
+from diffusers.utils import is_accelerate_available, is_transformers_available
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
@@ -128,7 +128,7 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         ImportError: If a bundled text-to-video pipeline is asked for without transformers.
         ValueError: If there is none.
     """
-    options = {"dtype": dtype} | options
+    options = {"dtype": dtype} | _memory_options() | options
     is_here = str(source) in bundled.PIPELINES or Path(source).exists()
     if not is_here and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
@@ -300,6 +300,7 @@ def _load(
             if config is not None:
                 model_class = class_of_config(config, place, classes)
                 if not model_class.is_original_config(config):
+                    options = _memory_options() | options
                     return model_class.from_pretrained(place, torch_dtype=dtype, subfolder=subfolder, **options)
             place = place if subfolder is None else f"{place}/{subfolder}"
         path = resolve_checkpoint(place, **hub)
@@ -311,6 +312,11 @@ def _load(
             raise
         reason = reason or reason_of(error)
         raise ValueError(f"`source` must be there and readable, got {str(source)!r}: {reason}.") from None
+
+
+def _memory_options() -> dict[str, bool]:
+    """Ask for the memory that diffusers would take anyway: without accelerate it warns before each model."""
+    return {"low_cpu_mem_usage": is_accelerate_available()}
 
 
 def _find_config(

@@ -1,6 +1,7 @@
 """The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
 
 import json
+import logging
 import re
 import time
 from fractions import Fraction
@@ -17,8 +18,8 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae import bundled
-from diffusers_leanvae.cli import app
-from diffusers_leanvae.cli.common import in_one_sentence, place
+from diffusers_leanvae.cli import app, demo
+from diffusers_leanvae.cli.common import in_one_sentence, load_model, place
 from diffusers_leanvae.cli.jobs import Jobs, process
 from diffusers_leanvae.cli.videos import live
 from diffusers_leanvae.inference import files
@@ -424,7 +425,8 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("encode", source, tmp_path / "o.mp4", "--model", model), "must end in .safetensors"),
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
         (("convert", model, tmp_path / "o.onnx", "--to-original"), "must end in"),
-        (("convert", source, tmp_path / "o"), "must be"),
+        (("convert", source, tmp_path / "o"), f"IN '{source}' cannot be converted: "),
+        (("convert", "nothing", tmp_path / "o.pt", "--to-original"), "IN 'nothing' cannot be converted: "),
         (
             ("convert", model, tmp_path / "o.pt", "--to-original", "--latents-like", "wan2.1"),
             "`--latents-like` must not be given with `--to-original`",
@@ -441,9 +443,12 @@ def test_convert_there_and_back(model, make_model, tmp_path):
     assert leanvae("convert", model, tmp_path / "original.ckpt", "--to-original")[0] == 0
     (tmp_path / "teacher.json").write_text(json.dumps({"latents_mean": [1, 0, 0, 0], "latents_std": [2, 1, 1, 1]}))
     options = ("--latents-like", tmp_path / "teacher.json")
-    assert leanvae("convert", tmp_path / "original.ckpt", tmp_path / "aligned", *options)[0] == 0
+    make_model(scaling_factor=0.7744).save_pretrained(tmp_path / "scaled")
+    assert leanvae("convert", tmp_path / "scaled", tmp_path / "scaled.ckpt", "--to-original")[0] == 0
+    assert leanvae("convert", tmp_path / "scaled.ckpt", tmp_path / "aligned", *options)[0] == 0
     config = json.loads((tmp_path / "aligned" / "config.json").read_text())
     assert config["latents_mean"] == [1.0, 0.0, 0.0, 0.0] and config["latents_std"] == [2.0, 1.0, 1.0, 1.0]
+    assert config["scaling_factor"] == 1.0  # that of the teacher, which has none; applied once more it would be wrong
     code, out, err = leanvae("convert", tmp_path / "original.ckpt", tmp_path / "other", "--latents-like", "wan2.1")
     assert code == 1 and "`latents_mean` must have 4 entries, got 16" in err
     code, out, err = leanvae("convert", tmp_path / "original.ckpt", tmp_path / "back")
@@ -463,3 +468,18 @@ def test_demo(tmp_path):
     assert float(out.split("PSNR ")[1].split(" dB")[0]) > 30.0
     info = probe_video(tmp_path / "generated.mp4")
     assert (info.width, info.height, info.num_frames) == (256, 128, 17)
+
+
+def test_demo_without_transformers_and_accelerate(tmp_path, monkeypatch, capsys):
+    for name in ("transformers", "accelerate"):
+        monkeypatch.setattr(f"diffusers.utils.import_utils._{name}_available", False)
+    monkeypatch.setattr(demo, "NUM_STEPS", 1)
+    warned = []
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handle", warned.append)
+    load_model(bundled.DEFAULT, "cpu")
+    demo.generate_two(tmp_path, torch.device("cpu"))
+    out = capsys.readouterr().out
+    assert out.startswith('Videos from texts need transformers: pip install "diffusers-leanvae[text]"; these are of')
+    assert out.count("\n") == 4 and warned == []
+    info = probe_video(tmp_path / "generated.mp4")
+    assert (info.width, info.height, info.num_frames) == (128, 64, 17)

@@ -1,6 +1,7 @@
 """`leanvae train`: recipes by name, a listing of their keys, and the scripts themselves."""
 
 import json
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def test_a_recipe_that_does_not_exist_is_named_at_once(monkeypatch, tmp_path):
     for override, message in (("num_step=3", "Unknown recipe key `num_step`"), ("num_steps", "An override must read")):
         code, out, err = invoke("vae", "smoke", override)
         assert (code, out) == (1, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_an_absent_accelerate_is_said_in_a_sentence(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "accelerate"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "diffusers_leanvae.training.train_vae", raising=False)
+    expected = 'error: Training needs accelerate: pip install "diffusers-leanvae[train]".\n'
+    assert invoke("vae", "smoke") == (1, "", expected)
 
 
 def test_a_run_is_that_of_the_script(clips, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`demo`: the bundled clip through the bundled autoencoder, and videos of the bundled generator."""
+"""`demo`: the bundled clip through the bundled autoencoder, and videos of a bundled generator."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,12 @@ from .. import bundled
 from .common import Device, load_model
 
 
-GENERATOR = bundled.default_pipeline(takes_text=True)
-PROMPTS = (
+PROMPTS = [
     "a red circle moves left above a blue square moving down",
     "On a green background, a large white triangle moves up to the left of a small yellow cross that goes down.",
-)
+]
+LABELS = ["red circle left", "blue cross right"]
+NUM_STEPS = 25
 
 
 def demo(
@@ -26,10 +27,7 @@ def demo(
     vae = load_model(bundled.DEFAULT, device)
     output.mkdir(parents=True, exist_ok=True)
     reconstruct_clip(output, vae, num_frames)
-    try:
-        generate_scenes(output, vae.device)
-    except ImportError as error:  # the rest needs no text encoder
-        typer.echo(f"No video from a text: {error}")
+    generate_two(output, vae.device)
 
 
 def reconstruct_clip(output: Path, vae: Any, num_frames: int) -> None:
@@ -58,15 +56,22 @@ def reconstruct_clip(output: Path, vae: Any, num_frames: int) -> None:
     )
 
 
-def generate_scenes(output: Path, device: Any) -> None:
-    """Write `generated.mp4` and `generated.png`."""
+def generate_two(output: Path, device: Any) -> None:
+    """Write `generated.mp4` and `generated.png`: videos from texts, or of classes, which need no text encoder."""
+    from diffusers.utils import is_transformers_available
+
     from ..generation import generate_videos
 
+    takes_text = is_transformers_available()
+    name, wanted = bundled.default_pipeline(takes_text), PROMPTS if takes_text else LABELS
     video, picture = output / "generated.mp4", output / "generated.png"
-    typer.echo(f"Two videos of {GENERATOR} (a demonstration of text to video) ...")
-    generate_videos(GENERATOR, video, prompts=list(PROMPTS), num_inference_steps=25, device=device)
+    if not takes_text:
+        typer.echo('Videos from texts need transformers: pip install "diffusers-leanvae[text]"; these are of classes.')
+    typer.echo(f"Two videos of {name} (a demonstration of {'text' if takes_text else 'class'} to video) ...")
+    conditions: dict[str, Any] = {"prompts" if takes_text else "labels": wanted}
+    generate_videos(name, video, **conditions, num_inference_steps=NUM_STEPS, device=device)
     write_contact_sheet(video, picture)
-    typer.echo(f"Generated, {'; '.join(PROMPTS)}: {video.resolve()}\nThree frames of it: {picture.resolve()}")
+    typer.echo(f"Generated, {'; '.join(wanted)}: {video.resolve()}\nThree frames of it: {picture.resolve()}")
 
 
 def write_contact_sheet(video: Path, target: Path, num_frames: int = 3) -> None:

@@ -1,6 +1,8 @@
 """Files of models: `convert`, `info`, `models`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +49,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="TEACHER",
-            help="For weights that were trained to make the latents of another autoencoder: take over its mean and "
-            "deviation of latents. wan2.1, wan2.2, or the folder, config.json or Hub id of that autoencoder.",
+            help="For weights that were trained to make the latents of another autoencoder: take over mean, deviation "
+            "and factor of its latents. wan2.1, wan2.2, or the folder, config.json or Hub id of that autoencoder.",
             autocompletion=complete("wan2.1", "wan2.2"),
         ),
     ] = None,
@@ -74,15 +76,17 @@ def convert(
         }
         for option in [option for option, value in given.items() if value is not None]:
             raise ValueError(f"`--{option}` must not be given with `--to-original`.")
-        model = loading.load_model(source, torch_dtype)
+        with _naming_source(source):
+            model = loading.load_model(source, torch_dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
         model.conversion.write_original_checkpoint(target, dict(model.config), model.state_dict())
     else:
         if target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
         statistics = {} if latents_like is None else statistics_of("--latents-like", latents_like)
-        file = resolve_checkpoint(source)
-        model_class = loading.class_of_checkpoint(file)
+        with _naming_source(source):
+            file = resolve_checkpoint(source)
+            model_class = loading.class_of_checkpoint(file)
         options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
         options = {name: value for name, value in options.items() if value is not None}
         for name in options.keys() - set(model_class.conversion.OPTIONS):
@@ -97,6 +101,15 @@ def convert(
         print_json({"output": target, "class": type(model).__name__, "num_parameters": num_parameters})
     else:
         typer.echo(f"{target}  {num_parameters / 1e6:.2f} M parameters")
+
+
+@contextmanager
+def _naming_source(source: str) -> Iterator[None]:
+    """Name the argument IN of `convert` in what is wrong with it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"IN {source!r} cannot be converted: {one_line(error)}") from None
 
 
 def info(

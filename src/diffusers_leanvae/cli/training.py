@@ -83,7 +83,12 @@ def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None
     if recipe is None and not keys:
         raise ValueError("RECIPE must be given without `--keys`; `leanvae train recipes` lists what is shipped.")
     file = None if recipe is None else find_recipe(recipe, _script(kind))
-    script: Any = import_module(f"{PACKAGE}.{SCRIPTS[kind]}")
+    try:
+        script: Any = import_module(f"{PACKAGE}.{SCRIPTS[kind]}")
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] != "accelerate":
+            raise
+        raise ImportError('Training needs accelerate: pip install "diffusers-leanvae[train]".') from error
     if not keys:
         script.main([str(file), *overrides])
         return
