@@ -3,8 +3,8 @@
     python scripts/check_wheel.py                      # the Pythons that are found (`make wheel-check`)
     python scripts/check_wheel.py --python /usr/bin/python3.11 --python ~/.pyenv/versions/3.13.0/bin/python
 
-Writes results/wheel_check.json; the table is in docs/install.md. Where pip has no PyTorch for a Python, all the rest
-is installed, and the commands that need none are run.
+Writes results/wheel_check.json; the table is in docs/install.md. All extras are resolved together, without installing
+them. Where pip has no PyTorch for a Python, all the rest is installed, and the commands that need none are run.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def version_of(python: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def requirements_without_torch(metadata: str) -> list[str]:
+def requirements_without_torch(metadata: Message) -> list[str]:
     """List what a wheel needs, without extras and without what is, or needs, PyTorch."""
-    needed = [Requirement(text) for text in Parser().parsestr(metadata).get_all("Requires-Dist", [])]
+    needed = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     return [
         str(requirement)
         for requirement in needed
@@ -58,10 +59,10 @@ def requirements_without_torch(metadata: str) -> list[str]:
     ]
 
 
-def read_metadata(wheel: Path) -> str:
+def read_metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as file:
         (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
-        return file.read(name).decode()
+        return Parser().parsestr(file.read(name).decode())
 
 
 def check(python: str, wheel: Path, folder: Path) -> dict[str, Any]:
@@ -75,16 +76,22 @@ def check(python: str, wheel: Path, folder: Path) -> dict[str, Any]:
     place.mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     install = [str(executables / "python"), "-m", "pip", "install", "-qq", "--no-input"]
+    pinned, metadata = [*install, "-c", str(ROOT / "constraints.txt")], read_metadata(wheel)
     begin = time.monotonic()
-    result = subprocess.run([*install, "-c", ROOT / "constraints.txt", wheel], env=environment, check=False)
+    result = subprocess.run([*pinned, wheel], env=environment, check=False)
     has_torch = result.returncode == 0
     if not has_torch:
         print(f"{python}: pip finds no PyTorch for it; the rest is installed without", flush=True)
-        rest = requirements_without_torch(read_metadata(wheel))
         subprocess.run([*install, "--no-deps", wheel], env=environment, check=True)
-        subprocess.run([*install, *rest], env=environment, check=True)
+        subprocess.run([*install, *requirements_without_torch(metadata)], env=environment, check=True)
     row = {"Python": version_of(str(executables / "python")), "installed": "whole" if has_torch else "without PyTorch"}
     row["to install (s)"] = round(time.monotonic() - begin)
+    extras = metadata.get_all("Provides-Extra", [])
+    if has_torch:  # by the name of what is installed, as the errors say of what an absent extra brings
+        print(f"{row['Python']}: {', '.join(extras)}", flush=True)
+        wanted = f"{metadata['Name']}[{','.join(extras)}]"
+        subprocess.run([*pinned, "--dry-run", wanted], env=environment, check=True, stdout=subprocess.DEVNULL)
+    row["extras resolved"] = f"all {len(extras)}" if has_torch else "none"
     ran = FULL if has_torch else LIGHT
     begin = time.monotonic()
     for arguments in ran:
