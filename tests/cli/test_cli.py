@@ -460,12 +460,14 @@ def test_convert_there_and_back(model, make_model, tmp_path):
 
 @pytest.mark.skipif(not bundled.clip_path().exists(), reason="the bundled clip is not in this checkout")
 def test_demo(tmp_path):
-    code, out, err = leanvae("demo", "--output", tmp_path, "--num-frames", 5)
-    assert code == 0, err
+    code, out, err = leanvae("demo", "--output", tmp_path, "--num-frames", 5, "--json")
+    assert code == 0 and err.startswith("A clip of 512x288") and f"{tmp_path / 'frames.png'}\n" in err
+    told = json.loads(out)
     names = ["frames.png", "generated.mp4", "generated.png", "latents.safetensors", "side_by_side.mp4"]
     assert entries(tmp_path) == names
     assert probe_video(tmp_path / "side_by_side.mp4").width == 2 * probe_video(bundled.clip_path()).width
-    assert float(out.split("PSNR ")[1].split(" dB")[0]) > 30.0
+    assert (told["num_frames"], told["generator"]) == (5, "mini-scenes") and told["psnr_frame_mean_rgb"] > 30.0
+    assert sorted(Path(path).name for path in told.values() if str(path).startswith(str(tmp_path))) == names
     info = probe_video(tmp_path / "generated.mp4")
     assert (info.width, info.height, info.num_frames) == (256, 128, 17)
 
@@ -477,7 +479,7 @@ def test_demo_without_transformers_and_accelerate(tmp_path, monkeypatch, capsys)
     warned = []
     monkeypatch.setattr(logging.getLogger("diffusers"), "handle", warned.append)
     load_model(bundled.DEFAULT, "cpu")
-    demo.generate_two(tmp_path, torch.device("cpu"))
+    demo.generate_two(tmp_path, torch.device("cpu"), print)
     out = capsys.readouterr().out
     assert out.startswith('Videos from texts need transformers: pip install "diffusers-leanvae[text]"; these are of')
     assert out.count("\n") == 4 and warned == []

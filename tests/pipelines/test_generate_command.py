@@ -1,5 +1,6 @@
 """`leanvae generate`: files of a pipeline, by seed, label, prompt and picture; one clear sentence for bad input."""
 
+import json
 import re
 from pathlib import Path
 
@@ -39,15 +40,16 @@ def text_model(text_case, tmp_path_factory) -> str:
 
 def test_one_file_for_each_video(model: str, tmp_path: Path):
     out = tmp_path / "videos"
-    code, stdout, err = leanvae(
-        out, "--model", model, "--label", "red circle", "--label", 1, "--num-videos", 3, "--steps", 2, "--seed", 5
-    )
+    labels = ("--label", "red circle", "--label", 1)
+    code, stdout, err = leanvae(out, "--model", model, *labels, "--num-videos", 3, "--steps", 2, "--seed", 5)
     assert code == 0, err
     names = ["000-red-circle.mp4", "001-1.mp4", "002-red-circle.mp4"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert stdout.split() == [str(out / name) for name in names]
     info = probe_video(out / names[0])
     assert (info.width, info.height, info.num_frames, info.fps) == (32, 32, 9, 8)
+    code, stdout, err = leanvae(tmp_path / "one.mp4", "--model", model, *labels[:2], "--steps", 1, "--json")
+    assert (code, json.loads(stdout)) == (0, {"model": model, "files": [str(tmp_path / "one.mp4")]}), err
 
 
 def test_videos_depend_on_their_seed_only(model: str, tmp_path: Path):

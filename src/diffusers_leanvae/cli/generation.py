@@ -101,6 +101,7 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that exist. Without it one that exists is an error.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
     from diffusers.utils import logging
@@ -111,8 +112,9 @@ def generate(
         logging.disable_progress_bar()
     limit = memory_limit(max_memory)
     torch_device, torch_dtype = place(device, dtype)
+    name = model or bundled.default_pipeline(takes_text=bool(prompt))
     written = generate_videos(
-        model or bundled.default_pipeline(takes_text=bool(prompt)),
+        name,
         output,
         labels=label or None,
         prompts=prompt or None,
@@ -136,6 +138,9 @@ def generate(
         width=width,
         guidance_scale=guidance_scale,
     )
+    if as_json:
+        print_json({"model": name, "files": written})
+        return
     for path in written:
         typer.echo(path)
 
