@@ -462,6 +462,7 @@ def test_convert_there_and_back(model, make_model, tmp_path):
 def test_demo(tmp_path):
     code, out, err = leanvae("demo", "--output", tmp_path, "--num-frames", 5, "--json")
     assert code == 0 and err.startswith("A clip of 512x288") and f"{tmp_path / 'frames.png'}\n" in err
+    assert "pipeline components" not in err
     told = json.loads(out)
     names = ["frames.png", "generated.mp4", "generated.png", "latents.safetensors", "side_by_side.mp4"]
     assert entries(tmp_path) == names

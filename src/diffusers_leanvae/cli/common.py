@@ -308,6 +308,14 @@ def progress_bar(unit: str, description: str | None = None) -> Iterator[Advance]
         yield advance
 
 
+def hide_bars_of_diffusers() -> None:
+    """Switch the progress bars of loading off where they would not be seen as such."""
+    from diffusers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def print_json(result: Any) -> None:
     """Print the result of a command with `--json`."""
     typer.echo(json.dumps(result, default=str))

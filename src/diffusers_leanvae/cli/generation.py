@@ -18,6 +18,7 @@ from .common import (
     Json,
     Model,
     PixFmt,
+    hide_bars_of_diffusers,
     load_model,
     memory_limit,
     place,
@@ -104,12 +105,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
-    from diffusers.utils import logging
-
     from ..generation import generate_videos
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    hide_bars_of_diffusers()
     limit = memory_limit(max_memory)
     torch_device, torch_dtype = place(device, dtype)
     name = model or bundled.default_pipeline(takes_text=bool(prompt))
