@@ -36,12 +36,11 @@ def convolve(
         return F.conv3d(x.new_zeros(shape), weight, bias, stride, padding, dilation)[:, :, :0]
     if x.device.type != "cpu" or (weight.shape[2] > 1 and not is_by_frame(x)):
         return F.conv3d(x, weight, bias, stride, padding, dilation)
-    stop = x.shape[2] - weight.shape[2] + 1
+    # Channels last, so that frames are a batch without being copied; the result is channels last, too.
+    x, stop = x.contiguous(memory_format=torch.channels_last_3d), x.shape[2] - weight.shape[2] + 1
     result: torch.Tensor | None = None
     for index, tap in enumerate(weight.unbind(2)):
-        # Channels last, so that frames are a batch without being copied; the result is channels last, too.
-        frames = x[:, :, index : index + stop : stride[0]].contiguous(memory_format=torch.channels_last_3d)
-        frames = frames.transpose(1, 2).flatten(0, 1)
+        frames = x[:, :, index : index + stop : stride[0]].transpose(1, 2).flatten(0, 1)
         part = F.conv2d(frames, tap, None if index else bias, stride[1:], padding[1:], dilation[1:])
         result = part if result is None else result.add_(part)
     return result.unflatten(0, (x.shape[0], -1)).transpose(1, 2)  # type: ignore[union-attr]
