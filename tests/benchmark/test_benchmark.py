@@ -20,6 +20,7 @@ from diffusers_leanvae import bundled
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import KEYS, MeasurementError, Record, run_rounds, summarize
 from diffusers_leanvae.benchmark.subjects import Subject, build_model
+from diffusers_leanvae.benchmark.tiny_autoencoder import TinyVideoAutoencoder
 from diffusers_leanvae.benchmark.work import DIRECTIONS, Layout, MatrixFloor, count_work
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.clock import MIB, end_of_peak, start_of_peak
@@ -227,13 +228,59 @@ def test_command_measures_siblings_and_says_what_it_leaves_out(sibling, tmp_path
     assert result.stderr.startswith("error: `--variant` must be one of 'eager', 'compiled' for an AutoencoderKL")
 
 
+def test_command_measures_another_autoencoder_of_diffusers(tmp_path):
+    path = tmp_path / "wan.json"
+    path.write_text(json.dumps({"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}))
+    peers = (f"AutoencoderKLWan:{path}", "TAEHV-16ch")
+    arguments = ["bench", "--model", "LeanVAE-tiny", "--variant", "eager", "--size", "5x32x32", "--repeats", "0"]
+    arguments += [part for peer in peers for part in ("--peer", peer)]
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "fp32", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = {(row["model"], row["direction"]): row for row in json.loads(result.stdout)["rows"]}
+    for peer, num_parameters in zip(peers, (None, 11_315_539), strict=True):
+        assert rows[peer, "encode"]["seconds"] > 0 and rows[peer, "decode"]["seconds"] > 0
+        assert num_parameters in (None, rows[peer, "encode"]["num_parameters"])
+
+
+# The parameters of Wan 2.2 are those of its class in diffusers, the others' were published.
+@pytest.mark.parametrize(
+    "name, num_parameters, latent_shape",
+    [
+        ("WF-VAE-S-4ch", 146_496_836, (4, 5, 8, 8)),
+        ("WF-VAE-M-32ch", 227_035_816, (32, 3, 8, 8)),
+        ("WF-VAE-L-16ch", 317_081_372, (16, 5, 8, 8)),
+        ("IV-VAE-16ch", 107_798_550, (16, 5, 8, 8)),
+        ("TAEHV-16ch", 11_315_539, (16, 5, 8, 8)),
+        ("AutoencoderKLWan-2.2", 704_688_668, (48, 5, 4, 4)),
+    ],
+)
+def test_peers_have_the_sizes_that_were_published(name, num_parameters, latent_shape):
+    with torch.device("meta"):
+        vae = build_model(name, "meta")
+    total = sum(parameter.numel() for parameter in vae.parameters())
+    assert total == pytest.approx(num_parameters, abs=500)  # wavelet kernels are counted there, and no parameters here
+    assert count_work(vae, (17, 64, 64))["encode"].output_shape[1:] == latent_shape
+
+
+def test_each_frame_of_the_tiny_autoencoder_follows_from_those_before_it():
+    torch.manual_seed(0)
+    vae = TinyVideoAutoencoder(4).double().eval()
+    latents = torch.randn(1, 4, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        whole, first = vae.decode(latents).sample, vae.decode(latents[:, :, :2]).sample
+    assert whole.shape == (1, 3, 9, 32, 32) and first.shape == (1, 3, 5, 32, 32)
+    torch.testing.assert_close(whole[:, :, :5], first, rtol=0, atol=1e-12)
+    assert (whole[:, :, 5:] - whole[:, :, 4:5]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--size", "5x32x32", "--size", "6x32x32"), "`num_frames` must be 4 * n + 1"),
         (("--size", "32x32"), "`--size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got '32x32'"),
         (("--variant", "faster"), "`--variant` must be one of 'eager', 'fused'"),
-        (("--peer", "AutoencoderKL"), "`--peer` must be one of 'AutoencoderKLWan'"),
+        (("--peer", "AutoencoderKL"), "or a video autoencoder, got 'AutoencoderKL': it takes images"),
+        (("--peer", "nothing/like/that"), "or a video autoencoder, got 'nothing/like/that': "),
         (("--dtype", "int8"), "`--dtype` must be auto, float32 (fp32)"),
     ],
 )

@@ -3,24 +3,32 @@
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from ..checks import check_choice
 from ..clock import MIB, end_of_peak, seconds, start_of_peak
-from ..evaluation.autoencoders import decode, encode, legal_sample
+from ..evaluation.autoencoders import decode, encode, find_class, legal_sample
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .names import LEANVAE, PEERS, VARIANTS
+from .tiny_autoencoder import TinyVideoAutoencoder
 from .work import Layout, MatrixFloor, Size, count_work
 
 
 def build_model(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Build an autoencoder with random weights: a name of `LEANVAE`, or a class of diffusers with its defaults."""
+    """Build an autoencoder with random weights: a name of `LEANVAE` or of `PEERS`.
+
+    Raises:
+        ValueError: If there is none of that name, or this version of diffusers does not have its class.
+    """
     check_choice("name", name, (*LEANVAE, *PEERS))
     torch.manual_seed(0)
     if name in PEERS:
-        return nn.Module.to(getattr(diffusers, name)().eval(), device, dtype)  # diffusers' own `to` warns of nothing
+        class_name, config = PEERS[name]
+        model_class = TinyVideoAutoencoder if class_name == "TinyVideoAutoencoder" else find_class(class_name)
+        if model_class is None:
+            raise ValueError(f"`name` must be of a class of this version of diffusers, got {name!r}.")
+        return nn.Module.to(model_class(**config).eval(), device, dtype)  # diffusers' own `to` warns of nothing
     vae = AutoencoderKLLeanVAE(**LEANVAE[name])
     with torch.no_grad():  # the training initialisation gives tokens of almost zero, and zeros can be faster
         for key, parameter in vae.named_parameters():

@@ -44,7 +44,8 @@ def bench(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Autoencoder of diffusers to measure as well ({', '.join(PEERS)}); repeat it for several.",
+            help=f"Autoencoder to measure as well: {', '.join(PEERS)}, in full size with random weights; or a folder, "
+            "`Class` or `Class:place` of diffusers. Repeat it for several.",
             autocompletion=complete(*PEERS),
         ),
     ] = None,
@@ -76,25 +77,21 @@ def bench(
     from ..benchmark.work import DIRECTIONS, count_work
     from ..evaluation.results import write_result
 
-    def make_model(name: str, number_type: str) -> Any:
-        if name in (*LEANVAE, *PEERS):
-            return subjects.build_model(name, *place(device, number_type))
-        return load_model(name, device, number_type)
-
     def say(record: "Record") -> None:
         typer.echo(rounds.describe(record), err=True)
 
     def make_subject(record: "Record") -> "Subject":
-        return subjects.Subject(make_model(record["model"], record["dtype"]), record["variant"])
+        is_peer = record["model"] in (peer or ())
+        return subjects.Subject(_make_model(record["model"], device, record["dtype"], is_peer), record["variant"])
 
     # Whatever can be refused is refused here, before anything is measured.
     sizes = [parse_video_size("--size", text) for text in size or ["17x256x256"]]
     dtypes = [str(place(device, name)[1]).removeprefix("torch.") for name in dtype or ["auto"]]
     for name in variant or ():
         check_choice("--variant", name, VARIANTS)
-    for name in peer or ():
-        check_choice("--peer", name, PEERS)
-    vae = make_model(model, dtypes[0])
+    for name in set(peer or ()) - PEERS.keys():
+        _make_model(name, device, dtypes[0], is_peer=True)
+    vae = _make_model(model, device, dtypes[0], is_peer=False)
     legal = subjects.variants_of(vae)
     variants = [name for name in variant or ["eager", "fused"] if name in legal]
     left_out = [name for name in variant or ["eager", "fused"] if name not in legal]
@@ -151,3 +148,21 @@ def render_rows(rows: "Sequence[Record]") -> str:
 
 def _cell(row: "Record", name: str) -> str:
     return f"{row[name]:.4g}" if row.get(name) is not None else ""
+
+
+def _make_model(name: str, device: str, number_type: str, is_peer: bool) -> Any:
+    from ..benchmark.subjects import build_model
+    from ..evaluation.autoencoders import is_image_autoencoder, open_autoencoder
+
+    if name in (*LEANVAE, *PEERS):
+        return build_model(name, *place(device, number_type))
+    if not is_peer:
+        return load_model(name, device, number_type)
+    try:
+        vae = open_autoencoder(name, *place(device, number_type)).vae
+        if is_image_autoencoder(vae):
+            raise ValueError("it takes images")
+    except ValueError as error:
+        legal = "a name that `leanvae bench --help` lists, or a video autoencoder"
+        raise ValueError(f"`--peer` must be {legal}, got {name!r}: {error}") from None
+    return vae
