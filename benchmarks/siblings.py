@@ -1,9 +1,10 @@
 """Time of WF-VAE and IV-VAE on a CPU in two checkouts of the package, side by side.
 
     git worktree add ../before 71fa563
-    python benchmarks/siblings.py --before ../before/src
+    python benchmarks/siblings.py --before ../before/src --models WF-VAE-compact IV-VAE-compact --threads 1 2
+    python benchmarks/siblings.py --before ../before/src --models WF-VAE-S-8ch IV-VAE-4ch --sizes 5x128x128
 
-Each checkout runs in a process of its own, with the same random weights and the same input; the two take turns, one
+The file keeps its other rows. Each checkout runs in a process of its own, with the same random weights and the same input; the two take turns, one
 call each. `seconds_before` and `seconds` are medians of the time of the processor, which other processes disturb less
 than that on the wall; `ratio` and `ratio_on_the_wall` are the medians of the ratios of neighbours. `difference` is the
 largest between the two results, over the largest value. From one more call, under the profiler: the share that
@@ -90,7 +91,7 @@ class Case:
         product = []
         for _ in range(9):
             started = time.perf_counter()
-            factor @ factor
+            torch.mm(factor, factor)
             product.append(time.perf_counter() - started)
         return {
             "share": convolutions / sum(times.values()),
@@ -155,14 +156,18 @@ def compare(checkouts: list[Checkout], model: str, case: dict[str, Any], num_rep
     }
 
 
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("model", "video", "direction", "threads"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="the folder `src` of the other checkout")
     parser.add_argument("--models", nargs="*", default=[*COMPACT, *FULL], choices=[*COMPACT, *FULL])
-    parser.add_argument("--sizes", nargs="*", default=["17x256x256"], help="frames x height x width")
-    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", default="results/bench_siblings.json")
+    parser.add_argument("--sizes", nargs="*", default=["17x128x128"], help="frames x height x width")
+    parser.add_argument("--threads", nargs="*", type=int, default=[1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("results/bench_siblings.json"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -171,7 +176,8 @@ def main() -> None:
     if options.before is None or not (options.before / "diffusers_leanvae").is_dir():
         parser.error(f"`--before` must be the folder `src` of a checkout, got {options.before}.")
     checkouts = [Checkout(source) for source in (options.before, Path(__file__).parents[1] / "src")]
-    rows = []
+    known = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.output.exists() else []
+    rows = {identity(row): row for row in known}
     try:
         for model in options.models:
             vae = MODELS[model].make()
@@ -186,13 +192,15 @@ def main() -> None:
                             "direction": direction,
                             "num_threads": num_threads,
                         }
-                        rows.append(compare(checkouts, model, case, options.repeats))
-                        print(rows[-1], flush=True)
-                        write_result(options.output, {"weights": "random", "dtype": "float32", "rows": rows})
+                        row = compare(checkouts, model, case, options.repeats)
+                        rows[identity(row)] = row
+                        print(row, flush=True)
+                        content = {"weights": "random", "dtype": "float32", "rows": list(rows.values())}
+                        write_result(options.output, content)
     finally:
         for checkout in checkouts:
             checkout.process.kill()
-    print(json.dumps(rows))
+    print(json.dumps(list(rows.values())))
 
 
 if __name__ == "__main__":
