@@ -5,7 +5,7 @@
     python benchmarks/siblings.py --before ../before/src --models WF-VAE-S-8ch --sizes 5x128x128 17x128x128
 
 The file keeps its other rows. Each checkout runs in a process of its own, with the same random weights and the same
-input; the two take turns, one call each. `seconds_before` and `seconds` are medians of the time of the processor, which
+input; the two take turns, one call each. `seconds_before` and `seconds` are medians of the processor's time, which
 other processes disturb less than that on the wall; `ratio` and `ratio_on_the_wall` are the medians of the ratios of
 neighbours. `difference` is the largest between the two results, over the largest value. From one more call, under the
 profiler: the share that convolutions have in the time, and their GFLOP/s next to those of a matrix product of
