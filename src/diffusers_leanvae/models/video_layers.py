@@ -9,6 +9,10 @@ from torch import nn
 from .temporal_cache import WHOLE, Chunk
 
 
+# With more channels `conv3d` is as fast as the sum of its parts.
+_MAX_SUMMED_CHANNELS = 128
+
+
 class FrameConv2d(nn.Conv2d):
     """A 2D convolution of every frame."""
 
@@ -34,7 +38,8 @@ def convolve(
         shape = (*x.shape[:2], weight.shape[2], *x.shape[3:])  # as many frames as give one
         # Zeros: the gradient of the weight is their product with zeros, which memory as it was found might make NaN.
         return F.conv3d(x.new_zeros(shape), weight, bias, stride, padding, dilation)[:, :, :0]
-    if x.device.type != "cpu" or (weight.shape[2] > 1 and not is_by_frame(x)):
+    is_narrow = x.shape[1] <= _MAX_SUMMED_CHANNELS
+    if x.device.type != "cpu" or (weight.shape[2] > 1 and not (is_by_frame(x) and is_narrow)):
         return F.conv3d(x, weight, bias, stride, padding, dilation)
     # Channels last, so that frames are a batch without being copied; the result is channels last, too.
     x, stop = x.contiguous(memory_format=torch.channels_last_3d), x.shape[2] - weight.shape[2] + 1
