@@ -23,7 +23,7 @@ from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder
 from .video_config import check_statistics
-from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve, is_by_frame
+from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 
 
 def split_first(x: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,28 +53,12 @@ class GroupCausalConv3d(nn.Conv3d):
         before = chunk.recall(self.name, x)
         before = x[:, :, :1] if before is None else before
         chunk.remember(self.name, x[:, :, -1:])
-        if is_by_frame(x):
-            return self._convolve_by_frame(x, before, chunk)
         first, groups = split_first(x, chunk)
         parts = [self._convolve(first, before, 1)] if first.shape[2] else []
         before = first if first.shape[2] else before
         if groups.shape[2]:
             parts.append(self._convolve(groups, before, self.group_size))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-
-    def _convolve_by_frame(self, x: torch.Tensor, before: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """The sum of what a frame gives for itself, the one before it, and the one after it in its group."""
-        of_last, of_this, of_next = self.weight.split(1, dim=2)
-        result = convolve(x, of_this, self.bias)
-        result[:, :, :1] += convolve(before, of_last, None)
-        if x.shape[2] > 1:
-            result[:, :, 1:] += convolve(x[:, :, :-1], of_last, None)
-        if x.shape[2] > 1 and self.group_size > 1:
-            groups = split_first(x, chunk)[1].unflatten(2, (-1, self.group_size))
-            results = split_first(result, chunk)[1].unflatten(2, (-1, self.group_size))
-            following = convolve(groups[:, :, :, 1:].flatten(2, 3), of_next, None)
-            results[:, :, :, :-1] += following.unflatten(2, (-1, self.group_size - 1))
-        return result
 
     def _convolve(self, x: torch.Tensor, before: torch.Tensor, group_size: int) -> torch.Tensor:
         groups = x.unflatten(2, (-1, group_size))  # (B, c, groups, frames, H, W)

@@ -255,7 +255,6 @@ class TemporalCache:
         state = dict(self.tails)
         for tile in self.tiles:
             state |= {f"{tile}/{name}": tail for name, tail in self._tails_of(tile).items()}
-        state = {name: tail.contiguous() for name, tail in state.items()}  # safetensors takes no other
         if self.layout is not None:
             state["layout"] = torch.tensor(self.layout)
         return state | {"num_latent_frames": torch.tensor(self.num_latent_frames)}

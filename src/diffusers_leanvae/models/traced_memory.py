@@ -95,21 +95,20 @@ def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> dict[_Case, int]:
     if func is not torch.ops.aten.convolution.default:
         return {_Case(): 0}
     x, weight, _, _, _, dilation = args[:6]
-    channels_last = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    is_channels_last = channels_last in {suggest_memory_format(tensor) for tensor in (x, weight)}
+    is_channels_last = torch.channels_last_3d in {suggest_memory_format(tensor) for tensor in (x, weight)}
     is_pointwise = weight[0, 0].numel() == 1
-    layout = channels_last if is_channels_last and (x.ndim == 4 or not is_pointwise) else torch.contiguous_format
+    layout = torch.channels_last_3d if is_channels_last and not is_pointwise else torch.contiguous_format
     copy = 0 if x.is_contiguous(memory_format=layout) else x.nbytes
     if is_pointwise:
         return {_Case(): copy}
     side_by_side = copy + output[0, 0].numel() * weight[0].numel() * output.itemsize  # the values under the kernel
-    if max(dilation) > 1 and x.ndim == 5:
+    if max(dilation) > 1:
         return {_Case(): side_by_side}
     if is_channels_last:
         return {_Case(weight.nbytes): copy}
     # oneDNN: input and result once more, in blocks of 16 channels; the input's are freed before the result is ordered.
     blocks, results = (_padded(tensor, tensor.shape[1]) for tensor in (x, output))
-    limit = _SMALL_INPUT / x[0, ..., 0].numel() * _EDGE
+    limit = _SMALL_INPUT / x[0, :, :, :, 0].numel() * _EDGE
     return {
         _Case(up_to=limit): side_by_side,
         _Case(weight.nbytes, above=limit): copy + max(blocks + results - output.nbytes, results),

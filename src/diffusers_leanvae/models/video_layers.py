@@ -9,10 +9,6 @@ from torch import nn
 from .temporal_cache import WHOLE, Chunk
 
 
-# With more channels `conv3d` is as fast as the sum of its parts.
-_MAX_SUMMED_CHANNELS = 128
-
-
 class FrameConv2d(nn.Conv2d):
     """A 2D convolution of every frame."""
 
@@ -26,38 +22,19 @@ def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: tuple[int, ...] = (1, 1, 1),
-    padding: tuple[int, ...] = (0, 1, 1),
-    dilation: tuple[int, ...] = (1, 1, 1),
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> torch.Tensor:
-    """`conv3d` without padding or dilation of time, also of no frames: a stream may have nothing ready yet."""
+    """`conv3d`, also of no frames: a stream may have nothing ready yet."""
     # A view, since hooks that cast or offload weights after a layer was called replace the data of the parameter
     # itself, and autograd would find that on its way back.
     weight = weight.view_as(weight)
-    if x.shape[2] == 0:
-        shape = (*x.shape[:2], weight.shape[2], *x.shape[3:])  # as many frames as give one
-        # Zeros: the gradient of the weight is their product with zeros, which memory as it was found might make NaN.
-        return F.conv3d(x.new_zeros(shape), weight, bias, stride, padding, dilation)[:, :, :0]
-    is_narrow = x.shape[1] <= _MAX_SUMMED_CHANNELS
-    if x.device.type != "cpu" or (weight.shape[2] > 1 and not (is_by_frame(x) and is_narrow)):
+    if x.shape[2] > 0:
         return F.conv3d(x, weight, bias, stride, padding, dilation)
-    # Channels last, so that frames are a batch without being copied; the result is channels last, too.
-    x, stop = x.contiguous(memory_format=torch.channels_last_3d), x.shape[2] - weight.shape[2] + 1
-    result: torch.Tensor | None = None
-    for index, tap in enumerate(weight.unbind(2)):
-        frames = x[:, :, index : index + stop : stride[0]].transpose(1, 2).flatten(0, 1)
-        part = F.conv2d(frames, tap, None if index else bias, stride[1:], padding[1:], dilation[1:])
-        result = part if result is None else result.add_(part)
-    return result.unflatten(0, (x.shape[0], -1)).transpose(1, 2)  # type: ignore[union-attr]
-
-
-def is_by_frame(x: torch.Tensor) -> bool:
-    """Tell if a convolution of time is faster as a sum of convolutions of frames: in float32 on a CPU.
-
-    There `conv3d` is slow for few channels and for one small video, and needs windows of time as copies. In 16 bits
-    each part of the sum would be rounded.
-    """
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    shape = (*x.shape[:2], weight.shape[2] - 2 * padding[0], *x.shape[3:])  # as many frames as give one
+    # Zeros: the gradient of the weight is their product with zeros, which memory as it was found might make NaN.
+    return F.conv3d(x.new_zeros(shape), weight, bias, stride, padding, dilation)[:, :, :0]
 
 
 class LayerChain(nn.ModuleList):
