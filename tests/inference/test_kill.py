@@ -20,6 +20,9 @@ from diffusers_leanvae.video_io import VideoWriter, iter_video, write_video
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
 
+WAITS = "waits for its signal"
+
+
 def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
     """The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
 
@@ -32,6 +35,7 @@ def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
     def write_and_wait(self: VideoWriter, frames: torch.Tensor, *times: list[Fraction] | None) -> None:
         write(self, frames, *times)
         if self.num_frames >= waits_at:
+            print(WAITS, flush=True)
             time.sleep(600)
 
     if waits_at:
@@ -60,15 +64,20 @@ def folder(make_model, tmp_path_factory) -> Path:
 
 
 def stop_in_the_middle(folder: Path, target: Path, number: signal.Signals) -> tuple[int | None, str]:
-    """Send a signal when there are frames in the unfinished file; exit status and what was said."""
+    """Send a signal when there are frames in the unfinished file; exit status and what was said.
+
+    Not before the process waits for it: one that comes while a destructor runs is lost, as Python cannot raise there.
+    """
     said = folder / "said.txt"
+    said.unlink(missing_ok=True)
     process = start(reconstruct, folder / "model", 400, folder / "1000.mp4", target, output=said)
     deadline = time.monotonic() + 300
-    while not any(path.stat().st_size for path in target.parent.iterdir()):
+    while not said.exists() or WAITS not in said.read_text():
         assert process.is_alive(), said.read_text()
         if time.monotonic() > deadline:
             process.kill()
         time.sleep(0.01)
+    assert any(path.stat().st_size for path in target.parent.iterdir())
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join(timeout=300)
