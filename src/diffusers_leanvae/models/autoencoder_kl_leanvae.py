@@ -485,7 +485,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         return LeanVAEMemory(
             **self._memory_sizes(),
             dim=self.logvar_proj.in_features,
-            branch_dim=self.config.high_freq_dim if self.encoder.separate else self.logvar_proj.in_features,
+            branch_dim=self.config["high_freq_dim"] if self.encoder.separate else self.logvar_proj.in_features,
             inner_dim=inner_dim(self.logvar_proj.in_features),
             has_sparse_code=isinstance(self.bottleneck, CompressedSensingBottleneck),
             slice_elements=slice_elements(self.device),
