@@ -3,19 +3,18 @@
     python benchmarks/compare_families.py train --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_families.py measure --held-out ../shared/videos/val
 
-Each has 16 latent channels, 5.5 to 6.1 million parameters, random weights at the start, AdamW, and about two hours of
-one thread: `num_steps` follows from the time of a step, which was measured with all runs side by side. One IV-VAE
-starts from images (keyframe-based temporal compression); their training takes a fourth of its time. Learning rates are
-the best of 5e-4, 1e-3 and 2e-3 after about 100 steps of smaller clips, of which LeanVAE and WF-VAE took 5e-4 and 1e-3
-alike, and IV-VAE learnt nothing at 2e-3.
+Each has 16 latent channels, random weights at the start, AdamW, and steps for about two hours of one thread. One
+IV-VAE starts from images (keyframe-based temporal compression), whose training takes a fourth of its time. Learning
+rates were looked at for some dozens of steps only.
 
 `train` goes on where it was stopped, and `--only` takes one run, so that several can go at once: what counts is the
 processor time of the steps, not that of the clock. `measure` writes `results/bench_families.json`: quality by
-`val-17x256`, frame by frame within the groups, and the curves on smaller clips along the way.
+`val-17x256`, also by the place of a frame in its group, and the curves on smaller clips along the way.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,15 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from compare_recipes import ROOT, read_json_lines
 
-from diffusers_leanvae.evaluation.metrics import frame_psnr
+from diffusers_leanvae.evaluation.autoencoders import open_autoencoder
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
-from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor, Reconstruction
+from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
-from diffusers_leanvae.loading import load_autoencoder
 
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMON = [
     "init=spec",
     "batch_size=2",
@@ -43,6 +41,7 @@ COMMON = [
     "validation.num_videos=0",
 ]
 NUM_VALIDATIONS = 12  # of each run
+METRICS = ("psnr_frame_mean_rgb", "ssim_frame_mean_rgb")
 
 
 class Run(NamedTuple):
@@ -88,42 +87,27 @@ def train(options: argparse.Namespace, name: str) -> None:
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def cpu_hours_at(output: Path) -> dict[int, float]:
-    """Processor hours of all steps up to those that the log names."""
-    hours, newest, total = {}, 0, 0.0
+def cpu_hours(output: Path, num_steps: float = math.inf) -> float:
+    """Processor hours of the first steps of a run, all of them by default; a log has means over some steps each."""
+    total, newest = 0.0, 0
     for record in read_json_lines(output / "log.jsonl"):
-        total += (record["step"] - newest) * record["cpu_seconds_per_step"] / 3600
+        total += max(min(record["step"], num_steps) - newest, 0) * record["cpu_seconds_per_step"] / 3600
         newest = record["step"]
-        hours[newest] = total
-    return hours
+    return total
 
 
 def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The row of a trained model, and its curve."""
     run, output = RUNS[name], folder_of(options, name)
-    hours = cpu_hours_at(output)
-    before = 0.0 if run.before is None else max(cpu_hours_at(folder_of(options, run.before)).values())
-    vae: Any = load_autoencoder(output / "vae").eval()
-    frames: list[torch.Tensor] = []
-
-    def keep_frames(_: str, result: Reconstruction) -> None:
-        frames.append(frame_psnr(result.pixels, result.original))
-
-    quality = evaluate_reconstruction(AutoencoderReconstructor(vae, name), options.held_out, on_clip=keep_frames)
-    row: dict[str, Any] = {"run": name, "num_parameters": sum(p.numel() for p in vae.parameters())}
-    row |= {"num_steps": run.num_steps, "cpu_hours": round(before + max(hours.values()), 2)}
-    row |= {"psnr": round(quality.totals["psnr_frame_mean_rgb"], 2)}
-    row |= {"ssim": round(quality.totals["ssim_frame_mean_rgb"], 4)}
-    by_frame = torch.stack(frames).double().mean(dim=0)  # (num_frames,)
-    row["psnr_of_first_frame"] = round(by_frame[0].item(), 2)
-    row["psnr_in_group"] = [round(x.item(), 2) for x in by_frame[1:].unflatten(0, (-1, 4)).mean(dim=0)]
+    before = 0.0 if run.before is None else cpu_hours(folder_of(options, run.before))
+    vae, about = open_autoencoder(str(output / "vae"))
+    quality = evaluate_reconstruction(AutoencoderReconstructor(vae, name, about=about), options.held_out).totals
+    row: dict[str, Any] = {"run": name, "num_parameters": about["num_parameters"]}
+    row |= {"num_steps": run.num_steps, "cpu_hours": round(before + cpu_hours(output), 2)}
+    row |= {key: round(value, 4) for key, value in quality.items() if key.startswith(METRICS)}
     curve = [
-        {"step": record["step"], "cpu_hours": round(before + hours.get(record["step"], 0.0), 3)}
-        | {key: round(record[key], 4) for key in ("psnr_frame_mean_rgb", "ssim_frame_mean_rgb")}
+        {"step": record["step"], "cpu_hours": round(before + cpu_hours(output, record["step"]), 3)}
+        | {key: round(record[key], 4) for key in METRICS}
         for record in read_json_lines(output / "validation.jsonl")
     ]
     return row, curve

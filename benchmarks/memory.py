@@ -271,6 +271,11 @@ def predict(rows: list[Row], model: str, num_threads: int) -> None:
         row["predicted_mib"] = round(predicted / MIB, 1)
 
 
+def describe_run(provenance: dict[str, Any]) -> str:
+    """The run that measured the peaks last."""
+    return f"`{provenance['command']}`, {provenance['processor']}, {provenance['date']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), help="by default those of the model")
@@ -326,6 +331,8 @@ def main() -> None:
         keys = {key: None for row in rows for key in (*order, *row)}
         rows = [{key: row[key] for key in keys if key in row} for row in rows]
         about = {"model": f"{options.model}, random weights", "dtype": "float32", "num_threads": options.threads}
+        if not options.cases and "provenance" in kept:  # that of a run that only predicts says nothing of the peaks
+            about["peaks"] = kept.get("peaks") or describe_run(kept["provenance"])
         write_result(options.output, {"rows": rows} | about)
 
 

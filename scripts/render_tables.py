@@ -315,7 +315,7 @@ def memory_of_models(results: Path) -> str:
             figures = [cell(row.get(key)) for key in ("tile", "max_mib", "predicted_mib", "peak_mib")]
             ratio = f"{row['predicted_mib'] / row['peak_mib']:.2f}"
             lines.append([model, row["case"], row["direction"], *figures, ratio])
-        sources += "\n" + source_line(path, result)
+        sources += "\n" + (f"Peaks: {result['peaks']}. " if "peaks" in result else "") + source_line(path, result)
     return f"{markdown_table(header, lines)}{sources}" if lines else ""
 
 

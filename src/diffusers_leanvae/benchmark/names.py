@@ -21,10 +21,7 @@ LEANVAE: dict[str, dict[str, Any]] = {
 # What it is compared with: a class of this package, of diffusers or of this folder, and what its config has beside the
 # defaults.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "WF-VAE-S-4ch": (
-        "AutoencoderKLWFVAE",
-        {"latent_channels": 4, "base_channels": 128},
-    ),
+    "WF-VAE-S-4ch": ("AutoencoderKLWFVAE", {"latent_channels": 4, "base_channels": 128}),
     "WF-VAE-M-32ch": (
         "AutoencoderKLWFVAE",
         {"latent_channels": 32, "base_channels": 160, "temporal_compression_ratio": 8},

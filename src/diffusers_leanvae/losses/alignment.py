@@ -38,7 +38,7 @@ class Teacher:
         self.compression_ratios = (temporal, spatial, spatial)
         self.latents_mean = _statistics(config, "latents_mean", self.latent_channels)
         self.latents_std = _statistics(config, "latents_std", self.latent_channels)
-        self.scaling_factor: float = config.get("scaling_factor", 1.0)
+        self.scaling_factor: float = config.get("scaling_factor") or 1.0
 
     @classmethod
     def from_pretrained(

@@ -162,7 +162,7 @@ class BranchRMSNorm(nn.Module):
     def _inverse_rms(self, branches: torch.Tensor) -> torch.Tensor:
         """One over the root of the mean square; the norm is at least 1e-12."""
         num_channels = branches.shape[2]
-        if branches.dtype in (torch.float32, torch.float64):  # six times as fast on a CPU as PyTorch's norm
+        if branches.dtype in (torch.float32, torch.float64):  # on a CPU PyTorch's norm over channels is slow
             square = branches.square().sum(dim=2, keepdim=True).clamp_min(1e-24)
             return square.rsqrt() * num_channels**0.5
         norm = torch.linalg.vector_norm(branches, dim=2, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
