@@ -6,7 +6,6 @@ themselves: the copies in blocks that oneDNN makes for a convolution, and copies
 """
 
 import json
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,22 +26,13 @@ from .temporal_cache import Chunk, TemporalCache
 # Height and width of the frame that is traced, in latents: large enough that the row which downsampling pads is small.
 _EDGE = 16
 _FLOAT_BYTES = 4
-# PyTorch gives a convolution to oneDNN if channels times frames times rows of its input, one video, are more.
-_SMALL_INPUT = 20480
+_CONVOLUTIONS = {torch.ops.aten.convolution.default}
+if torch.backends.mkldnn.is_available():
+    _CONVOLUTIONS |= {torch.ops.mkldnn._convolution_pointwise.default}
 
 
-class _Case(NamedTuple):
-    """What a peak depends on besides the area of the frames.
-
-    Attributes:
-        fixed: What comes on top, whatever the area: a copy of a weight. In bytes, or in elements of a `_Part`.
-        above: Frames of more rows than this have the peak, in latents.
-        up_to: And of so many at most.
-    """
-
-    fixed: float = 0
-    above: float = 0
-    up_to: float = math.inf
+# Peaks of what grows with the area of the frames, by what comes on top of them whatever the area: a copy of a weight.
+_Peaks = dict[float, float]
 
 
 class _Alive(TorchDispatchMode):
@@ -59,7 +49,7 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         self.on_cpu = on_cpu
         self.num_bytes = 0
-        self._peaks: dict[_Case, int] = {}
+        self._peaks: _Peaks = {}
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,16 +61,16 @@ class _Alive(TorchDispatchMode):
                 self._seen[storage] = True
                 self.num_bytes += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
-        for case, scratch in (_scratch(func, args, output) if self.on_cpu else {_Case(): 0}).items():
-            self._peaks[case] = max(self._peaks.get(case, 0), self.num_bytes + scratch)
+        scratch, fixed = _scratch(func, args, output) if self.on_cpu else (0, 0)
+        self._peaks[fixed] = max(self._peaks.get(fixed, 0), self.num_bytes + scratch)
         return output
 
     def _free(self, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
 
-    def take_peaks(self) -> dict[_Case, int]:
+    def take_peaks(self) -> _Peaks:
         """Return the peaks since the last call, in bytes."""
-        peaks, self._peaks = self._peaks, {_Case(): self.num_bytes}
+        peaks, self._peaks = self._peaks, {0: self.num_bytes}
         return peaks
 
 
@@ -88,31 +78,24 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> dict[_Case, int]:
-    """Bytes that a kernel takes beside its result."""
+def _scratch(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, int]:
+    """Bytes that a kernel takes beside its result: those that grow with the area of the frames, and the others."""
     if func is torch.ops.aten.native_layer_norm.default:
-        return {_Case(): 0 if args[0].is_contiguous() else args[0].nbytes}
-    if func is not torch.ops.aten.convolution.default:
-        return {_Case(): 0}
-    x, weight, _, _, _, dilation = args[:6]
+        return 0 if args[0].is_contiguous() else args[0].nbytes, 0
+    if func not in _CONVOLUTIONS:
+        return 0, 0
+    x, weight = args[:2]
     is_channels_last = torch.channels_last_3d in {suggest_memory_format(tensor) for tensor in (x, weight)}
     is_pointwise = weight[0, 0].numel() == 1
     layout = torch.channels_last_3d if is_channels_last and not is_pointwise else torch.contiguous_format
     copy = 0 if x.is_contiguous(memory_format=layout) else x.nbytes
     if is_pointwise:
-        return {_Case(): copy}
-    side_by_side = copy + output[0, 0].numel() * weight[0].numel() * output.itemsize  # the values under the kernel
-    if max(dilation) > 1:
-        return {_Case(): side_by_side}
+        return copy, 0
     if is_channels_last:
-        return {_Case(weight.nbytes): copy}
+        return copy, weight.nbytes
     # oneDNN: input and result once more, in blocks of 16 channels; the input's are freed before the result is ordered.
     blocks, results = (_padded(tensor, tensor.shape[1]) for tensor in (x, output))
-    limit = _SMALL_INPUT / x[0, :, :, :, 0].numel() * _EDGE
-    return {
-        _Case(up_to=limit): side_by_side,
-        _Case(weight.nbytes, above=limit): copy + max(blocks + results - output.nbytes, results),
-    }
+    return copy + max(blocks + results - output.nbytes, results), weight.nbytes
 
 
 def _padded(tensor: torch.Tensor, num_channels: int) -> int:
@@ -123,29 +106,28 @@ class _Part(NamedTuple):
     """Elements that a part of the network takes.
 
     Attributes:
-        peaks: Its peak, result included, where nothing is remembered: the largest of those cases that apply, each by
-            its elements over a latent position.
+        peaks: Its peaks, result included, where nothing is remembered, over a latent position each.
         stream_peaks: Likewise in a stream, its state included.
         result: Its result, over a latent position.
         state: What it remembers, over a latent position.
     """
 
-    peaks: dict[_Case, float]
-    stream_peaks: dict[_Case, float]
+    peaks: _Peaks
+    stream_peaks: _Peaks
     result: float
     state: float
 
-    def peak(self, area: int, rows: float) -> float:
-        """Its peak for a number of latent positions in so many rows."""
-        return _highest(self.peaks, area, rows)
+    def peak(self, area: int) -> float:
+        """Its peak for a number of latent positions."""
+        return _highest(self.peaks, area)
 
-    def more(self, area: int, rows: float) -> float:
+    def more(self, area: int) -> float:
         """What a chunk of a stream takes at its peak beyond [`peak`] and the state."""
-        return max(_highest(self.stream_peaks, area, rows) - self.peak(area, rows) - self.state * area, 0.0)
+        return max(_highest(self.stream_peaks, area) - self.peak(area) - self.state * area, 0.0)
 
 
-def _highest(peaks: dict[_Case, float], area: int, rows: float) -> float:
-    return max(each * area + case.fixed for case, each in peaks.items() if case.above < rows <= case.up_to)
+def _highest(peaks: _Peaks, area: int) -> float:
+    return max(each * area + fixed for fixed, each in peaks.items())
 
 
 @lru_cache(maxsize=128)
@@ -183,18 +165,18 @@ def _trace_part(
         result = call(inputs[0], Chunk())
         peaks, num_result = alive.take_peaks(), result.nbytes
         del result
-    outputs, cache, stream_peaks = [], TemporalCache(), dict[_Case, int]()
+    outputs, cache, stream_peaks = [], TemporalCache(), _Peaks()
     with _Alive(on_cpu) as alive:
         for index, x in enumerate(inputs):
             chunk = Chunk(index == 0, False, cache)
             outputs.append(call(x, chunk))
             chunk.close()
-            for case, num_bytes in alive.take_peaks().items():
-                stream_peaks[case] = max(stream_peaks.get(case, 0), num_bytes)
+            for fixed, num_bytes in alive.take_peaks().items():
+                stream_peaks[fixed] = max(stream_peaks.get(fixed, 0), num_bytes)
             alive.num_bytes = cache.nbytes()  # results are gone by the next chunk
             alive.take_peaks()
     first, later = (
-        {case._replace(fixed=case.fixed / _FLOAT_BYTES): per_position(num_bytes) for case, num_bytes in found.items()}
+        {fixed / _FLOAT_BYTES: per_position(num_bytes) for fixed, num_bytes in found.items()}
         for found in (peaks, stream_peaks)
     )
     return _Part(first, later, per_position(num_result), per_position(cache.nbytes())), outputs
@@ -222,21 +204,19 @@ class TracedMemory(MemoryModel):
         num_frames_per_chunk: int,
         item_bytes: int,
     ) -> Cost:
-        batch_size, num_frames, height, _ = shape
+        num_frames = shape[1]
         frame, area, computed = self._positions(decoding, shape, tile)
-        # Several videos are never a small input.
-        frame_rows, tile_rows, _ = self._along_axis(decoding, height, tile[0]) if batch_size == 1 else 3 * (math.inf,)
         num_latent_frames = self._num_latent(min(num_frames_per_chunk, num_frames))
         local, whole = _trace(self.model_class, self.config, decoding, num_latent_frames, self.on_cpu)
         # The frame that tiles are put together to. One tile is the frame itself.
         canvas = local.result * frame if computed > area else 0.0
         if decoding:
-            peaks = whole.peak(frame, frame_rows), whole.result * frame + canvas + local.peak(area, tile_rows)
+            peaks = whole.peak(frame), whole.result * frame + canvas + local.peak(area)
             per_position = self.frame_elements * num_frames
         else:
-            peaks = canvas + local.peak(area, tile_rows), local.result * frame + whole.peak(frame, frame_rows)
+            peaks = canvas + local.peak(area), local.result * frame + whole.peak(frame)
             per_position = 2 * self.latent_channels * self._num_latent(num_frames)
-        more = max(local.more(area, tile_rows), whole.more(frame, frame_rows))
+        more = max(local.more(area), whole.more(frame))
         return Cost(
             working=round(max(peaks)),
             result=per_position * frame,
