@@ -99,6 +99,37 @@ def test_products_are_in_float32_where_the_processor_has_none_of_16_bits(monkeyp
     assert all(fused.product_dtype(dtype, cpu) == dtype for dtype in (torch.float32, torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 7, 1024, 1500])
+def test_packed_weights_give_the_same_products(dtype: torch.dtype, num_rows: int):
+    if not fused._onednn_has_products(dtype):
+        pytest.skip(f"oneDNN has no products of {dtype} here")
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 40, dtype=dtype), torch.randn(num_rows, 40, dtype=dtype)
+    memory = torch.empty(num_rows, 96, dtype=dtype)
+    actual = fused.PackedProduct(weight)(x, memory)
+    exact = x.double() @ weight.double().t()
+    assert_near(actual.double(), exact, 1e-6 if dtype == torch.float32 else 8e-3)  # measured: 2e-7, 2e-3
+
+
+@pytest.mark.parametrize(
+    "dtype, capability, is_enabled, expected",
+    [
+        (torch.float32, "AVX512", True, fused.PackedProduct),
+        (torch.float32, "AVX512_VNNI", True, fused.PackedProduct),
+        (torch.float32, "AVX2", True, DenseProduct),
+        (torch.float32, "AVX512", False, DenseProduct),
+        (torch.float64, "AVX512", True, DenseProduct),
+    ],
+)
+def test_where_weights_are_packed(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: str, is_enabled: bool, expected: type
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with torch.backends.mkldnn.flags(enabled=is_enabled):
+        assert type(fused.same_product(torch.randn(32, 8, dtype=dtype))) is expected
+
+
 @pytest.mark.parametrize("sizes", [(17,), (1, 4, 12), (5, 8, 4)])
 def test_streams(sizes: tuple[int, ...]):
     vae = make_vae()
@@ -285,7 +316,7 @@ def test_another_product_takes_the_place_of_int8():
 
     vae, x = make_tiny("leanvae"), torch.rand(1, 3, 5, 32, 32) * 2 - 1
     expected = run(vae, x, True)
-    for product, is_same in ((DenseProduct, True), (HalfProduct, False)):
+    for product, is_same in ((fused.same_product, True), (HalfProduct, False)):
         for actual, right in zip(run(vae, x, True, weights=product), expected, strict=True):
             assert torch.equal(actual, right) == is_same
     with pytest.raises(ValueError, match="`weights` .*HalfProduct'> needs a model of at most float32 on CPU"):

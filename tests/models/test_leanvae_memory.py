@@ -10,7 +10,7 @@ from diffusers_leanvae.models import leanvae_blocks
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.memory_planning import MemoryModel, OtherMemory
 from diffusers_leanvae.models.temporal_cache import Chunk
-from diffusers_leanvae.models.traced_memory import _Alive, _Case
+from diffusers_leanvae.models.traced_memory import _Alive
 
 
 MIB = 2**20
@@ -211,4 +211,4 @@ def test_the_peak_is_that_of_the_network(make_model, make_video, monkeypatch, op
             with _Alive(on_cpu=False) as alive:
                 call(x, Chunk())
             predicted = model.cost(decoding, shape, (height, width), num_frames, dtype.itemsize).working
-            assert predicted * dtype.itemsize == pytest.approx(alive.take_peaks()[_Case()], rel=0.1), (decoding, shape)
+            assert predicted * dtype.itemsize == pytest.approx(alive.take_peaks()[0], rel=0.1), (decoding, shape)
