@@ -47,7 +47,7 @@ from diffusers_leanvae.evaluation.results import provenance, write_result
 
 
 MODELS = ("LeanVAE-16ch", "LeanVAE-4ch", *PEERS)
-LEANVAE_VARIANTS = ["eager", "fused", "compiled", "int8"]
+LEANVAE_VARIANTS = ["eager", "fused", "compiled"]
 SIZES = ["17x256x256", "17x512x512"]
 # For the curves: area at 17 frames, length at 256x256. Only LeanVAE-16ch and the peers are drawn.
 SCALING = ["17x128x128", "17x192x192", "17x384x384", "5x256x256", "9x256x256", "33x256x256", "65x256x256"]

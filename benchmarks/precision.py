@@ -20,6 +20,7 @@ from diffusers_leanvae.evaluation.protocols import Protocol
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.models.leanvae_fused import FusedLeanVAE, Product
 
 
 class SimulatedFloat8:
@@ -37,11 +38,14 @@ class SimulatedFloat8:
         return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
+def fuse_with(vae: AutoencoderKLLeanVAE, product: Product) -> None:
+    vae._fused = FusedLeanVAE(vae, product=product)
+
+
 VARIANTS: dict[str, tuple[torch.dtype, Callable[[AutoencoderKLLeanVAE], None]]] = {
     "float32": (torch.float32, lambda vae: None),
     "float32, fused": (torch.float32, lambda vae: vae.fuse()),
-    "int8, fused": (torch.float32, lambda vae: vae.fuse("int8")),
-    "float8 (simulated), fused": (torch.float32, lambda vae: vae.fuse(SimulatedFloat8)),
+    "float8 (simulated), fused": (torch.float32, lambda vae: fuse_with(vae, SimulatedFloat8)),
     "bfloat16": (torch.bfloat16, lambda vae: None),
     "bfloat16, fused": (torch.bfloat16, lambda vae: vae.fuse()),
 }

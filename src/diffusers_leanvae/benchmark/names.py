@@ -9,7 +9,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "fused": {},
     "fused-torch": {"kernels": "torch"},
     "compiled": None,
-    "int8": {"weights": "int8"},
     "graphs": {},
 }
 LEANVAE: dict[str, dict[str, Any]] = {

@@ -36,7 +36,7 @@ def bench(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Way to compute: eager, compiled; for LeanVAE also fused, fused-torch, int8, graphs. Repeat it for "
+            help="Way to compute: eager, compiled; for LeanVAE also fused, fused-torch, graphs. Repeat it for "
             "several. Without it eager and fused.",
             autocompletion=complete(*VARIANTS),
         ),

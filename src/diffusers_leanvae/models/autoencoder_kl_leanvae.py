@@ -33,7 +33,7 @@ from .leanvae_blocks import (
     update_tokens,
     works_in_place,
 )
-from .leanvae_fused import FusedLeanVAE, Product, is_plain, signature
+from .leanvae_fused import FusedLeanVAE, is_plain, signature
 from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
@@ -411,42 +411,29 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
-    def fuse(
-        self,
-        weights: Literal["same", "int8"] | Product = "same",
-        kernels: Literal["auto", "torch", "triton"] = "auto",
-    ) -> None:
+    def fuse(self, kernels: Literal["auto", "torch", "triton"] = "auto") -> None:
         """Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
         serve `encode` and `decode` without gradients, whole, tiled or streamed. With gradients, autocast or offloading
         hooks the layers are used, and a warning says so; after weights were changed, cast or moved, too, until the
-        next call of `fuse`. Sums are taken in another order, so float32 results differ by rounding.
+        next call of `fuse`. Sums are taken in another order, so float32 results differ by rounding. Where a processor
+        has no products of the model's dtype (16 bits on older ones), they are taken of float32 copies, many times as
+        fast and nearer to float64.
 
         Args:
-            weights: `"same"`: the model's dtype; where the processor has no products of it (16 bits on older ones),
-                float32 copies for the products, many times as fast and nearer to float64. `"int8"`: the products of
-                the feed-forwards in int8, on CPU; lossy, see `docs/speed.md`. Another class of products takes the
-                place of `leanvae_fused.Int8Product`, for experiments.
             kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"triton"`: whole tensors by Triton kernels.
                 `"auto"`: Triton for a model on a GPU where it is installed.
 
         Raises:
             ValueError: If the model has adapters that are not merged, weights that another library has quantized or
-                distributed, or weights of several dtypes or on several devices, or is not what int8 needs.
+                distributed, or weights of several dtypes or on several devices.
         """
-        if not callable(weights):
-            check_choice("weights", weights, ("same", "int8"))
         check_choice("kernels", kernels, ("auto", "torch", "triton"))
-        if weights != "same" and (self.dtype.itemsize > 4 or self.device.type != "cpu" or kernels == "triton"):
-            raise ValueError(
-                f"`weights` {weights!r} needs a model of at most float32 on CPU without Triton, got {self.dtype} on "
-                f"{self.device}, `kernels` {kernels!r}."
-            )
         if kinds := sorted({type(parameter).__name__ for parameter in self.parameters() if not is_plain(parameter)}):
             raise ValueError(
                 f"`fuse` must be called on plain weights, got {', '.join(kinds)}; a quantized model is as fast as its "
-                "library makes it, and `fuse('int8')` quantizes a plain one."
+                "library makes it."
             )
         stored = {(parameter.dtype, parameter.device.type) for parameter in self.parameters()}
         if len(stored) > 1:
@@ -455,7 +442,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         use_triton = kernels == "triton" or (kernels == "auto" and self.device.type == "cuda" and _has_triton())
         self._fused = None
         with torch.no_grad():
-            self._fused = FusedLeanVAE(self, weights, get_kernels("triton") if use_triton else None)
+            self._fused = FusedLeanVAE(self, get_kernels("triton") if use_triton else None)
 
     def unfuse(self) -> None:
         """Undo [`fuse`]: free the prepared weights."""

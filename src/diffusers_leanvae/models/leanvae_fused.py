@@ -14,10 +14,9 @@ Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/mode
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,31 +137,8 @@ def same_product(weight: torch.Tensor) -> DenseProduct | PackedProduct:
     return PackedProduct(weight) if is_packed else DenseProduct(weight)
 
 
-class Int8Product:
-    """`x @ weight.T` in int8 on CPU: weights with a scale per output channel, activations with one per token.
-
-    A scale of its own for each token makes tiled and streamed results independent of the tiles and chunks.
-    """
-
-    def __init__(self, weight: torch.Tensor):
-        weight = weight.float()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        zeros = torch.zeros(len(weight), dtype=torch.long)
-        with warnings.catch_warnings():
-            # PyTorch means to drop these tensors; its newer int8 product (`onednn.qlinear_pointwise`) is slower and
-            # overflows on processors without VNNI.
-            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
-            quantized = torch.quantize_per_channel(weight.contiguous(), scale.double(), zeros, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-        # The reduced range keeps the 16-bit sums of processors without VNNI from overflowing.
-        return torch.mul(torch.ops.quantized.linear_dynamic(x / scale, self.packed, True), scale, out=out)
-
-
-# Prepares a weight `(columns, inner width)`; the result is called with `x`, and memory that it may use or not for what it
-# returns: `x @ weight.T`.
+# Prepares a weight `(columns, inner width)`; the result is called with `x`, and memory that it may use for what it
+# returns or not: `x @ weight.T`.
 Product = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 MakeBlock = Callable[[Any, float | None], "FusedBlock"]
 
@@ -457,20 +433,17 @@ class FusedLeanVAE:
 
     Args:
         vae: The model; nothing of it is changed.
-        weights: `"same"`: products in the model's dtype, or in what stands for it ([`product_dtype`]). `"int8"`: the
-            feed-forwards in int8 (CPU only). Or another [`Product`] for these, of float32.
         kernels: Operations of `kernels.get("triton")`, or `None` for slabs of plain PyTorch.
+        product: Of the feed-forwards in slabs; another than the default is for experiments.
     """
 
-    def __init__(self, vae: Any, weights: Literal["same", "int8"] | Product = "same", kernels: Kernels | None = None):
+    def __init__(self, vae: Any, kernels: Kernels | None = None, product: Product = same_product):
         self.signature = signature(vae)
-        self.dtype = product_dtype(vae.dtype, vae.device) if weights == "same" else torch.float32  # of products
+        self.dtype = product_dtype(vae.dtype, vae.device)  # of products
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
         if kernels is None:
-            products: dict[str, Product] = {"same": same_product, "int8": Int8Product}
-            product = products[weights] if isinstance(weights, str) else weights
             make_block: MakeBlock = partial(SlabBlock, product=product)
         else:
             make_block = partial(KernelBlock, kernels=kernels)
