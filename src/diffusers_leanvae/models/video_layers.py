@@ -52,7 +52,7 @@ def _is_slow(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     is_small = x[0, :, :, :, 0].numel() <= _SMALL_INPUT and weight[0, 0].numel() > 1  # others are a matrix product
     is_float = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_small and is_float and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return is_small and is_float and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 class LayerChain(nn.ModuleList):
