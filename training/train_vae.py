@@ -87,6 +87,7 @@ class DataRecipe(ClipOptions):
     image_ratio: float = 0.0  # share of steps on single frames
     image_batch_factor: int = 1  # such a step has this many times more clips
     images: str | None = None  # where single frames come from; null: the videos
+    procedural: float = 0.0  # share of clips, images too, that are drawn: flat colours, text, checkerboards, textures
     cache_gib: float = 4.0  # decoded videos are kept in memory up to this size, by each process
     shuffle_buffer: int = 256  # videos of a stream that are shuffled among each other
     num_workers: int = 0  # with everything in the cache, cutting clips costs less than handing them over
@@ -334,8 +335,8 @@ def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[Disc
 
 
 def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The first clips of training, one at a time: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
-    return (pixels_to_sample(dataset[index].pixels[None].to(device)) for index in range(num_clips))
+    """The first clips of the videos, one at a time: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
+    return (pixels_to_sample(dataset.cut_clip(index).pixels[None].to(device)) for index in range(num_clips))
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -354,7 +355,9 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = open_clip_dataset(
         recipe.data.train,
         recipe.data,
-        StepSchedule(recipe.batch_size, recipe.data.image_ratio, recipe.data.image_batch_factor),
+        StepSchedule(
+            recipe.batch_size, recipe.data.image_ratio, recipe.data.image_batch_factor, recipe.data.procedural
+        ),
         run.share,
         seed=recipe.seed,
         images=recipe.data.images,

@@ -53,7 +53,7 @@ ADVERSARIAL = (
 )
 # Recipes whose steps do not depend on how they are shared: the last step, and the settings.
 SHARED = {
-    "plain": (3, ("num_steps=3", "batch_size=4")),
+    "plain": (3, ("num_steps=3", "batch_size=4", "data.procedural=0.5")),
     "muon": (6, ("num_steps=6", "batch_size=4", "optimizer.name=muon")),
     "regularised": (3, ("num_steps=3", "batch_size=4", *REGULARISERS)),
     "adversarial": (4, ("batch_size=4", *ADVERSARIAL)),
@@ -61,6 +61,7 @@ SHARED = {
 FULL = (
     *DISTURBING,
     "data.image_ratio=0.3",
+    "data.procedural=0.5",
     "data.stride=[1,2]",
     "adversarial.start_step=2",
     "adversarial.learning_rate=1e-3",
