@@ -471,7 +471,9 @@ def main(arguments: list[str] | None = None) -> None:
     module = run.prepare(bare_module, optimizer, blocks)
     trained = [parameter for parameter in bare_module.parameters() if parameter.requires_grad]
     parameters = [*transformer.parameters(), *(text_encoder.parameters() if text_encoder else ())]
-    ema = WeightAverage(parameters, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True)
+    ema = WeightAverage(
+        parameters, recipe.ema_power, decay=recipe.ema_decay, min_decay=recipe.ema_min_decay, foreach=True
+    )
     num_parameters = sum(parameter.numel() for parameter in parameters)
     tuned = "" if recipe.tune == "full" else f", {sum(x.numel() for x in trained) / 1e6:.2f} M trained"
     run.say(f"model: {num_parameters / 1e6:.2f} M parameters{tuned} for latents {latent_shape}, on {device}")

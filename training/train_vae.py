@@ -39,7 +39,7 @@ from diffusers_leanvae.latents import encode_batch, measure_statistics
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
 from diffusers_leanvae.losses.objectives import Objective, Posterior, objective_of
-from diffusers_leanvae.losses.regularizers import local_correlation, low_pass_consistency
+from diffusers_leanvae.losses.regularizers import latent_consistency, local_correlation, low_pass_consistency
 from diffusers_leanvae.models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
@@ -87,6 +87,7 @@ class DataRecipe(ClipOptions):
     image_ratio: float = 0.0  # share of steps on single frames
     image_batch_factor: int = 1  # such a step has this many times more clips
     images: str | None = None  # where single frames come from; null: the videos
+    procedural: float = 0.0  # share of clips, images too, that are drawn: flat colours, text, checkerboards, textures
     cache_gib: float = 4.0  # decoded videos are kept in memory up to this size, by each process
     shuffle_buffer: int = 256  # videos of a stream that are shuffled among each other
     num_workers: int = 0  # with everything in the cache, cutting clips costs less than handing them over
@@ -251,7 +252,7 @@ class VAETrainingModule(nn.Module):
         # ---- encode, sample, decode ---------------------------------------------------------------------------------
         (posterior,) = vae.encode(sample, return_dict=False)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        target, latents = decoder_task(regularization, sample, latents, seed)
+        target, latents, mean = decoder_task(regularization, sample, latents, posterior.mean, seed)
         decoded = objective.decode(vae, latents)
         judged = [Judged(target, decoded.reconstruction)]
 
@@ -259,6 +260,8 @@ class VAETrainingModule(nn.Module):
         terms = objective.terms(vae, target, decoded, Posterior(posterior.mean, posterior.logvar))
         perceptual = self.perceptual_terms(target, decoded.reconstruction, seed)
         terms |= {name: objective.perceptual_factor(target) * term for name, term in perceptual.items()}
+        if objective.latent_consistency:
+            terms["latent_consistency"] = latent_consistency(vae, decoded.reconstruction, mean)
         if regularization.local_correlation:
             terms["local_correlation"] = local_correlation(posterior.mean)
             weight_of["local_correlation"] = regularization.local_correlation
@@ -334,8 +337,8 @@ def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[Disc
 
 
 def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The first clips of training, one at a time: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
-    return (pixels_to_sample(dataset[index].pixels[None].to(device)) for index in range(num_clips))
+    """The first clips of the videos, one at a time: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
+    return (pixels_to_sample(dataset.cut_clip(index).pixels[None].to(device)) for index in range(num_clips))
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -354,7 +357,9 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = open_clip_dataset(
         recipe.data.train,
         recipe.data,
-        StepSchedule(recipe.batch_size, recipe.data.image_ratio, recipe.data.image_batch_factor),
+        StepSchedule(
+            recipe.batch_size, recipe.data.image_ratio, recipe.data.image_batch_factor, recipe.data.procedural
+        ),
         run.share,
         seed=recipe.seed,
         images=recipe.data.images,
@@ -397,7 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = list(vae.parameters())
     judges_parameters = [p for discriminator in discriminators for p in discriminator.parameters()]
     judges_optimizer = build_discriminator_optimizer(recipe.adversarial, judges_parameters)
-    ema = WeightAverage(parameters, decay=recipe.ema_decay, foreach=True)
+    ema = WeightAverage(parameters, recipe.ema_power, decay=recipe.ema_decay, foreach=True)
     num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     run.say(f"model: {num_parameters / 1e6:.2f} M parameters, {num_trained / 1e6:.2f} M trained, on {device}")

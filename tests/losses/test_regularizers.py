@@ -9,6 +9,7 @@ from diffusers_leanvae.losses.regularizers import (
     Transform,
     draw_mask_ratio,
     equivariance_transform,
+    latent_consistency,
     local_correlation,
     low_pass_consistency,
     mask_latents,
@@ -165,11 +166,11 @@ def test_mask_ratios_follow_their_probabilities():
     np.testing.assert_allclose(shares, [0.7, 0.1, 0.1, 0.1], rtol=0, atol=0.03)
 
 
-# ---- low-pass consistency ----
+# ---- consistency ----
 
 
 class BlockEncoder:
-    """As much of a model as `low_pass_consistency` needs, with latents by a function of the video."""
+    """As much of a model as the terms of consistency need, with latents by a function of the video."""
 
     def __init__(self, encode):
         self.function = encode
@@ -180,6 +181,30 @@ class BlockEncoder:
 
     def mode(self):
         return self.latents
+
+
+def test_latent_consistency_is_the_relative_error_of_the_latents(make_video):
+    sample, reconstruction = make_video(2, 3, 9, 32, 32), make_video(2, 3, 9, 32, 32, seed=5)
+    latents, again = (block_latents(video).numpy() for video in (sample, reconstruction))
+    errors = [np.square(b - a).sum() / np.square(a).sum() for a, b in zip(latents, again, strict=True)]
+    assert abs(errors[0] - errors[1]) > 0.01
+    for scale in (1.0, 0.25):
+        encoder = BlockEncoder(lambda video, scale=scale: scale * block_latents(video))
+        mean = scale * block_latents(sample)
+        loss = latent_consistency(encoder, reconstruction, mean)
+        torch.testing.assert_close(loss.item(), float(np.mean(errors)), rtol=1e-6, atol=0)  # measured: 0
+        assert latent_consistency(encoder, sample, mean) == 0
+
+
+def test_latent_consistency_has_a_target_without_a_gradient(make_model, make_video):
+    model, sample = make_model(), make_video(1, 3, 5, 32, 32)
+    mean = model.encode(sample).latent_dist.mode().detach().requires_grad_()
+    reconstruction = model.decode(model.encode(sample).latent_dist.mode().detach()).sample
+    latent_consistency(model, reconstruction, mean).backward()
+    assert mean.grad is None
+    for part in (model.encoder, model.decoder):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
+    assert max(p.grad.abs().max() for p in model.decoder.parameters()) > 1e-4
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17])

@@ -103,6 +103,22 @@ def test_shards_train_as_the_whole_model(precision: str, tmp_path: Path):
     run_ranks(train, tmp_path, precision, num_processes=2, output=tmp_path)
 
 
+@pytest.mark.parametrize(("exponent", "deviation"), [(6.94, 0.10), (16.97, 0.05)])
+def test_an_average_by_a_power_function_grows_with_the_run(exponent: float, deviation: float):
+    """The steps count by a power of their number: mean and deviation of the number are shares of the steps done."""
+    step_and_square = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    average = WeightAverage([step_and_square], exponent, decay=0.5)
+    for step in range(1, 2001):
+        step_and_square.data = torch.tensor([step, step**2], dtype=torch.float64)
+        average.step([step_and_square])
+        if step == 1:
+            assert average.shadow_params[0].tolist() == [1, 1]
+        if step in (500, 2000):
+            mean, square = average.shadow_params[0].tolist()
+            assert mean / step == pytest.approx((exponent + 1) / (exponent + 2), abs=2e-3)  # measured: 4e-4
+            assert (square - mean**2) ** 0.5 / step == pytest.approx(deviation, abs=4e-4)  # measured: 1e-4
+
+
 def test_a_checkpoint_of_a_whole_model_says_that_it_has_no_shards(tmp_path: Path):
     with pytest.raises(ValueError, match="A run that began without FSDP must go on without it, got the checkpoint"):
         check_checkpoint(tmp_path, is_sharded=True)

@@ -1,5 +1,6 @@
 """The step of `train_vae.py` for WF-VAE, against the recorded losses of the reference, and for IV-VAE."""
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from wfvae_losses import read_recording, squared_error
 
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator3d
-from diffusers_leanvae.losses.objectives import IVVAEObjective, Objective, WFVAEObjective
+from diffusers_leanvae.losses.objectives import IVVAEObjective, Objective, WFVAEObjective, objective_of
 from diffusers_leanvae.losses.reconstruction import kl_divergence
+from diffusers_leanvae.losses.regularizers import latent_consistency
 from diffusers_leanvae.trainer.autoencoder_terms import PerceptualTerms
 from diffusers_leanvae.trainer.discriminators import AdversarialRecipe
 
@@ -168,6 +170,40 @@ def test_the_objective_of_ivvae_is_a_weighted_sum():
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_latent_consistency_joins_in_every_family(family: str, num_frames: int):
+    vae, sample = make_tiny(family).train(), make_video(2, 3, num_frames, 32, 32)
+    objective = objective_of(type(vae))
+    plain, step = (VAETrainingModule(vae, objective(latent_consistency=weight))(sample) for weight in (0.0, 0.5))
+    (_, fake), mean = step.judged[0], vae.encode(sample).latent_dist.mean
+    expected = latent_consistency(vae, fake, mean).detach()
+    torch.testing.assert_close(step.terms["latent_consistency"], expected, rtol=1e-6, atol=0)
+    assert set(step.terms) - set(plain.terms) == {"latent_consistency"} and expected > 0.01
+    torch.testing.assert_close(step.loss, plain.loss + 0.5 * expected, rtol=1e-6, atol=0)  # measured: 0
+
+    alone = VAETrainingModule(vae, objective(**dict.fromkeys(asdict(objective()), 0.0) | {"latent_consistency": 1.0}))
+    gradients = []
+    for _ in range(2):
+        vae.zero_grad()
+        alone(sample).loss.backward()
+        gradients.append({name: p.grad for name, p in vae.named_parameters() if p.grad is not None})
+        vae.enable_gradient_checkpointing()
+    assert {name.split(".")[0] for name, gradient in gradients[0].items() if gradient.any()} >= {"encoder", "decoder"}
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)  # measured: 0
+
+
+@pytest.mark.parametrize(("family", "factor"), [("leanvae", 0.5), ("ivvae", 1.0)])
+def test_charbonnier_joins(family: str, factor: float):
+    vae, sample = make_tiny(family).train(), make_video(2, 3, 5, 32, 32)
+    objective = objective_of(type(vae))
+    loss, terms, ((_, fake),) = VAETrainingModule(vae, objective(charbonnier=2.0))(sample)
+    expected = ((factor * (fake - sample)).square() + 1e-6).sqrt().mean()
+    torch.testing.assert_close(terms["charbonnier"], expected, rtol=1e-6, atol=0)
+    plain = VAETrainingModule(vae, objective())(sample)
+    torch.testing.assert_close(loss, plain.loss + 2.0 * expected, rtol=1e-6, atol=0)
+
+
 def test_the_variance_of_pixels_scales_their_terms():
     vae, sample = make_tiny("wfvae").train(), make_video(2, 3, 5, 32, 32)
 
@@ -214,6 +250,7 @@ def test_losses_are_those_of_the_type():
         "ms_ssim": 0.0,
         "kl": 1e-6,
         "wavelet": 0.1,
+        "latent_consistency": 0.0,
         "logvar": 0.0,
     }
     assert recipe_with().loss["l1_low"] == 0.2

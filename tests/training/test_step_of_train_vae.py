@@ -13,7 +13,13 @@ from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, Pa
 from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import reference_frames
 from diffusers_leanvae.losses.reconstruction import reconstruction_terms
-from diffusers_leanvae.losses.regularizers import equivariance_transform, local_correlation, low_pass_consistency
+from diffusers_leanvae.losses.regularizers import (
+    draw_mask_ratio,
+    equivariance_transform,
+    latent_consistency,
+    local_correlation,
+    low_pass_consistency,
+)
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.autoencoder_terms import PerceptualTerms, Regularization
 from diffusers_leanvae.trainer.discriminators import AdversarialRecipe
@@ -62,6 +68,22 @@ def test_a_transformed_step_decodes_transformed_latents(vae: AutoencoderKLLeanVA
     torch.testing.assert_close(terms, {name: term.detach() for name, term in expected.items()}, rtol=1e-5, atol=0)
     torch.testing.assert_close(real, target, rtol=0, atol=0)
     torch.testing.assert_close(fake, vae.synthesize(bands).detach(), rtol=0, atol=1e-6)
+
+
+def test_the_latents_of_a_transformed_reconstruction_are_to_be_the_transformed_means(
+    vae: AutoencoderKLLeanVAE, sample: torch.Tensor
+):
+    """Also where noise was added to what was decoded, or some of it hidden."""
+    switches = Regularization(equivariance_probability=1.0, equivariance_min_scale=0.5, mask_latents=True)
+    module = VAETrainingModule(vae, LeanVAEObjective(latent_consistency=1.0), switches)
+    noise = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    seed = next(number for number in range(99) if draw_mask_ratio(np.random.default_rng([number, 1])) == 0.5)
+    _, terms, ((_, fake),) = module(sample, noise, seed=(seed,))
+    rng = np.random.default_rng([seed, 0])
+    rng.random()
+    transform = equivariance_transform(rng, (4, 3, 4, 4), min_scale=0.5)
+    expected = latent_consistency(vae, fake, transform.apply_to_latents(vae.encode(sample).latent_dist.mean))
+    torch.testing.assert_close(terms["latent_consistency"], expected.detach(), rtol=1e-5, atol=0)
 
 
 def test_equivariance_comes_in_its_share_of_the_steps(vae: AutoencoderKLLeanVAE):

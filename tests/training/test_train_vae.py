@@ -40,6 +40,7 @@ REGULARISERS = (
     "regularization.local_correlation=0.1",
     "regularization.mask_latents=true",
     "regularization.low_pass=0.1",
+    "loss.latent_consistency=0.1",
 )
 # Terms whose mean over clips is the same however clips are shared: no batch norm, nothing that counts passes.
 ADVERSARIAL = (
@@ -53,7 +54,7 @@ ADVERSARIAL = (
 )
 # Recipes whose steps do not depend on how they are shared: the last step, and the settings.
 SHARED = {
-    "plain": (3, ("num_steps=3", "batch_size=4")),
+    "plain": (3, ("num_steps=3", "batch_size=4", "data.procedural=0.5")),
     "muon": (6, ("num_steps=6", "batch_size=4", "optimizer.name=muon")),
     "regularised": (3, ("num_steps=3", "batch_size=4", *REGULARISERS)),
     "adversarial": (4, ("batch_size=4", *ADVERSARIAL)),
@@ -61,6 +62,7 @@ SHARED = {
 FULL = (
     *DISTURBING,
     "data.image_ratio=0.3",
+    "data.procedural=0.5",
     "data.stride=[1,2]",
     "adversarial.start_step=2",
     "adversarial.learning_rate=1e-3",
@@ -136,7 +138,8 @@ def test_the_script_runs_under_torchrun_and_leaves_a_model(script: Script, clips
     assert [record["step"] for record in log] == [1, 2]
     counters = {"step", "lr", "num_skipped", "num_bad_videos"}
     measured = {"loss", "grad_norm", "seconds_per_step", "data_seconds_per_step", "cpu_seconds_per_step"}
-    assert set(log[0]) == counters | measured | set(asdict(LeanVAEObjective())) - {"lpips", "ms_ssim"}
+    left_out = {"lpips", "ms_ssim", "charbonnier", "latent_consistency"}
+    assert set(log[0]) == counters | measured | set(asdict(LeanVAEObjective())) - left_out
 
 
 def test_validation_and_statistics_are_those_of_the_averaged_model(clips: Path, straight: Path):
@@ -222,12 +225,15 @@ def test_two_processes_resume_to_the_same_numbers(launched: Path):
 
 
 def test_whitened_muon_resumes_to_the_same_numbers(script: Script, tmp_path: Path):
-    settings = ("optimizer.name=muon", "optimizer.schedule=constant", "save_every=6")
+    settings = ("optimizer.name=muon", "optimizer.schedule=constant", "save_every=6", "ema_power=2")
     straight = script.train(tmp_path / "straight", "num_steps=10", *settings)
     script.train(tmp_path / "twice", "num_steps=6", *settings)
     twice = script.train(tmp_path / "twice", "num_steps=10", *settings)
     torch.testing.assert_close(weights_at(twice, 10), weights_at(straight, 10), rtol=0, atol=0)
     assert changed(weights_at(straight, 6), weights_at(straight, 10))
+    averages = [load_file(run / "vae/diffusion_pytorch_model.safetensors") for run in (straight, twice)]
+    torch.testing.assert_close(*averages, rtol=0, atol=0)
+    assert "averaged over training (by a power function, exponent 2.0)" in (twice / "vae/README.md").read_text()
 
 
 def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_path: Path):

@@ -167,7 +167,7 @@ class OpenVideo:
 
         Args:
             size: Frames, height and width of the window at zoom 1, which must fit into `shape`.
-            factor: Divisor of height and width, which are rounded to multiples of 16 (unless the factor is 1).
+            factor: As of `rescale`.
             rng: Source of everything random.
         """
         shape, options = self.shape, self.videos.options
@@ -200,9 +200,7 @@ class OpenVideo:
             warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)
             return None
         window = frames[::stride, top : top + window_height, left : left + window_width]
-        if factor != 1.0:
-            height, width = (max(16, 16 * round(edge / factor / 16)) for edge in (height, width))
-        clip = resize_frames(window, height, width)
+        clip = resize_frames(window, *rescale(size, factor)[1:])
         return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
 
     @cached_property
@@ -288,6 +286,15 @@ def _aspect_buckets(videos: VideoSet, all_sizes: Sequence[Size]) -> list[tuple[l
             distances = [abs(math.log(ratios[i] * shape[2] / shape[1])) for i in possible]
             members[possible[distances.index(min(distances))]].append(number)
     return [(sizes[i], np.array(members[i])) for i in range(len(ratios)) if members[i]]
+
+
+def rescale(size: Size, factor: float) -> Size:
+    """Divide height and width by a factor; they are then rounded to multiples of 16, unless the factor is 1."""
+    if factor == 1.0:
+        return size
+    num_frames, *edges = size
+    height, width = (max(16, 16 * round(edge / factor / 16)) for edge in edges)
+    return num_frames, height, width
 
 
 def fits(shape: Size, size: Size) -> bool:

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from ..video_io import VideoError, VideoReader
 from ..video_io.pixels import center_crop, pixels_to_sample, resize_frames, short_side_size
-from .cutting import ClipOptions, Size, VideoOrder, VideoSet, fits
+from .cutting import ClipOptions, Size, VideoOrder, VideoSet, fits, rescale
 from .metadata import find_captions
+from .procedural import draw_footage
 from .schedule import ALONE, Share, StepBatches, StepSchedule
 from .sources import FileSource, VideoSource
 
@@ -48,8 +49,8 @@ def read_center_clip(video: str | Path | VideoReader, num_frames: int, size: int
 class Clip(NamedTuple):
     """`pixels` are uint8, `(3, num_frames, height, width)`; PyTorch collates a batch to tensors of all fields.
 
-    `video` is the number of the video, for `metadata`. `num_skipped` counts the unusable videos and parts of videos
-    that were passed over in search of this clip.
+    `video` is the number of the video, for `metadata`; -1 for procedural footage. `num_skipped` counts the unusable
+    videos and parts of videos that were passed over in search of this clip.
     """
 
     pixels: torch.Tensor
@@ -87,7 +88,7 @@ class ClipDataset(ABC, Dataset[Clip]):
 
     @abstractmethod
     def metadata(self, video: int) -> dict[str, Any]:
-        """Return the metadata of a video: its `file_name` and, for instance, a `caption`."""
+        """Return the metadata of a video: its `file_name` and, for instance, a `caption`; of -1, an empty one."""
 
     def captions(self, video: int) -> tuple[str, ...]:
         """Return the captions of a video."""
@@ -117,12 +118,21 @@ class ClipDataset(ABC, Dataset[Clip]):
         """Remove temporary files."""
 
     def __getitem__(self, index: int) -> Clip:
+        return self._clip(index, self.schedule.is_procedural(index))
+
+    def cut_clip(self, index: int) -> Clip:
+        """Return the clip of a video, also where procedural footage takes its place in training."""
+        return self._clip(index, False)
+
+    def _clip(self, index: int, is_procedural: bool) -> Clip:
         step, position = divmod(index, self.schedule.clips_per_step)
         order, order_step, order_position = self.locate(step, position)
         sizes, numbers = order.candidates(order_step, order_position)
         rng = np.random.default_rng([self.seed, 1, step])
         size = sizes[int(rng.integers(len(sizes)))]
         factor = self.options.rescale_factors[int(rng.integers(len(self.options.rescale_factors)))]
+        if is_procedural:
+            return Clip(draw_footage(rescale(size, factor), self.seed, index), index, -1, 0)
         num_skipped = 0
         for attempt, number in enumerate(numbers):
             with order.videos.open(number) as video:
@@ -196,7 +206,7 @@ class TrainingClips(ClipDataset):
         return self.video_order, step - num_image_steps, position
 
     def metadata(self, video: int) -> dict[str, Any]:
-        return self.videos.source.metadata(video)
+        return self.videos.source.metadata(video) if video >= 0 else {}
 
     def describe(self) -> str:
         images = "" if self.image_videos is self.videos else f" and {len(self.image_videos)} images"

@@ -28,6 +28,7 @@ def open_training_data(
     image_ratio: float = 0.0,
     image_batch_factor: int = 1,
     images: str | None = None,
+    procedural: float = 0.0,
     cache_gib: float = 4.0,
     shuffle_buffer: int = 256,
     caption_column: str | None = None,
@@ -57,6 +58,7 @@ def open_training_data(
         image_ratio: The share of steps whose clips are single frames.
         image_batch_factor: Such a step has this many times more clips.
         images: Source of single frames, named like `train` but local; `None` for random frames of the videos.
+        procedural: The share of clips, of images too, in whose place comes footage of `draw_footage`.
         cache_gib: Memory for decoded videos, in each process; streams are not cached.
         shuffle_buffer: How many videos of a stream are held on disk by each process and shuffled among each other.
         caption_column: The column of the metadata file, key of the `.json` members of shards, or column of the
@@ -70,7 +72,7 @@ def open_training_data(
     return open_clip_dataset(
         train,
         ClipOptions(clip_sizes, aspect_buckets, short_side, stride, max_zoom_out, flip, rescale_factors),
-        StepSchedule(batch_size, image_ratio, image_batch_factor),
+        StepSchedule(batch_size, image_ratio, image_batch_factor, procedural),
         Share(rank, world_size, num_accumulation_steps),
         seed=seed,
         images=images,

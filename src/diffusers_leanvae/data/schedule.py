@@ -41,17 +41,21 @@ class StepSchedule:
         batch_size: Clips of a step of videos, over all processes and accumulation steps.
         image_ratio: The share of steps whose clips are single frames.
         image_batch_factor: Such a step has this many times more clips.
+        procedural: The share of clips that are procedural footage, spread evenly over the clips of all steps.
     """
 
     batch_size: int
     image_ratio: float = 0.0
     image_batch_factor: int = 1
+    procedural: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.image_ratio <= 1.0:
             raise ValueError(f"`image_ratio` must be from 0 to 1, got {self.image_ratio}.")
         if self.image_batch_factor < 1:
             raise ValueError(f"`image_batch_factor` must be at least 1, got {self.image_batch_factor}.")
+        if not 0.0 <= self.procedural <= 1.0:
+            raise ValueError(f"`procedural` must be from 0 to 1, got {self.procedural}.")
 
     @property
     def clips_per_step(self) -> int:
@@ -59,14 +63,26 @@ class StepSchedule:
 
     def num_image_steps(self, step: int) -> int:
         """Count the image steps before `step`."""
-        ratio = Fraction(self.image_ratio).limit_denominator(10_000)  # exact: both sides of a step must agree
-        return step * ratio.numerator // ratio.denominator
+        return _share_of(self.image_ratio, step)
 
     def is_image_step(self, step: int) -> bool:
         return self.num_image_steps(step + 1) > self.num_image_steps(step)
 
     def num_clips(self, step: int) -> int:
         return self.batch_size * (self.image_batch_factor if self.is_image_step(step) else 1)
+
+    def is_procedural(self, index: int) -> bool:
+        """Tell whether the clip of this index is procedural footage."""
+        step, position = divmod(index, self.clips_per_step)
+        num_larger = (self.image_batch_factor - 1) * self.num_image_steps(step)
+        number = (step + num_larger) * self.batch_size + position  # indices have gaps
+        return _share_of(self.procedural, number + 1) > _share_of(self.procedural, number)
+
+
+def _share_of(ratio: float, count: int) -> int:
+    """Count those of the first `count` that belong to a share which is spread evenly."""
+    exact = Fraction(ratio).limit_denominator(10_000)  # both sides of a step must agree
+    return count * exact.numerator // exact.denominator
 
 
 class StepBatches(Sampler[list[int]]):

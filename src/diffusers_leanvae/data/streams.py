@@ -131,6 +131,8 @@ class VideoStream(ClipDataset):
 
     def metadata(self, video: int) -> dict[str, Any]:
         """Return the other columns of an example, as far as they can be JSON, while its block is on disk."""
+        if video < 0:
+            return {}
         block, number = divmod(video, self.block_size)
         return self._block_orders(block)[0].videos.source.metadata(number)
 

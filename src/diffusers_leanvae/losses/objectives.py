@@ -16,7 +16,7 @@ from ..models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from ..models.video_autoencoder import VideoAutoencoder
-from .reconstruction import kl_divergence, log_mse, reconstruction_terms, summed_l1, wavelet_l1
+from .reconstruction import charbonnier, kl_divergence, log_mse, reconstruction_terms, summed_l1, wavelet_l1
 
 
 class Decoded(NamedTuple):
@@ -39,11 +39,13 @@ class Objective(ABC):
     Attributes:
         lpips: Weight of the distance of frames that [`LPIPS`] measures.
         ms_ssim: Weight of one minus the multi-scale similarity.
+        latent_consistency: Weight of the distance of the reconstruction's latents from those of the video.
         max_adaptive_weight: Upper bound of the ratio of gradients by which adversarial terms may be scaled.
     """
 
     lpips: float
     ms_ssim: float
+    latent_consistency: float
     max_adaptive_weight: ClassVar[float] = 1e4
 
     def decode(self, vae: Any, latents: torch.Tensor) -> Decoded:
@@ -52,7 +54,7 @@ class Objective(ABC):
 
     @abstractmethod
     def terms(self, vae: Any, target: torch.Tensor, decoded: Decoded, posterior: Posterior) -> dict[str, torch.Tensor]:
-        """Compute the unweighted terms but the perceptual ones, as scalars.
+        """Compute the unweighted terms but the perceptual ones and the consistency, as scalars.
 
         Args:
             vae: The autoencoder.
@@ -88,6 +90,8 @@ class LeanVAEObjective(Objective):
     lpips: float = 0.0  # 4 in the reference; needs the weights of VGG16
     ms_ssim: float = 0.0  # a perceptual term that needs no weights
     log_mse: float = 0.0  # ours: PSNR itself, up to a factor; relative errors of easy and of hard clips weigh the same
+    charbonnier: float = 0.0  # ours: L1 that is smooth near 0
+    latent_consistency: float = 0.0  # H3AE (2504.10567): latents of the reconstruction, encoded again
 
     def decode(self, vae: Any, latents: torch.Tensor) -> Decoded:
         bands = vae.decode_subbands(latents)
@@ -97,9 +101,12 @@ class LeanVAEObjective(Objective):
 
     def terms(self, vae: Any, target: torch.Tensor, decoded: Decoded, posterior: Posterior) -> dict[str, torch.Tensor]:
         factor = vae.config["pixel_factor"]
-        return reconstruction_terms(
+        terms = reconstruction_terms(
             target, decoded.reconstruction, vae.analyze(target), decoded.subbands, *posterior, factor
         )
+        if self.charbonnier:
+            terms["charbonnier"] = charbonnier(target, decoded.reconstruction, factor)
+        return terms
 
     def is_last_layer(self, name: str) -> bool:
         return name.split(".")[0].endswith("_proj")
@@ -118,6 +125,7 @@ class WFVAEObjective(Objective):
     ms_ssim: float = 0.0  # ours: a perceptual term that needs no weights
     kl: float = 1e-6
     wavelet: float = 0.1  # of the sub-bands in the energy flow: summed over everything but the batch
+    latent_consistency: float = 0.0  # ours: as of LeanVAE
     logvar: float = 0.0  # no weight: log-variance of the pixels, which the reference keeps at 0
 
     max_adaptive_weight: ClassVar[float] = 1e6
@@ -155,13 +163,18 @@ class IVVAEObjective(Objective):
     lpips: float = 0.0  # 1 in our recipes; needs the weights of VGG16
     ms_ssim: float = 0.0  # ours: a perceptual term that needs no weights
     log_mse: float = 0.0  # ours: as of LeanVAE
+    charbonnier: float = 0.0  # ours: as of LeanVAE
+    latent_consistency: float = 0.0  # ours: as of LeanVAE
 
     def terms(self, vae: Any, target: torch.Tensor, decoded: Decoded, posterior: Posterior) -> dict[str, torch.Tensor]:
-        return {
+        terms = {
             "l1_pixel": F.l1_loss(decoded.reconstruction.float(), target.float()),
             "kl": kl_divergence(*posterior),
             "log_mse": log_mse(target, decoded.reconstruction, 1.0),
         }
+        if self.charbonnier:
+            terms["charbonnier"] = charbonnier(target, decoded.reconstruction, 1.0)
+        return terms
 
 
 OBJECTIVES: dict[type[VideoAutoencoder], type[Objective]] = {

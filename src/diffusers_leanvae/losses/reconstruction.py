@@ -31,6 +31,12 @@ def log_mse(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: fl
     return (error.square().mean(dim=(1, 2, 3, 4)) + 1e-6).log().mean()
 
 
+def charbonnier(sample: torch.Tensor, reconstruction: torch.Tensor, pixel_factor: float) -> torch.Tensor:
+    """Mean of `sqrt(error^2 + 1e-6)`, which is L1 but for errors about 1e-3 and below, where it is smooth."""
+    error = (reconstruction.float() - sample.float()) * pixel_factor
+    return (error.square() + 1e-6).sqrt().mean()
+
+
 def band_l1(target: Bands, predicted: Bands) -> tuple[torch.Tensor, torch.Tensor]:
     """L1 distances of the lowest sub-bands and of all others, as float32 scalars, summed over image and video.
 

@@ -191,7 +191,26 @@ def mask_latents(latents: torch.Tensor, ratio: float, rng: np.random.Generator) 
     return latents.masked_fill((order < round(count * ratio)).view(shape), 0.0)
 
 
-# ---- low-pass consistency -------------------------------------------------------------------------------------------
+# ---- consistency ----------------------------------------------------------------------------------------------------
+
+
+def latent_consistency(vae: VideoAutoencoder, reconstruction: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Squared distance of the latents of a reconstruction from those of its video, relative to the latter; 0 is best.
+
+    The aim of H3AE's latent consistency loss (arXiv 2504.10567), which encodes the reconstruction again and takes the
+    place of LPIPS and of a discriminator. Distance and flow of gradients are ours. The latents of the video are a
+    target without a gradient, or the encoder could come closer by telling less. The other side has one, which goes
+    through the encoder, whose weights learn from it unless they are frozen, to the decoder. Posterior means are
+    compared, also where samples were decoded.
+
+    Args:
+        vae: The autoencoder in training.
+        reconstruction: Videos that were decoded, shape `(batch_size, 3, num_frames, height, width)`, not clamped.
+        mean: Posterior means of the videos that should have been.
+    """
+    again, target = vae.encode(reconstruction, return_dict=False)[0].mode().float(), mean.detach().float()
+    difference, norm = (x.square().sum(dim=(1, 2, 3, 4)) for x in (again - target, target))
+    return (difference / norm.clamp_min(1e-6)).mean()
 
 
 def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -34,14 +34,19 @@ class Regularization:
 
 
 class DecoderTask(NamedTuple):
-    """Input of the decoder, and the videos in `[-1, 1]` that it should return."""
+    """Input of the decoder; the videos in `[-1, 1]` that it should return, and the posterior means of these."""
 
     target: torch.Tensor
     latents: torch.Tensor
+    mean: torch.Tensor
 
 
 def decoder_task(
-    regularization: Regularization, sample: torch.Tensor, latents: torch.Tensor, seed: Sequence[int]
+    regularization: Regularization,
+    sample: torch.Tensor,
+    latents: torch.Tensor,
+    mean: torch.Tensor,
+    seed: Sequence[int],
 ) -> DecoderTask:
     """Pair the latents with their videos: both as they are, or both transformed; some latents perhaps hidden.
 
@@ -49,17 +54,19 @@ def decoder_task(
         regularization: The switches and the shares of the steps.
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
         latents: Their latents.
+        mean: Posterior means, of which `latents` are samples or which they are; transformed along.
         seed: What is drawn follows from these numbers alone.
     """
     rng = np.random.default_rng([*seed, 0])
     if rng.random() < regularization.equivariance_probability:
         in_time, min_scale = regularization.equivariance_in_time, regularization.equivariance_min_scale
         transform = equivariance_transform(rng, latents.shape, temporal=in_time, min_scale=min_scale)
-        sample, latents = transform.apply_to_sample(sample), transform.apply_to_latents(latents)
+        sample = transform.apply_to_sample(sample)
+        latents, mean = transform.apply_to_latents(latents), transform.apply_to_latents(mean)
     if regularization.mask_latents:
         rng = np.random.default_rng([*seed, 1])
         latents = mask_latents(latents, draw_mask_ratio(rng), rng)
-    return DecoderTask(sample, latents)
+    return DecoderTask(sample, latents, mean)
 
 
 @dataclass

@@ -25,7 +25,7 @@ TEMPLATE = """\
 Pixels are in `[-1, 1]`, videos `(batch_size, {in_channels}, num_frames, height, width)` with `num_frames` =
 {ratio_t} * n + 1 and sizes that are multiples of {ratio_s}; latents have {latent_channels} channels at
 {ratio_t}x{ratio_s}x{ratio_s} compression.
-{num_parameters:.2f} M parameters, averaged over training (decay {ema_decay}).
+{num_parameters:.2f} M parameters, averaged over training ({average}).
 """
 
 
@@ -41,7 +41,7 @@ Generates videos {of_what}: a [Latte](https://arxiv.org/abs/2401.03048) transfor
 ```
 
 {num_frames} frames of {height}x{width} from latents of {channels}x{num_latent_frames}x{latent_size}; transformer of
-{num_parameters:.2f} M parameters, averaged over training (decay {ema_decay}); sampled by `{scheduler}`.
+{num_parameters:.2f} M parameters, averaged over training ({average}); sampled by `{scheduler}`.
 {classes}"""
 RUN_TEMPLATE = """
 ## Figures
@@ -93,7 +93,7 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
         ratio_t=vae.temporal_compression_ratio,
         ratio_s=vae.spatial_compression_ratio,
         num_parameters=sum(parameter.numel() for parameter in vae.parameters()) / 1e6,
-        ema_decay=recipe.ema_decay,
+        average=_describe_average(recipe),
     )
     tags = ["autoencoder", vae.conversion.NAME.lower().replace("-", "")]
     metadata = card_metadata(class_name, title, _origin(recipe.init if not is_new else None), tags)
@@ -146,13 +146,19 @@ def render_pipeline_card(
         num_latent_frames=num_latent_frames,
         latent_size=f"{size}x{size}",
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
-        ema_decay=recipe.ema_decay,
+        average=_describe_average(recipe),
         scheduler=type(pipeline.scheduler).__name__,
         prompt="" if recipe.text is None else f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n",
         classes=_describe_condition(pipeline, recipe, id2label),
     )
     metadata = card_metadata(class_name, title, _origin(recipe.init), ["video-generation", "latte"])
     return compose_card(metadata, body + _describe_run(recipe, run, _denoising_losses(run["validation"])))
+
+
+def _describe_average(recipe: RunRecipe) -> str:
+    if recipe.ema_power is None:
+        return f"decay {recipe.ema_decay}"
+    return f"by a power function, exponent {recipe.ema_power}"
 
 
 def _name(recipe: RunRecipe) -> tuple[str, str]:

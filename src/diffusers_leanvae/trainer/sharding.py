@@ -100,7 +100,24 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch
 
 
 class WeightAverage(EMAModel):
-    """The moving average of diffusers, of sharded weights too: each process averages and saves its own share."""
+    """The moving average of diffusers, of sharded weights too: each process averages and saves its own share.
+
+    Args:
+        parameters: What is averaged.
+        exponent: Of an average by a power function (arXiv 2312.02696), in place of one by `decay`: the weights of step
+            `i` count by `i ** exponent`, nearly. `None` for an average by `decay`.
+        options: As of diffusers.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], exponent: float | None = None, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.exponent = exponent
+
+    def get_decay(self, optimization_step: int) -> float:
+        """As of diffusers, but for an `exponent`; the first step takes the weights as they are."""
+        if self.exponent is None:
+            return super().get_decay(optimization_step)
+        return (1 - 1 / optimization_step) ** (self.exponent + 1)
 
     @property
     def is_sharded(self) -> bool:
