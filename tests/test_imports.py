@@ -17,7 +17,7 @@ FOLDERS = {"src/diffusers_leanvae": PACKAGE, "pipelines": f"{PACKAGE}.pipelines"
 # The one import rule: a file imports from its own folder and from what stands above it here, never from what stands
 # below, and never from its own line.
 ORDER = (
-    ("_version", "checks", "atomic", "clock", "launching", "registration"),
+    ("_version", "checks", "atomic", "clock", "launching", "registration", "stages"),
     ("bundled", "hub_errors"),
     ("video_io", "kernels", "conversion"),
     ("description",),

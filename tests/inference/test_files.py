@@ -1,5 +1,9 @@
-"""Files through an autoencoder: what is read and how often, which part of it, and what is refused."""
+"""Files through an autoencoder: what is read and how often, which part of it, what is refused, stages in threads."""
 
+import os
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,8 +13,10 @@ from encoded_clips import count_opens, encode, moving_picture
 from safetensors.torch import load_file
 
 from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
-from diffusers_leanvae.inference.files import Excerpt, encode_video, reconstruct_video
+from diffusers_leanvae.inference import files
+from diffusers_leanvae.inference.files import Excerpt, decode_video, encode_video, reconstruct_video
 from diffusers_leanvae.inference.latents_file import LatentsInfo, LatentsWriter, open_latents
+from diffusers_leanvae.inference.memory import VideoJob, frames_ahead, plan_streams
 from diffusers_leanvae.inference.padding import crop_sample, pad_sample
 from diffusers_leanvae.video_io import VideoError, VideoInfo, read_video
 from diffusers_leanvae.video_io.pixels import pixels_to_sample, pixels_to_unit, resize_frames, sample_to_unit
@@ -94,3 +100,130 @@ def test_latents_are_laid_out_whatever_pieces_they_come_in(tmp_path: Path, dtype
         with LatentsWriter(tmp_path / "empty.safetensors") as writer:
             writer.close(info)
     assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+
+
+# --- Stages in threads -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch):
+    """A context in which no stage has a thread of its own."""
+    open_streams = files._open_streams
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_open_streams", lambda *given: open_streams(*given)._replace(num_ahead=0))
+            yield
+
+    return context
+
+
+def stage_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("leanvae-stage")]
+
+
+def test_stages_side_by_side_give_the_same_files(vae, tmp_path: Path, in_turn, monkeypatch: pytest.MonkeyPatch):
+    source = encode(tmp_path / "in.mp4", moving_picture(23), pts=[2 * t + t // 3 for t in range(23)])
+    names, threads = ("out.mp4", "z.safetensors", "decoded.mp4", "summary"), []
+
+    def run(folder: Path) -> None:
+        folder.mkdir()
+        summary = reconstruct_video(
+            vae,
+            source,
+            folder / "out.mp4",
+            excerpt=Excerpt(2, size="36"),
+            side_by_side=True,
+            metrics=True,
+            num_frames_per_step=4,
+            progress=lambda *_: threads.append(len(stage_threads())),
+        )
+        encode_video(vae, source, folder / "z.safetensors", model="", num_frames_per_step=4)
+        decode_video(vae, folder / "z.safetensors", folder / "decoded.mp4", num_frames_per_step=4)
+        (folder / "summary").write_text(str(summary))
+
+    run(tmp_path / "side by side")
+    assert max(threads) == 2  # a reader and a writer
+    threads.clear()
+    with in_turn():
+        run(tmp_path / "in turn")
+    assert len(threads) == 21 and not any(threads)
+    for name in names:
+        assert (tmp_path / "side by side" / name).read_bytes() == (tmp_path / "in turn" / name).read_bytes(), name
+
+
+def test_an_error_of_any_stage_is_that_of_stages_in_turn_and_leaves_nothing(vae, tmp_path: Path, in_turn):
+    source = encode(tmp_path / "in.mp4", moving_picture(40), container_options={"movflags": "faststart"})
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(source.read_bytes()[: -source.stat().st_size // 3])
+    num_steps = []
+
+    def fail(*_: object) -> None:
+        num_steps.append(1)
+        if len(num_steps) % 4 == 0:
+            raise RuntimeError("the network has failed")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options: dict = {"num_frames_per_step": 4}
+    cases: dict[str, tuple[Callable[[Path], object], type[BaseException], str]] = {
+        "reader": (
+            lambda path: reconstruct_video(vae, damaged, path, **options),
+            VideoError,
+            "damaged.mp4. past frame",
+        ),
+        "network": (lambda path: reconstruct_video(vae, source, path, **options), RuntimeError, "network has failed"),
+        "writer": (
+            lambda path: reconstruct_video(vae, source, path, excerpt=Excerpt(size="33x25"), pixel_format="yuv420p"),
+            VideoError,
+            "yuv420p needs even sizes",
+        ),
+        "caller": (lambda path: reconstruct_video(vae, source, path, progress=stop, **options), KeyboardInterrupt, ""),
+    }
+    for stage, (call, kind, expected) in cases.items():
+        said = []
+        for is_in_turn in (False, True):
+            handle = vae.decoder.register_forward_pre_hook(fail) if stage == "network" else None
+            try:
+                with pytest.raises(kind, match=expected) as error:
+                    if is_in_turn:
+                        with in_turn():
+                            call(tmp_path / "out.mp4")
+                    else:
+                        call(tmp_path / "out.mp4")
+            finally:
+                if handle is not None:
+                    handle.remove()
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.mp4", "in.mp4"], stage
+            assert stage_threads() == [], stage
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux alone limits sizes of files for a process")
+def test_a_full_disk_ends_all_in_one_sentence(vae, tmp_path: Path):
+    import resource
+
+    source = encode(tmp_path / "in.mkv", moving_picture(60, 64, 96), "ffv1", "bgr0")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+    try:
+        with pytest.raises(VideoError, match=r"^Cannot write '.*out.mkv': \[Errno 27\] File too large[^\n]*$"):
+            reconstruct_video(vae, source, tmp_path / "out.mkv", codec="ffv1", num_frames_per_step=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [source] and stage_threads() == []
+
+
+def test_frames_ahead_fit_the_bound(vae):
+    job = VideoJob(200, 48, 64)
+    plan, _ = plan_streams(vae, job, 2**30)
+    assert frames_ahead(job, plan, 2**30) == plan.num_frames_per_step == 16
+    frame = 2 * 48 * 64 * 3  # one that was read and one that is to be written
+    assert [frames_ahead(job, plan, plan.bound + spare) for spare in (0, frame - 1, frame, 5 * frame)] == [0, 0, 1, 5]
+    beside = VideoJob(200, 48, 64, keeps_originals=True)
+    assert frames_ahead(beside, plan, plan.bound + 5 * frame) == 3
+    one_way = VideoJob(200, 48, 64, decode=False)
+    assert frames_ahead(one_way, plan, plan.bound + 5 * frame) == 10

@@ -13,7 +13,8 @@ import torch
 from processes import start
 
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.video_io import VideoWriter, iter_video, write_video
+from diffusers_leanvae.inference.streaming import StreamingDecoder
+from diffusers_leanvae.video_io import iter_video, write_video
 
 
 # Windows knows neither signal, nor a file's removal while it is open.
@@ -26,20 +27,20 @@ WAITS = "waits for its signal"
 def reconstruct(model: Path, waits_at: int, *files: Path) -> None:
     """The console script, once per pair of files; after each, the status of the process, with its peak memory so far.
 
-    It waits for its signal once `waits_at` frames are written (0: never), so that the signal comes in the middle,
-    however slow the machine is.
+    It waits for its signal once about `waits_at` frames went through the network (0: never), so that the signal comes
+    in the middle, however slow the machine is; in the main thread, where Python raises what the signal stands for.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
-    write = VideoWriter.write
+    push = StreamingDecoder.push
 
-    def write_and_wait(self: VideoWriter, frames: torch.Tensor, *times: list[Fraction] | None) -> None:
-        write(self, frames, *times)
-        if self.num_frames >= waits_at:
+    def wait_and_push(self: StreamingDecoder, piece: torch.Tensor) -> torch.Tensor | None:
+        if self.num_pushed >= waits_at / self.vae.temporal_compression_ratio:
             print(WAITS, flush=True)
             time.sleep(600)
+        return push(self, piece)
 
     if waits_at:
-        VideoWriter.write = write_and_wait
+        StreamingDecoder.push = wait_and_push
     for source, target in zip(files[::2], files[1::2], strict=True):
         try:
             app(["reconstruct", str(source), str(target), "--model", str(model), "--device", "cpu"])

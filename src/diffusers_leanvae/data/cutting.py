@@ -157,7 +157,9 @@ class OpenVideo:
             return self.videos.cache[self.number][start:stop]
         stored = self._reader.info.height, self._reader.info.width
         size = self.videos.scaled_size(*stored)
-        chunks = self._reader.frames(start, stop, packed=size != stored)
+        if size == stored:
+            return self._reader.read(start, stop)
+        chunks = self._reader.frames(start, stop, packed=True)
         # Joined as (num_frames, 3, height, width), a layout that PyTorch keeps, whichever of the two it is.
         chunks = [resize_frames(frames, *size).permute(0, 3, 1, 2) for frames in chunks]
         return torch.cat(chunks).permute(0, 2, 3, 1)

@@ -7,7 +7,8 @@ number of processes makes the same files, and two runs of the same settings diff
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,6 +22,7 @@ from ..description import public_config
 from ..latents import encode_batch, measure_statistics
 from ..launching import start_accelerator
 from ..models.video_autoencoder import VideoAutoencoder
+from ..stages import ahead
 from ..video_io.pixels import as_sample
 from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
@@ -32,6 +34,7 @@ from .text_cache import begin_texts, checksum_of_weights, encode_captions, open_
 
 
 Engine = Literal["processes", "ray"]
+_Encoded = tuple[torch.Tensor, list[dict[str, Any]]]  # latents of a batch, and what is known of each
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,14 @@ def encode_dataset(
         encoded = encode_with_ray(missing, open_reader, vae.eval(), encode, num_readers, num_encoders)
     else:
         vae = vae.eval().to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps `to`
-        encoded = ((number, [encode(vae, batch) for batch in _read(number, clips, options)]) for number in missing)
-    for number, batches in encoded:
-        latents = torch.cat([torch.empty(0, *shape, dtype=options.torch_dtype), *(batch for batch, _ in batches)])
-        rows = [row for _, described in batches for row in described]
-        write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
-        count(len(_clips_of(number, clips, options)), total)
+        # Where processes read ahead, no thread has to; nor should it start them, while others work.
+        encoded = _encode_shards(missing, clips, options, partial(encode, vae), num_ahead=0 if num_workers else 1)
+    with closing(encoded):
+        for number, batches in encoded:
+            latents = torch.cat([torch.empty(0, *shape, dtype=options.torch_dtype), *(batch for batch, _ in batches)])
+            rows = [row for _, described in batches for row in described]
+            write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
+            count(len(_clips_of(number, clips, options)), total)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / "index.json").exists():
         _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")
@@ -239,9 +244,30 @@ def _read(number: int, clips: ClipList, options: ShardOptions) -> Iterator[list[
         yield batch
 
 
-def _encode(
-    vae: VideoAutoencoder, batch: list[SourceClip], *, is_doubled: bool, options: ShardOptions
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+def _encode_shards(
+    numbers: Sequence[int],
+    clips: ClipList,
+    options: ShardOptions,
+    encode: Callable[[list[SourceClip]], _Encoded],
+    num_ahead: int,
+) -> Generator[tuple[int, list[_Encoded]], None, None]:
+    """Encode shards, of which so many batches are read ahead, those of the next shard too."""
+    batches = (
+        (number, batch)
+        for number in numbers
+        for batch in itertools.chain(_read(number, clips, options), [None])  # which ends the shard
+    )
+    encoded: list[_Encoded] = []
+    with ahead(batches, num_ahead) as read:
+        for number, batch in read:
+            if batch is not None:
+                encoded.append(encode(batch))
+                continue
+            yield number, encoded
+            encoded = []
+
+
+def _encode(vae: VideoAutoencoder, batch: list[SourceClip], *, is_doubled: bool, options: ShardOptions) -> _Encoded:
     """Encode a batch: latents `(n, C, F, h, w)` on the CPU, and label, captions and name of each."""
     pixels = as_sample(torch.stack([clip.pixels for clip in batch]).to(vae.device)).to(vae.dtype)
     encoded = [encode_batch(vae, pixels)]

@@ -7,7 +7,7 @@ actor that is killed had in hand is done again by another one. How clips are rea
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def encode_with_ray(
     encode: Callable[[Any, Any], Any],
     num_readers: int | None = None,
     num_encoders: int | None = None,
-) -> Iterator[tuple[int, list[Any]]]:
+) -> Generator[tuple[int, list[Any]], None, None]:
     """Read and encode shards, each of them a number of batches.
 
     Connects to the cluster of `RAY_ADDRESS`, to one that runs on this machine, or else starts one here for the time

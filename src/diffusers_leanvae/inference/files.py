@@ -1,6 +1,7 @@
 """From file to file through an autoencoder: reconstruct, encode, decode, in memory that does not grow with length.
 
-Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> crop -> writer in small groups. Outputs
+Frames flow reader -> padding -> `StreamingEncoder` -> `StreamingDecoder` -> crop -> writer in small groups. Reader and
+writer have threads of their own, beside the network in the caller's: a job takes as long as its slowest stage. Outputs
 appear under their names when they are complete.
 """
 
@@ -9,9 +10,10 @@ import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import torch
 from ..evaluation.metrics import frame_psnr, frame_ssim
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
+from ..stages import ahead, in_thread
 from ..video_io import VideoError, VideoInfo, VideoReader, VideoWriter
 from ..video_io.formats import CONTAINERS, IMAGES, find_output
 from ..video_io.inputs import IMAGE_EXTENSIONS, find_sequence, is_remote, local_file
@@ -34,7 +37,7 @@ from ..video_io.pixels import (
 from ..video_io.sound import copy_streams
 from ..video_io.timing import at_constant_rate
 from .latents_file import LatentsInfo, LatentsWriter, copy_sound, open_latents, read_times, weights_sha256
-from .memory import VideoJob, plan_streams
+from .memory import VideoJob, frames_ahead, plan_streams
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
 
@@ -141,6 +144,10 @@ class _Source:
                 self.times.append(time)
             yield frame
 
+    def frames_ahead(self, num_ahead: int) -> AbstractContextManager[Iterator[torch.Tensor]]:
+        """Give the frames as `frames` does, read ahead; those of pictures are not."""
+        return ahead(self.frames(), 0 if self.video.has_pictures else num_ahead)
+
     def length(self, num_frames: int) -> Fraction:
         """Return the seconds that all frames take, the last one as long as `VideoWriter` shows it."""
         if self.times is None:
@@ -222,21 +229,24 @@ def reconstruct_video(
             metrics=metrics,
         )
         streams = _open_streams(vae, job, target, num_frames_per_step, max_memory, writer_options)
-        psnr, ssim = [], []
+        psnr: list[float] = []
+        ssim: list[float] = []
         options = _sound_options(clip.sound, clip.start) | streams.writer_options
         with VideoWriter(
             target, clip.rate, pixel_aspect_ratio=excerpt.pixel_aspect_ratio(clip.info), **options
         ) as writer:
-            frames = clip.frames()
-            for unit, original in reconstruct_frames(frames, streams.encoder, streams.decoder, keeps_originals):
-                if metrics and original is not None:
-                    reference = pixels_to_unit(original.to(unit.device)).permute(0, 3, 1, 2)
-                    psnr += frame_psnr(unit, reference).tolist()
-                    ssim += frame_ssim(unit, reference).tolist()
-                times = None if clip.times is None else [clip.times.popleft()]
-                writer.write(picture(unit, original if side_by_side else None), times)
-                if progress is not None:
-                    progress(1, job.num_frames)
+
+            def writes(frames: Iterator[torch.Tensor]) -> Iterator[Callable[[], None]]:
+                for unit, original in reconstruct_frames(frames, streams.encoder, streams.decoder, keeps_originals):
+                    if metrics and original is not None:
+                        reference = pixels_to_unit(original.to(unit.device)).permute(0, 3, 1, 2)
+                        psnr.extend(frame_psnr(unit, reference).tolist())
+                        ssim.extend(frame_ssim(unit, reference).tolist())
+                    times = None if clip.times is None else [clip.times.popleft()]
+                    yield partial(writer.write, picture(unit, original if side_by_side else None), times)
+
+            with clip.frames_ahead(streams.num_ahead) as frames:
+                _write(writes(frames), streams.num_ahead, progress, job.num_frames)
             clip.video.close()  # before the target gets its name, which may be the source's
     summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(clip.rate)}
     if metrics and psnr:
@@ -277,14 +287,15 @@ def encode_video(
     with _open_source(source, excerpt) as clip, tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
         height, width = excerpt.resized(clip.info.height, clip.info.width)
         job = VideoJob(excerpt.length(clip.info, clip.is_resampled), height, width, decode=False)
-        encoder = _open_streams(vae, job, target, num_frames_per_step, max_memory).encoder
+        streams = _open_streams(vae, job, target, num_frames_per_step, max_memory)
         with LatentsWriter(target) as writer:
-            for frame in clip.frames():
-                count += 1
-                writer.write(encoder.push(_to_sample(frame, vae)))
-                if progress is not None:
-                    progress(1, job.num_frames)
-            writer.write(encoder.flush())
+            with clip.frames_ahead(streams.num_ahead) as frames:
+                for frame in frames:
+                    count += 1
+                    writer.write(streams.encoder.push(_to_sample(frame, vae)))
+                    if progress is not None:
+                        progress(1, job.num_frames)
+            writer.write(streams.encoder.flush())
             sound = None
             if clip.sound is not None:
                 sound = _keep_sound(clip, Path(folder, "sound.mkv"), clip.start + clip.length(count))
@@ -354,10 +365,11 @@ def decode_video(
         ratio = Fraction(info.pixel_aspect_ratio)
         with VideoWriter(target, Fraction(info.fps), pixel_aspect_ratio=ratio, **options) as writer:
             units = _decode_frames(source, streams.decoder, info.height, info.width)
-            for index, unit in enumerate(itertools.islice(units, info.num_frames)):
-                writer.write(picture(unit), None if times is None else times[index : index + 1])
-                if progress is not None:
-                    progress(1, info.num_frames)
+            writes = (
+                partial(writer.write, picture(unit), None if times is None else times[index : index + 1])
+                for index, unit in enumerate(itertools.islice(units, info.num_frames))
+            )
+            _write(writes, streams.num_ahead, progress, info.num_frames)
     return info
 
 
@@ -431,6 +443,7 @@ class _Streams(NamedTuple):
     encoder: StreamingEncoder
     decoder: StreamingDecoder
     writer_options: dict[str, Any]
+    num_ahead: int  # frames that are read ahead, and that wait to be written
 
 
 def _open_streams(
@@ -444,6 +457,7 @@ def _open_streams(
     """Make encoder and decoder for one file, within `max_memory` where it is given."""
     writer_options = dict(writer_options or {})
     caches: list[TemporalCache | None] = [None, None]
+    num_ahead = num_frames_per_step
     if max_memory is not None:
         names = ("codec", "crf", "pixel_format", "container")
         output = find_output(target, **{name: writer_options.get(name) for name in names}) if job.decode else None
@@ -463,12 +477,23 @@ def _open_streams(
         if not looks_ahead:
             writer_options["preset"] = "ultrafast"
         num_frames_per_step = plan.num_frames_per_step
+        num_ahead = frames_ahead(job, plan, max_memory)
         # The state is parked in an unnamed file next to the output: there is room for large files, if anywhere.
         folder = Path(target).absolute().parent if plan.is_parked else None
         caches = [TemporalCache(folder, plan.layout) for _ in caches]
     encoder = StreamingEncoder(vae, num_frames_per_step, cache=caches[0])
     step = max(num_frames_per_step // vae.temporal_compression_ratio, 1)
-    return _Streams(encoder, StreamingDecoder(vae, step, cache=caches[1]), writer_options)
+    return _Streams(encoder, StreamingDecoder(vae, step, cache=caches[1]), writer_options, num_ahead)
+
+
+def _write(
+    writes: Iterable[Callable[[], None]], num_ahead: int, progress: Progress | None, num_frames: int | None
+) -> None:
+    """Write frames behind the network that makes them."""
+    with closing(in_thread(writes, num_ahead)) as written:
+        for _ in written:
+            if progress is not None:
+                progress(1, num_frames)
 
 
 def reconstruct_frames(
@@ -524,6 +549,8 @@ def _decode_frames(source: str | Path, decoder: StreamingDecoder, height: int, w
 
 def _to_sample(frames: torch.Tensor, vae: VideoAutoencoder) -> torch.Tensor:
     """Turn uint8 `(T, H, W, 3)` into a padded `(1, 3, T, H', W')` in `[-1, 1]` of the model's dtype."""
+    if vae.device.type == "cuda":  # it fetches by itself what lies in pinned memory
+        frames = frames.pin_memory().to(vae.device, non_blocking=True)
     sample = pixels_to_sample(frames.to(vae.device)).to(vae.dtype).permute(3, 0, 1, 2)[None]
     return pad_frames(sample, vae.spatial_compression_ratio)
 

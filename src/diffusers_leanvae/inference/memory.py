@@ -108,6 +108,19 @@ def plan_streams(
     return plan, looks_ahead
 
 
+def frames_ahead(job: VideoJob, plan: StreamPlan, max_memory: int) -> int:
+    """Return how many frames may be read ahead and, as many again, wait to be written: a step's, or those that fit.
+
+    Args:
+        job: What is to be done.
+        plan: Of the job.
+        max_memory: What the plan was made for.
+    """
+    # A frame that is written may lie beside its original.
+    num_bytes = 3 * job.height * job.width * (job.encode + job.decode * (1 + job.keeps_originals))
+    return min(plan.num_frames_per_step, (max_memory - plan.bound) // num_bytes)
+
+
 def memory_beside_network(
     job: VideoJob, looks_ahead: bool = True, num_threads: int | None = None, is_first_use: bool = False
 ) -> OtherMemory:

@@ -238,6 +238,11 @@ class VideoReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def has_pictures(self) -> bool:
+        """Tell whether Pillow reads, which sets filters of warnings, of the whole process, while it does."""
+        return self._images is not None
+
     def close(self) -> None:
         """Close the file."""
         self._is_closed = True
