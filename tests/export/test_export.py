@@ -83,7 +83,7 @@ class TestGraphs:
         video, z = videos(vae, 2, 4, 2, 3), latents(vae, 2, 4, 2, 3)
         posterior, sample = vae.encode(video).latent_dist, vae.decode(z).sample
         whole = run("encoder", {"video": video})
-        expected = {"rtol": 0, "atol": 1e-13}  # measured 1e-14
+        expected = {"rtol": 0, "atol": 5e-13}  # measured 1e-14 to 1.1e-13, by the processor
         torch.testing.assert_close(whole["mean"], posterior.mean, **expected)
         torch.testing.assert_close(whole["logvar"], posterior.logvar, **expected)
         torch.testing.assert_close(run("decoder", {"latents": z})["video"], sample, **expected)

@@ -25,7 +25,9 @@ def test_compile(case: str, backend: str):
         encode = torch.compile(lambda x: vae.encode(x).latent_dist.mean, backend=backend, fullgraph=True)
         decode = torch.compile(lambda z: vae.decode(z).sample, backend=backend, fullgraph=True)
         for _ in range(2):
-            torch.testing.assert_close((encode(video), decode(make_latents(vae, 2, 2, 2))), expected)
+            actual = encode(video), decode(make_latents(vae, 2, 2, 2))
+            # Compiled, small convolutions are computed by a kernel of PyTorch's own: measured 1.3e-5.
+            torch.testing.assert_close(actual, expected, rtol=0, atol=4e-5)
 
 
 @pytest.mark.parametrize(
