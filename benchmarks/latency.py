@@ -6,8 +6,8 @@
 `live` hands raw frames to `reconstruct_stream`, each as soon as it is asked for, and watches them come out: the time
 between the last frame of a group (four frames, the first one of the video by itself) being handed over and a frame of
 that group being there. A camera adds what it takes to deliver the other frames of the group. `first frames` is a new
-`StreamingDecoder` given the two latent frames that its first step takes, until five pictures are there. Times are wall times of warm models; medians,
-and the 99th percentile where there are a hundred or more.
+`StreamingDecoder` given the two latent frames that its first step takes, until five pictures are there. Times are wall
+times of warm models; medians, and the 99th percentile where there are a hundred or more.
 """
 
 import argparse

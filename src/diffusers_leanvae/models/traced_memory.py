@@ -70,7 +70,8 @@ class _Alive(TorchDispatchMode):
 
     def take_peaks(self) -> _Peaks:
         """Return the peaks since the last call, in bytes."""
-        peaks, self._peaks = self._peaks, {0: self.num_bytes}
+        peaks = self._peaks
+        self._peaks = {0: self.num_bytes}
         return peaks
 
 
@@ -158,7 +159,7 @@ def _trace(
 def _trace_part(
     call: Callable[[torch.Tensor, Chunk], torch.Tensor], inputs: list[torch.Tensor], on_cpu: bool
 ) -> tuple[_Part, list[torch.Tensor]]:
-    def per_position(num_bytes: int) -> float:
+    def per_position(num_bytes: float) -> float:
         return num_bytes / _FLOAT_BYTES / _EDGE**2
 
     with _Alive(on_cpu) as alive:
