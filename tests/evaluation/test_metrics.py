@@ -21,9 +21,16 @@ from diffusers_leanvae.data import read_center_clip
 from diffusers_leanvae.evaluation.features import I3DFeatures, TransformerFeatures, distance_metric
 from diffusers_leanvae.evaluation.ffmpeg_metrics import VmafStream, XpsnrStream, find_vmaf
 from diffusers_leanvae.evaluation.frechet import frechet_distance
-from diffusers_leanvae.evaluation.measures import KINDS, GroupPsnr, Measures, MetricOptions, make_measures
-from diffusers_leanvae.evaluation.metrics import frame_ms_ssim, frame_psnr, frame_ssim, frame_ssim_pair
-from diffusers_leanvae.evaluation.temporal import flicker, warp_error
+from diffusers_leanvae.evaluation.measures import KINDS, Measures, MetricOptions, make_measures
+from diffusers_leanvae.evaluation.metrics import (
+    flat_std,
+    frame_grid,
+    frame_ms_ssim,
+    frame_psnr,
+    frame_ssim,
+    frame_ssim_pair,
+)
+from diffusers_leanvae.evaluation.temporal import flicker, ghost_sums, warp_error
 from diffusers_leanvae.video_io.pixels import unit_to_pixels
 
 
@@ -207,6 +214,143 @@ def test_errors_that_move_with_the_picture_are_no_warp_error():
         warp_error(decoded[..., :8], moving[..., :8])
 
 
+# --- Grids -----------------------------------------------------------------------------------------------------------
+
+
+def lattice(cell: int, side: int) -> torch.Tensor:
+    """A dot in the middle of every cell, of sample variance 1 within it."""
+    dot = torch.zeros(cell, cell)
+    dot[cell // 2, cell // 2] = 1
+    dot = (dot - dot.mean()) / dot.std()
+    return dot.repeat(side // cell, side // cell)
+
+
+@pytest.mark.parametrize("cell", [8, 16])
+def test_a_grid_is_told_from_noise_by_its_variance(cell: int):
+    generator = torch.Generator().manual_seed(0)
+    original = torch.rand(6, 3, 256, 256, generator=generator)
+    noise = torch.randn(original.shape, generator=generator)
+    assert frame_grid(original, original, cell).tolist() == [1.0] * 6
+    assert frame_grid(original + 0.2, original, cell).sub(1).abs().max() < 1e-4  # rounding of float32
+    for deviation in (0.5, 4.0):  # in levels of 255
+        for variance in (0.0, 0.2, 3.0):
+            error = deviation * noise + variance**0.5 * lattice(cell, 256)
+            expected = 1 + 2 * variance / (deviation**2 + 1 / 12)
+            found = frame_grid(original + error / 255, original, cell).mean().item()
+            assert found == pytest.approx(expected, rel=0.03), (deviation, variance)
+    alone = frame_grid(original + lattice(cell, 256) / 255, original, cell)
+    torch.testing.assert_close(alone, torch.full((6,), 25.0), rtol=0, atol=1e-2)
+    other = lattice(cell, 264 if cell == 8 else 272)[..., 3:259, 5:261]  # wherever the cells begin
+    torch.testing.assert_close(frame_grid(original + other / 255, original, cell), alone, rtol=0, atol=1e-2)
+
+
+def test_straight_edges_and_other_periods_are_no_grid():
+    generator = torch.Generator().manual_seed(0)
+    original = torch.full((8, 3, 250, 250), 0.5)
+    stripes = 0.02 * torch.randn(8, 3, 1, 250, generator=generator)  # upright: each the same all the way down
+    for error in (stripes, stripes.mT):
+        assert frame_grid(original + error, original, 8).mean().item() == pytest.approx(1, abs=0.1)
+    blocks = lattice(10, 250) / 255  # of another compression
+    assert frame_grid(original + blocks, original, 8).mean() < 1.1
+    assert frame_grid(original + blocks, original, 10).mean() > 20
+
+
+def test_flat_patches_are_those_of_the_original():
+    original = torch.rand(2, 3, 40, 70, generator=torch.Generator().manual_seed(0))
+    assert len(flat_std(original, original)) == 0
+    original[0, :, 16:32, 32:48] = torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1)
+    original[1, :, :16, 16:32] = 0.2
+    original[1, :, ::2, 16:32] += 1 / 255
+    original[1, :, 16:32, 16:32] = 0.2
+    original[1, 2, 20, 20] += 2 / 255  # not flat
+    decoded = original.clone()
+    decoded[0, 0, 16:32, 32:48] += 3 / 255 * lattice(8, 16)  # of one channel in three
+    decoded[1, :, :16, 16:32] += 0.1  # another colour, but as flat
+    expected = torch.tensor([3 / 3**0.5, 0.5])
+    torch.testing.assert_close(flat_std(decoded, original), expected, rtol=0, atol=2e-5)
+
+
+# --- Ghosts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Two drawings of bars, `(2, 3, 64, 64)`, white on black and in other places."""
+    drawn = torch.zeros(2, 3, 64, 64)
+    for picture, (row, column) in enumerate(((8, 12), (21, 17))):
+        drawn[picture, :, row : row + 40, column : column + 6] = 1
+        drawn[picture, :, row : row + 6, column : column + 30] = 1
+        drawn[picture, :, row + 20 : row + 25, column : column + 22] = 1
+    return drawn
+
+
+def ghosts(decoded: torch.Tensor, original: torch.Tensor) -> list[float]:
+    sums = ghost_sums(decoded, original)
+    assert sums is not None
+    return sums.weight().tolist()
+
+
+def blurred(frames: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def test_the_weight_of_another_frame_is_found(pictures: torch.Tensor):
+    turns, once = pictures[[0, 1, 0, 1]], pictures[[0, 0, 1, 1]]
+    for decode in (torch.clone, blurred):  # a blur is no ghost, and hides none
+        limit = 1e-6 if decode is torch.clone else 0.03
+        assert ghosts(decode(turns), turns) == pytest.approx([0] * 4, abs=limit)
+        mixed = 0.75 * turns + 0.25 * turns.roll(1, dims=0)
+        assert ghosts(decode(mixed), turns) == pytest.approx([0.25] * 4, abs=limit)
+        mixed = 0.75 * once + 0.25 * pictures[[0, 0, 0, 1]]
+        assert ghosts(decode(mixed), once) == pytest.approx([0, 0, 0.25, 0], abs=limit)
+        both = once.mean(dim=0, keepdim=True).expand_as(once)
+        assert ghosts(decode(both), once) == pytest.approx([0.5] * 4, abs=limit)
+    assert ghosts(once.roll(2, dims=0), once) == pytest.approx([1] * 4, abs=1e-6)
+    sums = ghost_sums(both, once)
+    assert sums is not None and sums.mean_error().tolist() == pytest.approx([127.5] * 4, abs=1e-6)
+
+
+def test_a_cut_between_flat_pictures_has_a_ghost():
+    cut = torch.tensor([0.1, 0.1, 0.9, 0.9]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    assert ghosts(0.7 * cut + 0.3 * cut.flip(0), cut) == pytest.approx([0.3] * 4, abs=1e-6)
+    flash = torch.tensor([0.0, 0.4, 0.2, 0.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    assert ghosts(flash, flash) == [0.0] * 4  # the last frame has nothing to tell it from the first
+
+
+def test_frames_that_hardly_change_have_no_ghost(pictures: torch.Tensor):
+    faint = 0.2 * pictures[[0, 0, 1, 1]]  # 51 levels
+    assert ghost_sums(faint, faint) is None
+    dot = torch.zeros(4, 3, 64, 64)
+    dot[2:, 0, :7, :9] = 1  # 63 pixels
+    assert ghost_sums(dot, dot) is None
+    dot[2:, 0, 7, 0] = 1
+    assert ghost_sums(dot, dot) is not None
+
+
+def test_ghosts_of_a_clip_by_place_and_piece(pictures: torch.Tensor):
+    original = pictures[[0] + [0, 0, 1, 1] * 2 + [0, 0, 0, 0] + [1, 1]]  # the third group is still, the last not whole
+    decoded = original.clone()
+    decoded[3] = 0.6 * pictures[1] + 0.4 * pictures[0]
+    decoded[7] = 0.8 * pictures[1] + 0.2 * pictures[0]
+    decoded[13:] = 0.5
+    measure = make_measures(["ghost"], ratio=4).clips["ghost"]
+    found = []
+    for sizes in ([15], [5, 4, 4, 2], [1] * 15, [7, 8]):
+        measure.start(64, 64)
+        for piece in zip(decoded.split(sizes), original.split(sizes), strict=True):
+            measure.update(*piece)
+        found.append(measure.finish())
+    assert all(figures == found[0] for figures in found) and found[0].keys() == measure.metrics.keys()
+    expected = {"ghost_weight": 0.075, "ghost_weight_worst": 0.4, "ghost_mae_255": 0.075 * 255}
+    for place in range(1, 5):
+        weight = 0.3 if place == 3 else 0.0
+        expected |= {f"ghost_weight_group_{place}": weight, f"ghost_mae_255_group_{place}": 255 * weight}
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    measure.start(64, 64)
+    measure.update(original[:5], original[:1].expand(5, -1, -1, -1))
+    assert measure.finish() == {}  # nothing changed in the original
+
+
 # --- All together ----------------------------------------------------------------------------------------------------
 
 
@@ -222,13 +366,17 @@ def figures(measures: Measures, decoded: torch.Tensor, original: torch.Tensor) -
 
 def test_a_place_in_a_group_has_one_name_whatever_the_ratio():
     """Subjects of all ratios share the columns of a table."""
-    assert GroupPsnr(1).metrics.items() < GroupPsnr(4).metrics.items()
+    for kind in ("psnr_in_group", "grid", "ghost"):
+        few, many = (make_measures([kind], ratio=ratio, cell=4 * ratio).metrics.items() for ratio in (2, 4))
+        assert few <= many and (kind == "grid") == (few == many)
 
 
 @pytest.mark.parametrize("is_learned", [False, True])
 def test_degradations_order_every_metric(clip: torch.Tensor, is_learned: bool):
     pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg")
-    kinds = [kind for kind in KINDS if not kind.startswith("rfvd") and kind.startswith("lpips") == is_learned]
+    # Grids and ghosts are degradations of one kind each, which the tests above put in order.
+    single = ("rfvd_i3d", "rfvd_features", "grid", "ghost")
+    kinds = [kind for kind in KINDS if kind not in single and kind.startswith("lpips") == is_learned]
     clip = clip[..., 64:128, 64:128] if is_learned else clip  # networks take long
     side = clip.shape[-1]
     measures = make_measures(kinds, MetricOptions(vgg16="seed:0", alexnet="seed:0"))

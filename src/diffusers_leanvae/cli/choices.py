@@ -28,6 +28,8 @@ METRICS = (
     "xpsnr",
     "flicker",
     "warp",
+    "grid",
+    "ghost",
 )
 EXPORT_FORMATS = ("onnx", "torch-export", "aoti")
 EXPORT_PARTS = ("encoder", "decoder", "both")

@@ -10,9 +10,17 @@ from ..checks import check_choice, reason_of
 from ..losses.perceptual import LPIPS
 from .features import I3DFeatures, TransformerFeatures, VideoFeatures
 from .ffmpeg_metrics import VMAF_MODEL, VmafStream, XpsnrStream, find_vmaf
-from .metrics import MS_SSIM_SMALLEST, frame_ms_ssim, frame_psnr, frame_ssim_pair
+from .metrics import (
+    MS_SSIM_SMALLEST,
+    PATCH_SIZE,
+    flat_std,
+    frame_grid,
+    frame_ms_ssim,
+    frame_psnr,
+    frame_ssim_pair,
+)
 from .records import Metric
-from .temporal import BLOCK_SIZE, flicker, warp_error
+from .temporal import BLOCK_SIZE, JUMP_LEVELS, JUMP_PIXELS, GhostSums, flicker, ghost_sums, warp_error
 
 
 KINDS = {
@@ -28,6 +36,8 @@ KINDS = {
     "xpsnr": "XPSNR of the luma, by FFmpeg",
     "flicker": "error of changes from frame to frame",
     "warp": "error of changes along the motion",
+    "grid": "error that repeats with the cells of the latents, and unevenness of flat patches",
+    "ghost": "share of another frame, and error, where frames that share a latent frame change abruptly",
 }
 _LPIPS_FRAMES = 4  # at a time: features of VGG16 take 100 MB for a frame of 256x256
 _LARGEST = 100.0  # of equal frames, as for PSNR: XPSNR is infinite, and VMAF has no more
@@ -194,6 +204,117 @@ class ChangeMeasure(Measure):
         return {name: self.total / self.count for name in self.metrics} if self.count else {}
 
 
+class GridMeasure(Measure):
+    """Error that repeats from cell to cell, and how even flat patches come back.
+
+    Args:
+        cell: Side of a cell in pixels: what a latent pixel stands for.
+    """
+
+    def __init__(self, cell: int) -> None:
+        grid = (
+            "Energy of the error that repeats diagonally from cell to cell over that which does not, in windows of "
+            "2x2 cells over RGB, mean over windows and frames and then over clips; sides of cells are the spatial "
+            "compression ratio, 8 pixels where none is known; 1 for no grid."
+        )
+        flat = (
+            f"Standard deviation over RGB within patches of {PATCH_SIZE}x{PATCH_SIZE} pixels in which the original "
+            "spans at most one level of 255, in such levels; "
+        )
+        name = f"flat_std_255_patch{PATCH_SIZE}"
+        self.cell = cell
+        self.metrics = {
+            "grid_ratio_window_mean_rgb": Metric("grid", grid, better="lower", digits=3),
+            name: Metric("flat std", f"{flat}mean over patches and then over clips.", better="lower", digits=3),
+            f"{name}_worst": Metric(
+                "flat std worst", f"{flat}worst patch, mean over clips.", better="lower", digits=3
+            ),
+        }
+
+    def start(self, height: int, width: int) -> None:
+        _check_sides(height, width, 2 * self.cell)
+        self.grid, self.flat, self.worst, self.num_frames, self.num_flat = 0.0, 0.0, 0.0, 0, 0
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        self.grid += frame_grid(decoded, original, self.cell).double().sum().item()
+        self.num_frames += len(decoded)
+        deviations = flat_std(decoded, original)
+        if len(deviations):
+            self.flat += deviations.double().sum().item()
+            self.worst = max(self.worst, deviations.max().item())
+            self.num_flat += len(deviations)
+
+    def finish(self) -> dict[str, float]:
+        figures = [self.grid / self.num_frames]
+        if self.num_flat:
+            figures += [self.flat / self.num_flat, self.worst]
+        return dict(zip(self.metrics, figures, strict=False))
+
+
+class GhostMeasure(Measure):
+    """Ghosts of frames that share a latent frame, by their places; a last group that is not whole does not count.
+
+    Args:
+        ratio: Frames of a group.
+    """
+
+    def __init__(self, ratio: int) -> None:
+        where = (
+            f"in pixels of which the original jumps by more than {JUMP_LEVELS} levels of 255 inside a group of frames "
+            f"that share a latent frame, of groups with at least {JUMP_PIXELS}"
+        )
+        weight = (
+            "Weight of the picture beyond the nearest jump in the frame, by least squares beside the picture itself "
+            f"and its blur (5x5), {where}; 0 for no ghost, 0.5 for two equally strong pictures; "
+        )
+        error = f"Mean absolute error in levels of 255 {where}; "
+        self.ratio = ratio
+        self.metrics = {
+            "ghost_weight": Metric("ghost", f"{weight}mean over clips.", better="lower", digits=3),
+            "ghost_weight_worst": Metric(
+                "ghost worst", f"{weight}worst frame, mean over clips.", better="lower", digits=3
+            ),
+            "ghost_mae_255": Metric("ghost error", f"{error}mean over clips.", better="lower", digits=2),
+        }
+        for place in range(1, ratio + 1):
+            only = f"only of frame {place} of each group, mean over clips."
+            self.metrics[f"ghost_weight_group_{place}"] = Metric(
+                f"ghost place {place}", f"{weight}{only}", better="lower", digits=3
+            )
+            self.metrics[f"ghost_mae_255_group_{place}"] = Metric(
+                f"ghost error place {place}", f"{error}{only}", better="lower", digits=2
+            )
+
+    def start(self, height: int, width: int) -> None:
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.groups: list[GhostSums] = []
+
+    def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        if self.waiting is None:  # the first frame has a latent frame of its own
+            decoded, original = decoded[1:], original[1:]
+        else:
+            decoded, original = (torch.cat(pair) for pair in zip(self.waiting, (decoded, original), strict=True))
+        whole = len(decoded) // self.ratio * self.ratio
+        for first in range(0, whole, self.ratio):
+            group = slice(first, first + self.ratio)
+            sums = ghost_sums(decoded[group], original[group])
+            if sums is not None:
+                self.groups.append(sums)
+        self.waiting = decoded[whole:].clone(), original[whole:].clone()
+
+    def finish(self) -> dict[str, float]:
+        self.waiting = None
+        if not self.groups:
+            return {}
+        sums = GhostSums(*(torch.stack(parts) for parts in zip(*self.groups, strict=True)))
+        places = GhostSums(*(part.sum(dim=0) for part in sums))
+        clip = GhostSums(*(part.sum() for part in places))
+        figures = [clip.weight().item(), sums.weight().max().item(), clip.mean_error().item()]
+        for pair in zip(places.weight().tolist(), places.mean_error().tolist(), strict=True):
+            figures += pair
+        return dict(zip(self.metrics, figures, strict=True))
+
+
 class FilterMeasure(Measure):
     """Means of figures of frames by a filter of FFmpeg.
 
@@ -256,6 +377,7 @@ def make_measures(
     options: MetricOptions | None = None,
     device: torch.device | str = "cpu",
     ratio: int = 4,
+    cell: int = 8,
 ) -> Measures:
     """Make the measures of some kinds; one whose weights or programs cannot be had is left out and named.
 
@@ -264,8 +386,10 @@ def make_measures(
         options: Where weights come from.
         device: Where to compute.
         ratio: Frames that share a latent frame.
+        cell: Side in pixels of what a latent pixel stands for.
     """
     options, made = options or MetricOptions(), Measures({}, {}, {})
+    sized = {"psnr_in_group": GroupPsnr(ratio), "grid": GridMeasure(cell), "ghost": GhostMeasure(ratio)}
     for kind in kinds:
         check_choice("metrics", kind, KINDS)
         try:
@@ -274,7 +398,7 @@ def make_measures(
             elif kind == "rfvd_features":
                 made.features[kind] = TransformerFeatures(options.feature_model, device)
             else:
-                made.clips[kind] = GroupPsnr(ratio) if kind == "psnr_in_group" else _make(kind, options, device)
+                made.clips[kind] = sized[kind] if kind in sized else _make(kind, options, device)
         except (ValueError, ImportError) as error:
             made.missing[kind] = f"{reason_of(error)}."
     return made

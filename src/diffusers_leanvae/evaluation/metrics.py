@@ -1,10 +1,12 @@
-"""Image metrics per frame: PSNR here, SSIM and MS-SSIM from torchmetrics."""
+"""Image metrics per frame: PSNR, grid and flatness here, SSIM and MS-SSIM from torchmetrics."""
 
 import torch
 
 
 WINDOW_SIZE = 11
 MS_SSIM_SMALLEST = 161  # sides of frames: five scales, of which the last must be larger than 10 pixels
+PATCH_SIZE = 16  # of flat patches: whole cells of compression by 8 and by 16
+_FLAT_RANGE = 1.001 / 255  # one level, and the rounding of float32
 
 
 def frame_psnr(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -69,3 +71,59 @@ def frame_ms_ssim(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
         frames.float(), reference.float(), data_range=1.0, reduction="none"
     )
     return torch.as_tensor(value)
+
+
+def frame_grid(frames: torch.Tensor, reference: torch.Tensor, cell: int) -> torch.Tensor:
+    """Error of each frame that repeats from cell to cell, relative to error that does not: a grid, if it is above 1.
+
+    In each window of 2x2 cells, of which each has its mean taken off, the energy of the sums of diagonally
+    neighbouring cells is divided by that of their differences. Sums hold the spatial frequencies of the lattice, the
+    multiples of `1 / cell`; differences hold those of the lattice shifted by half a step. Along the diagonals, lines
+    and edges, which are mostly upright or level and repeat along themselves, are no grid. Windows count alike, however
+    large their error is, since a grid shows where there is little else.
+
+    Both energies have that of rounding to 8 bits added, 1/12 level squared for each pixel, so that a grid far below a
+    level is none. Expected are 1 for white noise and for no error, and `1 + 2 * v / (n + 1/12)` for a grid of sample
+    variance `v` within a cell in white noise of variance `n`, in levels of 255 squared.
+
+    Args:
+        frames: `(num_frames, 3, height, width)` in `[0, 1]`, sides at least `2 * cell`. What windows leave over at the
+            right and at the bottom does not count.
+        reference: Same shape and range.
+        cell: Side of a cell in pixels: what a latent pixel stands for.
+
+    Returns:
+        `(num_frames,)`, the means over windows; 0 where neighbouring cells have opposite errors.
+    """
+    height, width = (size // (2 * cell) * 2 * cell for size in frames.shape[2:])
+    error = 255 * (frames[..., :height, :width].float() - reference[..., :height, :width].float())
+    windows = error.unflatten(3, (-1, 2, cell)).unflatten(2, (-1, 2, cell))
+    windows = windows - windows.mean(dim=(4, 7), keepdim=True)
+    a, b, c, d = (windows[:, :, :, y, :, :, x] for y in range(2) for x in range(2))
+    rounding = 4 * error.shape[1] * (cell**2 - 1) / 12
+
+    def energy(*parts: torch.Tensor) -> torch.Tensor:
+        return rounding + sum(part.square().sum(dim=(1, 3, 5)) for part in parts)
+
+    return (energy(a + d, b + c) / energy(a - d, b - c)).mean(dim=(1, 2))
+
+
+def flat_std(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Standard deviation within the patches of 16x16 pixels that are flat in the reference.
+
+    Flat are those in which no channel of the reference spans more than one level of 255.
+
+    Args:
+        frames: `(num_frames, 3, height, width)` in `[0, 1]`.
+        reference: Same shape and range.
+
+    Returns:
+        `(num_flat_patches,)` of all frames, the root mean square over the channels, in levels of 255.
+    """
+    height, width = (size // PATCH_SIZE * PATCH_SIZE for size in frames.shape[2:])
+    frames, reference = (
+        x[..., :height, :width].float().unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))
+        for x in (frames, reference)
+    )
+    is_flat = (reference.amax(dim=(3, 5)) - reference.amin(dim=(3, 5))).amax(dim=1) <= _FLAT_RANGE
+    return 255 * frames.var(dim=(3, 5), correction=0).mean(dim=1)[is_flat].sqrt()

@@ -53,7 +53,7 @@ class Protocol:
     resampling: Literal["bicubic", "lanczos"] = "bicubic"
     jpeg_quality: int | None = None
     num_feature_frames: int = 16
-    metrics: tuple[str, ...] = ("psnr", "psnr_in_group", "ssim", "flicker")
+    metrics: tuple[str, ...] = ("psnr", "psnr_in_group", "ssim", "flicker", "grid", "ghost")
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -96,9 +96,9 @@ def evaluate_reconstruction(
     Raises:
         ValueError: If there is no clip, or none that can be read.
     """
-    ratio = _ratio(reconstructor)
+    ratio, cell = _ratio(reconstructor), reconstructor.about.get("spatial_compression_ratio") or 8
     share = _share()
-    measures = make_measures(protocol.metrics, options, device, ratio)
+    measures = make_measures(protocol.metrics, options, device, ratio, cell)
     _check_feature_frames(measures, protocol)
     names = [*measures.metrics, *(features.name for features in measures.features.values())]
     judged = {"name": reconstructor.name, "about": reconstructor.about}
@@ -161,7 +161,7 @@ def describe_figures(name: str, figures: Mapping[str, float], metrics: Mapping[s
     shown = [
         f"{metrics[key].label} {value:.{metrics[key].digits}f}{f' {metrics[key].unit}' if metrics[key].unit else ''}"
         for key, value in figures.items()
-        if key in metrics and key != BITS_PER_PIXEL and not key.startswith("psnr_frame_mean_rgb_")
+        if key in metrics and key != BITS_PER_PIXEL and "_group_" not in key and not key.endswith("_first")
     ]
     return f"{name:<28} {'  '.join(shown)}".rstrip()
 

@@ -1,4 +1,6 @@
-"""Errors in how a video changes from frame to frame: flicker, and the same along the motion."""
+"""Errors in how a video changes from frame to frame: flicker, the same along the motion, and ghosts."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 BLOCK_SIZE, SEARCH_RANGE = 16, 7
 # Of a block that was found again: mean absolute difference, pixels in [0, 1]. Others are uncovered or too fast.
 MATCH_LIMIT = 8 / 255
+JUMP_LEVELS, JUMP_PIXELS = 64, 64  # of a jump: least change in levels of 255, and pixels of a frame that have one
+_SURROUNDINGS = 5  # pixels
 
 
 def flicker(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -63,3 +67,74 @@ def warp_error(frames: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Ten
     change = F.avg_pool2d((difference[1:] - moved).abs().mean(dim=1), BLOCK_SIZE)
     counts = best <= MATCH_LIMIT
     return 255 * (change * counts).sum(dim=(1, 2)), counts.sum(dim=(1, 2))
+
+
+class GhostSums(NamedTuple):
+    """Sums over the pixels that jump, in float64, `(num_frames,)` each: what ghosts of frames are computed from.
+
+    For each channel of such a pixel, `error` is what the frame differs by, `change` what the reference has beyond the
+    jump, and `blur` the mean around it in the reference, all from the pixel's value in the reference.
+    """
+
+    error_change: torch.Tensor
+    error_blur: torch.Tensor
+    change_change: torch.Tensor
+    change_blur: torch.Tensor
+    blur_blur: torch.Tensor
+    absolute_error: torch.Tensor
+    count: torch.Tensor
+
+    def weight(self) -> torch.Tensor:
+        """Weight of the wrong picture, as of [`ghost_sums`]."""
+        determinant = self.change_change * self.blur_blur - self.change_blur.square()
+        both = (self.error_change * self.blur_blur - self.error_blur * self.change_blur) / determinant
+        alone = self.error_change / self.change_change.clamp(min=1e-12)
+        # Flat pictures have nothing to blur, and of some changes a blur cannot be told.
+        return torch.where(determinant <= 1e-6 * self.change_change * self.blur_blur, alone, both)
+
+    def mean_error(self) -> torch.Tensor:
+        """Mean absolute error in levels of 255."""
+        return 255 * self.absolute_error / self.count
+
+
+def ghost_sums(frames: torch.Tensor, reference: torch.Tensor) -> GhostSums | None:
+    """Find how much each frame of a group shows of the picture that comes before or after it in the group.
+
+    A pixel jumps if the reference changes by more than 64 levels, in some channel, from one frame of the group to the
+    next. There, frames are explained as their reference and two weighted differences from it (least squares over
+    pixels and channels): towards the value beyond the nearest jump in time (of two equally near, the earlier), and
+    towards the mean of the 5x5 pixels around in the same frame. The weight of the first is the ghost: 0 for a frame
+    that shows itself alone, 0.5 for two pictures as strong as each other, 1 for the wrong picture. The second takes
+    up what a frame loses by being blurred, which else would count as a ghost: strokes get the colour that was there
+    before them.
+
+    Args:
+        frames: `(num_frames, 3, height, width)` in `[0, 1]`: those that share a latent frame.
+        reference: Same shape and range.
+
+    Returns:
+        What the weights are computed from; `None` if fewer than 64 pixels jump.
+    """
+    jumps = reference.float().diff(dim=0).abs().amax(dim=1) > JUMP_LEVELS / 255
+    chosen = jumps.any(dim=0)
+    if chosen.sum() < JUMP_PIXELS:
+        return None
+    around = F.avg_pool2d(
+        reference.float(), _SURROUNDINGS, stride=1, padding=_SURROUNDINGS // 2, count_include_pad=False
+    )
+    frames, reference, around = (x[..., chosen].double() for x in (frames, reference, around))
+    error, blur = frames - reference, around - reference
+    change = torch.stack([_beyond(reference, jumps[:, chosen], place) for place in range(len(frames))]) - reference
+    pairs = ((error, change), (error, blur), (change, change), (change, blur), (blur, blur), (error, error.sign()))
+    sums = [(x * y).sum(dim=(1, 2)) for x, y in pairs]
+    return GhostSums(*sums, torch.full_like(sums[0], error[0].numel()))
+
+
+def _beyond(frames: torch.Tensor, jumps: torch.Tensor, place: int) -> torch.Tensor:
+    """Take what pixels `(channels, num_pixels)` have beyond the jump that is nearest to a frame."""
+    found = frames[place]
+    for distance in reversed(range(len(jumps))):  # what is nearer replaces what is farther
+        for jump, frame in ((place + distance, place + distance + 1), (place - distance - 1, place - distance - 1)):
+            if 0 <= jump < len(jumps):
+                found = torch.where(jumps[jump], frames[frame], found)
+    return found
