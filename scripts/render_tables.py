@@ -319,6 +319,32 @@ def memory_of_models(results: Path) -> str:
     return f"{markdown_table(header, lines)}{sources}" if lines else ""
 
 
+ARTEFACTS = (
+    "grid_ratio_window_mean_rgb",
+    "flat_std_255_patch16",
+    "flat_std_255_patch16_worst",
+    "ghost_weight",
+    "ghost_weight_worst",
+)
+
+
+def artefacts(results: Path) -> str:
+    """Grids and ghosts of the bundled models, clip by clip; a clip without flat patches or jumps has none."""
+    paths = [path for model in BUNDLED if (path := results / f"artefacts_{model}.json").is_file()]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not found:
+        return ""
+    header = [f"{result['model']}, {result['metrics'][name]['label']}" for result in found for name in ARTEFACTS]
+
+    def line(name: str, figures: list[dict[str, Any]]) -> list[str]:
+        cells = [f"{part[key]:.3f}" if key in part else "" for part in figures for key in ARTEFACTS]
+        return [name, *cells]
+
+    rows = [line(f"`{clip}`", [result["clips"][clip] for result in found]) for clip in found[0]["clips"]]
+    rows.append(line("mean", found))
+    return f"{markdown_table(['clip', *header], rows)}\n{''.join(map(source_line, paths, found))}"
+
+
 def wheel_check(results: Path) -> str:
     """What was installed and run of the wheel, by Pythons, and its size."""
     path = results / "wheel_check.json"
@@ -338,6 +364,7 @@ TABLES = {
     "gpu": gpu,
     "inference_linearity": inference_linearity,
     "memory_of_models": memory_of_models,
+    "artefacts": artefacts,
     "wheel_check": wheel_check,
 }
 
