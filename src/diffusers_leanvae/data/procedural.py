@@ -87,7 +87,8 @@ def compose(footage: Footage, rng: np.random.Generator, size: Size) -> torch.Ten
             ramp = np.clip((np.arange(num_frames) - start) / (length - 1), 0, 1).astype(np.float32)
             levels += ramp[:, None, None] * (draw_shot(footage.shots[1], rng, size) - levels)
     if footage.has_fade:  # slow ones too, that end on the way
-        ramp = np.linspace(*rng.uniform(0, 1, 2), num_frames, dtype=np.float32)[:, None, None]
+        start, end = rng.uniform(0, 1, 2).tolist()
+        ramp = np.linspace(start, end, num_frames, dtype=np.float32)[:, None, None]
         levels += ramp * (_colors(rng, 1)[0][:, None, None, None] - levels)
     if footage.has_grain:
         grain = rng.standard_normal((int(rng.choice((1, 3))), *size), dtype=np.float32)

@@ -103,7 +103,7 @@ def frame_grid(frames: torch.Tensor, reference: torch.Tensor, cell: int) -> torc
     rounding = 4 * error.shape[1] * (cell**2 - 1) / 12
 
     def energy(*parts: torch.Tensor) -> torch.Tensor:
-        return rounding + sum(part.square().sum(dim=(1, 3, 5)) for part in parts)
+        return rounding + torch.stack(parts).square().sum(dim=(0, 2, 4, 6))
 
     return (energy(a + d, b + c) / energy(a - d, b - c)).mean(dim=(1, 2))
 

@@ -125,9 +125,19 @@ def ghost_sums(frames: torch.Tensor, reference: torch.Tensor) -> GhostSums | Non
     frames, reference, around = (x[..., chosen].double() for x in (frames, reference, around))
     error, blur = frames - reference, around - reference
     change = torch.stack([_beyond(reference, jumps[:, chosen], place) for place in range(len(frames))]) - reference
-    pairs = ((error, change), (error, blur), (change, change), (change, blur), (blur, blur), (error, error.sign()))
-    sums = [(x * y).sum(dim=(1, 2)) for x, y in pairs]
-    return GhostSums(*sums, torch.full_like(sums[0], error[0].numel()))
+
+    def total(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x * y).sum(dim=(1, 2))
+
+    return GhostSums(
+        error_change=total(error, change),
+        error_blur=total(error, blur),
+        change_change=total(change, change),
+        change_blur=total(change, blur),
+        blur_blur=total(blur, blur),
+        absolute_error=total(error, error.sign()),
+        count=torch.full((len(error),), error[0].numel(), dtype=error.dtype, device=error.device),
+    )
 
 
 def _beyond(frames: torch.Tensor, jumps: torch.Tensor, place: int) -> torch.Tensor:
