@@ -7,9 +7,10 @@ Each has 16 latent channels, random weights at the start, AdamW, and steps for a
 IV-VAE starts from images (keyframe-based temporal compression), whose training takes a fourth of its time. Learning
 rates were looked at for some dozens of steps only.
 
-`train` goes on where it was stopped, and `--only` takes one run, so that several can go at once: what counts is the
-processor time of the steps, not that of the clock. `measure` writes `results/bench_families.json`: quality by
-`val-17x256`, also by the place of a frame in its group, and the curves on smaller clips along the way.
+`train` goes on where it was stopped, and `--only` takes one run, so that several can go at once, or on several days:
+what counts is the processor time of the steps, not that of the clock. `measure` writes `results/bench_families.json`:
+quality by `val-17x256`, also by the place of a frame in its group, and the curves on smaller clips along the way.
+With `--only` the file keeps its other runs, each of which names the processor that measured it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from compare_recipes import ROOT, read_json_lines
 from diffusers_leanvae.evaluation.autoencoders import open_autoencoder
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
-from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.evaluation.results import provenance, write_result
 
 
 COMMON = [
@@ -54,7 +55,7 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "LeanVAE": Run("compact_16ch", 19200, ["optimizer.learning_rate=1e-3"]),
+    "LeanVAE": Run("compact_16ch", 21000, ["optimizer.learning_rate=1e-3"]),
     "WF-VAE": Run("compact_wfvae_16ch", 6600, ["optimizer.learning_rate=5e-4"]),
     "IV-VAE": Run("compact_ivvae_16ch", 1164, ["optimizer.learning_rate=5e-4"]),
     "images": Run(
@@ -105,6 +106,7 @@ def measure(options: argparse.Namespace, name: str) -> tuple[dict[str, Any], lis
     row: dict[str, Any] = {"run": name, "num_parameters": about["num_parameters"]}
     row |= {"num_steps": run.num_steps, "cpu_hours": round(before + cpu_hours(output), 2)}
     row |= {key: round(value, 4) for key, value in quality.items() if key.startswith(METRICS)}
+    row["processor"] = provenance()["processor"]
     curve = [
         {"step": record["step"], "cpu_hours": round(before + cpu_hours(output, record["step"]), 3)}
         | {key: round(record[key], 4) for key in METRICS}
@@ -131,10 +133,13 @@ def main() -> None:
         return
     torch.set_num_threads(2)
     measured = {name: measure(options, name) for name in names}
-    rows, curves = [row for row, _ in measured.values()], {name: curve for name, (_, curve) in measured.items()}
+    path = Path(options.output)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "curves": {}}
+    rows = {row["run"]: row for row in kept["rows"]} | {name: row for name, (row, _) in measured.items()}
+    curves = kept["curves"] | {name: curve for name, (_, curve) in measured.items()}
     runs = {name: run._asdict() for name, run in RUNS.items()}
-    write_result(options.output, {"rows": rows, "curves": curves, "all_runs": COMMON, "runs": runs})
-    print(json.dumps(rows))
+    write_result(path, {"rows": list(rows.values()), "curves": curves, "all_runs": COMMON, "runs": runs})
+    print(json.dumps(list(rows.values())))
 
 
 if __name__ == "__main__":

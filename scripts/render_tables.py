@@ -361,6 +361,7 @@ TABLES = {
     "inference": inference,
     "inference_floor": inference_floor,
     "inference_floor_amx": partial(inference_floor, name="bench_inference_amx"),
+    "inference_floor_avx512": partial(inference_floor, name="bench_inference_avx512"),
     "gpu": gpu,
     "inference_linearity": inference_linearity,
     "memory_of_models": memory_of_models,
