@@ -118,8 +118,6 @@ def stream(model: str, num_frames: int, size: int = 256) -> list[Row]:
                 check(pushed.push(piece))
             check(pushed.flush())
 
-        run(source[:, :, :9])  # oneDNN keeps the code of every convolution that it has seen
-        largest, num_out = 0.0, 0
         row = {"direction": direction, "video": [num_frames, size, size]} | measure(run)
         assert num_out == (latents if direction == "encode" else sample).shape[2]
         if whole is not None:
