@@ -118,7 +118,7 @@ class DenseProduct:
 class PackedProduct:
     """As [`DenseProduct`], with the weight in the blocks of oneDNN, and in memory of its own: oneDNN takes no other.
 
-    With AVX-512, float32 and 16 bits, a feed-forward takes 0.83 to 0.95 of the time (`benchmarks/products.py`).
+    Faster with AVX-512 (`benchmarks/products.py`).
     """
 
     def __init__(self, weight: torch.Tensor):

@@ -10,7 +10,7 @@ from .temporal_cache import WHOLE, Chunk
 
 
 # On a CPU PyTorch gives a convolution of one video to oneDNN if channels times frames times rows are more, and
-# otherwise to a kernel of its own that is 2 to 10 times slower.
+# otherwise to a kernel of its own, which is far slower (`benchmarks/siblings.py`).
 _SMALL_INPUT = 20480
 
 
