@@ -199,12 +199,12 @@ def test_memory_is_as_the_planner_predicts(memory_rows):
 
 
 @pytest.mark.parametrize("model", SIBLINGS)
-def test_memory_of_siblings_is_within_a_tenth(model):
+def test_memory_of_siblings_is_as_the_planner_predicts(model):
     rows = json.loads((ROOT / f"results/bench_memory_{model}.json").read_text())["rows"]
     found = {(row["case"], row["direction"]): (row["predicted_mib"], row["peak_mib"]) for row in rows}
     assert len(found) >= 2
     for (case, _), (predicted, peak) in found.items():
-        limit = 0.2 if case.startswith("tiled") else 0.1
+        limit = 0.2 if case.startswith(("tiled", "stream")) else 0.1
         assert abs(predicted - peak) <= max(limit * peak, 0.9), found  # MiB, of the few that the smallest videos take
     bounds = [(row["peak_mib"], row["max_mib"]) for row in rows if row["direction"] == "reconstruct"]
     assert bool(bounds) == model.endswith("compact") and all(peak < bound for peak, bound in bounds)
