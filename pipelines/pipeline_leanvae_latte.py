@@ -11,6 +11,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
+    FramesCallback,
     Generator,
     LatentVideoPipeline,
     LatentVideoPipelineOutput,
@@ -138,6 +139,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_frames: FramesCallback = None,
     ) -> LatentVideoPipelineOutput | tuple:
         """Generate videos.
 
@@ -174,6 +176,11 @@ class LeanVAELattePipeline(LatentVideoPipeline):
                 returns replaces the tensors. A list of them is a `MultiPipelineCallbacks`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets, among `latents` (of the current window)
                 and `class_labels`.
+            callback_on_frames: Called as `callback(pipeline, start, frames)` with consecutive frames of all videos and
+                the number of the first of them, as soon as they are decoded: latent frame by latent frame, and for a
+                long video after each window, while the next ones wait to be sampled. In the form of `output_type`,
+                `"pt"` for `"latent"`, which keeps no frames. An autoencoder that decodes whole videos gives all at
+                the end.
 
         Returns:
             The videos as `frames`.
@@ -208,6 +215,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
             return_dict=return_dict,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_frames=callback_on_frames,
         )
 
 

@@ -11,12 +11,13 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
-    Frames,
+    FramesCallback,
     Generator,
     LatentVideoPipeline,
     LatentVideoPipelineOutput,
     VideoInput,
 )
+from diffusers_leanvae.generation.windows import Frames
 from diffusers_leanvae.text_encoders import TextEmbeddings, check_length, encode_tokens, text_arguments, tokenize
 
 
@@ -223,6 +224,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_frames: FramesCallback = None,
     ) -> LatentVideoPipelineOutput | tuple:
         """Generate videos of texts.
 
@@ -263,6 +265,11 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
                 returns replaces the tensors. A list of them is a `MultiPipelineCallbacks`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets, among `latents` (of the current window)
                 and the four of the text.
+            callback_on_frames: Called as `callback(pipeline, start, frames)` with consecutive frames of all videos and
+                the number of the first of them, as soon as they are decoded: latent frame by latent frame, and for a
+                long video after each window, while the next ones wait to be sampled. In the form of `output_type`,
+                `"pt"` for `"latent"`, which keeps no frames. An autoencoder that decodes whole videos gives all at
+                the end.
 
         Returns:
             The videos as `frames`.
@@ -314,6 +321,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
             return_dict=return_dict,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_frames=callback_on_frames,
         )
 
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from diffusers_leanvae import LeanVAELattePipeline, LeanVAELatteTransformer3DModel
 from diffusers_leanvae.conversion.latte import config_from_original, from_original
-from diffusers_leanvae.generation.pipeline import plan_windows
 from diffusers_leanvae.generation.schedulers import make_scheduler, respaced_timesteps, set_timesteps
 from diffusers_leanvae.latents import normalize_latents
 
@@ -254,18 +253,6 @@ def test_strength_says_how_much_of_a_video_stays(class_case, make_video, schedul
 # --- Long videos -----------------------------------------------------------------------------------------------------
 
 
-def test_windows_cover_a_video():
-    assert plan_windows(3, 5, 2) == [(0, 3, 0)]
-    assert plan_windows(5, 5, 2) == [(0, 5, 0)]
-    assert plan_windows(8, 5, 2) == [(0, 5, 0), (3, 8, 2)]
-    assert plan_windows(9, 5, 2) == [(0, 5, 0), (3, 8, 2), (4, 9, 4)]  # the last one overlaps more
-    for total in range(1, 30):
-        windows = plan_windows(total, 5, 2)
-        assert sum(w.stop - w.start - w.num_known for w in windows) == total == windows[-1].stop
-        assert {w.stop - w.start for w in windows} == {min(total, 5)}
-        assert all(later.start + later.num_known == w.stop for w, later in zip(windows, windows[1:], strict=False))
-
-
 @pytest.mark.parametrize("reencode", [True, False])
 def test_long_videos_go_on_from_their_last_frames(class_case, reencode: bool):
     pipeline = class_case.pipeline()
@@ -341,6 +328,67 @@ def test_decoding_streams(class_case):
     assert isinstance(next(pipeline.decode_stream(latents, "pil"))[0][0], PIL.Image.Image)
     with pytest.raises(ValueError, match="`output_type` must be one of 'pil', 'np', 'pt', got 'latent'"):
         next(pipeline.decode_stream(latents, "latent"))
+
+
+@pytest.mark.parametrize("reencode", [True, False])
+@pytest.mark.parametrize("num_frames", [1, 9, 21])
+def test_frames_are_handed_out_while_later_ones_are_sampled(class_case, num_frames: int, reencode: bool):
+    pipeline = class_case.pipeline()
+    handed_out, happened = [], []
+
+    def take(given: Any, start: int, frames: torch.Tensor) -> None:
+        assert given is pipeline and start == sum(piece.shape[1] for piece in handed_out)
+        handed_out.append(frames)
+        happened.append("frames")
+
+    def after_step(given: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        happened.append("step")
+        return {}
+
+    inputs = {"num_frames": num_frames, "reencode_overlap": reencode, "num_overlap_latent_frames": 1}
+    expected = class_case.run(pipeline, **inputs)
+    frames = class_case.run(pipeline, **inputs, callback_on_frames=take, callback_on_step_end=after_step)
+    latents = (num_frames - 1) // 4 + 1
+    assert [piece.shape[1] for piece in handed_out] == [1] + [4] * (latents - 1)
+    windows = [3, 2, 1] if num_frames == 21 else [latents]  # new latent frames of each, of two steps
+    assert happened == [event for new in windows for event in ["step"] * 2 + ["frames"] * new]
+    close(torch.cat(handed_out, dim=1), frames, atol=0)
+    close(frames, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "latent"])
+def test_frames_are_handed_out_in_the_form_of_the_output(class_case, kind: str):
+    pipeline, pieces = class_case.pipeline(), []
+
+    def take(_: Any, start: int, frames: Any) -> None:
+        pieces.append(frames)
+
+    inputs = {"num_frames": 21, "num_overlap_latent_frames": 1}
+    expected = class_case.run(pipeline, **inputs)
+    output = class_case.run(pipeline, **inputs, output_type=kind, callback_on_frames=take)
+    if kind == "pil":
+        assert [image for piece in pieces for image in piece[0]] == output[0]
+    elif kind == "np":
+        assert np.array_equal(np.concatenate(pieces, axis=1), output)
+    else:
+        assert output.shape == (1, 4, 6, 4, 4)
+        close(torch.cat(pieces, dim=1), expected, atol=1e-4)
+
+
+def test_an_error_of_who_takes_the_frames_ends_the_sampling(class_case):
+    pipeline, num_steps = class_case.pipeline(), 0
+
+    def take(*_: Any) -> None:
+        raise BrokenPipeError
+
+    def after_step(*_: Any) -> dict:
+        nonlocal num_steps
+        num_steps += 1
+        return {}
+
+    with pytest.raises(BrokenPipeError):
+        class_case.run(pipeline, num_frames=21, callback_on_frames=take, callback_on_step_end=after_step)
+    assert num_steps == 2  # those of the first window
 
 
 # --- Callbacks and errors --------------------------------------------------------------------------------------------

@@ -37,7 +37,15 @@ def test_generates_and_survives_saving(class_case, sibling: str, tmp_path: Path,
 def test_long_videos(class_case, sibling: str):
     pipeline = class_case.pipeline(vae=make_tiny(sibling, scaling_factor=0.5))
     arguments = {"num_frames": 17, "num_overlap_latent_frames": 1}
-    assert class_case.run(pipeline, **arguments, reencode_overlap=False).shape[1] == 17
+    pieces = []
+    callback = {"callback_on_frames": lambda _, start, frames: pieces.append((start, frames))}
+    frames = class_case.run(pipeline, **arguments, reencode_overlap=False, **callback)
+    assert frames.shape[1] == 17
+    late = pipeline.vae.num_delayed_frames  # the last frames come with the last piece
+    assert [start for start, _ in pieces] == [0, 1, *range(5 - late, 17 - late, 4)]
+    assert torch.equal(torch.cat([piece for _, piece in pieces], dim=1), frames)
+    whole = class_case.run(pipeline, **arguments, reencode_overlap=False)
+    torch.testing.assert_close(frames, whole, rtol=0, atol=1e-4)
     if sibling == "ivvae":
         assert class_case.run(pipeline, **arguments, reencode_overlap=True).shape[1] == 17
     else:

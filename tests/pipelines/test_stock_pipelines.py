@@ -161,7 +161,14 @@ def test_our_pipelines_take_autoencoders_of_diffusers(
 def test_windows_of_autoencoders_of_diffusers(class_case, name: str):
     pipeline = class_case.pipeline(vae=make_stock_vae(name))
     arguments = {"num_frames": 17, "num_overlap_latent_frames": 1}
-    assert class_case.run(pipeline, **arguments, reencode_overlap=False).shape[1] == 17
+    pieces = []
+    callback = {"callback_on_frames": lambda _, start, frames: pieces.append((start, frames))}
+    frames = class_case.run(pipeline, **arguments, reencode_overlap=False, **callback)
+    assert frames.shape[1] == 17
+    ((start, piece),) = pieces  # all at the end
+    assert start == 0 and torch.equal(piece, frames)
+    class_case.run(pipeline, **arguments, reencode_overlap=False, output_type="latent", **callback)
+    torch.testing.assert_close(pieces[1][1], frames, rtol=0, atol=1e-4)
     with pytest.raises(
         ValueError, match=f"`reencode_overlap` must be False for an {name}, which decodes whole videos"
     ):

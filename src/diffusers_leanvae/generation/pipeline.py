@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ..registration import SHIM
 from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
 from .schedulers import Scheduler, add_noise, choose_timesteps, guide_noise, prepare_scheduler, takes_variance
+from .windows import FrameDecoder, Frames, Window, plan_windows
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,6 +44,7 @@ Transformer = Any
 VideoInput = list | np.ndarray | torch.Tensor
 Generator = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None
+FramesCallback = Callable[[Any, int, Any], None] | None
 
 
 @dataclass
@@ -56,38 +58,6 @@ class LatentVideoPipelineOutput(BaseOutput):
     """
 
     frames: list[list] | np.ndarray | torch.Tensor
-
-
-class Window(NamedTuple):
-    """Latent frames `start` to `stop` that are sampled at once; the first `num_known` are given."""
-
-    start: int
-    stop: int
-    num_known: int
-
-
-@dataclass
-class Frames:
-    """Size of the videos in pixels, and the windows in which a video longer than the transformer is sampled."""
-
-    num_frames: int
-    height: int
-    width: int
-    windows: list[Window]
-    reencode_overlap: bool
-
-
-def plan_windows(num_latent_frames: int, window: int, num_overlap: int) -> list[Window]:
-    """Cover a video by windows of `window` latent frames that overlap by at least `num_overlap`.
-
-    All are equally long, because a transformer may know one length only; the last one overlaps more where that is
-    needed.
-    """
-    windows = [Window(0, min(window, num_latent_frames), 0)]
-    while windows[-1].stop < num_latent_frames:
-        stop = min(windows[-1].stop + window - num_overlap, num_latent_frames)
-        windows.append(Window(stop - window, stop, windows[-1].stop - (stop - window)))
-    return windows
 
 
 class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
@@ -264,7 +234,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         windows = plan_windows(num_latent_frames, window, num_overlap_latent_frames)
         if reencode_overlap and len(windows) > 1:
-            is_ours = isinstance(self.vae, VideoAutoencoder)
+            is_ours = isinstance(self.vae, VideoAutoencoder) and self.vae.can_stream
             if not is_ours or self.vae.num_delayed_frames:
                 why = "decodes the last frames of a window only with the next" if is_ours else "decodes whole videos"
                 raise ValueError(f"`reencode_overlap` must be False for an {type(self.vae).__name__}, which {why}.")
@@ -342,6 +312,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return_dict: bool,
         callback: Callback,
         callback_inputs: Sequence[str],
+        callback_on_frames: FramesCallback,
     ) -> LatentVideoPipelineOutput | tuple:
         """Sample and decode; see the `__call__` of the pipelines for the arguments.
 
@@ -376,14 +347,15 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._num_timesteps = len(timesteps) * len(frames.windows)
         self._interrupt = False
 
-        result, cache, pieces = noise[:, :, :0], TemporalCache(), []
+        result = noise[:, :, :0]
+        decoder = self._make_decoder(frames, output_type, callback_on_frames)
         with self.progress_bar(total=self._num_timesteps) as progress:  # type: ignore
             for number, window in enumerate(frames.windows):
                 if number > 0:
                     # A scheduler has state, which this resets.
                     timesteps = choose_timesteps(scheduler, steps, None if clean is None else strength)
                     self._reset_caches()
-                    known = self._overlap(result, pieces, window)
+                    known = self._overlap(result, decoder if frames.reencode_overlap else None, window)
 
                 on_step_end = partial(
                     self._on_step_end, tensors, callback, callback_inputs, progress, number * len(timesteps)
@@ -402,14 +374,15 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 )
                 new = sampled[:, :, window.num_known :]
                 result = torch.cat([result, new], dim=2)
-                if frames.reencode_overlap:
-                    pieces.append(self._decode(new, cache))
+                if decoder.can_stream and (frames.reencode_overlap or callback_on_frames is not None):
+                    decoder.push(new)
         self._current_timestep = None
 
         output: torch.Tensor | np.ndarray | list = result
         if output_type != "latent":
-            decoded = torch.cat(pieces, dim=2) if pieces else self.decode_latents(result)
-            output = self.video_processor.postprocess_video(decoded, output_type=output_type)
+            output = self.video_processor.postprocess_video(decoder.decode_all(result), output_type=output_type)
+        elif callback_on_frames is not None and not decoder.can_stream:
+            decoder.decode_all(result)
         self.maybe_free_model_hooks()
         return LatentVideoPipelineOutput(frames=output) if return_dict else (output,)
 
@@ -438,21 +411,34 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if getattr(self.transformer, "is_cache_enabled", False):
             self.transformer._reset_stateful_cache()
 
-    def _overlap(self, result: torch.Tensor, pieces: list[torch.Tensor], window: Window) -> torch.Tensor:
+    def _make_decoder(self, frames: Frames, output_type: str, callback: FramesCallback) -> FrameDecoder:
+        """Make the decoder of a call, which hands its frames to the callback."""
+        num_kept = None
+        if output_type == "latent":
+            num_kept = max(self.layout.num_sample_frames(window.num_known) for window in frames.windows)
+        form = "pt" if output_type == "latent" else output_type
+
+        def on_frames(start: int, piece: torch.Tensor) -> None:
+            assert callback is not None
+            callback(self, start, self.video_processor.postprocess_video(piece, output_type=form))
+
+        return FrameDecoder(
+            self.vae,
+            self._decode,
+            self.layout.num_latent_frames(frames.num_frames),
+            num_kept,
+            None if callback is None else on_frames,
+        )
+
+    def _overlap(self, result: torch.Tensor, decoder: FrameDecoder | None, window: Window) -> torch.Tensor:
         """Compute the known latent frames at the start of a window.
 
         Taken from the middle of a video, latents do not begin with an image's, as every clip in training does. So the
-        last frames, decoded, are encoded as a clip of their own; without `pieces` the latents are taken as they are.
+        last frames, decoded, are encoded as a clip of their own; without a decoder the latents are taken as they are.
         """
-        if not pieces:
+        if decoder is None:
             return result[:, :, window.start :]
-        num_frames = self.layout.num_sample_frames(window.num_known)
-        last: list[torch.Tensor] = []
-        for piece in reversed(pieces):
-            missing = num_frames - sum(part.shape[2] for part in last)
-            if missing > 0:
-                last.insert(0, piece[:, :, -missing:])
-        return self.encode_video(torch.cat(last, dim=2).clamp(-1, 1))
+        return self.encode_video(decoder.last(self.layout.num_sample_frames(window.num_known)).clamp(-1, 1))
 
     def _sample(
         self,
