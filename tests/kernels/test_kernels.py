@@ -125,7 +125,9 @@ def test_parity_under_the_interpreter():
     assert re.search(r"\b\d+ passed", result.stdout) and "skipped" not in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize("architecture", [80, 90])  # A100, H100
+@pytest.mark.parametrize(
+    "backend, architecture, binary", [("cuda", 80, "cubin"), ("cuda", 90, "cubin"), ("hip", "gfx942", "hsaco")]
+)  # A100, H100, MI300
 @pytest.mark.parametrize(
     "kernel, constants",
     [
@@ -136,7 +138,13 @@ def test_parity_under_the_interpreter():
     ],
 )
 def test_compiles_for_a_gpu(
-    kernel: str, constants: dict[str, int], architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str,
+    constants: dict[str, int],
+    backend: str,
+    architecture: int | str,
+    binary: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     # The compiler is stricter than the interpreter: of types above all.
     triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -158,5 +166,6 @@ def test_compiles_for_a_gpu(
         blocks = {"hidden_states": [rows, depth], "weight": [columns, depth], "output": [rows, columns // 2]}
         kinds |= {name: f"tensordesc<bf16{block}>" for name, block in blocks.items()}
     kinds |= {argument: "constexpr" for argument in constants} | ({"eps": "fp32"} if "eps" in kinds else {})
-    compiled = triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", architecture, 32))
-    assert len(compiled.asm["cubin"]) > 1000
+    target = GPUTarget(backend, architecture, 64 if backend == "hip" else 32)
+    compiled = triton.compile(ASTSource(function, kinds, constants), target=target)
+    assert len(compiled.asm[binary]) > 1000

@@ -74,7 +74,8 @@ def _settings(device: torch.device) -> tuple[dict[str, Any], dict[str, Any], int
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}, {}, 2
     properties = torch.cuda.get_device_properties(device)
     programs = properties.multi_processor_count
-    if properties.shared_memory_per_block_optin >= 227 * 1024:  # Hopper and its successors in data centres
+    # Hopper and its successors in data centres; PyTorch for AMD may not tell.
+    if getattr(properties, "shared_memory_per_block_optin", 0) >= 227 * 1024:
         return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 4}, programs
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, {"num_warps": 8, "num_stages": 3}, programs
 
