@@ -7,8 +7,16 @@ import av
 import numpy as np
 import pytest
 
-from diffusers_leanvae.video_io import VideoError, write_video
-from diffusers_leanvae.video_io.formats import CODECS, CONTAINERS, IMAGES, check_output, find_output, is_sequence
+from diffusers_leanvae.video_io import VideoError, formats, write_video
+from diffusers_leanvae.video_io.formats import (
+    CODECS,
+    CONTAINERS,
+    IMAGES,
+    ON_GPU,
+    check_output,
+    find_output,
+    is_sequence,
+)
 from diffusers_leanvae.video_io.inputs import find_sequence
 
 
@@ -18,6 +26,8 @@ ENCODERS = {"rawvideo": "wrapped_avframe"}
 class TestTable:
     @pytest.mark.parametrize("codec", CODECS)
     def test_encoders_take_the_pixel_formats(self, codec: str):
+        if codec in ON_GPU and codec not in av.codec.codecs_available:
+            pytest.skip("this FFmpeg was built without it")
         taken = {form.name for form in av.Codec(ENCODERS.get(codec, codec), "w").video_formats or ()}
         if codec == "libx264":
             taken |= {form.name for form in av.Codec("libx264rgb", "w").video_formats or ()}
@@ -130,6 +140,21 @@ class TestCheckOutput:
         with pytest.raises(VideoError, match=message):
             check_output(f"{tmp_path}/{name}", **options)
         assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize("codec", ON_GPU)
+    def test_encoders_of_gpus(self, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        # Not by a graphics card that may be there: `test_writer.py` takes what there is.
+        monkeypatch.setattr(formats, "_can_encode", lambda name: name == "h264_nvenc")
+        if codec == "h264_nvenc":
+            assert check_output(tmp_path / "a.mov", codec=codec).crf == 16
+        else:
+            with pytest.raises(VideoError, match="`codec` hevc_nvenc needs an NVIDIA GPU that encodes videos, .*none"):
+                check_output(tmp_path / "a.mkv", codec=codec)
+        with pytest.raises(VideoError, match=r"`codec` must be one of libvpx-vp9, libsvtav1 for \.webm"):
+            check_output(tmp_path / "a.webm", codec=codec)
+
+    def test_an_encoder_that_opens_and_one_that_is_not_there(self):
+        assert formats._can_encode("libx264") and not formats._can_encode("no_such_encoder")
 
     def test_standard_output(self):
         with pytest.raises(VideoError, match="`container` must be one of mkv, webm, y4m for '-', got 'mp4'"):

@@ -15,6 +15,7 @@ from PIL import Image
 from processes import Piped
 
 from diffusers_leanvae.video_io import VideoError, VideoWriter, probe_video, read_video, write_video
+from diffusers_leanvae.video_io.formats import ON_GPU
 
 
 def read(path: Path) -> torch.Tensor:
@@ -68,6 +69,18 @@ class TestWriter:
         even = size[0] % 2 == size[1] % 2 == 0
         assert info.pixel_format == ("bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p")
         assert [p.name for p in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize("crf", [None, 0, 20.5])
+    @pytest.mark.parametrize("codec", ON_GPU)
+    def test_encoders_of_gpus(self, codec: str, crf: float | None, tmp_path: Path):
+        frames, path = moving_picture(6, 160, 256), tmp_path / "a.mp4"
+        try:
+            write_video(path, frames, 25, codec=codec, crf=crf)
+        except VideoError as error:
+            assert "needs an NVIDIA GPU" in str(error) and not any(tmp_path.iterdir())
+            pytest.skip("no GPU that encodes")
+        out, info = read_video(path)
+        assert psnr(out, frames) > 30 and info.pixel_format == "yuv420p"
 
     @pytest.mark.parametrize("size", [(32, 48), (31, 47), (720, 960)])
     def test_colours(self, tmp_path: Path, size: tuple[int, int]):

@@ -10,7 +10,7 @@ from ..checks import DTYPES
 
 DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")  # and those with a number
 DTYPE_NAMES = tuple(name for pair in DTYPES.items() for name in pair)
-VIDEO_CODECS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "prores_ks", "ffv1")
+VIDEO_CODECS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "prores_ks", "ffv1", "h264_nvenc", "hevc_nvenc")
 STREAM_FORMATS = ("mkv", "webm", "y4m")
 FILE_FORMATS = ("mp4", "m4v", "mkv", "mov", "webm", "y4m", "gif", "webp", "apng")
 IMAGE_FORMATS = ("png", "jpg", "jpeg", "bmp", "tif", "tiff")

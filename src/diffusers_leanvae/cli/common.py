@@ -70,15 +70,16 @@ Crf = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Constant rate factor of the written video, 0 to 51 (libx264, libx265) or 63 (libvpx-vp9, libsvtav1): "
-        "lower is better and larger. Without it 16, or 18 for libsvtav1.",
+        help="Constant rate factor of the written video, 0 to 51 (libx264, libx265, on GPUs) or 63 (libvpx-vp9, "
+        "libsvtav1): lower is better and larger. Without it 16, or 18 for libsvtav1.",
     ),
 ]
 Codec = Annotated[
     str | None,
     typer.Option(
-        help="Codec of the written video: libx264, libx265, libvpx-vp9, libsvtav1, prores_ks (.mov), or ffv1 (.mkv), "
-        "which loses nothing. Without it libx264, and libvpx-vp9 for .webm.",
+        help="Codec of the written video: libx264, libx265, libvpx-vp9, libsvtav1, prores_ks (.mov), ffv1 (.mkv), "
+        "which loses nothing, or h264_nvenc or hevc_nvenc on an NVIDIA GPU. Without it libx264, and libvpx-vp9 for "
+        ".webm.",
         autocompletion=complete(*VIDEO_CODECS),
     ),
 ]

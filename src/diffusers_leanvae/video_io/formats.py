@@ -7,8 +7,14 @@ any work is done.
 import os
 import stat
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
+
+import av
+from av.codec.codec import UnknownCodecError
+from av.error import FFmpegError
+from av.video.codeccontext import VideoCodecContext
 
 from ..atomic import MAX_NAME_BYTES
 from .containers import PathLike, VideoError
@@ -78,6 +84,8 @@ CODECS: dict[str, Codec] = {
     "libx265": Codec((*_YUV_8, *_YUV_10, *_YUV_12, "gbrp"), crf=16, max_crf=51),
     "libvpx-vp9": Codec((*_YUV_8, "gbrp"), crf=16, max_crf=63),
     "libsvtav1": Codec(("yuv420p", "yuv420p10le"), crf=18, max_crf=63),
+    "h264_nvenc": Codec(("yuv420p", "yuv444p"), crf=16, max_crf=51),
+    "hevc_nvenc": Codec(("yuv420p", "yuv444p"), crf=16, max_crf=51),
     "ffv1": Codec(("bgr0", *_YUV_8, *_YUV_10, *_YUV_12, "gbrp10le", "gbrp12le")),
     "prores_ks": Codec(("yuv422p10le", "yuv444p10le")),
     "rawvideo": Codec(_YUV_8),
@@ -90,10 +98,11 @@ CODECS: dict[str, Codec] = {
     "tiff": Codec(("rgb24",)),
 }
 
+ON_GPU = ("h264_nvenc", "hevc_nvenc")  # whether there is one that encodes, only opening the encoder tells
 _QUICKTIME_SOUND = ("aac", "mp3", "mp2", "ac3", "eac3", "dts", "alac")
 _MP4 = Container(
     "mp4",
-    ("libx264", "libx265", "libvpx-vp9", "libsvtav1"),
+    ("libx264", "libx265", "libvpx-vp9", "libsvtav1", *ON_GPU),
     sound=_QUICKTIME_SOUND,
     sound_encoder="aac",
     subtitles=("mov_text", "dvd_subtitle"),
@@ -101,7 +110,7 @@ _MP4 = Container(
 )
 _MATROSKA = Container(
     "matroska",
-    ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "ffv1"),
+    ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "ffv1", *ON_GPU),
     sound=(
         *("aac", "mp3", "mp2", "ac3", "eac3", "dts", "truehd", "mlp", "flac", "opus", "vorbis", "alac", "tta"),
         *("wavpack", "wmav1", "wmav2", "wmapro", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_u8", "pcm_f32le"),
@@ -118,7 +127,7 @@ CONTAINERS: dict[str, Container] = {
     ".mkv": _MATROSKA,
     ".mov": Container(
         "mov",
-        ("libx264", "libx265", "prores_ks"),
+        ("libx264", "libx265", "prores_ks", *ON_GPU),
         sound=(*_QUICKTIME_SOUND, "pcm_"),
         sound_encoder="aac",
         subtitles=("mov_text",),
@@ -148,17 +157,17 @@ IMAGES: dict[str, str] = {
     ".tif": "tiff",
     ".tiff": "tiff",
 }
-# x264's names of speeds, from fast to slow, with SVT-AV1's number for each.
-PRESETS: dict[str, int] = {
-    "ultrafast": 12,
-    "superfast": 11,
-    "veryfast": 10,
-    "faster": 9,
-    "fast": 8,
-    "medium": 7,
-    "slow": 6,
-    "slower": 4,
-    "veryslow": 2,
+# x264's names of speeds, from fast to slow, with SVT-AV1's number for each, and NVIDIA's.
+PRESETS: dict[str, tuple[int, str]] = {
+    "ultrafast": (12, "p1"),
+    "superfast": (11, "p1"),
+    "veryfast": (10, "p2"),
+    "faster": (9, "p3"),
+    "fast": (8, "p3"),
+    "medium": (7, "p4"),
+    "slow": (6, "p5"),
+    "slower": (4, "p6"),
+    "veryslow": (2, "p7"),
 }
 
 
@@ -327,6 +336,11 @@ def check_output(
     """
     output = find_output(path, codec=codec, crf=crf, pixel_format=pixel_format, container=container)
     name = os.fspath(path)
+    if output.codec in ON_GPU and not _can_encode(output.codec):
+        raise VideoError(
+            f"`codec` {output.codec} needs an NVIDIA GPU that encodes videos, with its driver, and FFmpeg finds none "
+            "here; libx264 and libx265 need none."
+        )
     if output.kind == "image" and num_images is not None and num_images > 1:
         raise VideoError(
             f"Cannot write {name!r}: an image file holds one frame, got {num_images}; a pattern such as "
@@ -360,6 +374,18 @@ def check_output(
     elif file.exists() or file.is_symlink():
         raise VideoError(f"Cannot write {name!r}: it exists and `overwrite` is false.")
     return output
+
+
+def _can_encode(codec: str) -> bool:
+    """Whether an encoder opens, with pictures that every one takes."""
+    try:
+        context = av.CodecContext.create(codec, "w")
+        assert isinstance(context, VideoCodecContext)
+        context.width, context.height, context.pix_fmt, context.time_base = 256, 256, "yuv420p", Fraction(1, 25)
+        context.open()
+    except (FFmpegError, UnknownCodecError):
+        return False
+    return True
 
 
 def _is_pipe(file: Path) -> bool:

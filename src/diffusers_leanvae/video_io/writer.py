@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
 from .containers import PathLike, VideoError
 from .decoding import planes_of
-from .formats import CODECS, PRESETS, check_output, is_rgb, is_subsampled
+from .formats import CODECS, ON_GPU, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
 from .sound import Accompaniment, cut_end
 from .ticks import Ticks
@@ -65,11 +65,12 @@ class VideoWriter:
         fps: Frame rate in frames per second, more than 0. A `Fraction` is kept exactly, a float becomes the nearest
             fraction with a denominator up to 1001.
         codec: `"libx264"` (default of `.mp4`, `.mkv` and `.mov`), `"libx265"`, `"libvpx-vp9"` (default of `.webm`),
-            `"libsvtav1"`, `"ffv1"` (`.mkv`) or `"prores_ks"` (`.mov`); unused by animations and images.
+            `"libsvtav1"`, `"ffv1"` (`.mkv`), `"prores_ks"` (`.mov`), or `"h264_nvenc"` or `"hevc_nvenc"` with an
+            NVIDIA GPU that encodes; unused by animations and images.
         crf: Constant quality, 0 (best) to 51, or to 63 for VP9 and AV1; by default 16, or 18 for AV1. With
-            `"libx264"`, 0 stores pixels of `pixel_format` without loss. For an animated `.webp`, 0 (the default) to
-            100, where 0 is without loss. Unused by others.
-        preset: Speed preset of x264, x265 and SVT-AV1, `"ultrafast"` to `"veryslow"`; unused by the other codecs.
+            `"libx264"` and on a GPU, 0 stores pixels of `pixel_format` without loss. For an animated `.webp`, 0 (the
+            default) to 100, where 0 is without loss. Unused by others.
+        preset: Speed preset of x264, x265, SVT-AV1 and GPUs, `"ultrafast"` to `"veryslow"`; unused by others.
         pixel_format: FFmpeg's name of how pixels are stored, such as `"yuv444p"` or `"yuv420p10le"`; for `"libx264"`
             also `"rgb24"`.
         pixel_aspect_ratio: Width of a pixel divided by its height, for players; kept in videos.
@@ -303,7 +304,7 @@ class VideoWriter:
             encoder = container.add_stream(name, rate=self._fps, options=self._codec_options(pixel_format))
             assert isinstance(encoder, VideoStream)
             context = encoder.codec_context
-            if output.codec == "libx265" and held.muxer != "matroska":
+            if output.codec in ("libx265", "hevc_nvenc") and held.muxer != "matroska":
                 context.codec_tag = "hvc1"  # the tag without which Apple's players refuse the file
         context.width, context.height, context.pix_fmt = width, height, pixel_format
         self._timing = Ticks.choose(self._fps, held.muxer if held is not None else None, is_variable)
@@ -351,10 +352,15 @@ class VideoWriter:
             # One file on every processor. x264's own code for AVX-512 even reads memory that was never written, in
             # its macroblock trees: a file would differ in every call.
             return options | {"x264-params": "cpu-independent=1"}
+        if codec in ON_GPU:
+            preset = PRESETS[self._preset][1]
+            if crf == 0:  # as `cq`, 0 would mean that the encoder chooses
+                return {"preset": preset, "tune": "lossless"}
+            return {"preset": preset, "rc": "vbr", "cq": f"{crf:g}", "b": "0"}
         if codec == "libvpx-vp9":
             return {"crf": f"{crf:g}", "b": "0", "row-mt": "1"}
         if codec == "libsvtav1":
-            preset = f"{PRESETS[self._preset]}"
+            preset = f"{PRESETS[self._preset][0]}"
             return {
                 "preset": preset,
                 "svtav1-params": f"crf={crf:g}",
