@@ -3,12 +3,16 @@
     python benchmarks/compare_recipes.py start --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py latents --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_recipes.py recipes --train ../shared/videos/train --held-out ../shared/videos/val
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
 certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser
 against the plain recipe on the same number of steps; reconstruction, and how easy the latents are for diffusion
 (`evaluation/diffusability.py`).
 `alignment`: a student of a small random `AutoencoderKLWan` (`scripts/make_random_wan.py`), before and after.
+`recipes`: everything that a recipe may choose, one thing at a time and each with the same processor time
+(`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
+the file keeps the others.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
 minutes and not days. `start --as-they-are` takes the curves of runs that were stopped. Results go to
@@ -19,6 +23,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,12 @@ import torch
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import pixels_to_sample
+from diffusers_leanvae.evaluation.autoencoders import open_autoencoder
 from diffusers_leanvae.evaluation.diffusability import DiffusabilityProtocol, load_clips, measure_diffusability
+from diffusers_leanvae.evaluation.protocols import PROTOCOLS
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
-from diffusers_leanvae.evaluation.results import write_result
+from diffusers_leanvae.evaluation.results import provenance, write_result
 from diffusers_leanvae.losses.alignment import Teacher
 
 
@@ -58,8 +65,57 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "SSVAE latent masking (2512.05394)": ["regularization.mask_latents=true"],
         "low pass (aim of LC-VAE, 2604.16479)": ["regularization.low_pass=0.1"],
     },
+    "recipes": {
+        "base": [],
+        "base, another seed": ["seed=1"],
+        "base, a third seed": ["seed=2"],
+        "bfloat16": ["mixed_precision=bf16"],
+        "learning rate 5e-4": ["optimizer.learning_rate=5e-4"],
+        "learning rate 2e-3": ["optimizer.learning_rate=2e-3"],
+        "muon 1e-3": ["optimizer.name=muon"],
+        "principal components, muon 1e-3": ["init=pca", "optimizer.name=muon"],
+        "no warm average of weights": ["ema_decay=0"],
+        "average by a power, 6.94": ["ema_power=6.94"],
+        "4 clips": ["batch_size=4"],
+        "crops of 96": ["batch_size=1", "data.clip_sizes=[[17,96,96]]"],
+        "9 frames, 4 clips": ["batch_size=4", "data.clip_sizes=[[9,64,64]]"],
+        "larger pictures": ["data.short_side=288"],
+        "a fourth drawn": ["data.procedural=0.25"],
+        "L1 alone": ["loss.log_mse=0"],
+        "log-MSE alone": ["loss.l1_pixel=0", "loss.l1_low=0", "loss.l1_high=0"],
+        "log-MSE 1.0": ["loss.log_mse=1.0"],
+        "Charbonnier for L1": ["loss.l1_pixel=0", "loss.charbonnier=1.0"],
+        "no sub-bands": ["loss.l1_low=0", "loss.l1_high=0"],
+        "latent consistency 0.1": ["loss.latent_consistency=0.1"],
+        "no noise of the posterior": ["sample_posterior=false"],
+        "1 iteration": ["model.num_ista_iterations=1"],
+        "no iteration, 2 more layers": ["model.num_ista_iterations=0", "model.num_fusion_layers=6"],
+        "wide: 24 + 72, 2 fusion layers": [
+            "model.low_freq_dim=24",
+            "model.high_freq_dim=72",
+            "model.num_fusion_layers=2",
+            "model.num_branch_layers=1",
+            "model.num_ista_iterations=1",
+        ],
+        "deep: 12 + 36, 10 fusion layers": [
+            "model.low_freq_dim=12",
+            "model.high_freq_dim=36",
+            "model.num_fusion_layers=10",
+        ],
+        "low band as wide as the others": ["model.low_freq_dim=32", "model.high_freq_dim=32"],
+        "bands together": ["model.patch_embedding_type=joint"],
+        "no wavelet": ["model.patch_embedding_type=no_wavelet"],
+    },
     "alignment": {"before": ["num_steps=1", "optimizer.learning_rate=0", "ema_decay=0"], "after": []},
 }
+
+
+LOG_EVERY = 20
+RECIPES_BASE = [
+    *["init=spec", *ADAMW, "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=50", "ema_decay=0.998"],
+    *["batch_size=2", "data.clip_sizes=[[17,64,64]]", "data.short_side=192"],
+]
+RECIPES_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "flicker", "grid", "ghost"))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -80,7 +136,7 @@ def train(options: argparse.Namespace, name: str, overrides: list[str], every: i
         f"num_steps={options.num_steps}",
         f"validation.every={every or 1}",
         "save_every=100000",
-        "log_every=20",
+        f"log_every={LOG_EVERY}",
     ]
     command += ["validation.num_videos=0", f"num_threads={options.threads}", *overrides]
     if not (output / "vae" / "config.json").is_file() and not options.as_they_are:
@@ -153,12 +209,43 @@ def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "latent_error_fell_by_factor": f"{factor:.2f}"}
 
 
+def compare_recipes(options: argparse.Namespace) -> dict[str, Any]:
+    """Quality of each run after the same processor time; its steps are as many as that is enough for."""
+    path, rows = Path(options.output), dict[str, dict[str, Any]]()
+    for name, overrides in VARIANTS["recipes"].items():
+        if options.only and name not in options.only:
+            continue
+        overrides = [*RECIPES_BASE, *overrides]
+        look = train(options, f"{name}, speed", [*overrides, "num_steps=48", "log_every=24"])
+        seconds = read_json_lines(look / "log.jsonl")[-1]["cpu_seconds_per_step"]
+        num_steps = LOG_EVERY * max(round(options.cpu_minutes * 60 / seconds / LOG_EVERY), 1)
+        output = train(options, name, [*overrides, f"num_steps={num_steps}"])
+        log = read_json_lines(output / "log.jsonl")
+        vae, about = open_autoencoder(str(output / "vae"))
+        quality = evaluate_reconstruction(
+            AutoencoderReconstructor(vae, name, about=about), options.held_out, RECIPES_PROTOCOL
+        ).totals
+        row: dict[str, Any] = {"run": name, "num_parameters": about["num_parameters"], "num_steps": log[-1]["step"]}
+        row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
+        row |= {key: round(value, 4) for key, value in quality.items()}
+        print(row, flush=True)
+        rows[name] = row | {"processor": provenance()["processor"]}
+    # Another process may have added to the file meanwhile.
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    rows = {row["run"]: row for row in kept} | rows
+    return {"rows": [rows[name] for name in VARIANTS["recipes"] if name in rows], "base": RECIPES_BASE}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=list(VARIANTS))
     parser.add_argument("--train", required=True, help="folder of training videos")
     parser.add_argument("--held-out", required=True, help="folder of other videos")
     parser.add_argument("--num-steps", type=int, default=320)
+    parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of `recipes`")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(VARIANTS["recipes"]), metavar="RUN", help="runs of `recipes`"
+    )
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
     parser.add_argument("--num-denoiser-steps", type=int, default=DiffusabilityProtocol.num_steps)
     parser.add_argument("--threads", type=int, default=1)
@@ -166,10 +253,15 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
     parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
     options = parser.parse_args()
-    compare = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}[options.comparison]
+    options.output = options.output or str(ROOT / f"results/bench_{options.comparison}.json")
+    comparisons = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}
     changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
-    result = compare(options) | {"num_steps": options.num_steps, "all_runs": SMALL, "changes": changes}
-    write_result(options.output or ROOT / f"results/bench_{options.comparison}.json", result)
+    result = {"all_runs": SMALL, "changes": changes}
+    if options.comparison == "recipes":
+        result = compare_recipes(options) | result
+    else:
+        result = comparisons[options.comparison](options) | {"num_steps": options.num_steps} | result
+    write_result(options.output, result)
     print(json.dumps(result))
 
 
