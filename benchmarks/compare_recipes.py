@@ -4,6 +4,7 @@
     python benchmarks/compare_recipes.py latents --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py recipes --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_recipes.py compression --train ../shared/videos/train --held-out ../shared/videos/val
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
 certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser
@@ -12,7 +13,7 @@ against the plain recipe on the same number of steps; reconstruction, and how ea
 `alignment`: a student of a small random `AutoencoderKLWan` (`scripts/make_random_wan.py`), before and after.
 `recipes`: everything that a recipe may choose, one thing at a time and each with the same processor time
 (`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
-the file keeps the others.
+the file keeps the others. `compression`: sizes of patches and latents, likewise, from principal components.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
 minutes and not days. `start --as-they-are` takes the curves of runs that were stopped. Results go to
@@ -106,16 +107,27 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "bands together": ["model.patch_embedding_type=joint"],
         "no wavelet": ["model.patch_embedding_type=no_wavelet"],
     },
+    "compression": {
+        "4x8x8, 4 channels": ["model.latent_channels=4"],
+        "4x8x8, 16 channels": ["model.latent_channels=16"],
+        "8x8x8, 8 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=8"],
+        "8x8x8, 16 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=16"],
+        "8x8x8, 32 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=32"],
+        "4x16x16, 16 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=16"],
+        "4x16x16, 48 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=48"],
+        "4x16x16, 64 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=64"],
+    },
     "alignment": {"before": ["num_steps=1", "optimizer.learning_rate=0", "ema_decay=0"], "after": []},
 }
 
 
 LOG_EVERY = 20
-RECIPES_BASE = [
-    *["init=spec", *ADAMW, "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=50", "ema_decay=0.998"],
-    *["batch_size=2", "data.clip_sizes=[[17,64,64]]", "data.short_side=192"],
-]
-RECIPES_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "flicker", "grid", "ghost"))
+_CLIPS = ["ema_decay=0.998", "batch_size=2", "data.clip_sizes=[[17,64,64]]", "data.short_side=192"]
+BASES = {
+    "recipes": ["init=spec", *ADAMW, "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=50", *_CLIPS],
+    "compression": ["init=pca", *MUON, "optimizer.num_warmup_steps=50", *_CLIPS],
+}
+EQUAL_TIME_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "flicker", "grid", "ghost"))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -209,13 +221,14 @@ def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "latent_error_fell_by_factor": f"{factor:.2f}"}
 
 
-def compare_recipes(options: argparse.Namespace) -> dict[str, Any]:
+def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     """Quality of each run after the same processor time; its steps are as many as that is enough for."""
+    variants, base = VARIANTS[options.comparison], BASES[options.comparison]
     path, rows = Path(options.output), dict[str, dict[str, Any]]()
-    for name, overrides in VARIANTS["recipes"].items():
+    for name, overrides in variants.items():
         if options.only and name not in options.only:
             continue
-        overrides = [*RECIPES_BASE, *overrides]
+        overrides = [*base, *overrides]
         look = train(options, f"{name}, speed", [*overrides, "num_steps=48", "log_every=24"])
         seconds = read_json_lines(look / "log.jsonl")[-1]["cpu_seconds_per_step"]
         num_steps = LOG_EVERY * max(round(options.cpu_minutes * 60 / seconds / LOG_EVERY), 1)
@@ -223,7 +236,7 @@ def compare_recipes(options: argparse.Namespace) -> dict[str, Any]:
         log = read_json_lines(output / "log.jsonl")
         vae, about = open_autoencoder(str(output / "vae"))
         quality = evaluate_reconstruction(
-            AutoencoderReconstructor(vae, name, about=about), options.held_out, RECIPES_PROTOCOL
+            AutoencoderReconstructor(vae, name, about=about), options.held_out, EQUAL_TIME_PROTOCOL
         ).totals
         row: dict[str, Any] = {"run": name, "num_parameters": about["num_parameters"], "num_steps": log[-1]["step"]}
         row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
@@ -233,7 +246,7 @@ def compare_recipes(options: argparse.Namespace) -> dict[str, Any]:
     # Another process may have added to the file meanwhile.
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = {row["run"]: row for row in kept} | rows
-    return {"rows": [rows[name] for name in VARIANTS["recipes"] if name in rows], "base": RECIPES_BASE}
+    return {"rows": [rows[name] for name in variants if name in rows], "base": base}
 
 
 def main() -> None:
@@ -242,7 +255,7 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="folder of training videos")
     parser.add_argument("--held-out", required=True, help="folder of other videos")
     parser.add_argument("--num-steps", type=int, default=320)
-    parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of `recipes`")
+    parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of a comparison at equal time")
     parser.add_argument(
         "--only", nargs="+", choices=list(VARIANTS["recipes"]), metavar="RUN", help="runs of `recipes`"
     )
@@ -253,12 +266,15 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/compare", help="folder of the training runs")
     parser.add_argument("--output", help="results/bench_COMPARISON.json by default")
     options = parser.parse_args()
+    unknown = set(options.only or ()) - set(VARIANTS[options.comparison] if options.comparison in BASES else ())
+    if unknown:
+        parser.error(f"--only must name runs of `recipes` or `compression`, got {', '.join(sorted(unknown))}")
     options.output = options.output or str(ROOT / f"results/bench_{options.comparison}.json")
     comparisons = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}
     changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
     result = {"all_runs": SMALL, "changes": changes}
-    if options.comparison == "recipes":
-        result = compare_recipes(options) | result
+    if options.comparison in BASES:
+        result = compare_at_equal_time(options) | result
     else:
         result = comparisons[options.comparison](options) | {"num_steps": options.num_steps} | result
     write_result(options.output, result)

@@ -4,10 +4,11 @@
     python benchmarks/latency.py --models compact-16ch --sizes 256x256 --seconds 2 --output x.json
 
 `live` hands raw frames to `reconstruct_stream`, each as soon as it is asked for, and watches them come out: the time
-between the last frame of a group (four frames, the first one of the video by itself) being handed over and the
-first frame of that group being there. A camera adds what it takes to deliver the other frames of the group. `first frames` is a new
-`StreamingDecoder` given the two latent frames that its first step takes, until five pictures are there. Times are wall
-times of warm models; medians of as many as `--seconds` are enough for, and the 99th percentile of a hundred or more.
+between the last frame of a group (four frames, the first one of the video by itself) being handed over and the first
+frame of that group being there. A camera adds what it takes to deliver the other frames of the group. `first frames`
+is a new `StreamingDecoder` given the two latent frames that its first step takes, until five pictures are there. Times
+are wall times of warm models; medians of as many as `--seconds` are enough for, and the 99th percentile of a hundred
+or more.
 """
 
 import argparse
