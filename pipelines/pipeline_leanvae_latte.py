@@ -180,7 +180,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
                 the number of the first of them, as soon as they are decoded: latent frame by latent frame, and for a
                 long video after each window, while the next ones wait to be sampled. In the form of `output_type`,
                 `"pt"` for `"latent"`, which keeps no frames. An autoencoder that decodes whole videos gives all at
-                the end.
+                the end. `pipeline._interrupt = True` ends the sampling; nothing is handed out after it.
 
         Returns:
             The videos as `frames`.

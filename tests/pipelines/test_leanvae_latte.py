@@ -391,6 +391,19 @@ def test_an_error_of_who_takes_the_frames_ends_the_sampling(class_case):
     assert num_steps == 2  # those of the first window
 
 
+def test_who_takes_the_frames_can_interrupt(class_case):
+    pipeline, starts = class_case.pipeline(), []
+
+    def take(given: Any, start: int, frames: torch.Tensor) -> None:
+        starts.append(start)
+        given._interrupt = start == 1
+
+    frames = class_case.run(pipeline, num_frames=21, num_overlap_latent_frames=1, callback_on_frames=take)
+    assert starts == [0, 1] and frames.shape[1] == 21
+    whole = class_case.run(pipeline, num_frames=21, num_overlap_latent_frames=1)
+    close(frames[:, :9], whole[:, :9], atol=1e-4)  # the window that had been sampled
+
+
 # --- Callbacks and errors --------------------------------------------------------------------------------------------
 
 

@@ -420,7 +420,8 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         def on_frames(start: int, piece: torch.Tensor) -> None:
             assert callback is not None
-            callback(self, start, self.video_processor.postprocess_video(piece, output_type=form))
+            if not self._interrupt:  # after which windows are noise
+                callback(self, start, self.video_processor.postprocess_video(piece, output_type=form))
 
         return FrameDecoder(
             self.vae,
