@@ -1,6 +1,6 @@
-"""Time and memory over area and over length, from the result of `benchmarks/inference.py`.
+"""Plots of the documentation, from the results of `benchmarks/inference.py` and `benchmarks/compare_families.py`.
 
-    python benchmarks/plots.py        docs/images/bench_area.png and docs/images/bench_length.png
+    python benchmarks/plots.py        docs/images/bench_area.png, bench_length.png and bench_families.png
 
 Needs matplotlib: `pip install ".[bench]"`.
 """
@@ -80,6 +80,30 @@ def draw(rows: list[dict[str, Any]], axis: str, fixed: list[int], target: Path) 
     print(target)
 
 
+def draw_families(curves: dict[str, list[dict[str, float]]], target: Path) -> None:
+    """Two panels, PSNR on small validation clips over processor time and over steps."""
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, (key, label) in zip(panels, {"cpu_hours": "processor hours", "step": "steps"}.items(), strict=True):
+        for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+            drawn = [point for point in points if point[key] > 0]
+            values = [point["psnr_frame_mean_rgb"] for point in drawn]
+            panel.plot([point[key] for point in drawn], values, color=colour, marker="o", label=name)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("PSNR (dB), 128x128")
+    panels[1].set_xscale("log")
+    panels[0].legend()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+    print(target)
+
+
 def guide(panel: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     """Lines of slope 1 through the first point of the first line and ten times above."""
     if not lines:
@@ -93,6 +117,7 @@ def guide(panel: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=Path("results/bench_inference.json"))
+    parser.add_argument("--families", type=Path, default=Path("results/bench_families.json"))
     parser.add_argument("--folder", type=Path, default=Path("docs/images"))
     parser.add_argument("--models", nargs="*", help="all by default, without LeanVAE-4ch, which costs as LeanVAE-16ch")
     parser.add_argument("--dtype", default="float32")
@@ -106,6 +131,9 @@ def main() -> None:
     rows = [row for row in rows if row["dtype"] == options.dtype]
     draw(rows, "area", [options.num_frames], options.folder / "bench_area.png")
     draw(rows, "length", options.size, options.folder / "bench_length.png")
+    if options.families.is_file():
+        curves = json.loads(options.families.read_text(encoding="utf-8"))["curves"]
+        draw_families(curves, options.folder / "bench_families.png")
 
 
 if __name__ == "__main__":

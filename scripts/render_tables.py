@@ -345,6 +345,25 @@ def artefacts(results: Path) -> str:
     return f"{markdown_table(['clip', *header], rows)}\n{''.join(map(source_line, paths, found))}"
 
 
+def families(results: Path) -> str:
+    """LeanVAE and its siblings trained alike, also by the place of a frame in its group, and their curves."""
+    path = results / "bench_families.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    columns = {"PSNR (dB)": PSNR, "SSIM": SSIM, "first frame": f"{PSNR}_first"}
+    columns |= {f"{place} of 4": f"{PSNR}_group_{place}" for place in range(1, 5)}
+    header = ["model", "parameters (M)", "steps", "processor hours", *columns]
+    rows = [
+        [row["run"], f"{row['num_parameters'] / 1e6:.2f}", f"{row['num_steps']:,}", f"{row['cpu_hours']:.2f}"]
+        + [f"{row[key]:.3f}" if key == SSIM else f"{row[key]:.2f}" for key in columns.values()]
+        for row in result["rows"]
+    ]
+    image = "images/bench_families.png"
+    shown = f"![PSNR over time and over steps]({image})\n\n" if (results.parent / "docs" / image).is_file() else ""
+    return f"{markdown_table(header, rows)}\n{shown}{source_line(path, result)}"
+
+
 def wheel_check(results: Path) -> str:
     """What was installed and run of the wheel, by Pythons, and its size."""
     path = results / "wheel_check.json"
@@ -366,6 +385,7 @@ TABLES = {
     "inference_linearity": inference_linearity,
     "memory_of_models": memory_of_models,
     "artefacts": artefacts,
+    "families": families,
     "wheel_check": wheel_check,
 }
 

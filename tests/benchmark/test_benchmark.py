@@ -431,10 +431,13 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
                 row = dict(zip(KEYS, values, strict=True))
                 rows.append(row | {"seconds": frames * size**2 / 1e6, "peak_mib": frames * size / 10})
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    curve = [{"step": 100 * i, "cpu_hours": 0.1 * i, "psnr_frame_mean_rgb": 20 + i} for i in range(4)]
+    (tmp_path / "families.json").write_text(json.dumps({"curves": {"LeanVAE": curve, "WF-VAE": curve[:3]}}))
     arguments = ["plots.py", "--result", str(tmp_path / "bench.json"), "--folder", str(tmp_path)]
+    arguments += ["--families", str(tmp_path / "families.json")]
     monkeypatch.setattr("sys.argv", arguments)
     runpy.run_path(str(ROOT / "benchmarks" / "plots.py"), run_name="__main__")
-    for name in ("bench_area.png", "bench_length.png"):
+    for name in ("bench_area.png", "bench_length.png", "bench_families.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 250_000
 
 
