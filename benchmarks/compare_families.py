@@ -56,8 +56,8 @@ class Run(NamedTuple):
 
 RUNS = {
     "LeanVAE": Run("compact_16ch", 21000, ["optimizer.learning_rate=1e-3"]),
-    "WF-VAE": Run("compact_wfvae_16ch", 6600, ["optimizer.learning_rate=5e-4"]),
-    "IV-VAE": Run("compact_ivvae_16ch", 1164, ["optimizer.learning_rate=5e-4"]),
+    "WF-VAE": Run("compact_wfvae_16ch", 6900, ["optimizer.learning_rate=5e-4"]),
+    "IV-VAE": Run("compact_ivvae_16ch", 1290, ["optimizer.learning_rate=5e-4"]),
     "images": Run(
         "compact_ivvae_image_8ch",
         612,
