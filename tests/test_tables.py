@@ -205,7 +205,7 @@ def test_memory_of_siblings_is_as_the_planner_predicts(model):
     assert len(found) >= 2
     for (case, _), (predicted, peak) in found.items():
         limit = 0.2 if case.startswith(("tiled", "stream")) else 0.1
-        assert abs(predicted - peak) <= max(limit * peak, 0.9), found  # MiB, of the few that the smallest videos take
+        assert abs(predicted - peak) <= limit * peak, found
     bounds = [(row["peak_mib"], row["max_mib"]) for row in rows if row["direction"] == "reconstruct"]
     assert bool(bounds) == model.endswith("compact") and all(peak < bound for peak, bound in bounds)
 

@@ -92,11 +92,14 @@ def test_an_empty_folder_is_refused(make_model, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["leanvae", "wfvae", "ivvae"])
-def test_pieces_give_what_whole_clips_give(name: str, make_video, clips: Path):
+def test_pieces_give_what_whole_clips_give(name: str, make_video, clips: Path, tmp_path: Path):
     vae = make_tiny(name, torch.float64)
+    clips = Path(shutil.copytree(clips, tmp_path / "clips"))
+    jumps = torch.randint(256, (17, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_video(clips / "jumps.mkv", jumps.repeat_interleave(8, 1).repeat_interleave(8, 2), fps=24, codec="ffv1")
     protocol = replace(TINY, num_frames=None, metrics=(*TINY.metrics, "warp"))
     whole = evaluate_reconstruction(make_judged(vae), clips, protocol)
-    assert {"grid_ratio_window_mean_rgb", "warp_mae_255_block16"} <= whole.totals.keys()
+    assert {"grid_ratio_window_mean_rgb", "ghost_weight", "warp_mae_255_block16"} <= whole.totals.keys()
     for chunk in (5, 9):
         pieces = evaluate_reconstruction(
             StreamingReconstructor(vae, "tiny", {"temporal_compression_ratio": 4}, chunk), clips, protocol
