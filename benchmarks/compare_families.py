@@ -60,10 +60,10 @@ RUNS = {
     "IV-VAE": Run("compact_ivvae_16ch", 1290, ["optimizer.learning_rate=5e-4"]),
     "images": Run(
         "compact_ivvae_image_8ch",
-        612,
+        640,
         ["optimizer.learning_rate=5e-4", "batch_size=32", "data.clip_sizes=[[1,64,64]]"],
     ),
-    "IV-VAE from images": Run("compact_ivvae_16ch", 876, ["optimizer.learning_rate=5e-4", "init=image"], "images"),
+    "IV-VAE from images": Run("compact_ivvae_16ch", 960, ["optimizer.learning_rate=5e-4", "init=image"], "images"),
 }
 
 
