@@ -3,8 +3,8 @@
     python benchmarks/compare_recipes.py start --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py latents --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
-    python benchmarks/compare_recipes.py recipes --train ../shared/videos/train --held-out ../shared/videos/val
-    python benchmarks/compare_recipes.py compression --train ../shared/videos/train --held-out ../shared/videos/val
+    python benchmarks/compare_recipes.py recipes --train ../shared/videos/train
+    python benchmarks/compare_recipes.py compression --train ../shared/videos/train
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
 certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser
@@ -14,6 +14,8 @@ against the plain recipe on the same number of steps; reconstruction, and how ea
 `recipes`: everything that a recipe may choose, one thing at a time and each with the same processor time
 (`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
 the file keeps the others. `compression`: sizes of patches and latents, likewise, from principal components.
+Both choose recipes, so they leave the validation clips alone: without `--held-out` the clips of every sixth source are
+held out of the training clips.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
 minutes and not days. `start --as-they-are` takes the curves of runs that were stopped. Results go to
@@ -39,10 +41,12 @@ from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import provenance, write_result
 from diffusers_leanvae.losses.alignment import Teacher
+from diffusers_leanvae.video_io.inputs import list_videos
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["model.low_freq_dim=16", "model.high_freq_dim=48", "ema_decay=0.99", "num_accumulation_steps=1"]
+SMALL = ["ema_decay=0.99", "num_accumulation_steps=1"]
+SMALL_MODEL = ["model.low_freq_dim=16", "model.high_freq_dim=48"]
 MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=20"]
 ADAMW = ["optimizer.name=adamw", "optimizer.learning_rate=5e-4", "optimizer.num_warmup_steps=20"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
@@ -106,6 +110,15 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "both bands of equal width": ["model.low_freq_dim=32", "model.high_freq_dim=32"],
         "bands together": ["model.patch_embedding_type=joint"],
         "no wavelet": ["model.patch_embedding_type=no_wavelet"],
+        "decoded twice": [],
+        "crops of 64, then of 96": [],
+        "then a discriminator": [],
+        "WF-VAE of as many multiply-adds": [
+            "model.base_channels=4",
+            "model.encoder_flow_channels=8",
+            "model.decoder_flow_channels=8",
+        ],
+        "IV-VAE of fewer multiply-adds": ["model.base_channels=1"],  # two channels have more than twice as many
     },
     "compression": {
         "4x8x8, 4 channels": ["model.latent_channels=4"],
@@ -121,10 +134,33 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 
 
+DECODED_TWICE = {"decoded twice": "base"}  # no training: the model of another run
+OTHER_FILES = {
+    "WF-VAE of as many multiply-adds": "compact_wfvae_16ch",
+    "IV-VAE of fewer multiply-adds": "compact_ivvae_16ch",
+}
+# What goes on after two thirds of the time from the averaged weights, with a third of the learning rate.
+LAST_THIRD = {
+    "crops of 64, then of 96": ["batch_size=1", "data.clip_sizes=[[17,96,96]]"],
+    "then a discriminator": [
+        "adversarial.weight=0.05",
+        "adversarial.is_adaptive=true",
+        "adversarial.kind=3d",
+        "adversarial.num_filters=16",
+        "adversarial.learning_rate=2e-4",
+    ],
+}
 LOG_EVERY = 20
+LEARNING_RATE = 1e-3
 _CLIPS = ["ema_decay=0.998", "batch_size=2", "data.clip_sizes=[[17,64,64]]", "data.short_side=192"]
 BASES = {
-    "recipes": ["init=spec", *ADAMW, "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=50", *_CLIPS],
+    "recipes": [
+        "init=spec",
+        *ADAMW,
+        f"optimizer.learning_rate={LEARNING_RATE}",
+        "optimizer.num_warmup_steps=50",
+        *_CLIPS,
+    ],
     "compression": ["init=pca", *MUON, "optimizer.num_warmup_steps=50", *_CLIPS],
 }
 EQUAL_TIME_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "flicker", "grid", "ghost"))
@@ -134,16 +170,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def train(options: argparse.Namespace, name: str, overrides: list[str], every: int | None = None) -> Path:
+def train(
+    options: argparse.Namespace,
+    name: str,
+    overrides: list[str],
+    every: int | None = None,
+    recipe: str = "compact_16ch",
+) -> Path:
     """The output folder of a run, validated every `every` steps; what is there already is not run again."""
     output = Path(options.runs) / options.comparison / "".join(c if c.isalnum() else "_" for c in name)
-    command = [
-        sys.executable,
-        str(ROOT / "training" / "train_vae.py"),
-        str(ROOT / "training/configs/compact_16ch.yaml"),
-    ]
+    command = [sys.executable, str(ROOT / "training" / "train_vae.py"), f"{ROOT}/training/configs/{recipe}.yaml"]
     folder = "null" if every is None else options.held_out
     command += [f"data.train={options.train}", f"validation.folder={folder}", f"output={output}", *SMALL]
+    command += SMALL_MODEL if recipe == "compact_16ch" else []
     command += [
         f"num_steps={options.num_steps}",
         f"validation.every={every or 1}",
@@ -221,6 +260,23 @@ def compare_alignment(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "latent_error_fell_by_factor": f"{factor:.2f}"}
 
 
+class TwiceDecodingReconstructor(AutoencoderReconstructor):
+    """An autoencoder whose latents are decoded again after adding what encoding the first result has lost of them."""
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        first = super()._decode(latents).to(latents.dtype)
+        return super()._decode(2 * latents - self._encode(first))
+
+
+def train_for(options: argparse.Namespace, name: str, overrides: list[str], minutes: float) -> Path:
+    """The output folder of a run whose steps take so many minutes of a processor."""
+    recipe = OTHER_FILES.get(name.removesuffix(", last third"), "compact_16ch")
+    look = train(options, f"{name}, speed", [*overrides, "num_steps=48", "log_every=24"], recipe=recipe)
+    seconds = read_json_lines(look / "log.jsonl")[-1]["cpu_seconds_per_step"]
+    num_steps = LOG_EVERY * max(round(minutes * 60 / seconds / LOG_EVERY), 1)
+    return train(options, name, [*overrides, f"num_steps={num_steps}"], recipe=recipe)
+
+
 def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     """Quality of each run after the same processor time; its steps are as many as that is enough for."""
     variants, base = VARIANTS[options.comparison], BASES[options.comparison]
@@ -228,17 +284,22 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     for name, overrides in variants.items():
         if options.only and name not in options.only:
             continue
-        overrides = [*base, *overrides]
-        look = train(options, f"{name}, speed", [*overrides, "num_steps=48", "log_every=24"])
-        seconds = read_json_lines(look / "log.jsonl")[-1]["cpu_seconds_per_step"]
-        num_steps = LOG_EVERY * max(round(options.cpu_minutes * 60 / seconds / LOG_EVERY), 1)
-        output = train(options, name, [*overrides, f"num_steps={num_steps}"])
-        log = read_json_lines(output / "log.jsonl")
-        vae, about = open_autoencoder(str(output / "vae"))
-        quality = evaluate_reconstruction(
-            AutoencoderReconstructor(vae, name, about=about), options.held_out, EQUAL_TIME_PROTOCOL
-        ).totals
-        row: dict[str, Any] = {"run": name, "num_parameters": about["num_parameters"], "num_steps": log[-1]["step"]}
+        overrides, minutes, last = [*base, *overrides], options.cpu_minutes, LAST_THIRD.get(name)
+        parts = [
+            train_for(options, DECODED_TWICE.get(name, name), overrides, minutes if last is None else minutes * 2 / 3)
+        ]
+        if last is not None:
+            go_on = [*overrides, f"init={parts[0] / 'vae'}", f"optimizer.learning_rate={LEARNING_RATE / 3}", *last]
+            parts.append(train_for(options, f"{name}, last third", go_on, minutes / 3))
+        log = [record for part in parts for record in read_json_lines(part / "log.jsonl")]
+        vae, about = open_autoencoder(str(parts[-1] / "vae"))
+        kind = TwiceDecodingReconstructor if name in DECODED_TWICE else AutoencoderReconstructor
+        quality = evaluate_reconstruction(kind(vae, name, about=about), options.held_out, EQUAL_TIME_PROTOCOL).totals
+        row: dict[str, Any] = {
+            "run": name,
+            "num_parameters": about["num_parameters"],
+            "num_steps": len(log) * LOG_EVERY,
+        }
         row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
         row |= {key: round(value, 4) for key, value in quality.items()}
         print(row, flush=True)
@@ -249,11 +310,24 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": [rows[name] for name in variants if name in rows], "base": base}
 
 
+def hold_out(options: argparse.Namespace) -> None:
+    """Part the training clips in two folders of links: every sixth source, the name before `_01`, is held out."""
+    clips = list_videos(options.train)
+    held_out = set(sorted({clip.stem.rpartition("_")[0] for clip in clips})[::6])
+    folder = Path(options.runs).resolve() / "clips"
+    options.train, options.held_out = str(folder / "train"), str(folder / "held_out")
+    for clip in clips:
+        name = options.held_out if clip.stem.rpartition("_")[0] in held_out else options.train
+        Path(name).mkdir(parents=True, exist_ok=True)
+        if not (link := Path(name, clip.name)).exists():
+            link.symlink_to(clip.resolve())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=list(VARIANTS))
     parser.add_argument("--train", required=True, help="folder of training videos")
-    parser.add_argument("--held-out", required=True, help="folder of other videos")
+    parser.add_argument("--held-out", help="folder of other videos; `recipes` and `compression` take training clips")
     parser.add_argument("--num-steps", type=int, default=320)
     parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of a comparison at equal time")
     parser.add_argument(
@@ -269,6 +343,10 @@ def main() -> None:
     unknown = set(options.only or ()) - set(VARIANTS[options.comparison] if options.comparison in BASES else ())
     if unknown:
         parser.error(f"--only must name runs of `recipes` or `compression`, got {', '.join(sorted(unknown))}")
+    if options.held_out is None and options.comparison not in BASES:
+        parser.error(f"--held-out is needed for `{options.comparison}`")
+    if options.held_out is None:
+        hold_out(options)
     options.output = options.output or str(ROOT / f"results/bench_{options.comparison}.json")
     comparisons = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}
     changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
