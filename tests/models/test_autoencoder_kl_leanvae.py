@@ -244,6 +244,22 @@ class TestTraining:
             above, below = (model(video + sign * step * direction).sample.sin().sum() for sign in (1, -1))
         torch.testing.assert_close((above - below) / (2 * step), analytic, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("widths", [(4, 12), (16, 48), (48, 144)])
+    def test_narrow_models_start_alive(self, make_video: Callable, widths: tuple[int, int]):
+        """With the reference's deviation at every width, gradients of the iterations would be 1e-9 and less."""
+        torch.manual_seed(0)
+        model = AutoencoderKLLeanVAE(latent_channels=4, low_freq_dim=widths[0], high_freq_dim=widths[1])
+        video = make_video(1, 3, 5, 32, 32)
+        (model(video).sample - video).abs().mean().backward()
+        for iteration in model.bottleneck.iterations:
+            for parameter in iteration.parameters():
+                assert parameter.grad is not None and parameter.grad.norm() > 1e-6
+
+    def test_initial_weights_are_the_references(self):
+        linear = AutoencoderKLLeanVAE(latent_channels=4).decoder.video_high_proj  # of the released width
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert not linear.bias.any()
+
     def test_lora(self, make_model: Callable, make_video: Callable):
         peft = pytest.importorskip("peft", reason="peft is not installed (extra: test)")
         model, video = make_model(torch.float64), make_video(1, 3, 5, 16, 16, dtype=torch.float64)

@@ -267,10 +267,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _initialize(module: nn.Module) -> None:
-    """The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
+def _initialize(module: nn.Module, dim: int) -> None:
+    """The reference's training initialisation; the bottleneck's own parameters initialise themselves.
+
+    In a model narrower than the reference's, of `dim` features instead of 512, weights are larger, so that signals
+    are not: with its deviation nothing would pass the bottleneck's soft thresholds, and no gradient either.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02 * max(512 / dim, 1.0) ** 0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv3d):
@@ -358,7 +362,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, pixel_factor
         )
         for module in self.modules():
-            _initialize(module)
+            _initialize(module, dim)
         self._name_layers(CausalDepthwiseConv3d)
 
         self.temporal_compression_ratio = 2 * patch_size[0]
