@@ -137,14 +137,15 @@ def weights(results: Path) -> str:
 
 
 # Runs that made the bundled weights, one after another, and the endings of their logs.
-STAGES = (("first run", "_training_1.jsonl"), ("second run", "_training_2.jsonl"))
+STAGES = tuple((f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(("first", "second", "third"), 1))
 
 
 def training_cost(log: list[dict[str, Any]]) -> str:
     hours, last = 0.0, 0
     for record in log:
         if "seconds_per_step" in record:
-            hours += (record["step"] - last) * record["seconds_per_step"] / 3600
+            seconds = record.get("cpu_seconds_per_step", record["seconds_per_step"])  # older logs: of the clock
+            hours += (record["step"] - last) * seconds / 3600
             last = record["step"]
     return f"{last:,}, {hours:.2f}" if last else ""
 
