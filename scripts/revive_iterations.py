@@ -7,6 +7,7 @@ What they add to the tokens begins at zero, so the model computes what it did wi
 """
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    vae = AutoencoderKLLeanVAE.from_pretrained(options.model, torch_dtype=torch.float32)
+    vae: Any = AutoencoderKLLeanVAE.from_pretrained(options.model, torch_dtype=torch.float32)
     torch.manual_seed(options.seed)
     before, last = vae.bottleneck.iterations[-2:]
     last.load_state_dict(before.state_dict())

@@ -246,14 +246,13 @@ class TestTraining:
 
     @pytest.mark.parametrize("widths", [(4, 12), (16, 48), (48, 144)])
     def test_narrow_models_start_alive(self, make_video: Callable, widths: tuple[int, int]):
-        """With the reference's deviation at every width, gradients of the iterations would be 1e-9 and less."""
+        """With the reference's deviation at every width, an iteration's gradient would be 1e-8 and less."""
         torch.manual_seed(0)
         model = AutoencoderKLLeanVAE(latent_channels=4, low_freq_dim=widths[0], high_freq_dim=widths[1])
         video = make_video(1, 3, 5, 32, 32)
         (model(video).sample - video).abs().mean().backward()
         for iteration in model.bottleneck.iterations:
-            for parameter in iteration.parameters():
-                assert parameter.grad is not None and parameter.grad.norm() > 1e-6
+            assert torch.nn.utils.get_total_norm(p.grad for p in iteration.forward_transform.parameters()) > 1e-4
 
     def test_initial_weights_are_the_references(self):
         linear = AutoencoderKLLeanVAE(latent_channels=4).decoder.video_high_proj  # of the released width

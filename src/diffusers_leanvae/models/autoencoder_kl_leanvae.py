@@ -267,14 +267,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _initialize(module: nn.Module, dim: int) -> None:
-    """The reference's training initialisation; the bottleneck's own parameters initialise themselves.
-
-    In a model narrower than the reference's, of `dim` features instead of 512, weights are larger, so that signals
-    are not: with its deviation nothing would pass the bottleneck's soft thresholds, and no gradient either.
-    """
+def _initialize(module: nn.Module, std: float = 0.02) -> None:
+    """The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02 * max(512 / dim, 1.0) ** 0.5)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv3d):
@@ -362,7 +358,11 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, pixel_factor
         )
         for module in self.modules():
-            _initialize(module, dim)
+            _initialize(module)
+        if bottleneck_type == "compressed_sensing":
+            # The reference has 512 features. If there are less, its deviation lets nothing pass the soft thresholds.
+            for module in self.bottleneck.iterations.modules():
+                _initialize(module, std=0.02 * max(512 / dim, 1.0) ** 0.5)
         self._name_layers(CausalDepthwiseConv3d)
 
         self.temporal_compression_ratio = 2 * patch_size[0]
