@@ -36,6 +36,7 @@ COMMON = [
     "batch_size=2",
     "data.clip_sizes=[[17,64,64]]",
     "data.short_side=192",
+    "data.procedural=0",
     "num_threads=1",
     "optimizer.name=adamw",
     "validation.size=128",

@@ -45,7 +45,7 @@ from diffusers_leanvae.video_io.inputs import list_videos
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["ema_decay=0.99", "num_accumulation_steps=1"]
+SMALL = ["ema_decay=0.99", "num_accumulation_steps=1", "data.clip_sizes=[[17,96,96]]", "data.procedural=0"]
 SMALL_MODEL = ["model.low_freq_dim=16", "model.high_freq_dim=48"]
 MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=20"]
 ADAMW = ["optimizer.name=adamw", "optimizer.learning_rate=5e-4", "optimizer.num_warmup_steps=20"]
