@@ -137,9 +137,7 @@ def weights(results: Path) -> str:
 
 
 # Runs that made the bundled weights, one after another, and the endings of their logs.
-STAGES = tuple(
-    (f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(("first", "second", "third"), 1)
-)
+STAGES = tuple((f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(("first", "second", "third"), 1))
 
 
 def training_cost(log: list[dict[str, Any]]) -> str:
