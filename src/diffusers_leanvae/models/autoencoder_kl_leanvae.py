@@ -359,7 +359,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         )
         for module in self.modules():
             _initialize(module)
-        if bottleneck_type == "compressed_sensing":
+        if isinstance(self.bottleneck, CompressedSensingBottleneck):
             # The reference has 512 features. If there are less, its deviation lets nothing pass the soft thresholds.
             for module in self.bottleneck.iterations.modules():
                 _initialize(module, std=0.02 * max(512 / dim, 1.0) ** 0.5)
