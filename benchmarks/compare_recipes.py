@@ -312,12 +312,12 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
 
 def hold_out(options: argparse.Namespace) -> None:
     """Part the training clips in two folders of links: every sixth source, the name before `_01`, is held out."""
-    clips = list_videos(options.train)
-    held_out = set(sorted({clip.stem.rpartition("_")[0] for clip in clips})[::6])
+    sources = {clip: clip.stem.rpartition("_")[0] or clip.stem for clip in list_videos(options.train)}
+    held_out = sorted(set(sources.values()))[::6]
     folder = Path(options.runs).resolve() / "clips"
     options.train, options.held_out = str(folder / "train"), str(folder / "held_out")
-    for clip in clips:
-        name = options.held_out if clip.stem.rpartition("_")[0] in held_out else options.train
+    for clip, source in sources.items():
+        name = options.held_out if source in held_out else options.train
         Path(name).mkdir(parents=True, exist_ok=True)
         if not (link := Path(name, clip.name)).exists():
             link.symlink_to(clip.resolve())
@@ -330,9 +330,7 @@ def main() -> None:
     parser.add_argument("--held-out", help="folder of other videos; `recipes` and `compression` take training clips")
     parser.add_argument("--num-steps", type=int, default=320)
     parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of a comparison at equal time")
-    parser.add_argument(
-        "--only", nargs="+", choices=list(VARIANTS["recipes"]), metavar="RUN", help="runs of `recipes`"
-    )
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="runs of `recipes` or `compression`")
     parser.add_argument("--num-clips", type=int, default=512, help="training clips of the denoiser")
     parser.add_argument("--num-denoiser-steps", type=int, default=DiffusabilityProtocol.num_steps)
     parser.add_argument("--threads", type=int, default=1)

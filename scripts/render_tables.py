@@ -191,7 +191,7 @@ def cell(value: Any) -> str:
     if isinstance(value, list):
         return "x".join(map(cell, value))
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value + 0.0:.4g}" if abs(value) < 1000 else f"{value:,.0f}"  # no minus before zero
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 

@@ -23,6 +23,8 @@ def main() -> None:
     options = parser.parse_args()
 
     vae: Any = AutoencoderKLLeanVAE.from_pretrained(options.model, torch_dtype=torch.float32)
+    if len(getattr(vae.bottleneck, "iterations", ())) < 2:
+        parser.error(f"MODEL_FOLDER must hold a LeanVAE with two ISTA iterations or more, got {options.model!r}")
     torch.manual_seed(options.seed)
     before, last = vae.bottleneck.iterations[-2:]
     last.load_state_dict(before.state_dict())

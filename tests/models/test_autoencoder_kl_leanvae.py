@@ -246,18 +246,20 @@ class TestTraining:
 
     @pytest.mark.parametrize("widths", [(4, 12), (16, 48), (48, 144)])
     def test_narrow_models_start_alive(self, make_video: Callable, widths: tuple[int, int]):
-        """With the reference's deviation at every width, an iteration's gradient would be 1e-8 and less."""
+        """With the reference's deviation at every width, these gradients would be zero."""
         torch.manual_seed(0)
         model = AutoencoderKLLeanVAE(latent_channels=4, low_freq_dim=widths[0], high_freq_dim=widths[1])
         video = make_video(1, 3, 5, 32, 32)
         (model(video).sample - video).abs().mean().backward()
         for iteration in model.bottleneck.iterations:
-            assert torch.nn.utils.get_total_norm(p.grad for p in iteration.forward_transform.parameters()) > 1e-4
+            assert torch.nn.utils.get_total_norm(p.grad for p in iteration.forward_transform.parameters()) > 1e-3
 
     def test_initial_weights_are_the_references(self):
-        linear = AutoencoderKLLeanVAE(latent_channels=4).decoder.video_high_proj  # of the released width
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
-        assert not linear.bias.any()
+        model: Any = AutoencoderKLLeanVAE(latent_channels=4)  # of the released width
+        iteration = model.bottleneck.iterations[1]
+        for linear in (model.decoder.video_high_proj, iteration.backward_transform[0].ff.up_proj):
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.01)
+            assert linear.bias is None or not linear.bias.any()
 
     def test_lora(self, make_model: Callable, make_video: Callable):
         peft = pytest.importorskip("peft", reason="peft is not installed (extra: test)")

@@ -267,8 +267,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _initialize(module: nn.Module, std: float = 0.02) -> None:
-    """The reference's training initialisation; the bottleneck's own parameters initialise themselves."""
+def _initialize(module: nn.Module, std: float) -> None:
+    """The reference's training initialisation (`std` 0.02); the bottleneck's own parameters initialise themselves."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
@@ -351,18 +351,18 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         )
         if bottleneck_type == "compressed_sensing":
             self.bottleneck = CompressedSensingBottleneck(dim, latent_channels, num_ista_iterations, num_ista_layers)
+            iterations = set(self.bottleneck.iterations.modules())
         else:
             self.bottleneck = LinearBottleneck(dim, latent_channels)
+            iterations = set[nn.Module]()
         self.logvar_proj = nn.Linear(dim, latent_channels)
         self.decoder = LeanVAEDecoder(
             geometry, low_freq_dim, high_freq_dim, num_branch_layers, num_fusion_layers, pixel_factor
         )
+        # The reference has 512 features. With fewer, its deviation would let nothing pass the bottleneck's thresholds.
+        narrow_std = 0.02 * max(512 / dim, 1.0) ** 0.5
         for module in self.modules():
-            _initialize(module)
-        if isinstance(self.bottleneck, CompressedSensingBottleneck):
-            # The reference has 512 features. If there are less, its deviation lets nothing pass the soft thresholds.
-            for module in self.bottleneck.iterations.modules():
-                _initialize(module, std=0.02 * max(512 / dim, 1.0) ** 0.5)
+            _initialize(module, narrow_std if module in iterations else 0.02)
         self._name_layers(CausalDepthwiseConv3d)
 
         self.temporal_compression_ratio = 2 * patch_size[0]
