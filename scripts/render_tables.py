@@ -13,6 +13,7 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
-INFERENCE_SIZES = ([17, 256, 256], [17, 512, 512])  # the paper's
+INFERENCE_SIZES = ([17, 256, 256], [17, 512, 512])
+EFFICIENCY_SIZES = (*INFERENCE_SIZES, [17, 768, 768])  # those of the paper's Table 4
 
 
 def subjects(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]]:
@@ -207,19 +209,19 @@ def subjects(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[tuple[Any
     return found
 
 
-def inference(results: Path) -> str:
-    """Every autoencoder at the paper's sizes, one line each."""
-    path = results / "bench_inference.json"
+def inference(results: Path, name: str = "bench_inference", sizes: Sequence[list[int]] = INFERENCE_SIZES) -> str:
+    """Every autoencoder at some of the paper's sizes, one line each."""
+    path = results / f"{name}.json"
     if not path.is_file():
         return ""
     result = json.loads(path.read_text(encoding="utf-8"))
     header = ["model", "variant", "dtype", "threads", "parameters (M)"]
-    for _, height, _ in INFERENCE_SIZES:
+    for _, height, _ in sizes:
         header += [f"{height}: multiply-adds (T)", "encode (s)", "decode (s)", "encode (MiB)", "decode (MiB)"]
     lines, notes = [], []
     for subject, by_call in subjects(result["rows"]).items():
         calls = [
-            [by_call.get((direction, *size), {}) for direction in ("encode", "decode")] for size in INFERENCE_SIZES
+            [by_call.get((direction, *size), {}) for direction in ("encode", "decode")] for size in sizes
         ]
         if not any(call for pair in calls for call in pair):
             continue
@@ -233,9 +235,10 @@ def inference(results: Path) -> str:
         notes += [
             f"{subject[0]}, {subject[1]}, {direction} of {cell(list(size))}: {call['note']}.\n"
             for (direction, *size), call in by_call.items()
-            if "note" in call and size in INFERENCE_SIZES
+            if "note" in call and size in sizes
         ]
-    about = "17 frames of 256x256 and 512x512; peak memory above weights and input, the result counted.\n"
+    heights = ", ".join(f"{height}x{width}" for _, height, width in sizes)
+    about = f"17 frames of {heights}; peak memory above weights and input, the result counted.\n"
     return f"{markdown_table(header, lines)}\n{about}{''.join(notes)}\n{source_line(path, result)}"
 
 
@@ -379,6 +382,7 @@ TABLES = {
     "weights": weights,
     "training": training,
     "inference": inference,
+    "efficiency": partial(inference, name="bench_efficiency", sizes=EFFICIENCY_SIZES),
     "inference_floor": inference_floor,
     "inference_floor_amx": partial(inference_floor, name="bench_inference_amx"),
     "inference_floor_avx512": partial(inference_floor, name="bench_inference_avx512"),
