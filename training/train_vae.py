@@ -35,7 +35,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from diffusers_leanvae.data import ClipDataset, ClipOptions, StepSchedule, open_clip_dataset, pixels_to_sample
+from diffusers_leanvae.data.clip_lists import ClipList, ClipSelection, open_clip_list
 from diffusers_leanvae.latents import encode_batch, measure_statistics
+from diffusers_leanvae.loading import resolve_bundled
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
 from diffusers_leanvae.losses.objectives import Objective, Posterior, objective_of
@@ -70,6 +72,7 @@ from diffusers_leanvae.trainer.validation import (
     summarize,
     write_picture,
 )
+from diffusers_leanvae.video_io.pixels import as_sample
 
 
 # Of the terms of the reconstruction, and of the decoding of a teacher's latents; each has a discriminator of its own.
@@ -99,6 +102,9 @@ class TeacherRecipe:
 
     path: str | None = None  # folder or Hub repository
     subfolder: str | None = None
+    # Where latents are compared, as `source: [num_frames, height, width]`; sources as of `leanvae encode-dataset`. One
+    # clip in each part of a step and process, the sources in turn. Empty: on the clips that are trained on.
+    clips: dict[str, list[int]] = field(default_factory=dict)
     has_discriminator: bool = False  # a second one, for the decoding of the teacher's latents
     weights: AlignmentWeights = field(default_factory=AlignmentWeights)
 
@@ -235,6 +241,7 @@ class VAETrainingModule(nn.Module):
         seed: Sequence[int] = (0,),
         teacher_latents: torch.Tensor | None = None,
         discriminators: Sequence[DiscriminatorTrainingModule] = (),
+        teacher_sample: torch.Tensor | None = None,
     ) -> StepOutput:
         """Encode, decode and compare a batch.
 
@@ -243,9 +250,10 @@ class VAETrainingModule(nn.Module):
             noise: Standard normal noise of the posterior sample, shape of the latents; `None` decodes the means.
             seed: What is drawn for the batch (transformation, mask, frames) follows from these numbers alone: give
                 seed and step, the same in all processes.
-            teacher_latents: Latents of `sample` by another autoencoder, un-normalised: adds the alignment.
+            teacher_latents: Latents of `teacher_sample` by another autoencoder, un-normalised: adds the alignment.
             discriminators: One for the reconstruction and, with `teacher_latents`, a second one for the decoding of
                 those; unwrapped, and left as they are. None of them: no adversarial terms.
+            teacher_sample: Videos that latents are compared on; `None` for `sample`.
         """
         vae, objective, regularization = self.vae, self.objective, self.regularization
         weight_of = objective.weights()
@@ -270,8 +278,11 @@ class VAETrainingModule(nn.Module):
             weight_of["low_pass"] = regularization.low_pass
         if teacher_latents is not None:  # the decoder takes a teacher's latents, the encoder makes them
             is_normalised = vae.config["latents_std"] is not None
-            aligned = alignment_terms(vae, teacher_latents, posterior.mean, sample, is_normalised)
-            judged.append(Judged(sample, aligned.reconstruction))
+            compared, mean = sample, posterior.mean
+            if teacher_sample is not None:
+                compared, mean = teacher_sample, vae.encode(teacher_sample, return_dict=False)[0].mean
+            aligned = alignment_terms(vae, teacher_latents, mean, compared, is_normalised)
+            judged.append(Judged(compared, aligned.reconstruction))
             perceptual = self.perceptual_terms(*judged[1], seed)
             terms |= aligned.terms | {f"align_{name}": term for name, term in perceptual.items()}
             weight_of |= asdict(self.alignment) | {f"align_{name}": weight_of[name] for name in perceptual}
@@ -310,14 +321,33 @@ def build_training_module(recipe: Recipe, vae: VideoAutoencoder, device: torch.d
 def build_teacher(recipe: TeacherRecipe, vae: VideoAutoencoder, device: torch.device) -> Teacher | None:
     """The teacher, if any; the model takes over how its latents are normalised, as it will stand in its place."""
     if recipe.path is None:
+        if recipe.clips:
+            raise ValueError(f"`teacher.clips` must be empty without `teacher.path`, got {recipe.clips}.")
         return None
     if not isinstance(vae, AutoencoderKLLeanVAE):
         raise ValueError(f"`teacher.path` must be null for an {type(vae).__name__}, got {recipe.path!r}.")
-    teacher = Teacher.from_pretrained(recipe.path, recipe.subfolder).to(device)
+    teacher = Teacher.from_pretrained(resolve_bundled(recipe.path), recipe.subfolder).to(device)
     teacher.check_student(vae)
     names = ("latents_mean", "latents_std", "scaling_factor")
     vae.register_to_config(**{name: getattr(teacher, name) for name in names})
     return teacher
+
+
+def open_teacher_clips(recipe: Recipe) -> list[ClipList]:
+    """The clips that latents are compared on, a list for each source; none: on those that are trained on."""
+    clips = recipe.teacher.clips.items()
+    return [open_clip_list(ClipSelection(source, size, seed=recipe.seed)) for source, size in clips]
+
+
+def read_teacher_clip(lists: list[ClipList], number: int) -> torch.Tensor:
+    """Read a clip, from one source after another: `(1, 3, num_frames, height, width)` in `[-1, 1]`."""
+    clips, place = lists[number % len(lists)], number // len(lists)
+    for attempt in range(len(clips)):
+        index = (place + attempt) % len(clips)
+        for clip in clips.read(range(index, index + 1)):
+            if clip is not None:
+                return as_sample(clip.pixels[None])
+    raise ValueError("`teacher.clips` must name sources with a usable clip each, got one without.")
 
 
 def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[DiscriminatorTrainingModule]) -> None:
@@ -378,6 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     teacher = build_teacher(recipe.teacher, vae, device)
+    teacher_clips = open_teacher_clips(recipe)
     if recipe.init == "pca" and run.checkpoint is None and run.is_main:  # the other processes receive these weights
         videos = training_videos(dataset, recipe.num_init_clips, device)
         assert isinstance(vae, AutoencoderKLLeanVAE)
@@ -452,10 +483,17 @@ def main(arguments: list[str] | None = None) -> None:
                 if recipe.sample_posterior:
                     noise = posterior_noise(vae, sample, clips.index.tolist(), recipe.seed)
                 run.num_bad_videos += int(clips.num_skipped.sum())
-            teacher_latents = None if teacher is None else teacher.encode(sample)
+            teacher_sample = None
+            if teacher_clips:
+                number = (step * recipe.num_accumulation_steps + part) * accelerator.num_processes + run.share.rank
+                with run.loading():
+                    teacher_sample = read_teacher_clip(teacher_clips, number).to(device)
+            compared = sample if teacher_sample is None else teacher_sample
+            teacher_latents = None if teacher is None else teacher.encode(compared)
             with torch.set_grad_enabled(is_generator_turn):
                 judges = bare_discriminators if is_adversarial and is_generator_turn else ()
-                loss, terms, judged = module(sample, noise, (recipe.seed, 4, step), teacher_latents, judges)
+                seed = (recipe.seed, 4, step)
+                loss, terms, judged = module(sample, noise, seed, teacher_latents, judges, teacher_sample)
             if is_generator_turn:
                 run.backward(loss)
                 terms = {"loss": loss.detach()} | terms
@@ -493,7 +531,7 @@ def main(arguments: list[str] | None = None) -> None:
             averaged.save_pretrained(run.output / "adapter")
             (run.output / "adapter" / "README.md").unlink(missing_ok=True)  # peft writes an empty template
             averaged = averaged.merge_and_unload()
-        if teacher is None:
+        if teacher is None or teacher_clips:  # latents of other videos are not the teacher's
             videos = training_videos(dataset, recipe.num_statistics_clips, device)
             latents = (encode_batch(averaged, video) for video in videos)
             mean, std = measure_statistics(latents, averaged.latent_channels)

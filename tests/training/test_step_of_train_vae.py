@@ -1,5 +1,6 @@
 """The step of `train_vae.py`: what each switch adds to the loss, against the functions that compute it."""
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import make_fresh
 from torch import nn
 
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d
+from diffusers_leanvae.losses.alignment import AlignmentWeights, alignment_terms
 from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import reference_frames
 from diffusers_leanvae.losses.reconstruction import reconstruction_terms
@@ -185,6 +187,28 @@ def test_a_teacher_adds_its_terms_and_a_second_pair(vae: AutoencoderKLLeanVAE, s
     weights = {"align_pixel": 4, "align_latents": 2, "align_low": 0.2, "align_high": 0.4, "align_ms_ssim": 1}
     added = sum(weight * terms[name] for name, weight in (weights | {"align_adversarial": 0.5}).items())
     torch.testing.assert_close(loss - plain.loss, added, rtol=1e-4, atol=0)
+
+
+def test_latents_can_be_compared_on_other_videos(vae: AutoencoderKLLeanVAE, sample: torch.Tensor):
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 4, 2, 2, 2, generator=generator)
+    others = torch.rand(1, 3, 5, 16, 16, generator=generator) * 2 - 1
+    module = VAETrainingModule(vae)
+    loss, terms, judged = module(sample, teacher_latents=latents, teacher_sample=others)
+    aligned = alignment_terms(vae, latents, vae.encode(others).latent_dist.mean, others, normalise=False)
+    for name, term in aligned.terms.items():
+        torch.testing.assert_close(terms[name], term.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(judged[1].fake, aligned.reconstruction.detach(), rtol=0, atol=0)
+    assert judged[1].real is others
+    # Nothing else changes: what is added to the loss, and to every gradient, is the alignment alone.
+    added = sum(weight * aligned.terms[name] for name, weight in asdict(AlignmentWeights()).items())
+    weights = list(vae.parameters())
+    whole, plain, extra = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, weights, materialize_grads=True)])
+        for value in (loss, module(sample).loss, added)
+    )
+    torch.testing.assert_close(whole, plain + extra, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+    assert extra.norm() > 1e-3 * whole.norm()
 
 
 def test_what_is_missing_is_named(vae: AutoencoderKLLeanVAE):

@@ -27,6 +27,9 @@ from runs import (
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.data import open_training_data, pixels_to_sample, read_center_clip
+from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
+from diffusers_leanvae.data.scenes import MovingScenes
+from diffusers_leanvae.data.shapes import MovingShapes
 from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
@@ -358,6 +361,42 @@ def test_a_teacher_lends_latents_and_their_statistics(script: Script, tmp_path: 
     assert {name: config[name] for name in statistics} == dict.fromkeys(statistics) | {"scaling_factor": 0.5}
     with pytest.raises(ValueError, match="`student` must have the teacher's latents, 4 channels"):
         script.train(tmp_path / "x", f"teacher.path={tmp_path / 'teacher'}", "model.latent_channels=8")
+
+
+def test_clips_of_a_teacher_come_in_turn_and_as_they_were_drawn():
+    sizes = {"shapes": (5, 16, 24), "scenes": (1, 48, 48)}
+    lists = [open_clip_list(ClipSelection(source, size)) for source, size in sizes.items()]
+    clips = [train_vae.read_teacher_clip(lists, number) for number in range(4)]
+    drawn = [MovingShapes(*sizes["shapes"]), MovingScenes(*sizes["scenes"])]
+    for number, clip in enumerate(clips):
+        assert torch.equal(clip[0], drawn[number % 2][number // 2].pixels)
+    assert torch.equal(train_vae.read_teacher_clip(lists, 2 * len(lists[0])), clips[0])  # they start anew
+
+
+def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Path):
+    torch.manual_seed(1)
+    tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    AutoencoderKLLeanVAE(**tiny, **statistics).save_pretrained(tmp_path / "teacher")
+    teacher = (f"teacher.path={tmp_path / 'teacher'}", "teacher.clips={shapes: [5, 16, 24], scenes: [1, 48, 48]}")
+    run = script.train(tmp_path / "run", *teacher, "num_steps=4", "log_every=1", "save_every=2")
+    log = read_log(run)
+    assert all({"align_pixel", "align_latents", "align_low", "align_high"} <= set(row) for row in log)
+    config = AutoencoderKLLeanVAE.load_config(run / "vae")
+    assert not {tuple(config[name]) for name in statistics} & {tuple(values) for values in statistics.values()}
+    # Interrupted and resumed, the same clips come; with two clips a step other ones.
+    again = script.train(tmp_path / "again", *teacher, "num_steps=2", "log_every=1", "save_every=2")
+    assert script.train(again, *teacher, "num_steps=4", "log_every=1", "save_every=2") == again
+    assert [row["align_latents"] for row in read_log(again)] == [row["align_latents"] for row in log]
+    parts = script.train(tmp_path / "parts", *teacher, "num_steps=1", "log_every=1", "num_accumulation_steps=2")
+    assert read_log(parts)[0]["align_latents"] != log[0]["align_latents"]
+    for entries, message in (
+        (("teacher.clips={shapes: [5, 16, 16]}",), "`teacher.clips` must be empty without `teacher.path`, got"),
+        ((teacher[0], "teacher.clips={shapes: [5, 16]}"), "`clip_size` must be .num_frames, height, width., got"),
+        ((teacher[0], f"teacher.clips={{{tmp_path / 'none'}: [5, 16, 16]}}"), "none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.train(tmp_path / "x", *entries)
 
 
 def test_lpips_joins_from_a_file_of_weights(script: Script, tmp_path: Path):
