@@ -138,7 +138,9 @@ def weights(results: Path) -> str:
 
 
 # Runs that made the bundled weights, one after another, and the endings of their logs.
-STAGES = tuple((f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(("first", "second", "third"), 1))
+STAGES = tuple(
+    (f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(("first", "second", "third", "fourth"), 1)
+)
 
 
 def training_cost(log: list[dict[str, Any]]) -> str:
@@ -220,9 +222,7 @@ def inference(results: Path, name: str = "bench_inference", sizes: Sequence[list
         header += [f"{height}: multiply-adds (T)", "encode (s)", "decode (s)", "encode (MiB)", "decode (MiB)"]
     lines, notes = [], []
     for subject, by_call in subjects(result["rows"]).items():
-        calls = [
-            [by_call.get((direction, *size), {}) for direction in ("encode", "decode")] for size in sizes
-        ]
+        calls = [[by_call.get((direction, *size), {}) for direction in ("encode", "decode")] for size in sizes]
         if not any(call for pair in calls for call in pair):
             continue
         known = next((call for pair in calls for call in pair if "num_parameters" in call), None)
