@@ -152,13 +152,7 @@ LAST_THIRD = {
 }
 LOG_EVERY = 20
 LEARNING_RATE = 1e-3
-_CLIPS = [
-    "ema_decay=0.998",
-    "batch_size=2",
-    "data.clip_sizes=[[17,64,64]]",
-    "data.short_side=192",
-    "data.procedural=0",
-]
+_CLIPS = ["ema_decay=0.998", "batch_size=2", "data.clip_sizes=[[17,64,64]]", "data.short_side=192"]
 BASES = {
     "recipes": [
         "init=spec",

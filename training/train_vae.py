@@ -36,6 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from diffusers_leanvae.data import ClipDataset, ClipOptions, StepSchedule, open_clip_dataset, pixels_to_sample
 from diffusers_leanvae.data.clip_lists import ClipList, ClipSelection, open_clip_list
+from diffusers_leanvae.data.streams import is_stream
 from diffusers_leanvae.latents import encode_batch, measure_statistics
 from diffusers_leanvae.loading import resolve_bundled
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
@@ -319,7 +320,10 @@ def build_training_module(recipe: Recipe, vae: VideoAutoencoder, device: torch.d
 
 
 def build_teacher(recipe: TeacherRecipe, vae: VideoAutoencoder, device: torch.device) -> Teacher | None:
-    """The teacher, if any; the model takes over how its latents are normalised, as it will stand in its place."""
+    """The teacher, if any; the model takes over how its latents are normalised, as it will stand in its place.
+
+    One that is compared on clips of its own lends mean and deviation for that alone: in the end the model has its own.
+    """
     if recipe.path is None:
         if recipe.clips:
             raise ValueError(f"`teacher.clips` must be empty without `teacher.path`, got {recipe.clips}.")
@@ -328,15 +332,22 @@ def build_teacher(recipe: TeacherRecipe, vae: VideoAutoencoder, device: torch.de
         raise ValueError(f"`teacher.path` must be null for an {type(vae).__name__}, got {recipe.path!r}.")
     teacher = Teacher.from_pretrained(resolve_bundled(recipe.path), recipe.subfolder).to(device)
     teacher.check_student(vae)
-    names = ("latents_mean", "latents_std", "scaling_factor")
+    names = ["latents_mean", "latents_std"] + ([] if recipe.clips else ["scaling_factor"])
     vae.register_to_config(**{name: getattr(teacher, name) for name in names})
     return teacher
 
 
 def open_teacher_clips(recipe: Recipe) -> list[ClipList]:
     """The clips that latents are compared on, a list for each source; none: on those that are trained on."""
-    clips = recipe.teacher.clips.items()
-    return [open_clip_list(ClipSelection(source, size, seed=recipe.seed)) for source, size in clips]
+    lists = []
+    for source, size in recipe.teacher.clips.items():
+        if is_stream(source):
+            raise ValueError(f"`teacher.clips` must name sources on this machine, got {source!r}.")
+        try:
+            lists.append(open_clip_list(ClipSelection(source, size, seed=recipe.seed)))
+        except ValueError as error:
+            raise ValueError(f"`teacher.clips` has {source!r} with {size}: {error}") from error
+    return lists
 
 
 def read_teacher_clip(lists: list[ClipList], number: int) -> torch.Tensor:

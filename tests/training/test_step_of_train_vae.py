@@ -207,7 +207,7 @@ def test_latents_can_be_compared_on_other_videos(vae: AutoencoderKLLeanVAE, samp
         torch.cat([g.flatten() for g in torch.autograd.grad(value, weights, materialize_grads=True)])
         for value in (loss, module(sample).loss, added)
     )
-    torch.testing.assert_close(whole, plain + extra, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+    torch.testing.assert_close(whole, plain + extra, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
     assert extra.norm() > 1e-3 * whole.norm()
 
 

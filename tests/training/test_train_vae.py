@@ -377,13 +377,14 @@ def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Pat
     torch.manual_seed(1)
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
     statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
-    AutoencoderKLLeanVAE(**tiny, **statistics).save_pretrained(tmp_path / "teacher")
+    AutoencoderKLLeanVAE(**tiny, **statistics, scaling_factor=0.5).save_pretrained(tmp_path / "teacher")
     teacher = (f"teacher.path={tmp_path / 'teacher'}", "teacher.clips={shapes: [5, 16, 24], scenes: [1, 48, 48]}")
     run = script.train(tmp_path / "run", *teacher, "num_steps=4", "log_every=1", "save_every=2")
     log = read_log(run)
     assert all({"align_pixel", "align_latents", "align_low", "align_high"} <= set(row) for row in log)
     config = AutoencoderKLLeanVAE.load_config(run / "vae")
     assert not {tuple(config[name]) for name in statistics} & {tuple(values) for values in statistics.values()}
+    assert config["scaling_factor"] == 1.0  # its own statistics leave nothing to scale
     # Interrupted and resumed, the same clips come; with two clips a step other ones.
     again = script.train(tmp_path / "again", *teacher, "num_steps=2", "log_every=1", "save_every=2")
     assert script.train(again, *teacher, "num_steps=4", "log_every=1", "save_every=2") == again
@@ -392,8 +393,13 @@ def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Pat
     assert read_log(parts)[0]["align_latents"] != log[0]["align_latents"]
     for entries, message in (
         (("teacher.clips={shapes: [5, 16, 16]}",), "`teacher.clips` must be empty without `teacher.path`, got"),
-        ((teacher[0], "teacher.clips={shapes: [5, 16]}"), "`clip_size` must be .num_frames, height, width., got"),
-        ((teacher[0], f"teacher.clips={{{tmp_path / 'none'}: [5, 16, 16]}}"), "none"),
+        (
+            (teacher[0], "teacher.clips={shapes: [5, 16]}"),
+            r"`teacher.clips` has 'shapes' with \[5, 16\]: `clip_size` must",
+        ),
+        ((teacher[0], "teacher.clips={scenes: [5, 16, 16]}"), "`teacher.clips` has 'scenes' .* must be at least 48"),
+        ((teacher[0], "teacher.clips={/none: [5, 16, 16]}"), "`teacher.clips` has '/none' .* which is not there"),
+        ((teacher[0], "teacher.clips={'hub:a/b': [5, 16, 16]}"), "must name sources on this machine, got 'hub:a/b'"),
     ):
         with pytest.raises(ValueError, match=message):
             script.train(tmp_path / "x", *entries)
