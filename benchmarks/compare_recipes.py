@@ -26,6 +26,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import provenance, write_result
 from diffusers_leanvae.losses.alignment import Teacher
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.video_io.inputs import list_videos
 
 
@@ -163,7 +165,18 @@ BASES = {
     ],
     "compression": ["init=pca", *MUON, "optimizer.num_warmup_steps=50", *_CLIPS],
 }
-EQUAL_TIME_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "flicker", "grid", "ghost"))
+# Columns of the tables at equal time, by the names of the measures.
+COLUMNS = {
+    "psnr": "psnr_frame_mean_rgb",
+    "ssim": "ssim_frame_mean_rgb",
+    "vmaf": "vmaf_v0_6_1_frame_mean",
+    "flicker": "flicker_mae_255",
+    "grid": "grid_ratio_window_mean_rgb",
+    "flat_std": "flat_std_255_patch16",
+    "ghost": "ghost_mae_255",
+}
+EQUAL_TIME_PROTOCOL = replace(PROTOCOLS["val-17x256"], metrics=("psnr", "ssim", "vmaf", "flicker", "grid", "ghost"))
+NOISE = "psnr_from_noise_0.5"  # of clips decoded from what a denoiser makes of half noise: comparable between sizes
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -213,24 +226,35 @@ def compare_starts(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "goal_psnr": goal, "curves": curves}
 
 
-def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
+def denoiser_probe(options: argparse.Namespace) -> Callable[[VideoAutoencoder], dict[str, Any]]:
+    """How easy the latents of a model are for diffusion, by the same clips and the same denoiser for each model."""
     torch.set_num_threads(options.threads)
     protocol = DiffusabilityProtocol(num_steps=options.num_denoiser_steps)
     size = (17, 64, 64)
     train_clips = load_clips(options.train, options.num_clips, size, protocol.seed)
     held_out_clips = load_clips(options.held_out, 56, size, protocol.seed)
+    return lambda vae: measure_diffusability(vae, train_clips, held_out_clips, protocol)
+
+
+def levels_of(probe: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"psnr_from_noise_{level['noise_level']}": round(level["psnr_frame_mean_rgb"], 2) for level in probe["levels"]
+    }
+
+
+def compare_latents(options: argparse.Namespace) -> dict[str, Any]:
+    measure = denoiser_probe(options)
     rows, details = [], {}
     for name, overrides in VARIANTS["latents"].items():
         output = train(options, name, ["init=pca", *MUON, *overrides])
         vae = AutoencoderKLLeanVAE.from_pretrained(output / "vae").eval()
         quality = evaluate_reconstruction(AutoencoderReconstructor(vae, name), options.held_out).totals
-        details[name] = probe = measure_diffusability(vae, train_clips, held_out_clips, protocol)
+        details[name] = probe = measure(vae)
         print(name, probe, flush=True)
         rows.append({"run": name, "psnr": round(quality["psnr_frame_mean_rgb"], 2)})
         rows[-1]["ssim"] = round(quality["ssim_frame_mean_rgb"], 4)
         rows[-1]["denoising_loss"] = probe["denoising_loss"]
-        levels = {level["noise_level"]: round(level["psnr_frame_mean_rgb"], 2) for level in probe["levels"]}
-        rows[-1] |= {f"psnr_from_noise_{level}": psnr for level, psnr in levels.items()}
+        rows[-1] |= levels_of(probe)
     return {"rows": rows, "probe": details}
 
 
@@ -280,7 +304,7 @@ def train_for(options: argparse.Namespace, name: str, overrides: list[str], minu
 def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     """Quality of each run after the same processor time; its steps are as many as that is enough for."""
     variants, base = VARIANTS[options.comparison], BASES[options.comparison]
-    path, rows = Path(options.output), dict[str, dict[str, Any]]()
+    path, rows, measure = Path(options.output), dict[str, dict[str, Any]](), denoiser_probe(options)
     for name, overrides in variants.items():
         if options.only and name not in options.only:
             continue
@@ -301,13 +325,17 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
             "num_steps": len(log) * LOG_EVERY,
         }
         row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
-        row |= {key: round(value, 4) for key, value in quality.items()}
+        row |= {column: round(quality[key], 4) for column, key in COLUMNS.items()}
+        probe = measure(vae)
+        row |= {"denoising_loss": round(probe["denoising_loss"], 4), NOISE: levels_of(probe)[NOISE]}
         print(row, flush=True)
-        rows[name] = row | {"processor": provenance()["processor"]}
+        rows[name] = row
     # Another process may have added to the file meanwhile.
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    rows = {row["run"]: row for row in kept} | rows
-    return {"rows": [rows[name] for name in variants if name in rows], "base": base}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "processors": ""}
+    rows = {row["run"]: row for row in kept["rows"]} | rows
+    processors = {*filter(None, kept["processors"].split(", ")), str(provenance()["processor"])}
+    ordered = [rows[name] for name in variants if name in rows]
+    return {"rows": ordered, "processors": ", ".join(sorted(processors)), "base": base}
 
 
 def hold_out(options: argparse.Namespace) -> None:
