@@ -193,7 +193,9 @@ def test_what_is_generated(done: Done):
 @pytest.mark.slow
 def test_the_pushed_pipeline_is_that_of_the_first_run_and_works_in_a_new_process(done: Done):
     folder = done.folder / "runs/text/pipeline"
-    assert set(done.pushed) == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    shims = {"modeling_leanvae.py", "vae/modeling_leanvae.py"}  # only what is on the Hub has them
+    assert set(done.pushed) - shims == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert shims <= set(done.pushed)
     count, size, shape, std = done.said
     assert (count, size, shape) == (9, [32, 32], [9, 3, 32, 32]) and std > 0
 
