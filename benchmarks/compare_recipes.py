@@ -325,7 +325,8 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
             "num_steps": len(log) * LOG_EVERY,
         }
         row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
-        row |= {column: round(quality[key], 4) for column, key in COLUMNS.items()}
+        # Without imageio-ffmpeg there is no VMAF, without flat patches no `flat_std`.
+        row |= {column: round(quality[key], 4) for column, key in COLUMNS.items() if key in quality}
         probe = measure(vae)
         row |= {"denoising_loss": round(probe["denoising_loss"], 4), NOISE: levels_of(probe)[NOISE]}
         print(row, flush=True)
