@@ -418,6 +418,8 @@ def test_nothing_is_computed_for_a_client_that_went_away(vae, monkeypatch):
         path = "/decode?shape=1&shape=4&shape=2&shape=4&shape=6&dtype=float32&output_type=pt"
         with send_head(url, path, Content_Length=768) as connection:
             connection.sendall(bytes(768))
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b""  # the server has seen that nobody waits, and closed its side
         last = pool.submit(post, url)
         slow.may_end.set()
         assert first.result().status_code == last.result().status_code == 200
