@@ -107,6 +107,31 @@ def test_a_folder_moved_away_by_a_killed_process_gets_its_name_back(tmp_path):
     assert names(tmp_path) == ["vae"] and (target / "weights").read_text() == "former"
 
 
+def test_a_folder_moved_away_is_not_taken_for_one_whose_name_begins_alike(tmp_path):
+    former = dead_partial(tmp_path / "vae.v2", "former")
+    former.mkdir()
+    (former / "weights").write_text("of the second version")
+    with replace_folder(tmp_path / "vae") as partial:
+        (partial / "weights").write_text("new")
+    assert names(tmp_path) == [former.name, "vae"] and (tmp_path / "vae" / "weights").read_text() == "new"
+    remove_stale_partials(tmp_path / "vae.v2")
+    assert (tmp_path / "vae.v2" / "weights").read_text() == "of the second version"
+
+
+def test_a_link_to_a_folder_stays(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for content in ("first", "second"):
+        with replace_folder(tmp_path / "link") as partial:
+            (partial / content).write_text("")
+        assert names(tmp_path) == ["link", "real"] and names(tmp_path / "real") == [content]
+        assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "real")
+    with replace_folder(".") as partial:
+        (partial / "third").write_text("")
+    assert names(tmp_path / "real") == ["third"] and names(tmp_path) == ["link", "real"]
+
+
 def test_commit_gives_names(tmp_path):
     partial = tmp_path / "partial-7"
     partial.mkdir()

@@ -42,12 +42,15 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder next to `path`, which takes its place when the block ends without an error.
 
-    Missing parents of `path` are made. Leftovers of killed processes that wrote the same folder are removed.
+    Missing parents of `path` are made. A link to a folder stays; the folder that it leads to is replaced. Leftovers of
+    killed processes that wrote the same folder are removed.
 
     Yields:
         The hidden folder to fill; it exists and is empty.
     """
     path = Path(path)
+    if path.is_symlink() or path.name in ("", ".."):  # such as `.`, which has no name to put another next to
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_partials(path)
     partial = partial_path(path, "partial")
@@ -125,11 +128,14 @@ def remove_stale_partials(path: Path) -> None:
     """
     if os.name != "posix":
         return  # elsewhere there is no harmless way to ask whether a process lives
-    name = f".{glob.escape(_stem(path.name))}.*-{glob.escape(_machine())}-*"
-    for partial in path.parent.glob(name):
-        match = re.search(r"-(\d+)(\.\w+)?$", partial.name)
+    # The kind has no dot: `.vae.v2.former-...` is of `vae.v2`, which is no version of `vae`.
+    pattern = re.compile(rf"\.{re.escape(_stem(path.name))}\.\w+-{re.escape(_machine())}-(\d+)(\.\w+)?")
+    for partial in path.parent.glob(f".{glob.escape(_stem(path.name))}.*"):
+        match = pattern.fullmatch(partial.name)
+        if match is None:
+            continue
         try:
-            os.kill(int(match[1]) if match else os.getpid(), 0)
+            os.kill(int(match[1]), 0)
         except ProcessLookupError:
             if ".former-" in partial.name and not path.exists():
                 os.replace(partial, path)

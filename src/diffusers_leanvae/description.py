@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from . import bundled
 from .checks import CHECKPOINT_SUFFIXES
-from .conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, read_header
+from .conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, json_object, read_header
 
 
 INDEX_NAME = "model_index.json"
@@ -171,11 +171,11 @@ def _describe_safetensors(path: Path) -> dict[str, Any] | None:
     header = read_header(path)
     if "lora_adapter_metadata" in header.metadata or path.name == ADAPTER_NAME:
         return _describe_adapter(path, header)
-    if "leanvae" not in header.metadata:
+    if "leanvae" not in header.metadata or "latents" not in header.tensors:
         return _describe_original(path, header.args(), header.tensors)
     latents = header.tensors["latents"]
     described = {"kind": "latents", "shape": list(latents.shape), "dtype": latents.dtype}
-    return described | json.loads(header.metadata["leanvae"])
+    return described | json_object(header.metadata["leanvae"])
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ def _describe_adapter(path: Path, header: Header) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in header.tensors.values():
         dtypes[tensor.dtype] += tensor.numel()
-    noted = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    noted = json_object(header.metadata.get("lora_adapter_metadata"))
     values = {key.rpartition(".")[2]: value for key, value in noted.items()}
     return {
         "kind": "adapter",

@@ -426,6 +426,7 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
         (("convert", model, tmp_path / "o.onnx", "--to-original"), "must end in"),
         (("convert", source, tmp_path / "o"), f"IN '{source}' cannot be converted: "),
+        (("convert", model, source), f"OUT must be a folder, got '{source}', which is a file"),
         (("convert", "nothing", tmp_path / "o.pt", "--to-original"), "IN 'nothing' cannot be converted: "),
         (
             ("convert", model, tmp_path / "o.pt", "--to-original", "--latents-like", "wan2.1"),

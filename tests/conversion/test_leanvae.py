@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from diffusers_leanvae.conversion import checkpoints
 from diffusers_leanvae.conversion import leanvae as conversion
+from diffusers_leanvae.description import describe
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 
 
@@ -187,6 +188,39 @@ class TestLayouts:
         torch.save(checkpoint, tmp_path / "model.ckpt")
         _, tensors = conversion.read_original_checkpoint(tmp_path / "model.ckpt")
         assert_equal_weights(tensors, conversion.from_original(self.scaled(original, "", 2.0)))
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"hyper_parameters": None},
+            {"hyper_parameters": argparse.Namespace(args={"latent_dim": 4})},
+            {"hyper_parameters": {"args": None}},
+            {"args": None},
+            {"args": [1]},
+            {"args": {3: 4, "latent_dim": 4}},
+        ],
+    )
+    def test_what_else_may_stand_there(self, tmp_path: Path, original: dict[str, torch.Tensor], extra: dict):
+        torch.save(extra | {"state_dict": original}, tmp_path / "model.ckpt")
+        _, tensors = conversion.read_original_checkpoint(tmp_path / "model.ckpt")
+        assert_equal_weights(tensors, conversion.from_original(original))
+
+    @pytest.mark.parametrize("extra", [{7: torch.ones(1)}, {"rest": {7: torch.ones(1)}}])
+    def test_keys_that_are_no_names(self, tmp_path: Path, original: dict[str, torch.Tensor], extra: dict):
+        torch.save(extra | {"state_dict": original}, tmp_path / "model.ckpt")
+        with pytest.raises(ValueError, match=r"must hold LeanVAE keys only, got 1 others, for instance '(rest\.)?7'"):
+            conversion.read_original_checkpoint(tmp_path / "model.ckpt")
+
+    @pytest.mark.parametrize(
+        ("key", "text"), [("config", "null"), ("args", "[1]"), ("config", "LeanVAE"), ("leanvae", "1")]
+    )
+    def test_any_text_may_be_in_metadata(self, tmp_path: Path, original: dict[str, torch.Tensor], key: str, text: str):
+        path = tmp_path / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in original.items()}, path, metadata={key: text})
+        _, tensors = conversion.read_original_checkpoint(path)
+        assert_equal_weights(tensors, conversion.from_original(original))
+        described = describe(str(path))
+        assert described is not None and described["class"] == "AutoencoderKLLeanVAE"
 
     def test_bare_state_dict(self, tmp_path: Path, original: dict[str, torch.Tensor]):
         torch.save(original, tmp_path / "model.pt")

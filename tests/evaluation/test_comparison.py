@@ -98,6 +98,17 @@ def test_a_comparison_that_was_ended_gives_the_same(models: list[str], clips: Pa
     assert_equal_examples(whole.examples, rest.examples)
 
 
+def test_whole_videos_are_cut_to_what_all_give_back(models: list[str], clips: Path, tmp_path: Path):
+    protocol = replace(PROTOCOL, num_frames=None)
+    comparison = compare(models, clips, protocol, tmp_path / "kept", codecs=["x264"], num_examples=3)
+    for example, length in zip(comparison.examples, (9, 13, 13), strict=True):  # of 12, 13 and 14 frames
+        assert {len(video) for video in (example.original, *example.reconstructions.values())} == {length}
+        assert len(example.reconstructions) == 5
+    again = compare(models, clips, protocol, tmp_path / "kept", codecs=["x264"], num_examples=3)
+    assert_equal_examples(comparison.examples, again.examples)  # made anew: the results were there
+    assert write_report(tmp_path / "report", comparison)
+
+
 def assert_equal_examples(examples: list[Example], others: list[Example]) -> None:
     assert examples
     for one, other in zip(examples, others, strict=True):
@@ -239,6 +250,8 @@ def test_the_command_compares(models: list[str], clips: Path, tmp_path: Path):
         (["folder", "--compare", "a", "--output", "x.json"], "must not be given with a comparison"),
         (["folder", "--compare", "compact-4ch", "compact-4ch"], "`models` must be names that differ"),
         (["folder", "--codec", "mpeg2"], "`codec` must be one of 'x264'"),
+        (["--generated", "a", "--real", "b", "--chunk", "5"], "must not be given with `--generated`"),
+        (["--generated", "a", "--real", "b", "--codec", "x264"], "must not be given with `--generated`"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], message: str):

@@ -110,6 +110,9 @@ def test_pieces_give_what_whole_clips_give(name: str, make_video, clips: Path, t
             )  # measured: 1.9e-6, flicker in float32
         assert pieces.latents["channel_std"] == pytest.approx(whole.latents["channel_std"], abs=1e-14, rel=0)
         assert pieces.about["chunk"] == chunk
+    cut = replace(protocol, num_frames=8)
+    with pytest.raises(ValueError, match=r"`num_frames` must be 4 \* n \+ 1 for clips in pieces, got 8"):
+        evaluate_reconstruction(StreamingReconstructor(vae, "tiny", {"temporal_compression_ratio": 4}, 5), clips, cut)
     for chunk in (1, 6):
         with pytest.raises(ValueError, match=r"`chunk` must be 4 \* n \+ 1"):
             StreamingReconstructor(vae, "tiny", None, chunk)
@@ -183,6 +186,12 @@ def test_a_run_that_was_ended_gives_the_same(make_model, clips: Path, tmp_path: 
     shutil.copy(clips / "b.mp4", copy / "a.mp4")
     changed = evaluate_reconstruction(judged, copy, TINY, resume=journal)  # of the same names
     assert changed.clips["a.mp4"] == expected["clips"]["b.mp4"]
+    with torch.no_grad():
+        judged.vae.logvar_proj.bias.add_(1.0)
+        next(judged.vae.decoder.parameters()).add_(0.1)
+    seen = count
+    retrained = evaluate_reconstruction(judged, clips, TINY, resume=journal)  # a model of the same name and class
+    assert count == seen + 3 and retrained.totals != expected
     Journal.remove(journal)
     assert not journal.exists()
 

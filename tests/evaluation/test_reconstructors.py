@@ -103,6 +103,11 @@ def test_folders_of_any_class_and_bundled_names(tmp_path: Path):
     vae, about = open_autoencoder("compact-4ch")
     assert (type(vae).__name__, about["latent_channels"]) == ("AutoencoderKLLeanVAE", 4)
     assert about["weights_sha256"] == sha256(bundled.model_path("compact-4ch") / "diffusion_pytorch_model.safetensors")
+    pipeline = tmp_path / "pipeline"
+    vae.save_pretrained(pipeline / "vae")
+    (pipeline / "model_index.json").write_text('{"vae": ["diffusers_leanvae", "AutoencoderKLLeanVAE"]}')
+    of_pipeline = open_autoencoder(str(pipeline)).about
+    assert of_pipeline["weights_sha256"] == sha256(pipeline / "vae" / "diffusion_pytorch_model.safetensors")
     assert (about["temporal_compression_ratio"], about["spatial_compression_ratio"]) == (4, 8)
 
 

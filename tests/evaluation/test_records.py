@@ -2,10 +2,12 @@
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from diffusers_leanvae.evaluation import results
 from diffusers_leanvae.evaluation.records import Evaluation, Metric, mean_over_clips, read_evaluation
 
 
@@ -41,6 +43,20 @@ def test_a_file_holds_rounded_figures_under_their_own_names(tmp_path: Path):
     assert written["latents"]["channel_mean"] == [0.123457] and written["timing"]["peak_memory_bytes"] == 7
     assert "command" in written["provenance"]
     assert read_evaluation(tmp_path / "a.json") == evaluation.rounded() != evaluation
+
+
+def test_the_commit_is_that_of_this_package(tmp_path: Path, monkeypatch):
+    root = Path(results.__file__).resolve().parents[3]
+    assert len(results.provenance()["commit"] or "-" * 12) == 12
+    answers = {"of another": f"{root.parent}\n0123456789ab\n", "of this": f"{root}\n0123456789ab\n", "of none": ""}
+    for whose, answer in answers.items():
+        done = subprocess.CompletedProcess([], 0, answer, "")
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        assert results.provenance()["commit"] == ("0123456789ab" if whose == "of this" else None)
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    make_evaluation().write(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["provenance"]["commit"] is None
 
 
 def test_nothing_is_lost_on_the_way_to_json_and_back():

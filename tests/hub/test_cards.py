@@ -16,6 +16,15 @@ from diffusers_leanvae.checks import sha256
 RESULT = {"dataset": "val", "psnr_frame_mean_rgb": 26.3, "ssim_frame_mean_rgb": 0.786, "num_videos": 7} | {
     "num_frames": 17,
     "resolution": 256,
+    "rfvd_i3d_styleganv": 31.5,
+    "bits_per_pixel": 0.25,
+    "metrics": {
+        "psnr_frame_mean_rgb": {"better": "higher"},
+        "ssim_frame_mean_rgb": {"better": "higher"},
+        "rfvd_i3d_styleganv": {"better": "lower"},
+        "bits_per_pixel": {"better": None},
+        "not_measured": {"better": "lower"},
+    },
 }
 
 
@@ -32,6 +41,8 @@ def test_cards_say_how_to_load(latte_pipeline: diffusers.DiffusionPipeline, tmp_
     assert "pip install diffusers-leanvae" not in card  # no registry has it
     with pytest.raises(ValueError, match="`repo_id` must be `user/name`, got 'vae'"):
         hub.push_to_hub(make_tiny("leanvae"), "vae")
+    with pytest.raises(ValueError, match="`safe_serialization` must be True: weights are pushed as safetensors"):
+        hub.push_to_hub(make_tiny("leanvae"), "someone/vae", safe_serialization=False)
     for folder in (tmp_path / "scheduler", tmp_path / "nothing", "-"):
         with pytest.raises(ValueError, match="`folder` must be that of a saved model, pipeline or adapter, got"):
             hub.push_folder(folder, "someone/vae")
@@ -52,7 +63,8 @@ def test_cards_carry_what_the_hub_reads(tmp_path: Path):
     assert (data.license, data.base_model, data.datasets) == ("apache-2.0", "someone/base", ["someone/clips"])
     assert (data.library_name, data.pipeline_tag, data.model_name) == ("diffusers", "video-to-video", "vae")
     found = {(each.metric_type, each.metric_name, each.metric_value) for each in data.eval_results}
-    assert found == {("psnr", "psnr_frame_mean_rgb", 26.3), ("ssim", "ssim_frame_mean_rgb", 0.786)}
+    expected = {("psnr", "psnr_frame_mean_rgb", 26.3), ("ssim", "ssim_frame_mean_rgb", 0.786)}
+    assert found == expected | {("rfvd", "rfvd_i3d_styleganv", 31.5)}
     assert "![A sample](picture.png)" in card and "4 latent channels, 4x8x8 compression" in card
     result.write_text(json.dumps(RESULT | {"weights_sha256": None}))
     with pytest.raises(ValueError, match="`results` must be of these weights, got .*val.json', measured with others"):

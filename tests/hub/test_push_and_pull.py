@@ -118,7 +118,7 @@ def test_adapters_come_back_the_same(server: LocalHub, tmp_path: Path):
     assert set(server.repositories["someone/style"]) == {"README.md", "pytorch_lora_weights.safetensors"}
     card = server.repositories["someone/style"]["README.md"].decode()
     assert "base_model: someone/shapes\n" in card and "- lora\n" in card and "of rank 3 of the transformer" in card
-    assert 'from_pretrained("someone/shapes")\npipeline.load_lora_weights("someone/style")' in card
+    assert 'load_diffusion_pipeline("someone/shapes")\npipeline.load_lora_weights("someone/style")' in card
     with pytest.raises(ValueError, match="`results` must be of these weights"):
         results = (Path(__file__).resolve().parents[2] / "results" / "val-17x256_compact-4ch.json",)
         hub.push_folder(tmp_path / "style", "someone/style", card=hub.CardOptions(results=results))

@@ -130,6 +130,8 @@ def evaluate(
         chosen = replace(chosen, metrics=tuple(KINDS) if "all" in metric else tuple(metric))
     options = MetricOptions(vgg16, alexnet, i3d, feature_model)
     if generated is not None and real is not None and folder is None:
+        if compare or codec or report is not None or chunk is not None:
+            raise ValueError("`--compare`, `--codec`, `--report` and `--chunk` must not be given with `--generated`.")
         compare_folders(generated, real, chosen, options, output, device, as_json)
         return
     if folder is None or generated is not None or real is not None:

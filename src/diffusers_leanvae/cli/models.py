@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import bundled
+from ..atomic import replace_folder
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
 from ..description import describe, describe_model
 from .choices import DTYPE_NAMES, complete
@@ -83,6 +84,8 @@ def convert(
     else:
         if target.suffix in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"OUT must be a folder, got {str(target)!r}, which is a file.")
         statistics = {} if latents_like is None else statistics_of("--latents-like", latents_like)
         with _naming_source(source):
             file = resolve_checkpoint(source)
@@ -95,7 +98,8 @@ def convert(
         if statistics and model_class not in loading.AUTOENCODERS:
             raise ValueError(f"`--latents-like` must not be given for a checkpoint of {model_class.conversion.NAME}.")
         model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options, **statistics)
-        model.save_pretrained(target)
+        with nullcontext(target) if target.exists() else replace_folder(target) as folder:
+            model.save_pretrained(folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if as_json:
         print_json({"output": target, "class": type(model).__name__, "num_parameters": num_parameters})

@@ -200,7 +200,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     try:
         with safetensors.safe_open(path, "pt") as file:
             return read_header(path).args(), {key: file.get_tensor(key) for key in file.keys()}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"`path` must be a valid safetensors file, got {str(path)!r}: {error}.") from None
 
 
@@ -218,19 +218,25 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
         raise ValueError(f"`path` must be a PyTorch checkpoint, got {str(path)!r}: {error}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"`path` must hold a dictionary, got {str(path)!r} with a {type(checkpoint).__name__}.")
-    args = checkpoint.get("args", checkpoint.get("hyper_parameters", {}).get("args", {}))
-    args = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    parameters = _as_mapping(checkpoint.get("hyper_parameters"))
+    args = _as_mapping(checkpoint["args"] if "args" in checkpoint else parameters.get("args"))
     tensors: dict[str, torch.Tensor] = {}
     for name, entry in checkpoint.items():  # `state_dict`, and EMA copies stored next to it
         if isinstance(entry, dict):
             scope = "" if name == "state_dict" else f"{name}."
-            tensors.update({scope + key: value for key, value in entry.items() if isinstance(value, torch.Tensor)})
+            tensors.update({f"{scope}{key}": value for key, value in entry.items() if isinstance(value, torch.Tensor)})
             for key, part in entry.items() if name == "state_dict" else ():  # of a model with several parts
                 if isinstance(part, dict):
                     tensors.update({f"{key}.{k}": v for k, v in part.items() if isinstance(v, torch.Tensor)})
         elif isinstance(entry, torch.Tensor):  # a bare state dict
-            tensors[name] = entry
+            tensors[str(name)] = entry
     return args, tensors
+
+
+def _as_mapping(values: Any) -> dict[str, Any]:
+    """Return arguments as a dictionary of what has a name; empty if they are something else."""
+    values = vars(values) if isinstance(values, argparse.Namespace) else values
+    return {name: value for name, value in values.items() if isinstance(name, str)} if isinstance(values, dict) else {}
 
 
 def pickle_reason(error: pickle.UnpicklingError) -> str:

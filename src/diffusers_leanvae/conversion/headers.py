@@ -56,7 +56,16 @@ class Header(NamedTuple):
 
     def args(self) -> dict[str, Any]:
         """Return the constructor's arguments that an original checkpoint may have in its metadata."""
-        return json.loads(self.metadata.get("args") or self.metadata.get("config") or "{}")
+        return json_object(self.metadata.get("args") or self.metadata.get("config"))
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """Return the JSON object of a text in the metadata, where anybody may write anything; empty if it is none."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_header(path: str | Path) -> Header:

@@ -175,8 +175,12 @@ class TarSource:
         return len(self.examples)
 
     def name(self, number: int) -> str:
-        shard, key, _, video = self.examples[number]
-        return f"{self.shards[shard]}/{key}.{video}"
+        _, key, _, video = self.examples[number]
+        return f"{self.shard(number)}/{key}.{video}"
+
+    def shard(self, number: int) -> Path:
+        """Return the tar file that holds it."""
+        return self.shards[self.examples[number][0]]
 
     def metadata(self, number: int) -> dict[str, Any]:
         _, _, parts, video = self.examples[number]

@@ -11,6 +11,7 @@ import torch
 from ..bundled import MODELS, PIPELINES
 from ..checks import reason_of, sha256
 from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
+from ..description import INDEX_NAME
 from ..loading import load_autoencoder, resolve_bundled
 from ..models.video_autoencoder import VideoAutoencoder
 
@@ -56,7 +57,8 @@ def open_autoencoder(
         vae, place = _load_class(model_class, source, dtype), source
     else:
         vae, place = load_autoencoder(source, dtype), str(resolve_bundled(source))
-    weights = Path(place) / WEIGHTS_NAME
+    # In the folder of a pipeline, the autoencoder has one of its own.
+    weights = Path(place, "vae" if Path(place, INDEX_NAME).is_file() else "", WEIGHTS_NAME)
     about = {
         "class": type(vae).__name__,
         "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),

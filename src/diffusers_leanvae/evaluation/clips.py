@@ -12,7 +12,7 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from ..data.sources import FileSource, open_source
+from ..data.sources import FileSource, TarSource, open_source
 from ..data.streams import is_stream, open_stream, visual_column, without_decoding, write_example
 from ..video_io import VideoError, VideoReader
 from ..video_io.inputs import IMAGE_EXTENSIONS, list_files, list_frames
@@ -25,7 +25,7 @@ class ClipFile(Interface):
 
     Attributes:
         name: What it is called in results: its path below the folder, or its number in a stream.
-        stamp: Size and time of change of a file; a changed file is another one.
+        stamp: Size and time of change of a file, or of the tar file that it lies in; a changed file is another one.
     """
 
     @property
@@ -39,6 +39,14 @@ class ClipFile(Interface):
         ...
 
 
+def _stamp(paths: Sequence[Path]) -> list[int]:
+    try:
+        status = paths[0].stat()
+    except OSError:
+        return []
+    return [len(paths), status.st_size, status.st_mtime_ns]
+
+
 class LocalClip(NamedTuple):
     """A video file, or the pictures of one."""
 
@@ -47,11 +55,7 @@ class LocalClip(NamedTuple):
 
     @property
     def stamp(self) -> list[int]:
-        try:
-            status = self.paths[0].stat()
-        except OSError:
-            return []
-        return [len(self.paths), status.st_size, status.st_mtime_ns]
+        return _stamp(self.paths)
 
     def open(self) -> VideoReader:
         return VideoReader(self.paths[0] if len(self.paths) == 1 else list(self.paths))
@@ -124,7 +128,8 @@ def _list_all(source: str | Path, protocol: Protocol) -> Iterator[ClipFile]:
     files = open_source(source)
     if not isinstance(files, FileSource):
         for number in range(len(files)):
-            yield _SourceClip(files.name(number), files, number, [])
+            stamp = _stamp([files.shard(number)]) if isinstance(files, TarSource) else []
+            yield _SourceClip(files.name(number), files, number, stamp)
         return
     for path in files.paths:
         yield LocalClip(path.relative_to(files.folder).as_posix(), [path])
@@ -158,6 +163,11 @@ def read_clip(video: VideoReader, protocol: Protocol, name: str) -> torch.Tensor
     if len(frames) < (protocol.num_frames or 1):
         _check_length(video, len(frames), protocol)
     return _to_sample(frames, protocol)
+
+
+def whole_groups(clip: torch.Tensor, protocol: Protocol, ratio: int) -> torch.Tensor:
+    """Leave out the last frames of a whole video `(3, num_frames, height, width)` that fill no group of `ratio`."""
+    return clip[:, : (clip.shape[1] - 1) // ratio * ratio + 1] if protocol.num_frames is None else clip
 
 
 def read_pieces(video: VideoReader, protocol: Protocol, chunk: int, ratio: int) -> Iterator[torch.Tensor]:

@@ -84,6 +84,10 @@ class CodecReconstructor:
             "dtype": "uint8",
         }
 
+    def checksum(self) -> str:
+        """A codec has no weights."""
+        return ""
+
     def reconstruct(self, clip: torch.Tensor) -> Reconstruction:
         """Encode and decode; see [`reconstructors.Reconstructor.reconstruct`]. Pixels are rounded to 8 bits first."""
         pixels = sample_to_pixels(clip).permute(1, 2, 3, 0).cpu()

@@ -11,7 +11,7 @@ import torch
 from ..launching import is_first_process
 from ..video_io.pixels import sample_to_pixels, unit_to_pixels
 from .autoencoders import open_autoencoder
-from .clips import list_clips, read_clip
+from .clips import list_clips, read_clip, whole_groups
 from .codecs import CodecReconstructor
 from .measures import MetricOptions
 from .protocols import Protocol
@@ -134,14 +134,18 @@ class _Pictures:
         """Make what is missing of the first clips: another process judged them, or a run that was ended."""
         kept = self.kept.setdefault(subject.name, {})
         for clip, sample, _ in self._read(set(clips[: self.num_examples]) - kept.keys()):
-            kept[clip] = _pixels_of(subject.reconstruct(sample))
+            ratio = subject.about.get("temporal_compression_ratio") or 1
+            kept[clip] = _pixels_of(subject.reconstruct(whole_groups(sample, self.protocol, ratio)))
 
     def examples(self, clips: list[str]) -> list[Example]:
         """Return what was kept of the first clips, next to the originals."""
         examples = []
         for clip, sample, fps in self._read(set(clips[: self.num_examples])):
             found = {name: kept[clip] for name, kept in self.kept.items() if clip in kept}
-            examples.append(Example(clip, fps, sample_to_pixels(sample).permute(1, 2, 3, 0), found))
+            original = sample_to_pixels(sample).permute(1, 2, 3, 0)
+            length = min(len(original), *map(len, found.values()))  # not all subjects take the last frames of a video
+            found = {name: pixels[:length] for name, pixels in found.items()}
+            examples.append(Example(clip, fps, original[:length], found))
         return examples
 
     def _read(self, names: set[str]) -> list[tuple[str, torch.Tensor, Fraction]]:

@@ -19,7 +19,7 @@ from ..data.schedule import ALONE, Share
 from ..data.streams import is_stream
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import sample_to_unit, unit_to_pixels
-from .clips import ClipFile, list_clips, read_clip, read_pieces
+from .clips import ClipFile, list_clips, read_clip, read_pieces, whole_groups
 from .features import distance_metric
 from .frechet import frechet_distance
 from .journal import ClipResult, Journal, pack_features, unpack_features
@@ -97,12 +97,16 @@ def evaluate_reconstruction(
         ValueError: If there is no clip, or none that can be read.
     """
     ratio, cell = _ratio(reconstructor), reconstructor.about.get("spatial_compression_ratio") or 8
+    if isinstance(reconstructor, StreamingReconstructor) and (protocol.num_frames or 1) % ratio != 1 % ratio:
+        raise ValueError(f"`num_frames` must be {ratio} * n + 1 for clips in pieces, got {protocol.num_frames}.")
     share = _share()
     measures = make_measures(protocol.metrics, options, device, ratio, cell)
     _check_feature_frames(measures, protocol)
     names = [*measures.metrics, *(features.name for features in measures.features.values())]
     judged = {"name": reconstructor.name, "about": reconstructor.about}
-    setting = {"judged": judged, "protocol": protocol.to_json(), "metrics": names}
+    setting = {"judged": judged, "source": str(source), "protocol": protocol.to_json(), "metrics": names}
+    if resume is not None:
+        setting["weights"] = reconstructor.checksum()
     journal = None if resume is None else Journal(resume, setting, share.rank)
     finished = {} if journal is None else journal.read()
     if share.world_size > 1:
@@ -264,9 +268,7 @@ def _read(reconstructor: Reconstructor, clip: ClipFile, protocol: Protocol) -> I
         if isinstance(reconstructor, StreamingReconstructor):
             yield from read_pieces(video, protocol, reconstructor.chunk, reconstructor.ratio)
         else:
-            ratio = _ratio(reconstructor)
-            frames = read_clip(video, protocol, clip.name)
-            yield frames[:, : (frames.shape[1] - 1) // ratio * ratio + 1] if protocol.num_frames is None else frames
+            yield whole_groups(read_clip(video, protocol, clip.name), protocol, _ratio(reconstructor))
 
 
 def _guarded(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

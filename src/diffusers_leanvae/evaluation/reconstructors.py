@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..clock import timed
+from ..data.text_cache import checksum_of_weights
 from ..video_io.pixels import sample_to_unit
 from .autoencoders import decode, encode, is_image_autoencoder, legal_sample
 from .records import Metric
@@ -60,6 +61,10 @@ class Reconstructor(Protocol):
     name: str
     about: dict[str, Any]
 
+    def checksum(self) -> str:
+        """Return what differs when the weights do; empty without weights."""
+        ...
+
     def reconstruct(self, clip: torch.Tensor) -> Reconstruction:
         """Store a clip `(3, num_frames, height, width)` in `[-1, 1]`, and take it back.
 
@@ -86,6 +91,10 @@ class AutoencoderReconstructor:
         self._is_image = is_image_autoencoder(vae)
         # Stable Video Diffusion's encoder sees single frames, its decoder all of them.
         self._counts_frames = "num_frames" in inspect.signature(vae.decode).parameters
+
+    def checksum(self) -> str:
+        """Return a checksum of the weights, whatever they were loaded from."""
+        return checksum_of_weights(self.vae)
 
     @torch.no_grad()
     def reconstruct(self, clip: torch.Tensor) -> Reconstruction:

@@ -25,16 +25,12 @@ def provenance() -> dict[str, Any]:
             installed[package] = version(package)
         except ModuleNotFoundError:
             continue  # an extra that is not installed
-    root = Path(__file__).resolve().parents[3]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     arguments = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join([Path(sys.argv[0]).name, *arguments]),
-        "commit": commit or None,
+        "commit": _commit(),
         "version": __version__,
         "python": platform.python_version(),
         "packages": installed,
@@ -43,6 +39,17 @@ def provenance() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout of this package; an installed one may lie in a repository of something else."""
+    root = Path(__file__).resolve().parents[3]
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError:  # no git
+        return None
+    return answer[1] if len(answer) == 2 and Path(answer[0]).resolve() == root else None
 
 
 def _processor() -> str:

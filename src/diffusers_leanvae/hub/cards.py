@@ -1,7 +1,6 @@
 """The card of a model, pipeline or adapter: metadata that the Hub reads, and how to load what it describes."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,9 @@ from diffusers import {class_name}
 
 {name} = {class_name}.from_pretrained("{repo_id}")"""
 USAGE_OF_ADAPTER = """\
-import diffusers_leanvae
-from diffusers import DiffusionPipeline
+from diffusers_leanvae.loading import load_diffusion_pipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base_model}")
+pipeline = load_diffusion_pipeline("{base_model}")
 pipeline.load_lora_weights("{repo_id}")"""
 UNIMPORTED = """\
 Where the package is not imported, diffusers takes it from files of this repository, which import it:
@@ -73,7 +71,6 @@ TASKS = {
     "AutoencoderKLIVVAE": "video-to-video",
     "LeanVAELatteTextToVideoPipeline": "text-to-video",
 }
-METRICS = re.compile(r"(psnr|ssim|lpips|fvd|vmaf)\w*")
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,8 @@ def _read_result(path: Path, checksum: str | None) -> list[EvalResult]:
         name = f"{result['dataset']}: {result['num_videos']} videos"
         frames, size = result.get("num_frames"), result.get("resolution")
         name += f", {frames} frames" * (frames is not None) + f", {size} pixels" * (size is not None)
-        found = [key for key, value in result.items() if METRICS.fullmatch(key) and isinstance(value, (int, float))]
+        # A rate says nothing of the quality; it has no better.
+        found = [key for key, metric in result["metrics"].items() if metric["better"] and key in result]
         measured = result["weights_sha256"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(

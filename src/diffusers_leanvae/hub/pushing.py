@@ -46,7 +46,7 @@ def push_to_hub(
         create_pr: Whether to open a pull request instead of writing to the branch.
         variant: Name of a variant of the weights, such as `"fp16"`.
         subfolder: Folder of the repository to push to; the card of the repository then stays as it is.
-        options: Further arguments of `save_pretrained`: `safe_serialization`, `max_shard_size`.
+        options: Further arguments of `save_pretrained`, such as `max_shard_size`.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -54,6 +54,8 @@ def push_to_hub(
     Raises:
         ValueError: If an argument is not legal, or nothing could be pushed.
     """
+    if options.get("safe_serialization") is False:
+        raise ValueError("`safe_serialization` must be True: weights are pushed as safetensors, got False.")
     if not create_pr:  # which needs no right to write; asked here, too, since saving may take long
         check_push(repo_id, token, "repo_id")
     with TemporaryDirectory() as folder:
