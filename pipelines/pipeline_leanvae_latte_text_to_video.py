@@ -75,6 +75,10 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
     def _condition(self, tensors: dict[str, Any], num_latent_frames: int) -> dict[str, torch.Tensor]:
         embeds, mask = tensors["prompt_embeds"], tensors["prompt_attention_mask"]
         if self.do_classifier_free_guidance:
+            if tensors["negative_prompt_embeds"] is None:
+                raise ValueError(
+                    "`guidance_scale` must be more than 1 from the start where a callback raises it, got 1 or less."
+                )
             embeds = torch.cat([tensors["negative_prompt_embeds"], embeds])
             mask = torch.cat([tensors["negative_prompt_attention_mask"], mask])
         return text_arguments(TextEmbeddings(embeds.to(self.transformer.dtype), mask), num_latent_frames)
@@ -117,6 +121,9 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
 
         Returns:
             `prompt_embeds`, `prompt_attention_mask` and both of the null half, `None` without guidance.
+
+        Raises:
+            ValueError: If the halves differ in shape, or one cannot be made.
         """
         device = self._execution_device if device is None else device
         if prompt_embeds is None:
@@ -125,11 +132,22 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         if not do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_attention_mask = None
         elif negative_prompt_embeds is None:
+            # As long as the prompt's, wherever that came from: both are halves of one batch.
+            length = prompt_embeds.shape[1]
+            longest = 0 if self.tokenizer is None or self.text_encoder is None else self.tokenizer.model_max_length
+            if length > longest:
+                maker = f"a tokenizer of at most {longest} tokens" if longest else "a pipeline without text encoder"
+                raise ValueError(
+                    "`negative_prompt_embeds` must be given, or `guidance_scale` be at most 1, for "
+                    f"{length} tokens of `prompt_embeds` and {maker}, got None."
+                )
             texts = [negative_prompt or ""] if isinstance(negative_prompt, (str, type(None))) else negative_prompt
             texts = texts * (len(prompt_embeds) if len(texts) == 1 else 1)
-            # As long as the prompt's, wherever that came from: both are halves of one batch.
-            negative_prompt_embeds, negative_prompt_attention_mask = self._encode_text(
-                texts, device, prompt_embeds.shape[1]
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encode_text(texts, device, length)
+        elif negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise ValueError(
+                f"`negative_prompt_embeds` must have the shape of the prompt's, {tuple(prompt_embeds.shape)}, got "
+                f"{tuple(negative_prompt_embeds.shape)}."
             )
         prompt_embeds, prompt_attention_mask = _repeat(
             prompt_embeds, prompt_attention_mask, device, num_videos_per_prompt
@@ -179,12 +197,6 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
         batch_size = _count(prompt) if prompt_embeds is None else len(prompt_embeds)
         if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, batch_size):
             raise ValueError(f"`negative_prompt` must be one text or {batch_size}, got {len(negative_prompt)}.")
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
-                raise ValueError(
-                    f"`negative_prompt_embeds` must have the shape of `prompt_embeds`, {tuple(prompt_embeds.shape)}, "
-                    f"got {tuple(negative_prompt_embeds.shape)}."
-                )
         legal = (1, self.transformer.config.video_length)
         for window in frames.windows:
             if window.stop - window.start not in legal:

@@ -28,7 +28,8 @@ WF_CONFIGS = [
 IV_CONFIGS = [
     {},
     {"num_layers": 1, "channel_multipliers": [1, 1, 1, 2]},
-    {"num_layers": 3, "channel_multipliers": [1, 2, 4, 4], "scaling_factor": 0.5, "latents_mean": [0.25] * 4},
+    {"num_layers": 3, "channel_multipliers": [1, 2, 4, 4], "scaling_factor": 0.5}
+    | {"latents_mean": [0.25] * 4, "latents_std": [1.0] * 4},
 ]
 
 

@@ -1,5 +1,6 @@
 """Exported graphs are the model: as functions of PyTorch exactly, in onnxruntime up to float32 rounding."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -314,8 +315,10 @@ class TestFamilies:
             video, z = videos(vae, batch_size, 6, height, width), latents(vae, batch_size, 6, height, width)
             means = stream(run, "encoder", video, [5, 4, 12, 4], has_last=False)
             torch.testing.assert_close(means, vae.encode(video).latent_dist.mean, rtol=0, atol=ATOL)
-            frames = stream(run, "decoder", z, [2, 1, 3, 1], has_last)
-            torch.testing.assert_close(frames, vae.decode(z).sample, rtol=0, atol=ATOL)
+            frames, expected = stream(run, "decoder", z, [2, 1, 3, 1], has_last), vae.decode(z).sample
+            # A norm of next to nothing may enlarge any rounding: measured 5.7e-4 of IV-VAE, 2e-4 of the model itself.
+            rounding = (copy.deepcopy(vae).double().decode(z.double()).sample - expected).abs().max().item()
+            torch.testing.assert_close(frames, expected, rtol=0, atol=max(ATOL, 5 * rounding))
 
     def test_it_is_plain_onnx(self, family):
         for path in family[1].glob("*.onnx"):

@@ -296,6 +296,10 @@ class TestErrors:
             ({"patch_size": (0, 4, 4)}, r"`patch_size` must be .* got \(0, 4, 4\)\."),
             ({"latents_mean": [0.0] * 3}, r"`latents_mean` must have 4 entries, got 3\."),
             ({"latents_std": [1.0] * 16}, r"`latents_std` must have 4 entries, got 16\."),
+            (
+                {"latents_std": [1.0] * 4},
+                "`latents_mean` and `latents_std` must be given together, got no `latents_m",
+            ),
         ],
     )
     def test_illegal_config(self, make_model: Callable, config: dict[str, Any], message: str):

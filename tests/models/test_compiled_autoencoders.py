@@ -9,6 +9,16 @@ from tiny_autoencoders import make, make_latents, make_video
 
 
 # Layers are traced one by one: where each block has one layer, less is traced, but the same code.
+@torch.no_grad()
+def test_tiles_by_memory_are_planned_outside_of_what_is_compiled():
+    torch.compiler.reset()
+    vae = make("wf_one_layer", torch.float32)
+    z = make_latents(vae, 2, 2, 2)
+    expected = vae.decode(z).sample
+    vae.enable_tiling("auto")
+    torch.testing.assert_close(torch.compile(vae.decode, backend="eager")(z).sample, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "case, backend",
     [
@@ -60,6 +70,7 @@ def test_one_compilation_serves_every_size(case: str, config: dict[str, Any], pa
             else:
                 x = tiny.make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width)
                 actual, expected = (function(x).sample for function in (compiled, method))
-            # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding, measured 1e-5.
-            torch.testing.assert_close(actual, expected, rtol=0, atol=4e-5)
+            # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding. Measured
+            # 1e-5, and 4.6e-5 on a processor of another make.
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1.5e-4)
     assert len(graphs) == len(parts)

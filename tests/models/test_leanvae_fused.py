@@ -1,10 +1,13 @@
 """`vae.fuse()` computes the same function: whole, tiled, streamed, for images and batches, in every configuration."""
 
 import copy
+import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from tiny import make_tiny, make_video
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, TemporalCache
@@ -186,7 +189,7 @@ def test_state_dict_stays_stock():
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("change", ["load", "cast", "train"])
+@pytest.mark.parametrize("change", ["load", "cast", "train", "data", "average"])
 @torch.no_grad()
 def test_changed_weights_take_the_layers_until_fused_again(change: str):
     vae, x = make_vae(), torch.rand(1, 3, 5, 32, 32, dtype=torch.float64) * 2 - 1
@@ -195,6 +198,10 @@ def test_changed_weights_take_the_layers_until_fused_again(change: str):
         vae.load_state_dict({key: tensor * 0.9 for key, tensor in vae.state_dict().items()})
     elif change == "cast":
         vae, x = vae.float(), x.float()
+    elif change == "data":
+        vae.encoder.fusion_layers[0].conv.bias.data.add_(1)  # which no version counter sees
+    elif change == "average":
+        EMAModel([parameter * 0.9 for parameter in vae.parameters()]).copy_to(vae.parameters())
     else:
         vae.encoder.fusion_layers[0].conv.bias.add_(1)
     prepared = vae._fused
@@ -208,6 +215,54 @@ def test_changed_weights_take_the_layers_until_fused_again(change: str):
         warnings.simplefilter("error")
         vae.fuse()
         assert_near(vae.encode(x).latent_dist.parameters, expected, 1e-13 if x.dtype == torch.float64 else 1e-5)
+
+
+@torch.no_grad()
+def test_copies_are_not_fused_and_compute_the_same(tmp_path: Path):
+    vae, x = make_vae(torch.float32), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    expected = vae(x).sample
+    vae.fuse()
+    torch.save(vae, tmp_path / "vae.pt")
+    loaded = torch.load(tmp_path / "vae.pt", weights_only=False)
+    for other in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae)), loaded):
+        assert other._fused is None and torch.equal(other(x).sample, expected)
+        other.fuse()
+        assert_near(other(x).sample, expected, 1e-5)
+    assert vae._fused is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [False, True])
+def test_hooks_see_what_layers_get_and_give(fuse: bool):
+    vae, x = make_vae(), torch.rand(1, 3, 9, 32, 32, dtype=torch.float64) * 2 - 1
+    expected = vae(x).sample
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        for layer in (*vae.encoder.fusion_layers, *vae.decoder.fusion_layers)
+    ]
+    if fuse:
+        vae.fuse()
+        with pytest.warns(UserWarning, match="the layers are used: layers have hooks, which would see nothing"):
+            sample = vae(x).sample
+    else:
+        sample = vae(x).sample
+    assert_near(sample, expected, 1e-13)
+    first, seen[:] = list(seen), []
+    with torch.enable_grad():
+        vae.unfuse()
+        vae(x)
+    assert len(first) == len(seen) > 2
+    for pair, other in zip(first, seen, strict=True):
+        for values, others in zip(pair, other, strict=True):
+            assert_near(values, others.detach(), 1e-13)
+        assert not torch.equal(*pair)
+    for hook in hooks:
+        hook.remove()
+    vae.fuse()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_near(vae(x).sample, expected, 1e-13)
 
 
 def test_gradients_go_through_the_layers():
@@ -252,6 +307,10 @@ def test_hooks_that_cast_layers_when_they_are_called_get_the_layers():
         fused = vae.encode(x).latent_dist.parameters
         vae.unfuse()
         assert torch.equal(fused, vae.encode(x).latent_dist.parameters)
+    with pytest.raises(ValueError, match="`fuse` must be called before layers are offloaded or cast when called, got"):
+        vae.fuse()
+    vae = make_vae(torch.float32)
+    vae.decoder.half()
     with pytest.raises(ValueError, match="`fuse` must be called on a model of one dtype on one device, got torch.f"):
         vae.fuse()
 
@@ -277,6 +336,10 @@ def test_another_product_may_be_tried():
 def test_errors():
     with pytest.raises(ValueError, match="`kernels` must be one of 'auto', 'torch', 'triton', got 'cuda'"):
         make_vae().fuse(kernels="cuda")  # type: ignore[arg-type]
+    vae = make_vae(torch.float32)
+    vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match="`fuse` must be called before layers are offloaded or cast"):
+        vae.fuse()
     lora = pytest.importorskip("peft").LoraConfig(target_modules=["up_proj"])
     vae = make_vae()
     pytest.importorskip("peft").inject_adapter_in_model(lora, vae)

@@ -74,6 +74,12 @@ def test_auto_and_budget_change_nothing_but_memory(make_model, make_video, monke
         assert (len(shapes) > 1) == ("budget" in settings)  # there is plenty of memory for such a video
     with pytest.raises(ValueError, match="must come without tile sizes"):
         model.enable_tiling(64, budget=10**9)
+    for budget in ("2GiB", 0, 1.5):
+        with pytest.raises(ValueError, match=r"`budget` must be a positive number of bytes, got"):
+            model.enable_tiling(budget=budget)
+    for num_frames in ("17", 17.0, 4):
+        with pytest.raises(ValueError, match=r"`num_frames_per_chunk` must be .* \* n \+ 1 with n >= 1 .*, got"):
+            model.enable_tiling(num_frames_per_chunk=num_frames)
 
 
 @pytest.fixture(scope="module")

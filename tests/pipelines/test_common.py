@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.hooks import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from tiny import make_tiny
 
 
 REQUIRED = {
@@ -82,6 +83,19 @@ def test_save_load_local(case, tmp_path: Path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == case.pipeline_class.__name__
     assert index["vae"] == ["diffusers_leanvae", "AutoencoderKLLeanVAE"]
+
+
+@pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])
+def test_from_pipe(case, family: str):
+    pipeline = case.pipeline(vae=make_tiny(family))
+    other = case.pipeline_class.from_pipe(pipeline)
+    assert type(other) is case.pipeline_class and other is not pipeline
+    assert all(getattr(other, name) is component for name, component in pipeline.components.items())
+
+
+def test_a_pipeline_without_autoencoder_says_so(case):
+    with pytest.raises(ValueError, match="`vae` must be a video autoencoder, got None"):
+        case.run(case.pipeline(vae=None), output_type="latent")
 
 
 def test_save_load_with_variant(case, tmp_path: Path):

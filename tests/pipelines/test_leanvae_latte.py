@@ -159,13 +159,40 @@ def test_a_dpm_solver_made_from_a_ddpm_config(class_case):
 
 
 @pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"]
+    "name",
+    [
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    ],
 )
 def test_other_schedulers_run(class_case, name: str):
     pipeline = class_case.pipeline("ddpm")
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     for inputs in ({}, {"video": torch.rand(9, 3, 32, 32), "strength": 0.5}, {"image": torch.rand(1, 3, 32, 32)}):
-        assert class_case.run(pipeline, num_inference_steps=4, **inputs).isfinite().all()
+        videos = class_case.run(pipeline, num_inference_steps=4, class_labels=[0, 1], **inputs)
+        assert videos.isfinite().all() and len(videos) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("CogVideoXDPMScheduler", {}, "got a CogVideoXDPMScheduler, which needs `timestep_back` and `sample`"),
+        (
+            "IPNDMScheduler",
+            {"image": torch.rand(1, 3, 32, 32)},
+            "must have `add_noise` or `scale_noise` .* a IPNDM",
+        ),
+        ("IPNDMScheduler", {"num_frames": 17}, "must have `add_noise` or `scale_noise` for an image, a video or seve"),
+    ],
+)
+def test_schedulers_that_cannot_be_used(class_case, name: str, inputs: dict[str, Any], message: str):
+    pipeline = class_case.pipeline("ddpm")
+    pipeline.scheduler = getattr(diffusers, name)()
+    with pytest.raises(ValueError, match=message):
+        class_case.run(pipeline, num_inference_steps=4, **inputs)
 
 
 def test_velocity_models_without_variance_channels(class_case):

@@ -88,7 +88,15 @@ EMBEDS = torch.zeros(1, 5, 16)
                 "prompt_embeds": EMBEDS,
                 "negative_prompt_embeds": EMBEDS[:, 1:],
             },
-            r"`negative_prompt_embeds` must have the shape of `prompt_embeds`, \(1, 5, 16\), got \(1, 4, 16\)",
+            r"`negative_prompt_embeds` must have the shape of the prompt's, \(1, 5, 16\), got \(1, 4, 16\)",
+        ),
+        (
+            {"negative_prompt": None, "negative_prompt_embeds": EMBEDS},
+            r"shape of the prompt's, \(1, 16, 16\), got",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS.repeat(1, 4, 1)},
+            "`negative_prompt_embeds` must be given, or `guidance_scale` be at most 1, for 20 tokens of .* at most 16",
         ),
         ({"max_sequence_length": 17}, "`max_sequence_length` must be 1 to the tokenizer's 16, got 17"),
         ({"num_frames": 5}, "`num_frames` must be 9, more, or 1 for this transformer, .* got 5"),
@@ -101,7 +109,19 @@ def test_errors(text_case, inputs: dict[str, Any], message: str):
         text_case.run(text_case.pipeline(), **inputs)
 
 
+def test_a_callback_raises_guidance_only_where_there_is_a_null_half(text_case):
+    def raise_guidance(pipeline, index, timestep, tensors):
+        pipeline._guidance_scale = 3.0  # and returns nothing, which changes no tensor
+
+    text_case.run(text_case.pipeline(), guidance_scale=2.0, callback_on_step_end=raise_guidance)
+    with pytest.raises(ValueError, match="`guidance_scale` must be more than 1 from the start where a callback"):
+        text_case.run(text_case.pipeline(), guidance_scale=1.0, callback_on_step_end=raise_guidance)
+
+
 def test_texts_need_an_encoder(text_case):
+    with pytest.raises(ValueError, match="`negative_prompt_embeds` must be given, .* and a pipeline without text enc"):
+        pipeline = text_case.pipeline(tokenizer=None, text_encoder=None)
+        text_case.run(pipeline, prompt=None, negative_prompt=None, prompt_embeds=EMBEDS)
     with pytest.raises(ValueError, match="`prompt_embeds` must be given to a pipeline without text encoder"):
         text_case.run(text_case.pipeline(tokenizer=None, text_encoder=None))
 

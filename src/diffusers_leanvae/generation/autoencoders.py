@@ -5,11 +5,22 @@ from typing import Any, NamedTuple, Self
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLWan
 
+from ..models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
+from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from ..models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
 
 
-Autoencoder = VideoAutoencoder | AutoencoderKLWan | AutoencoderKLCogVideoX | AutoencoderKLHunyuanVideo
+# Each by its own name: diffusers' `from_pipe` takes no sub-classes of what is named.
+Autoencoder = (
+    AutoencoderKLLeanVAE
+    | AutoencoderKLWFVAE
+    | AutoencoderKLIVVAE
+    | AutoencoderKLWan
+    | AutoencoderKLCogVideoX
+    | AutoencoderKLHunyuanVideo
+)
 
 
 class LatentLayout(NamedTuple):
@@ -39,6 +50,8 @@ class LatentLayout(NamedTuple):
         if isinstance(vae, VideoAutoencoder):
             ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
             return cls(vae.in_channels, vae.latent_channels, ratio_t, ratio_s, ratio_t)
+        if not hasattr(vae, "config"):
+            raise ValueError(f"`vae` must be a video autoencoder, got {vae!r}.")
         config = vae.config
         ratio_t = config.get("scale_factor_temporal", config.get("temporal_compression_ratio"))
         ratio_s = config.get("scale_factor_spatial", config.get("spatial_compression_ratio"))

@@ -33,7 +33,15 @@ from ..models.video_autoencoder import VideoAutoencoder
 from ..registration import SHIM
 from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
-from .schedulers import Scheduler, add_noise, choose_timesteps, guide_noise, prepare_scheduler, takes_variance
+from .schedulers import (
+    Scheduler,
+    add_noise,
+    check_scheduler,
+    choose_timesteps,
+    guide_noise,
+    prepare_scheduler,
+    takes_variance,
+)
 from .windows import FrameDecoder, Frames, Window, plan_windows
 
 
@@ -340,6 +348,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if video is not None:
             pixels = self.video_processor.preprocess_video(video, *size)
             clean = self._encode_input("video", pixels, batch_size, frames.num_frames)
+        check_scheduler(self.scheduler, image is not None or video is not None or len(frames.windows) > 1)
         scheduler = prepare_scheduler(self.scheduler)
         step_kwargs = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         steps = steps | {"device": noise.device}
@@ -402,7 +411,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if callback is None:
             return latents
         given = tensors | {"latents": latents}
-        changed = callback(self, num_done + index, timestep, {name: given[name] for name in names})  # type: ignore
+        changed = callback(self, num_done + index, timestep, {name: given[name] for name in names}) or {}  # type: ignore
         tensors.update({name: changed[name] for name in changed if name in tensors})
         return changed.get("latents", latents)
 
@@ -527,7 +536,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     ) -> Iterator[Any]:
         """Decode normalised latents piece by piece: a long video in the memory of a short one.
 
-        An autoencoder of diffusers decodes them at once.
+        An autoencoder of diffusers decodes them at once, and so does a WF-VAE with group norms.
 
         Args:
             latents: What a pipeline returns for `output_type="latent"`.
@@ -538,7 +547,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             Consecutive frames, as [`LatentVideoPipelineOutput`] describes them, of all videos of the batch.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
-        if not isinstance(self.vae, VideoAutoencoder):
+        if not (isinstance(self.vae, VideoAutoencoder) and self.vae.can_stream):
             piece = self._decode(latents.to(self._execution_device))
             yield self.video_processor.postprocess_video(piece, output_type=output_type)
             self.maybe_free_model_hooks()

@@ -166,11 +166,36 @@ def prepare_scheduler(scheduler: Scheduler) -> Scheduler:
     return type(scheduler).from_config({**scheduler.config, "variance_type": None})
 
 
+def check_scheduler(scheduler: Scheduler, has_given: bool) -> None:
+    """Check that a scheduler can be used as the pipelines use it.
+
+    Args:
+        scheduler: Any.
+        has_given: Whether frames are given, as by an image, a video or the window before.
+
+    Raises:
+        ValueError: If it takes more for a step than output, timestep and sample, or cannot add noise to given frames.
+    """
+    name = type(scheduler).__name__
+    needed = [p.name for p in signature(scheduler.step).parameters.values() if p.default is p.empty]
+    others = [argument for argument in needed[3:] if argument != "kwargs"]
+    if others:
+        raise ValueError(
+            f"`scheduler` must make a step of output, timestep and sample, got a {name}, which needs "
+            f"{' and '.join(f'`{other}`' for other in others)}."
+        )
+    if has_given and not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+        raise ValueError(
+            f"`scheduler` must have `add_noise` or `scale_noise` for an image, a video or several windows, got a "
+            f"{name}."
+        )
+
+
 def add_noise(
     scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
     """Bring latents to a timestep of the scheduler's list: diffused, or interpolated for flow matching."""
-    timesteps = timestep.expand(latents.shape[0])
+    timesteps = timestep.reshape(1)  # for all videos: not every scheduler takes one for each
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(latents, timesteps, noise)
     return scheduler.add_noise(latents, noise, timesteps)

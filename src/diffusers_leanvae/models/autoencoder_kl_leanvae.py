@@ -33,7 +33,7 @@ from .leanvae_blocks import (
     update_tokens,
     works_in_place,
 )
-from .leanvae_fused import FusedLeanVAE, is_plain, signature
+from .leanvae_fused import FusedLeanVAE, is_plain
 from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
@@ -399,6 +399,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def _encode_local(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of frames."""
+        self._mark_watched(chunk)
         if (fused := self._current_fused(x, chunk)) is not None:
             return fused.encode(x, chunk)
         image, video = (x[:, :, :1], x[:, :, 1:]) if chunk.is_first else (None, x)
@@ -408,10 +409,17 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     def _decode_local(self, hidden: torch.Tensor, chunk: Chunk, subbands: bool = False) -> Any:
         """Pixels `(B, C, T, H, W)`, or sub-bands, of latents `(B, z, t, h, w)`."""
+        self._mark_watched(chunk)
         if not subbands and (fused := self._current_fused(hidden, chunk)) is not None:
             return fused.decode(hidden, chunk)
         features = self.bottleneck(hidden.permute(0, 2, 3, 4, 1), chunk, reconstruct=True)  # (B, t, h, w, c)
         return self.decoder(features, chunk, subbands)
+
+    def _mark_watched(self, chunk: Chunk) -> None:
+        """Let layers with hooks keep what these have seen."""
+        if not torch.compiler.is_compiling():
+            layers = (layer for layer in self.modules() if layer is not self)
+            chunk.is_watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
@@ -419,11 +427,12 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         """Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
-        serve `encode` and `decode` without gradients, whole, tiled or streamed. With gradients, autocast or offloading
-        hooks the layers are used, and a warning says so; after weights were changed, cast or moved, too, until the
-        next call of `fuse`. Sums are taken in another order, so float32 results differ by rounding. Where a processor
-        has no products of the model's dtype (16 bits on older ones), they are taken of float32 copies, many times as
-        fast and nearer to float64.
+        serve `encode` and `decode` without gradients, whole, tiled or streamed. With gradients, autocast, hooks of
+        layers or offloading the layers are used, and a warning says so; after weights were changed, cast or moved,
+        too, until the next call of `fuse`. On a GPU a change through `Tensor.data`, as diffusers' `EMAModel` and
+        merging of adapters make it, is not seen: call `fuse` afterwards. Copies and pickles are not fused. Sums are
+        taken in another order, so float32 results differ by rounding. Where a processor has no products of the model's
+        dtype (16 bits on older ones), they are taken of float32 copies, many times as fast and nearer to float64.
 
         Args:
             kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"triton"`: whole tensors by Triton kernels.
@@ -431,13 +440,18 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
         Raises:
             ValueError: If the model has adapters that are not merged, weights that another library has quantized or
-                distributed, or weights of several dtypes or on several devices.
+                distributed, layers that are offloaded one by one, or weights of several dtypes or on several devices.
         """
         check_choice("kernels", kernels, ("auto", "torch", "triton"))
         if kinds := sorted({type(parameter).__name__ for parameter in self.parameters() if not is_plain(parameter)}):
             raise ValueError(
                 f"`fuse` must be called on plain weights, got {', '.join(kinds)}; a quantized model is as fast as its "
                 "library makes it."
+            )
+        layers = (layer for layer in self.modules() if layer is not self)
+        if any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in layers):
+            raise ValueError(
+                "`fuse` must be called before layers are offloaded or cast when called, got some that are."
             )
         stored = {(parameter.dtype, parameter.device.type) for parameter in self.parameters()}
         if len(stored) > 1:
@@ -452,18 +466,24 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         """Undo [`fuse`]: free the prepared weights."""
         self._fused = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Prepared weights may be in a layout that nothing but their products can read.
+        return {**self.__dict__, "_fused": None}
+
     def _current_fused(self, x: torch.Tensor, chunk: Chunk) -> FusedLeanVAE | None:
         """Return the prepared weights if they serve here; if not, say why."""
         if self._fused is None or torch.compiler.is_compiling():  # compilers need the layers
             return None
         weight = self.logvar_proj.weight
-        if not works_in_place(chunk):
+        if chunk.is_watched:
+            reason = "layers have hooks, which would see nothing"
+        elif not works_in_place(chunk):
             reason = "gradients are enabled, which `torch.no_grad()` changes"
         elif torch.is_autocast_enabled(x.device.type):
             reason = "autocast is on; cast the model instead"
         elif (weight.device, weight.dtype) != (x.device, x.dtype):  # hooks bring them when a layer is called
             reason = f"its weights are {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"
-        elif self._fused.signature != signature(self):
+        elif not self._fused.is_current(self):
             reason = "weights changed since; call `fuse` again"
         else:
             return self._fused

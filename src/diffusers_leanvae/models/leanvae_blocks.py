@@ -21,10 +21,10 @@ from .temporal_cache import WHOLE, Chunk
 def works_in_place(chunk: Chunk) -> bool:
     """Whether layers overwrite the tokens that they get.
 
-    Autograd needs the old values, and a compiler would unroll the slices. A layer that is called by itself leaves its
-    input alone.
+    Autograd needs the old values, hooks want to see them, and a compiler would unroll the slices. A layer that is
+    called by itself leaves its input alone.
     """
-    return not (chunk.has_gradients or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (chunk.has_gradients or chunk.is_watched or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def slice_elements(device: torch.device) -> int:

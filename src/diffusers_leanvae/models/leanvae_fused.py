@@ -439,6 +439,10 @@ class FusedLeanVAE:
 
     def __init__(self, vae: Any, kernels: Kernels | None = None, product: Product = same_product):
         self.signature = signature(vae)
+        # Views of some values of each weight, which see what is written through `Tensor.data`; comparing them would
+        # make a GPU wait.
+        self._samples = [_sample(p) for p in vae.parameters() if p.device.type == "cpu" and is_plain(p) and p.numel()]
+        self._values = torch.cat(self._samples) if self._samples else None
         self.dtype = product_dtype(vae.dtype, vae.device)  # of products
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
@@ -479,6 +483,15 @@ class FusedLeanVAE:
         stacks = [self.encoder_fusion, self.decoder_fusion, *self.encoder_branches, *self.decoder_branches]
         stacks += [stack for iteration in self.iterations for stack in iteration[1:]]
         self.max_inner_dim = max((block.inner_dim for stack in stacks for block in stack.blocks), default=1)
+
+    def is_current(self, vae: Any) -> bool:
+        """Tell whether the weights are still those that were prepared."""
+        if self.signature != signature(vae):
+            return False
+        if self._values is None:
+            return True
+        now, then = (values.view(torch.uint8) for values in (torch.cat(self._samples), self._values))
+        return torch.equal(now, then)  # as bytes, since NaN equals nothing
 
     def encode(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
@@ -576,6 +589,13 @@ def signature(module: nn.Module) -> tuple:
         (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) if is_plain(p) else None
         for p in parameters
     )
+
+
+def _sample(parameter: nn.Parameter) -> torch.Tensor:
+    """View up to four values of a parameter, whatever its layout."""
+    count = min(parameter.numel(), 4)
+    step = (parameter.numel() - 1) // max(count - 1, 1)
+    return parameter.detach().as_strided((count,), (step,))
 
 
 def is_plain(parameter: nn.Parameter) -> bool:

@@ -36,6 +36,7 @@ class Chunk:
         is_open: Whether it still takes what layers remember.
         has_gradients: Whether the call that it belongs to has gradients. A checkpointing function may call a layer
             without them inside such a call, to call it once more later.
+        is_watched: Whether somebody looks at what goes into layers and comes out of them: then none overwrites it.
 
     Args:
         is_first: Whether the frames start with the first frame of the video.
@@ -54,6 +55,7 @@ class Chunk:
         self.is_first = is_first
         self.is_last = is_last
         self.is_open = cache is not None and not is_last
+        self.is_watched = False
         self._cache = cache
         self.has_gradients = torch.is_grad_enabled() if has_gradients is None else has_gradients
         self._slots: dict[str, _Slot] = {}

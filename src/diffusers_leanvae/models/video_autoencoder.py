@@ -215,10 +215,10 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
             if not isinstance(size, int) or size < ratio_s or size % ratio_s:
                 raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
-        if num_frames <= ratio_t or num_frames % ratio_t != 1:
+        if not isinstance(num_frames, int) or num_frames <= ratio_t or num_frames % ratio_t != 1:
             raise ValueError(
                 f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
-                f"...), got {num_frames}."
+                f"...), got {num_frames!r}."
             )
 
     def check_can_stream(self, name: str) -> None:
@@ -374,6 +374,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
         if num_frames_per_chunk is not None and tile_sample_min_num_frames is not None:
             raise ValueError("`tile_sample_min_num_frames` must come without `num_frames_per_chunk`, got both.")
+        if budget is not None and not (isinstance(budget, int) and budget > 0):
+            raise ValueError(f"`budget` must be a positive number of bytes, got {budget!r}.")
         strides = {
             "tile_sample_stride_height": tile_sample_stride_height,
             "tile_sample_stride_width": tile_sample_stride_width,
@@ -409,7 +411,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         if layout is None and self.use_tiling and (cache is None or cache.num_latent_frames == 0):
             layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
             if self.tiling_budget is not None:
-                plan = self.plan(
+                # What memory there is, a compiler cannot know.
+                plan = torch.compiler.disable(self.plan)(  # pyright: ignore[reportCallIssue]
                     self.num_sample_frames(num_latent_frames),
                     latent_height * ratio_s,
                     latent_width * ratio_s,

@@ -11,6 +11,9 @@ def check_statistics(latent_channels: int, latents_mean: list[float] | None, lat
     for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
         if statistics is not None and len(statistics) != latent_channels:
             raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+    if (latents_mean is None) != (latents_std is None):
+        missing = "latents_mean" if latents_mean is None else "latents_std"
+        raise ValueError(f"`latents_mean` and `latents_std` must be given together, got no `{missing}`.")
 
 
 class VideoAutoencoderConfig(FrozenDict):
