@@ -91,6 +91,11 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "L1 alone": ["loss.log_mse=0"],
         "log-MSE alone": ["loss.l1_pixel=0", "loss.l1_low=0", "loss.l1_high=0"],
         "log-MSE 1.0": ["loss.log_mse=1.0"],
+        "learning rate 2e-3, log-MSE 1.0, bands together": [
+            "optimizer.learning_rate=2e-3",
+            "loss.log_mse=1.0",
+            "model.patch_embedding_type=joint",
+        ],
         "Charbonnier for L1": ["loss.l1_pixel=0", "loss.charbonnier=1.0"],
         "no sub-bands": ["loss.l1_low=0", "loss.l1_high=0"],
         "latent consistency 0.1": ["loss.latent_consistency=0.1"],

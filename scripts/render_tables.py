@@ -140,7 +140,7 @@ def weights(results: Path) -> str:
 # Runs that made the bundled weights, one after another, and the endings of their logs.
 STAGES = tuple(
     (f"{name} run", f"_training_{i}.jsonl")
-    for i, name in enumerate(("first", "second", "third", "fourth", "fifth", "sixth"), 1)
+    for i, name in enumerate(("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"), 1)
 )
 
 

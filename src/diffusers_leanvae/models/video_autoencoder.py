@@ -412,7 +412,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
             if self.tiling_budget is not None:
                 # What memory there is, a compiler cannot know.
-                plan = torch.compiler.disable(self.plan)(  # pyright: ignore[reportCallIssue]
+                make_plan: Any = torch.compiler.disable(self.plan)
+                plan = make_plan(
                     self.num_sample_frames(num_latent_frames),
                     latent_height * ratio_s,
                     latent_width * ratio_s,
