@@ -248,10 +248,37 @@ def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
     torch.testing.assert_close(weights_at(tmp_path, 4), expected, rtol=0, atol=0)
     assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
+    # What the run goes on from and what it writes stay, and not what it takes the place of.
+    script.train(tmp_path, "num_steps=3", "save_every=1", "keep_checkpoints=1", f"resume={folder / 'step-0000002'}")
+    assert [path.name for path in folder.iterdir()] == ["step-0000003"]
     with pytest.raises(ValueError, match="`output` must hold no checkpoints when `resume` is null"):
         script.train(tmp_path, "resume=null")
     with pytest.raises(ValueError, match="`resume` must be 'latest', a checkpoint folder or null, got 'nowhere'"):
         script.train(tmp_path, "resume=nowhere")
+    with pytest.raises(ValueError, match="`resume` must be 'latest', a checkpoint folder or null, got '.*checkpoints"):
+        script.train(tmp_path, f"resume={folder}")
+
+
+def test_a_resumed_run_does_what_its_recipe_says(script: Script, tmp_path: Path):
+    settings = ("num_steps=1", "optimizer.name=muon", "adversarial.start_step=2", *SMALL_GAN)
+    script.train(tmp_path, *settings)
+    changes = ("num_steps=2", "optimizer.betas=[0.5,0.6]", "optimizer.weight_decay=0.25", "optimizer.adamw_factor=0.5")
+    changes += ("adversarial.betas=[0.1,0.2]", "adversarial.learning_rate=1e-3", "ema_decay=0.5")
+    script.train(tmp_path, *settings, *changes)
+    folder = tmp_path / "checkpoints/step-0000002"
+    groups = [torch.load(folder / f"optimizer{n}.bin", weights_only=True)["param_groups"] for n in ("", "_1")]
+    assert {(group["betas"], group["weight_decay"]) for group in groups[0]} == {((0.5, 0.6), 0.25)}
+    assert {group["lr_factor"] for group in groups[0]} == {0.5, 1.0}
+    assert {group["num_steps"] for group in groups[0]} == {2}  # this is no setting
+    assert {(group["betas"], group["lr"]) for group in groups[1]} == {((0.1, 0.2), 1e-3)}
+    assert torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)["decay"] == 0.5
+
+
+def test_a_validation_that_was_given_up_does_not_hinder_the_export(script: Script, clips: Path, tmp_path: Path):
+    assert script.interrupt(tmp_path, f"validation.folder={clips}", "num_steps=2", update=2) == [1]
+    script.train(tmp_path, "num_steps=2")
+    assert read_log(tmp_path, "validation") == []
+    assert "No validation videos were given." in (tmp_path / "vae/README.md").read_text()
 
 
 # --- It does not matter how the work is shared -----------------------------------------------------------------------

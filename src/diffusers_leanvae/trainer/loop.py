@@ -46,6 +46,7 @@ from ..hub import check_push, push_folder
 from ..launching import start_accelerator
 from .checkpoints import (
     Progress,
+    abandon_after,
     append_json,
     find_checkpoint,
     forget_after,
@@ -60,6 +61,7 @@ from .trackers import check_trackers, log_media
 from .whitened_muon import WhitenedMuon
 
 
+OPTIMIZER_SETTINGS = ("lr", "lr_factor", "betas", "weight_decay")  # of a parameter group, what recipes set
 NUM_TRACKED = 4  # pictures and videos of a validation that trackers get
 
 
@@ -156,13 +158,16 @@ class TrainingRun:
             self.accelerator.prepare(optimizer)
         self.accelerator.register_for_checkpointing(ema, self.progress)
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
+            with keeping_settings(optimizers, ema):
+                self.accelerator.load_state(str(self.checkpoint))
             ema.load_shards(self.checkpoint)
             ema.to(self.device)
             dataset.load_state_dict(load_data_state(self.checkpoint, self.share.rank))
             self.say(f"resumed from {self.checkpoint}")
         if self.is_main:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is not None:
+                abandon_after(self._checkpoints, self.progress.step)
             remove_leftovers(self._checkpoints)
             save_recipe(self.recipe, self.output / "recipe.yaml")
             for name in ("log.jsonl", "validation.jsonl"):
@@ -323,7 +328,9 @@ class TrainingRun:
         summary = asdict(self.progress) | {"minutes": self._minutes_since_start}
         for name in ("log", "validation"):
             path = self.output / f"{name}.jsonl"
-            summary[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
+            # A run that resumes before the first record of a log leaves the file without a line.
+            newest = path.read_text(encoding="utf-8").splitlines()[-1:] if path.exists() else []
+            summary[name] = json.loads(newest[0]) if newest else None
         return summary
 
     def close(self) -> None:
@@ -361,6 +368,24 @@ def build_optimizer(
             ) from error
         return AdamW8bit(parameters, **common)
     return torch.optim.AdamW(parameters, fused=True, **common)
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizers: Sequence[torch.optim.Optimizer], ema: WeightAverage) -> Iterator[None]:
+    """Keep what the recipe sets of optimizers and average while a checkpoint is loaded, which has settings of its own.
+
+    A run may resume with another recipe, and what it then says of itself must be what it does.
+    """
+    settings = [
+        [{name: group[name] for name in OPTIMIZER_SETTINGS if name in group} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+    decay, min_decay = ema.decay, ema.min_decay
+    yield
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+    ema.decay, ema.min_decay = decay, min_decay
 
 
 def average(accelerator: Accelerator, values: Sequence[torch.Tensor | float]) -> list[float]:
