@@ -60,7 +60,7 @@ from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_s
 from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_transformer_lora
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
-from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, check_counts, parse_recipe
 from diffusers_leanvae.trainer.representation_features import (
     RepresentationRecipe,
     aim_at,
@@ -119,8 +119,13 @@ class ValidationRecipe:
     fps: int = 8
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"`validation.every` must be at least 1, got {self.every}.")
+        check_counts(self, "every", "num_items", "num_inference_steps", "fps", prefix="validation.")
+        if self.num_samples < 0:
+            raise ValueError(f"`validation.num_samples` must be at least 0, got {self.num_samples}.")
+        if not self.noise_levels or not all(0.0 <= level <= 1.0 for level in self.noise_levels):
+            raise ValueError(
+                f"`validation.noise_levels` must hold at least one number, all from 0 to 1, got {self.noise_levels}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -156,6 +161,7 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "num_statistics_items")
         if not 0.0 <= self.class_dropout <= 1.0:
             raise ValueError(f"`class_dropout` must be from 0 to 1, got {self.class_dropout}.")
         if self.objective.name == "flow" and self.objective.min_snr_gamma is not None:

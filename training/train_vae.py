@@ -64,7 +64,7 @@ from diffusers_leanvae.trainer.image_weights import initialize_from_image_vae, l
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
-from diffusers_leanvae.trainer.recipe import RunRecipe, fill_section, parse_recipe
+from diffusers_leanvae.trainer.recipe import RunRecipe, check_clip_size, check_counts, fill_section, parse_recipe
 from diffusers_leanvae.trainer.sharding import WeightAverage
 from diffusers_leanvae.trainer.validation import (
     gather_failures,
@@ -109,6 +109,10 @@ class TeacherRecipe:
     has_discriminator: bool = False  # a second one, for the decoding of the teacher's latents
     weights: AlignmentWeights = field(default_factory=AlignmentWeights)
 
+    def __post_init__(self) -> None:
+        for source, size in self.clips.items():
+            check_clip_size(f"teacher.clips.{source}", size)
+
 
 @dataclass
 class ImageVAERecipe:
@@ -129,8 +133,7 @@ class ValidationRecipe:
     num_videos: int = 8  # clips of each process that get a picture and a video
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"`validation.every` must be at least 1, got {self.every}.")
+        check_counts(self, "every", "num_frames", "size", prefix="validation.")
 
 
 @dataclass(kw_only=True)
@@ -160,6 +163,7 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "num_init_clips", "num_statistics_clips")
         if self.tune != "full" and self.init in NEW_MODELS:
             raise ValueError(f"`tune` must be 'full' for the new model of `init: {self.init}`, got {self.tune!r}.")
         vae_class = type_of(self.init, self.model)
