@@ -392,6 +392,14 @@ def to_latents(values: torch.Tensor, has_latents: bool, vae: VideoAutoencoder, d
     return values.float() if has_latents else encode_batch(vae, values)
 
 
+def latent_shape_of(name: str, data: LatentData, vae: VideoAutoencoder, device: torch.device) -> tuple[int, ...]:
+    """Shape `(C, F, h, w)` of the latents of the first usable item of `name`, as errors call it."""
+    first = next(data.first(sys.maxsize, 1), None)
+    if first is None:
+        raise ValueError(f"`{name}` must hold at least one usable item, got none.")
+    return tuple(to_latents(first.videos, data.has_latents, vae, device).shape[1:])
+
+
 def join_images(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Videos `(B, C, F, h, w)` and images `(B * n, C, 1, h, w)` to `(B, C, F + n, h, w)`."""
     return torch.cat((latents, images.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)), dim=2)
@@ -436,13 +444,17 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.latent_statistics == "data":
         mean, std = measure_channels(data, recipe.num_statistics_items, vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    (first,) = data.first(1, 1)
-    latent_shape = tuple(to_latents(first.videos, has_latents, vae, device).shape[1:])
+    latent_shape = latent_shape_of("data", data, vae, device)
     if latent_shape[0] != vae.latent_channels:
         raise ValueError(
             f"`vae` must have the {latent_shape[0]} channels of the cached latents, got {vae.latent_channels}."
         )
-
+    if held_out is not None:
+        shape = latent_shape_of("validation.data", held_out, vae, device)
+        if shape != latent_shape:
+            raise ValueError(
+                f"`validation.data` must hold latents of the shape {latent_shape} of those of `data`, got {shape}."
+            )
     if recipe.given_frames.max_frames >= latent_shape[1] and recipe.given_frames.share:
         raise ValueError(
             f"`given_frames.max_frames` must be less than the {latent_shape[1]} latent frames, got "
@@ -526,6 +538,8 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
     # --- Loop --------------------------------------------------------------------------------------------------------
+    if progress.step > 0 and run.is_due(view.every):  # the run may have stopped on its way to it
+        run_validation()
     noise_shape = (latent_shape[0], latent_shape[1] + recipe.num_images, *latent_shape[2:])
     batches = run.load(
         data.batches(recipe.batch_size, progress.step, recipe.num_steps, run.share),
@@ -555,6 +569,7 @@ def main(arguments: list[str] | None = None) -> None:
             timesteps = objective.timesteps(draws.uniform)
             loss, terms = module(latents, draws.noise, timesteps, labels, recipe.num_images, features, text, num_given)
             run.backward(loss)
+            run.add_terms(terms)
 
         # ---- update -------------------------------------------------------------------------------------------------
         max_norm = recipe.optimizer.max_grad_norm if step >= recipe.clip_start_step else math.inf
@@ -563,13 +578,12 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
             ema.step(parameters)
 
-        # ---- log, validate, save ------------------------------------------------------------------------------------
-        # With several accumulation steps, the terms of the last one stand for all.
-        run.finish({"loss": run.loss} | terms | {"grad_norm": grad_norm})
-        if run.is_due(view.every):
-            run_validation()
+        # ---- log, save, validate ------------------------------------------------------------------------------------
+        run.finish({"loss": run.loss} | run.terms | {"grad_norm": grad_norm})
         if run.is_due(recipe.save_every):
             run.save()
+        if run.is_due(view.every):
+            run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
     ema.copy_to(averaged_parameters)

@@ -476,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
             run.say(f"step {progress.step}: validation PSNR {figures['psnr_frame_mean_rgb']:.3f} dB")
 
     # --- Loop --------------------------------------------------------------------------------------------------------
-    if progress.step == 0:
+    if run.is_due(view.every):  # before the first step; and again where a run may have stopped on its way to it
         run_validation()
     batches = run.load(dataset.batches(progress.step, recipe.num_steps), recipe.data.num_workers)
     for step in run.steps():
@@ -517,6 +517,7 @@ def main(arguments: list[str] | None = None) -> None:
                     judge_loss, judge_terms = discriminator(videos.real, videos.fake)
                     run.backward(judge_loss)
                     terms |= {f"{prefix}{name}": term for name, term in judge_terms.items()}
+            run.add_terms(terms)
 
         # ---- update -------------------------------------------------------------------------------------------------
         grad_norms: dict[str, torch.Tensor] = {}
@@ -532,12 +533,12 @@ def main(arguments: list[str] | None = None) -> None:
             if is_discriminator_turn and judges_optimizer is not None:
                 judges_optimizer.step()
 
-        # ---- log, validate, save ------------------------------------------------------------------------------------
-        run.finish(terms | grad_norms)  # with several accumulation steps, the terms of the last one stand for all
-        if run.is_due(view.every):
-            run_validation()
+        # ---- log, save, validate ------------------------------------------------------------------------------------
+        run.finish(run.terms | grad_norms)
         if run.is_due(recipe.save_every):
             run.save()
+        if run.is_due(view.every):
+            run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
     if run.is_main:

@@ -220,6 +220,20 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(script: Script, straight
     assert changed(weights_at(straight, 4), weights_at(straight, 8))
 
 
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(
+    script: Script, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_lvdm, "write_samples", fail)  # when the figures are written already
+        script.train(tmp_path, *FULL)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]
+    script.train(tmp_path, *FULL)
+    assert_same_run(tmp_path, straight)
+
+
 def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "killed", launched / "straight")
 
@@ -482,6 +496,10 @@ def test_the_shift_of_training_is_that_of_sampling(script: Script, tmp_path: Pat
         ),
         (("data.kind=latents",), "`data.path` must be given for `data.kind: latents`, got null"),
         (("data.kind=videos", "data.path=x"), "`num_classes` must be null for `data.kind: videos`, got 36"),
+        (
+            ("validation.data.clip_size=[9,32,32]",),
+            r"`validation\.data` must hold latents of the shape \(4, 2, 4, 4\) of those of `data`, got \(4, 3, 4, 4\)",
+        ),
         (("batch_size=3", "num_accumulation_steps=2"), "`batch_size` must be a multiple of 2 accumulation steps"),
     ],
 )

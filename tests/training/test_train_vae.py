@@ -223,6 +223,23 @@ def test_a_kill_while_saving_leaves_no_half_checkpoint(script: Script, clips: Pa
     assert_same_run(output, straight)
 
 
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(
+    script: Script, clips: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(path: Path, scores: object) -> None:
+        if "step-0000004" in path.name:
+            raise KeyboardInterrupt
+        write_picture(path, scores)
+
+    write_picture = train_vae.write_picture
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_vae, "write_picture", fail)
+        script.train(tmp_path, f"validation.folder={clips}", *FULL)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]
+    script.train(tmp_path, f"validation.folder={clips}", *FULL)
+    assert_same_run(tmp_path, straight)
+
+
 def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "two-killed", launched / "two-straight")
 
@@ -296,6 +313,13 @@ def test_processes_and_accumulation_give_the_same_model(name: str, script: Scrip
             assert_same_training(run, whole, step, number, **bounds)
     record = read_log(launched / f"two-{name}", "validation")[-1]
     assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+
+
+def test_the_log_has_the_mean_of_all_accumulation_steps(script: Script, tmp_path: Path):
+    settings = ("num_steps=1", "batch_size=4", "sample_posterior=false")
+    runs = [script.train(tmp_path / f"parts-{n}", *settings, f"num_accumulation_steps={n}") for n in (1, 2)]
+    whole, parts = ({name: read_log(run)[0][name] for name in ("loss", "l1_pixel", "kl")} for run in runs)
+    assert parts == pytest.approx(whole, rel=1e-5)
 
 
 # --- Whose turn it is, and what is trained ---------------------------------------------------------------------------

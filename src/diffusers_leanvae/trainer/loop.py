@@ -10,13 +10,15 @@ for step in run.steps():
             batch = next(batches)
         loss, terms = module(batch)
         run.backward(loss)
+        run.add_terms(terms)
     norm = clip_gradients(parameters, max_norm)
     if run.is_finite(norm):
         optimizer.step()
         ema.step(parameters)
-    run.finish({"loss": loss.detach(), "grad_norm": norm} | terms)
+    run.finish({"loss": run.loss} | run.terms | {"grad_norm": norm})
     if run.is_due(recipe.save_every):
         run.save()
+    ...                                              # validate, once the step is saved
 with run.export("model") as folder:
     ...
 run.close()
@@ -84,6 +86,7 @@ class TrainingRun:
         checkpoint: The folder that the run resumes from, or `None` for a new run.
         progress: Counters of the run, which checkpoints keep.
         loss: Mean of the losses given to `backward` in this step, of this process; without a gradient.
+        terms: Means of the terms given to `add_terms` in this step, likewise.
         num_bad_videos: Unusable videos met in this step by this process, for the script to count.
     """
 
@@ -119,6 +122,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint, self.is_sharding)
         self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
+        self.terms: dict[str, torch.Tensor] = {}
         self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
         self._step_started = self._cpu_started = self._data_seconds = self._learning_rate = 0.0
 
@@ -198,7 +202,7 @@ class TrainingRun:
         self._bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not self.is_main, mininterval=1.0)
         while progress.step < recipe.num_steps and not self._is_out_of_time:
             self._step_started, self._cpu_started, self._data_seconds = time.monotonic(), time.process_time(), 0.0
-            self.loss, self.num_bad_videos = torch.zeros((), device=self.device), 0
+            self.loss, self.terms, self.num_bad_videos = torch.zeros((), device=self.device), {}, 0
             self._learning_rate = recipe.optimizer.learning_rate_at(progress.step, recipe.num_steps)
             for group in self._optimizers[0].param_groups:
                 group["lr"] = self._learning_rate * group.get("lr_factor", 1.0)
@@ -231,6 +235,11 @@ class TrainingRun:
         """Add the gradients of the loss of one part."""
         self.accelerator.backward(loss / self.recipe.num_accumulation_steps)
         self.loss += loss.detach() / self.recipe.num_accumulation_steps
+
+    def add_terms(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Count the terms of one part, without gradients; all parts of a step have the same."""
+        for name, term in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + term / self.recipe.num_accumulation_steps
 
     def is_finite(self, *grad_norms: torch.Tensor) -> bool:
         """Return whether the step's loss and gradients are finite in all processes, once in every step.
@@ -284,8 +293,12 @@ class TrainingRun:
         return is_over or self.progress.step % every == 0
 
     def log_validation(self, figures: dict[str, Any]) -> None:
-        """Write figures to `validation.jsonl`, and the numbers among them to the trackers; in the main process."""
+        """Write figures to `validation.jsonl`, and the numbers among them to the trackers; in the main process.
+
+        They take the place of those of the same step, which a run that resumes from it may measure again.
+        """
         step = self.progress.step
+        forget_after(self.output / "validation.jsonl", step - 1)
         append_json(self.output / "validation.jsonl", {"step": step} | figures)
         means = {name: value for name, value in figures.items() if isinstance(value, float)}
         self.accelerator.log({f"validation/{name}": value for name, value in means.items()}, step=step)
