@@ -51,6 +51,7 @@ from diffusers_leanvae.trainer.autoencoder_terms import (
     PerceptualTerms,
     Regularization,
     decoder_task,
+    last_layers,
     weight_at_last_layers,
 )
 from diffusers_leanvae.trainer.discriminators import (
@@ -366,19 +367,33 @@ def read_teacher_clip(lists: list[ClipList], number: int) -> torch.Tensor:
 
 
 def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[DiscriminatorTrainingModule]) -> None:
-    """Refuse clips that, scaled down by the equivariance, are too small for another loss."""
+    """Refuse clips that are too small for a loss, even if scaled down by the equivariance, at any step of the run."""
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
+    ratio = vae.spatial_compression_ratio
+    if recipe.regularization.low_pass and smallest < 2 * ratio:
+        raise ValueError(
+            f"`data.clip_sizes`, with `rescale_factors`, must leave sides of at least {2 * ratio} for "
+            f"`regularization.low_pass`, got {int(smallest)}."
+        )
     if recipe.regularization.equivariance_probability:
-        ratio = vae.spatial_compression_ratio
         smallest = max(1, round(smallest / ratio * recipe.regularization.equivariance_min_scale)) * ratio
-    needed = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
+    # The first discriminator judges these clips and the second, if there is one, those that the teacher is compared on.
+    judges: list[int] = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
     objective = recipe.resolve_loss(type(vae))
-    needed += [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]
-    if smallest < max(needed):
+    perceptual = [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]
+    needed = max(*perceptual, *judges)
+    if smallest < needed:
         raise ValueError(
             f"`data.clip_sizes`, with `rescale_factors` and `equivariance_min_scale`, must leave sides of at least "
-            f"{max(needed)} for the losses of this recipe, got {int(smallest)}."
+            f"{needed} for the losses of this recipe, got {int(smallest)}."
         )
+    needed = max(*perceptual, *judges[1:])
+    for source, size in recipe.teacher.clips.items():
+        if min(size[1:]) < needed:
+            raise ValueError(
+                f"`teacher.clips.{source}` must have sides of at least {needed} for the losses of this recipe, got "
+                f"{size}."
+            )
 
 
 def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -442,6 +457,8 @@ def main(arguments: list[str] | None = None) -> None:
     num_discriminators = 1 + (teacher is not None and recipe.teacher.has_discriminator)
     bare_discriminators = build_discriminators(recipe.adversarial, vae.in_channels, num_discriminators)
     check_sizes(recipe, vae, bare_discriminators)
+    if bare_discriminators and recipe.adversarial.is_adaptive:
+        last_layers(vae, recipe.resolve_loss(type(vae)))  # refuses frozen ones now, and not at `start_step`
     optimizer = build_optimizer(recipe.optimizer, vae)
     module = accelerator.prepare(build_training_module(recipe, vae, device))
     discriminators = [accelerator.prepare(discriminator) for discriminator in bare_discriminators]

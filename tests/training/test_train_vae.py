@@ -366,6 +366,12 @@ def test_decoder_tuning_leaves_the_latents_as_they_are(script: Script, base_mode
         script.train(tmp_path / "new", "tune=decoder")
 
 
+def test_an_adaptive_weight_needs_last_layers_that_are_trained(script: Script, base_model: Path, tmp_path: Path):
+    settings = ("tune=lora", "adversarial.is_adaptive=true", "adversarial.start_step=5", "num_steps=2", *SMALL_GAN)
+    with pytest.raises(ValueError, match=r"`adversarial\.is_adaptive` must be false where .* are frozen, got true"):
+        script.train(tmp_path, f"init={base_model}", *settings)
+
+
 def test_lora_leaves_adapters_and_a_merged_model(script: Script, base_model: Path, tmp_path: Path):
     from peft import PeftModel
 
@@ -424,6 +430,13 @@ def test_clips_of_a_teacher_come_in_turn_and_as_they_were_drawn():
     assert torch.equal(train_vae.read_teacher_clip(lists, 2 * len(lists[0])), clips[0])  # they start anew
 
 
+def test_clips_of_a_teacher_are_large_enough_for_the_losses(script: Script, base_model: Path, tmp_path: Path):
+    teacher = (f"teacher.path={base_model}", "teacher.clips={scenes: [1, 48, 48], shapes: [5, 16, 24]}", "num_steps=1")
+    judged = ("adversarial.start_step=5", "adversarial.weight=1", "adversarial.num_filters=4")
+    with pytest.raises(ValueError, match=r"`teacher\.clips\.shapes` must have sides of at least 24 .* \[5, 16, 24\]"):
+        script.train(tmp_path, *teacher, *judged, "teacher.has_discriminator=true")
+
+
 def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Path):
     torch.manual_seed(1)
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
@@ -444,10 +457,7 @@ def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Pat
     assert read_log(parts)[0]["align_latents"] != log[0]["align_latents"]
     for entries, message in (
         (("teacher.clips={shapes: [5, 16, 16]}",), "`teacher.clips` must be empty without `teacher.path`, got"),
-        (
-            (teacher[0], "teacher.clips={shapes: [5, 16]}"),
-            r"`teacher.clips` has 'shapes' with \[5, 16\]: `clip_size` must",
-        ),
+        ((teacher[0], "teacher.clips={shapes: [5, 16]}"), "`teacher.clips.shapes` must be three positive integers"),
         ((teacher[0], "teacher.clips={scenes: [5, 16, 16]}"), "`teacher.clips` has 'scenes' .* must be at least 48"),
         ((teacher[0], "teacher.clips={/none: [5, 16, 16]}"), "`teacher.clips` has '/none' .* which is not there"),
         ((teacher[0], "teacher.clips={'hub:a/b': [5, 16, 16]}"), "must name sources on this machine, got 'hub:a/b'"),
@@ -554,9 +564,10 @@ def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
         (("loss.lpips=4", "perceptual.vgg16=none.pth"), ValueError, "LPIPS has no weights: `vgg16` must be a file"),
         ((*SMALL_GAN, "adversarial.num_layers=4"), ValueError, "must leave sides of at least 48 .* got 32"),
         ((*REGULARISERS, "loss.ms_ssim=1", "data.clip_sizes=[[5,16,16]]"), ValueError, "at least 11 .* got 8"),
+        (("regularization.low_pass=1", "data.clip_sizes=[[5,8,16]]"), ValueError, "at least 16 for .*low_pass`, got 8"),
         (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
     ],
-    ids=["lpips", "discriminator", "equivariance", "probability"],
+    ids=["lpips", "discriminator", "equivariance", "low_pass", "probability"],
 )
 def test_recipes_that_cannot_work_are_refused(
     overrides: tuple[str, ...], error: type[Exception], message: str, script: Script, tmp_path: Path
