@@ -31,7 +31,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -57,7 +57,12 @@ from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
 from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
 from diffusers_leanvae.trainer.diffusion_data import DataRecipe, class_names, open_data
 from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
-from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_transformer_lora
+from diffusers_leanvae.trainer.finetuning import (
+    TransformerLoraRecipe,
+    add_transformer_lora,
+    check_agreement,
+    check_keys,
+)
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, check_counts, parse_recipe
@@ -134,8 +139,9 @@ class Recipe(RunRecipe):
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
     num_statistics_items: int = 256  # for "data", where the latents are not cached
-    variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
-    # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel.
+    # S, B, L, XL with patches of 2, 4, 8, but for what `model` says; null: the size of `init`, or XL/2 for a new model.
+    variant: str | None = None
+    # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel. With `init` they must agree.
     model: dict[str, Any] = field(default_factory=dict)
     # A saved transformer or pipeline to start from; for a model that is not of texts, also an original checkpoint.
     init: str | None = None
@@ -282,8 +288,7 @@ def build_transformer(
 ) -> Transformer:
     """The model of a recipe for latents `(C, F, h, w)` and texts of so many channels; new, or of `init`."""
     channels, num_frames, height, width = latent_shape
-    config: dict[str, Any] = {} if recipe.variant is None else dict(latte_variant(recipe.variant))
-    config |= {
+    config: dict[str, Any] = latte_variant(recipe.variant or "XL/2") | {
         "in_channels": channels,
         "out_channels": channels if recipe.objective.name == "flow" else 2 * channels,
         "num_latent_frames": num_frames,
@@ -291,9 +296,13 @@ def build_transformer(
         "num_classes": recipe.num_classes,
     }
     if caption_channels is not None:
-        return build_text_transformer(
+        model = build_text_transformer(
             config, recipe.model, caption_channels, recipe.init, may_start_anew=recipe.tune == "full"
         )
+        # It counts pairs of blocks.
+        check_variant(recipe, dict(model.config) | {"num_layers": 2 * model.config["num_layers"]})
+        return model
+    check_keys(LeanVAELatteTransformer3DModel, recipe.model)
     config |= recipe.model
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
@@ -304,7 +313,21 @@ def build_transformer(
     for name, value in (found | {"num_classes": model.config["num_classes"]}).items():
         if value != config[name]:
             raise ValueError(f"`init` must have `{name}` {config[name]} for this recipe, got {value}.")
+    check_agreement(model, recipe.model)
+    check_variant(recipe, model.config)
     return model
+
+
+def check_variant(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse a `variant` that the model of `init` is not; what `model` says comes first, as of a new model."""
+    if recipe.init is None or recipe.variant is None:
+        return
+    for name, value in latte_variant(recipe.variant).items():
+        if name not in recipe.model and config[name] != value:
+            raise ValueError(
+                f"`variant` must be null or that of `init`, which has `{name}` {config[name]}, got {recipe.variant!r} "
+                f"with {value}."
+            )
 
 
 def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingObjective:
@@ -599,7 +622,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipeline = make_pipeline()
         with run.export("pipeline") as folder:
             pipeline.save_pretrained(folder)
-            write_pipeline_card(folder, recipe, pipeline, run.summarize(), prompts[0] if prompts else None)
+            prompt = prompts[0] if prompts else None
+            write_pipeline_card(folder, recipe, pipeline, latent_shape[2:], run.summarize(), prompt)
     run.close()
 
 
