@@ -139,7 +139,7 @@ class Recipe(RunRecipe):
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
     num_statistics_items: int = 256  # for "data", where the latents are not cached
-    # S, B, L, XL with patches of 2, 4, 8, but for what `model` says; null: the size of `init`, or XL/2 for a new model.
+    # S, B, L, XL with patches of 2, 4, 8, but for what `model` says; null: the size of `init`, or XL/2 for a new one.
     variant: str | None = None
     # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel. With `init` they must agree.
     model: dict[str, Any] = field(default_factory=dict)

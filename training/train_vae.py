@@ -377,7 +377,7 @@ def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[Disc
         )
     if recipe.regularization.equivariance_probability:
         smallest = max(1, round(smallest / ratio * recipe.regularization.equivariance_min_scale)) * ratio
-    # The first discriminator judges these clips and the second, if there is one, those that the teacher is compared on.
+    # The first discriminator judges these clips; the second, if there is one, those that the teacher is compared on.
     judges: list[int] = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
     objective = recipe.resolve_loss(type(vae))
     perceptual = [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]

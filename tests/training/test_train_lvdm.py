@@ -442,13 +442,19 @@ def test_a_trained_transformer_goes_on(script: Script, straight: Path, tmp_path:
         script.train(tmp_path / "x", f"init={straight / 'pipeline'}")
     with pytest.raises(ValueError, match=r"`model\.num_layers` must agree with `init`, which has 2, got 4"):
         script.train(tmp_path / "x", f"init={straight / 'pipeline'}", *epsilon, "model.num_layers=4")
-    with pytest.raises(ValueError, match="`variant` must be null or that of `init`, which has `num_layers` 2, got 'S/2"):
+    with pytest.raises(
+        ValueError, match="`variant` must be null or that of `init`, which has `num_layers` 2, got 'S/2"
+    ):
         script.train(tmp_path / "x", f"init={straight / 'pipeline'}", *epsilon, "variant=S/2", "model={}")
 
 
 def test_a_new_transformer_is_of_its_variant():
     smoke = next(path for path in CONFIGS if path.stem == "lvdm_smoke")
-    for overrides, size in (((), (28, 16)), (("variant=S/4",), (12, 6)), (("variant=S/4", "model.num_layers=2"), (2, 6))):
+    for overrides, size in (
+        ((), (28, 16)),
+        (("variant=S/4",), (12, 6)),
+        (("variant=S/4", "model.num_layers=2"), (2, 6)),
+    ):
         recipe = load_recipe(train_lvdm.Recipe, smoke, ["model={}", *overrides])
         with torch.device("meta"):
             config = train_lvdm.build_transformer(recipe, (4, 2, 8, 8)).config

@@ -564,7 +564,11 @@ def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
         (("loss.lpips=4", "perceptual.vgg16=none.pth"), ValueError, "LPIPS has no weights: `vgg16` must be a file"),
         ((*SMALL_GAN, "adversarial.num_layers=4"), ValueError, "must leave sides of at least 48 .* got 32"),
         ((*REGULARISERS, "loss.ms_ssim=1", "data.clip_sizes=[[5,16,16]]"), ValueError, "at least 11 .* got 8"),
-        (("regularization.low_pass=1", "data.clip_sizes=[[5,8,16]]"), ValueError, "at least 16 for .*low_pass`, got 8"),
+        (
+            ("regularization.low_pass=1", "data.clip_sizes=[[5,8,16]]"),
+            ValueError,
+            "at least 16 for .*low_pass`, got 8",
+        ),
         (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
     ],
     ids=["lpips", "discriminator", "equivariance", "low_pass", "probability"],

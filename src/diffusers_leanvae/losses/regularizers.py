@@ -236,8 +236,9 @@ def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: t
     num_later, height, width = latents.shape[2] - 1, *latents.shape[3:]
     if min(height, width) < 2:
         raise ValueError(f"`latents` must have a height and width of at least 2, got {height} and {width}.")
-    sample = sample[..., : sample.shape[3] // height * (height // 2 * 2), : sample.shape[4] // width * (width // 2 * 2)]
-    latents = latents[..., : height // 2 * 2, : width // 2 * 2]
+    rows, columns = height // 2 * 2, width // 2 * 2
+    sample = sample[..., : sample.shape[3] // height * rows, : sample.shape[4] // width * columns]
+    latents = latents[..., :rows, :columns]
     halve_time = num_later % 2 == 0
     low = vae.encode(_lowest_band(sample, halve_time), return_dict=False)[0].mode().float()
     target = _lowest_band(latents, halve_time).float()

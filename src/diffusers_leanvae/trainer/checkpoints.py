@@ -61,7 +61,9 @@ def abandon_after(folder: Path, step: int) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, from the oldest to the newest; the folder need not exist."""
-    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step_of)
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step_of
+    )
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..conversion.checkpoints import is_hub_reference
 from ..generation.pipeline import LatentVideoPipeline
@@ -132,8 +132,8 @@ def render_pipeline_card(
 ) -> str:
     """The text of the card of a pipeline; arguments as of `write_pipeline_card`."""
     vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config.get("id2label")
-    config = transformer.config
-    height, width = (side * vae.spatial_compression_ratio for side in latent_size)
+    config, ratio = transformer.config, cast("int", vae.spatial_compression_ratio)
+    height, width = (side * ratio for side in latent_size)
     num_latent_frames = config["num_latent_frames" if recipe.text is None else "video_length"]
     repository, title = _name(recipe)
     tuned = {"full": "", "lora": ": low-rank adapters, merged"}[recipe.tune]
