@@ -1,4 +1,4 @@
-"""Statistics of latents that are taken over from another autoencoder."""
+"""Statistics of latents: those that are measured, and those that are taken over from another autoencoder."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,19 @@ from huggingface_hub import constants
 from local_hub import LocalHub
 from tiny import make_tiny
 
-from diffusers_leanvae.latents import statistics_of
+from diffusers_leanvae.latents import measure_statistics, statistics_of
 
 
 WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 STATISTICS: dict[str, Any] = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 0.25]}
 FOUND = STATISTICS | {"scaling_factor": 1.0}
+
+
+def test_measured_statistics_are_those_of_all_batches_and_need_one():
+    batches = [torch.tensor([0.0, 2.0]).view(1, 2, 1, 1, 1), torch.tensor([4.0, 2.0]).view(1, 2, 1, 1, 1)]
+    assert measure_statistics(iter(batches), 2) == ([2.0, 2.0], [2.0, 0.0])
+    with pytest.raises(ValueError, match="`latents` must hold at least one batch, got none"):
+        measure_statistics(iter(()), 2)
 
 
 def test_of_wan():

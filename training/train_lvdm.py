@@ -31,7 +31,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -57,10 +57,15 @@ from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
 from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
 from diffusers_leanvae.trainer.diffusion_data import DataRecipe, class_names, open_data
 from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
-from diffusers_leanvae.trainer.finetuning import TransformerLoraRecipe, add_transformer_lora
+from diffusers_leanvae.trainer.finetuning import (
+    TransformerLoraRecipe,
+    add_transformer_lora,
+    check_agreement,
+    check_keys,
+)
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
-from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, parse_recipe
+from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, check_counts, parse_recipe
 from diffusers_leanvae.trainer.representation_features import (
     RepresentationRecipe,
     aim_at,
@@ -119,8 +124,13 @@ class ValidationRecipe:
     fps: int = 8
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"`validation.every` must be at least 1, got {self.every}.")
+        check_counts(self, "every", "num_items", "num_inference_steps", "fps", prefix="validation.")
+        if self.num_samples < 0:
+            raise ValueError(f"`validation.num_samples` must be at least 0, got {self.num_samples}.")
+        if not self.noise_levels or not all(0.0 <= level <= 1.0 for level in self.noise_levels):
+            raise ValueError(
+                f"`validation.noise_levels` must hold at least one number, all from 0 to 1, got {self.noise_levels}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -129,8 +139,9 @@ class Recipe(RunRecipe):
     data: DataRecipe = field(default_factory=DataRecipe)
     latent_statistics: Literal["vae", "data"] = "vae"  # "data": measure mean and deviation of channels, for the export
     num_statistics_items: int = 256  # for "data", where the latents are not cached
-    variant: str | None = "XL/2"  # S, B, L, XL with patches of 2, 4, 8; null: `model` tells all
-    # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel.
+    # S, B, L, XL with patches of 2, 4, 8, but for what `model` says; null: the size of `init`, or XL/2 for a new one.
+    variant: str | None = None
+    # Arguments of LeanVAELatteTransformer3DModel, with `text` of LatteTransformer3DModel. With `init` they must agree.
     model: dict[str, Any] = field(default_factory=dict)
     # A saved transformer or pipeline to start from; for a model that is not of texts, also an original checkpoint.
     init: str | None = None
@@ -156,6 +167,7 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "num_statistics_items")
         if not 0.0 <= self.class_dropout <= 1.0:
             raise ValueError(f"`class_dropout` must be from 0 to 1, got {self.class_dropout}.")
         if self.objective.name == "flow" and self.objective.min_snr_gamma is not None:
@@ -276,8 +288,7 @@ def build_transformer(
 ) -> Transformer:
     """The model of a recipe for latents `(C, F, h, w)` and texts of so many channels; new, or of `init`."""
     channels, num_frames, height, width = latent_shape
-    config: dict[str, Any] = {} if recipe.variant is None else dict(latte_variant(recipe.variant))
-    config |= {
+    config: dict[str, Any] = latte_variant(recipe.variant or "XL/2") | {
         "in_channels": channels,
         "out_channels": channels if recipe.objective.name == "flow" else 2 * channels,
         "num_latent_frames": num_frames,
@@ -285,9 +296,13 @@ def build_transformer(
         "num_classes": recipe.num_classes,
     }
     if caption_channels is not None:
-        return build_text_transformer(
+        model = build_text_transformer(
             config, recipe.model, caption_channels, recipe.init, may_start_anew=recipe.tune == "full"
         )
+        # It counts pairs of blocks.
+        check_variant(recipe, dict(model.config) | {"num_layers": 2 * model.config["num_layers"]})
+        return model
+    check_keys(LeanVAELatteTransformer3DModel, recipe.model)
     config |= recipe.model
     if recipe.init is None:
         return LeanVAELatteTransformer3DModel(**config)
@@ -298,7 +313,21 @@ def build_transformer(
     for name, value in (found | {"num_classes": model.config["num_classes"]}).items():
         if value != config[name]:
             raise ValueError(f"`init` must have `{name}` {config[name]} for this recipe, got {value}.")
+    check_agreement(model, recipe.model)
+    check_variant(recipe, model.config)
     return model
+
+
+def check_variant(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse a `variant` that the model of `init` is not; what `model` says comes first, as of a new model."""
+    if recipe.init is None or recipe.variant is None:
+        return
+    for name, value in latte_variant(recipe.variant).items():
+        if name not in recipe.model and config[name] != value:
+            raise ValueError(
+                f"`variant` must be null or that of `init`, which has `{name}` {config[name]}, got {recipe.variant!r} "
+                f"with {value}."
+            )
 
 
 def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingObjective:
@@ -386,6 +415,14 @@ def to_latents(values: torch.Tensor, has_latents: bool, vae: VideoAutoencoder, d
     return values.float() if has_latents else encode_batch(vae, values)
 
 
+def latent_shape_of(name: str, data: LatentData, vae: VideoAutoencoder, device: torch.device) -> tuple[int, ...]:
+    """Shape `(C, F, h, w)` of the latents of the first usable item of `name`, as errors call it."""
+    first = next(data.first(sys.maxsize, 1), None)
+    if first is None:
+        raise ValueError(f"`{name}` must hold at least one usable item, got none.")
+    return tuple(to_latents(first.videos, data.has_latents, vae, device).shape[1:])
+
+
 def join_images(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Videos `(B, C, F, h, w)` and images `(B * n, C, 1, h, w)` to `(B, C, F + n, h, w)`."""
     return torch.cat((latents, images.squeeze(2).unflatten(0, (len(latents), -1)).transpose(1, 2)), dim=2)
@@ -430,13 +467,17 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.latent_statistics == "data":
         mean, std = measure_channels(data, recipe.num_statistics_items, vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    (first,) = data.first(1, 1)
-    latent_shape = tuple(to_latents(first.videos, has_latents, vae, device).shape[1:])
+    latent_shape = latent_shape_of("data", data, vae, device)
     if latent_shape[0] != vae.latent_channels:
         raise ValueError(
             f"`vae` must have the {latent_shape[0]} channels of the cached latents, got {vae.latent_channels}."
         )
-
+    if held_out is not None:
+        shape = latent_shape_of("validation.data", held_out, vae, device)
+        if shape != latent_shape:
+            raise ValueError(
+                f"`validation.data` must hold latents of the shape {latent_shape} of those of `data`, got {shape}."
+            )
     if recipe.given_frames.max_frames >= latent_shape[1] and recipe.given_frames.share:
         raise ValueError(
             f"`given_frames.max_frames` must be less than the {latent_shape[1]} latent frames, got "
@@ -520,6 +561,8 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
     # --- Loop --------------------------------------------------------------------------------------------------------
+    if progress.step > 0 and run.is_due(view.every):  # the run may have stopped on its way to it
+        run_validation()
     noise_shape = (latent_shape[0], latent_shape[1] + recipe.num_images, *latent_shape[2:])
     batches = run.load(
         data.batches(recipe.batch_size, progress.step, recipe.num_steps, run.share),
@@ -549,6 +592,7 @@ def main(arguments: list[str] | None = None) -> None:
             timesteps = objective.timesteps(draws.uniform)
             loss, terms = module(latents, draws.noise, timesteps, labels, recipe.num_images, features, text, num_given)
             run.backward(loss)
+            run.add_terms(terms)
 
         # ---- update -------------------------------------------------------------------------------------------------
         max_norm = recipe.optimizer.max_grad_norm if step >= recipe.clip_start_step else math.inf
@@ -557,13 +601,12 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
             ema.step(parameters)
 
-        # ---- log, validate, save ------------------------------------------------------------------------------------
-        # With several accumulation steps, the terms of the last one stand for all.
-        run.finish({"loss": run.loss} | terms | {"grad_norm": grad_norm})
-        if run.is_due(view.every):
-            run_validation()
+        # ---- log, save, validate ------------------------------------------------------------------------------------
+        run.finish({"loss": run.loss} | run.terms | {"grad_norm": grad_norm})
         if run.is_due(recipe.save_every):
             run.save()
+        if run.is_due(view.every):
+            run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
     ema.copy_to(averaged_parameters)
@@ -579,7 +622,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipeline = make_pipeline()
         with run.export("pipeline") as folder:
             pipeline.save_pretrained(folder)
-            write_pipeline_card(folder, recipe, pipeline, run.summarize(), prompts[0] if prompts else None)
+            prompt = prompts[0] if prompts else None
+            write_pipeline_card(folder, recipe, pipeline, latent_shape[2:], run.summarize(), prompt)
     run.close()
 
 

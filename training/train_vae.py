@@ -51,6 +51,7 @@ from diffusers_leanvae.trainer.autoencoder_terms import (
     PerceptualTerms,
     Regularization,
     decoder_task,
+    last_layers,
     weight_at_last_layers,
 )
 from diffusers_leanvae.trainer.discriminators import (
@@ -64,7 +65,7 @@ from diffusers_leanvae.trainer.image_weights import initialize_from_image_vae, l
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
-from diffusers_leanvae.trainer.recipe import RunRecipe, fill_section, parse_recipe
+from diffusers_leanvae.trainer.recipe import RunRecipe, check_clip_size, check_counts, fill_section, parse_recipe
 from diffusers_leanvae.trainer.sharding import WeightAverage
 from diffusers_leanvae.trainer.validation import (
     gather_failures,
@@ -109,6 +110,10 @@ class TeacherRecipe:
     has_discriminator: bool = False  # a second one, for the decoding of the teacher's latents
     weights: AlignmentWeights = field(default_factory=AlignmentWeights)
 
+    def __post_init__(self) -> None:
+        for source, size in self.clips.items():
+            check_clip_size(f"teacher.clips.{source}", size)
+
 
 @dataclass
 class ImageVAERecipe:
@@ -129,8 +134,7 @@ class ValidationRecipe:
     num_videos: int = 8  # clips of each process that get a picture and a video
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"`validation.every` must be at least 1, got {self.every}.")
+        check_counts(self, "every", "num_frames", "size", prefix="validation.")
 
 
 @dataclass(kw_only=True)
@@ -160,6 +164,7 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "num_init_clips", "num_statistics_clips")
         if self.tune != "full" and self.init in NEW_MODELS:
             raise ValueError(f"`tune` must be 'full' for the new model of `init: {self.init}`, got {self.tune!r}.")
         vae_class = type_of(self.init, self.model)
@@ -362,19 +367,33 @@ def read_teacher_clip(lists: list[ClipList], number: int) -> torch.Tensor:
 
 
 def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[DiscriminatorTrainingModule]) -> None:
-    """Refuse clips that, scaled down by the equivariance, are too small for another loss."""
+    """Refuse clips that are too small for a loss, even if scaled down by the equivariance, at any step of the run."""
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
+    ratio = vae.spatial_compression_ratio
+    if recipe.regularization.low_pass and smallest < 2 * ratio:
+        raise ValueError(
+            f"`data.clip_sizes`, with `rescale_factors`, must leave sides of at least {2 * ratio} for "
+            f"`regularization.low_pass`, got {int(smallest)}."
+        )
     if recipe.regularization.equivariance_probability:
-        ratio = vae.spatial_compression_ratio
         smallest = max(1, round(smallest / ratio * recipe.regularization.equivariance_min_scale)) * ratio
-    needed = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
+    # The first discriminator judges these clips; the second, if there is one, those that the teacher is compared on.
+    judges: list[int] = [getattr(module.discriminator, "min_size", 1) for module in discriminators]
     objective = recipe.resolve_loss(type(vae))
-    needed += [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]
-    if smallest < max(needed):
+    perceptual = [16 * bool(objective.lpips), 11 * bool(objective.ms_ssim)]
+    needed = max(*perceptual, *judges)
+    if smallest < needed:
         raise ValueError(
             f"`data.clip_sizes`, with `rescale_factors` and `equivariance_min_scale`, must leave sides of at least "
-            f"{max(needed)} for the losses of this recipe, got {int(smallest)}."
+            f"{needed} for the losses of this recipe, got {int(smallest)}."
         )
+    needed = max(*perceptual, *judges[1:])
+    for source, size in recipe.teacher.clips.items():
+        if min(size[1:]) < needed:
+            raise ValueError(
+                f"`teacher.clips.{source}` must have sides of at least {needed} for the losses of this recipe, got "
+                f"{size}."
+            )
 
 
 def training_videos(dataset: ClipDataset, num_clips: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -438,6 +457,8 @@ def main(arguments: list[str] | None = None) -> None:
     num_discriminators = 1 + (teacher is not None and recipe.teacher.has_discriminator)
     bare_discriminators = build_discriminators(recipe.adversarial, vae.in_channels, num_discriminators)
     check_sizes(recipe, vae, bare_discriminators)
+    if bare_discriminators and recipe.adversarial.is_adaptive:
+        last_layers(vae, recipe.resolve_loss(type(vae)))  # refuses frozen ones now, and not at `start_step`
     optimizer = build_optimizer(recipe.optimizer, vae)
     module = accelerator.prepare(build_training_module(recipe, vae, device))
     discriminators = [accelerator.prepare(discriminator) for discriminator in bare_discriminators]
@@ -472,7 +493,7 @@ def main(arguments: list[str] | None = None) -> None:
             run.say(f"step {progress.step}: validation PSNR {figures['psnr_frame_mean_rgb']:.3f} dB")
 
     # --- Loop --------------------------------------------------------------------------------------------------------
-    if progress.step == 0:
+    if run.is_due(view.every):  # before the first step; and again where a run may have stopped on its way to it
         run_validation()
     batches = run.load(dataset.batches(progress.step, recipe.num_steps), recipe.data.num_workers)
     for step in run.steps():
@@ -513,6 +534,7 @@ def main(arguments: list[str] | None = None) -> None:
                     judge_loss, judge_terms = discriminator(videos.real, videos.fake)
                     run.backward(judge_loss)
                     terms |= {f"{prefix}{name}": term for name, term in judge_terms.items()}
+            run.add_terms(terms)
 
         # ---- update -------------------------------------------------------------------------------------------------
         grad_norms: dict[str, torch.Tensor] = {}
@@ -528,12 +550,12 @@ def main(arguments: list[str] | None = None) -> None:
             if is_discriminator_turn and judges_optimizer is not None:
                 judges_optimizer.step()
 
-        # ---- log, validate, save ------------------------------------------------------------------------------------
-        run.finish(terms | grad_norms)  # with several accumulation steps, the terms of the last one stand for all
-        if run.is_due(view.every):
-            run_validation()
+        # ---- log, save, validate ------------------------------------------------------------------------------------
+        run.finish(run.terms | grad_norms)
         if run.is_due(recipe.save_every):
             run.save()
+        if run.is_due(view.every):
+            run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
     if run.is_main:

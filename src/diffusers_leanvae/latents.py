@@ -112,11 +112,17 @@ def encode_batch(vae: VideoAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
-    """Measure mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64."""
+    """Measure mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
     total = squares = torch.zeros(num_channels, dtype=torch.float64)
     count = 0
     for batch in latents:
         values = batch.transpose(0, 1).flatten(1).cpu().double()
         total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
+    if not count:
+        raise ValueError("`latents` must hold at least one batch, got none.")
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()

@@ -214,6 +214,12 @@ def test_shifted_levels_are_those_of_the_scheduler():
     assert (timesteps > 900).float().mean() > 0.35 > 3 * (levels > 0.9).float().mean()
 
 
+def test_levels_outside_are_those_at_the_ends():
+    levels = torch.tensor([-0.2, 0.0, 1.0, 1.2])
+    assert EpsilonObjective().timesteps_at(levels).tolist() == [0, 0, 999, 999]
+    assert FlowMatchingObjective().timesteps_at(levels).tolist() == [0.0, 0.0, 1000.0, 1000.0]
+
+
 def test_what_cannot_be_is_refused():
     latents, timesteps = draw(1, 4, 2, 4, 4), torch.tensor([3])
     with pytest.raises(ValueError, match="`model_output` must have 8 channels, noise and variance, got 4"):

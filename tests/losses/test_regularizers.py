@@ -207,9 +207,11 @@ def test_latent_consistency_has_a_target_without_a_gradient(make_model, make_vid
     assert max(p.grad.abs().max() for p in model.decoder.parameters()) > 1e-4
 
 
-@pytest.mark.parametrize("num_frames", [1, 5, 17])
-def test_low_pass_consistency_is_zero_for_block_means(make_video, num_frames: int):
-    sample = make_video(2, 3, num_frames, 32, 32)
+@pytest.mark.parametrize(
+    ("num_frames", "height", "width"), [(1, 32, 32), (5, 32, 32), (17, 32, 32), (5, 40, 32), (17, 24, 40)]
+)
+def test_low_pass_consistency_is_zero_for_block_means(make_video, num_frames: int, height: int, width: int):
+    sample = make_video(2, 3, num_frames, height, width)
     loss = low_pass_consistency(BlockEncoder(block_latents), sample, block_latents(sample))
     # 4 * n frames become 2 * n, which are groups of four for an even n only: for an odd n time stays.
     torch.testing.assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-6)
@@ -235,6 +237,9 @@ def test_low_pass_consistency_of_a_batch_is_the_mean_of_its_clips(make_model, ma
     torch.testing.assert_close(whole, torch.stack(separate).mean(), rtol=0, atol=1e-6)
 
 
-def test_low_pass_consistency_needs_even_latents(make_model, make_video):
-    with pytest.raises(ValueError, match="`latents` must have an even height and width, got 3 and 4."):
-        low_pass_consistency(make_model(), make_video(1, 3, 5, 24, 32), randn(1, 4, 2, 3, 4))
+def test_low_pass_consistency_takes_odd_sides_and_refuses_single_latents(make_model, make_video):
+    model, sample = make_model(), make_video(1, 3, 5, 40, 24)
+    loss = low_pass_consistency(model, sample, model.encode(sample).latent_dist.mode())
+    assert 0.01 < loss.item() <= 2.0
+    with pytest.raises(ValueError, match="`latents` must have a height and width of at least 2, got 1 and 4."):
+        low_pass_consistency(model, make_video(1, 3, 5, 8, 32), randn(1, 4, 2, 1, 4))

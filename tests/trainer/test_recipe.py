@@ -237,10 +237,38 @@ def recipe_with(**changes: Any) -> train_vae.Recipe:
     return train_vae.Recipe(**{"data": data, "output": "runs/x", **changes})
 
 
-@pytest.mark.parametrize("name", ["batch_size", "num_steps", "log_every", "save_every", "keep_checkpoints"])
+@pytest.mark.parametrize(
+    "name",
+    ["batch_size", "num_steps", "log_every", "save_every", "keep_checkpoints", "num_threads", "num_statistics_clips"],
+)
 def test_counts_must_be_positive(name: str):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1.*, got 0"):
         recipe_with(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "message"),
+    [
+        ("vae", "adversarial.betas=[0.5]", r"`adversarial\.betas` must be two numbers in \[0, 1\), got \[0\.5\]"),
+        ("vae", "adversarial.num_filters=0", r"`adversarial\.num_filters` must be at least 1, got 0"),
+        ("vae", "teacher.clips={scenes: 5}", r"`teacher\.clips\.scenes` must be three positive integers .*, got 5"),
+        ("vae", "teacher.clips={scenes: [5, 0, 8]}", r"`teacher\.clips\.scenes` must be three positive integers"),
+        ("vae", "validation.size=0", r"`validation\.size` must be at least 1, got 0"),
+        ("lvdm", "num_statistics_items=0", "`num_statistics_items` must be at least 1, got 0"),
+        ("lvdm", "data.clip_size=[5,32]", r"`data\.clip_size` must be three positive integers .*, got \[5, 32\]"),
+        ("lvdm", "data.num_clips=0", r"`data\.num_clips` must be at least 1, got 0"),
+        ("lvdm", "validation.num_items=0", r"`validation\.num_items` must be at least 1, got 0"),
+        ("lvdm", "validation.num_inference_steps=0", r"`validation\.num_inference_steps` must be at least 1, got 0"),
+        ("lvdm", "validation.fps=0", r"`validation\.fps` must be at least 1, got 0"),
+        ("lvdm", "validation.noise_levels=[]", r"`validation\.noise_levels` must hold at least one number, .*\[\]"),
+        ("lvdm", "validation.noise_levels=[0.5,-0.1]", r"`validation\.noise_levels` must .* all from 0 to 1, got"),
+    ],
+)
+def test_numbers_of_sections_are_checked_at_the_start(script: str, override: str, message: str):
+    module, name = (train_vae, "smoke") if script == "vae" else (train_lvdm, "lvdm_smoke")
+    path = Path(module.__file__).resolve().parent / f"configs/{name}.yaml"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(module.Recipe, path, [override])
 
 
 def test_the_exponent_of_the_average_is_not_negative():

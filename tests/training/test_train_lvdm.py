@@ -220,6 +220,20 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(script: Script, straight
     assert changed(weights_at(straight, 4), weights_at(straight, 8))
 
 
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(
+    script: Script, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_lvdm, "write_samples", fail)  # when the figures are written already
+        script.train(tmp_path, *FULL)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]
+    script.train(tmp_path, *FULL)
+    assert_same_run(tmp_path, straight)
+
+
 def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "killed", launched / "straight")
 
@@ -426,6 +440,25 @@ def test_a_trained_transformer_goes_on(script: Script, straight: Path, tmp_path:
     assert not changed(_exported(straight), _exported(tmp_path / "original"))
     with pytest.raises(ValueError, match="`init` must have `out_channels` 4 for this recipe, got 8"):
         script.train(tmp_path / "x", f"init={straight / 'pipeline'}")
+    with pytest.raises(ValueError, match=r"`model\.num_layers` must agree with `init`, which has 2, got 4"):
+        script.train(tmp_path / "x", f"init={straight / 'pipeline'}", *epsilon, "model.num_layers=4")
+    with pytest.raises(
+        ValueError, match="`variant` must be null or that of `init`, which has `num_layers` 2, got 'S/2"
+    ):
+        script.train(tmp_path / "x", f"init={straight / 'pipeline'}", *epsilon, "variant=S/2", "model={}")
+
+
+def test_a_new_transformer_is_of_its_variant():
+    smoke = next(path for path in CONFIGS if path.stem == "lvdm_smoke")
+    for overrides, size in (
+        ((), (28, 16)),
+        (("variant=S/4",), (12, 6)),
+        (("variant=S/4", "model.num_layers=2"), (2, 6)),
+    ):
+        recipe = load_recipe(train_lvdm.Recipe, smoke, ["model={}", *overrides])
+        with torch.device("meta"):
+            config = train_lvdm.build_transformer(recipe, (4, 2, 8, 8)).config
+        assert (config["num_layers"], config["num_attention_heads"]) == size
 
 
 def test_videos_are_encoded_on_the_way_and_time_can_run_out(clips: Path, script: Script, tmp_path: Path):
@@ -462,10 +495,17 @@ def test_the_shift_of_training_is_that_of_sampling(script: Script, tmp_path: Pat
     assert pipeline.scheduler.config["shift"] == 3.0
 
 
+def test_the_card_tells_sizes_that_are_not_square(script: Script, tmp_path: Path):
+    settings = ("data.clip_size=[5,32,48]", "validation.data=null", "validation.num_samples=0", "num_steps=1")
+    card = (script.train(tmp_path, *settings) / "pipeline/README.md").read_text()
+    assert "height=32, width=48," in card and "5 frames of 32x48 from latents of 4x2x4x6;" in card
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("num_classes=7",), "`num_classes` must be the 36 classes of the data, got 7"),
+        (("model.width=7",), r"Unknown recipe key `model\.width`: legal keys here are num_attention_heads, "),
         (("class_dropout=2",), "`class_dropout` must be from 0 to 1, got 2.0"),
         (
             ("objective.min_snr_gamma=5",),
@@ -482,6 +522,10 @@ def test_the_shift_of_training_is_that_of_sampling(script: Script, tmp_path: Pat
         ),
         (("data.kind=latents",), "`data.path` must be given for `data.kind: latents`, got null"),
         (("data.kind=videos", "data.path=x"), "`num_classes` must be null for `data.kind: videos`, got 36"),
+        (
+            ("validation.data.clip_size=[9,32,32]",),
+            r"`validation\.data` must hold latents of the shape \(4, 2, 4, 4\) of those of `data`, got \(4, 3, 4, 4\)",
+        ),
         (("batch_size=3", "num_accumulation_steps=2"), "`batch_size` must be a multiple of 2 accumulation steps"),
     ],
 )

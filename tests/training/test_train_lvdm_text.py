@@ -274,6 +274,10 @@ def test_a_trained_pipeline_goes_on(script: Script, straight: dict[str, Path], t
     run = script.train(tmp_path / "flow", f"init={base / 'pipeline'}", *flow)
     assert transformer_of(run)["proj_out.bias"].shape != transformer_of(base)["proj_out.bias"].shape
     assert changed(text_encoder_of(base), text_encoder_of(run))
+    with pytest.raises(
+        ValueError, match="`variant` must be null or that of `init`, which has `num_layers` 4, got 'S/2"
+    ):
+        script.train(tmp_path / "x", f"init={base / 'pipeline'}", *flow, "variant=S/2", "model={}")
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------

@@ -223,6 +223,23 @@ def test_a_kill_while_saving_leaves_no_half_checkpoint(script: Script, clips: Pa
     assert_same_run(output, straight)
 
 
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(
+    script: Script, clips: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(path: Path, scores: object) -> None:
+        if "step-0000004" in path.name:
+            raise KeyboardInterrupt
+        write_picture(path, scores)
+
+    write_picture = train_vae.write_picture
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_vae, "write_picture", fail)
+        script.train(tmp_path, f"validation.folder={clips}", *FULL)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]
+    script.train(tmp_path, f"validation.folder={clips}", *FULL)
+    assert_same_run(tmp_path, straight)
+
+
 def test_two_processes_resume_to_the_same_numbers(launched: Path):
     assert_same_run(launched / "two-killed", launched / "two-straight")
 
@@ -248,10 +265,37 @@ def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["step-0000002", "step-0000003", "step-0000004"]
     torch.testing.assert_close(weights_at(tmp_path, 4), expected, rtol=0, atol=0)
     assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
+    # What the run goes on from and what it writes stay, and not what it takes the place of.
+    script.train(tmp_path, "num_steps=3", "save_every=1", "keep_checkpoints=1", f"resume={folder / 'step-0000002'}")
+    assert [path.name for path in folder.iterdir()] == ["step-0000003"]
     with pytest.raises(ValueError, match="`output` must hold no checkpoints when `resume` is null"):
         script.train(tmp_path, "resume=null")
     with pytest.raises(ValueError, match="`resume` must be 'latest', a checkpoint folder or null, got 'nowhere'"):
         script.train(tmp_path, "resume=nowhere")
+    with pytest.raises(ValueError, match="`resume` must be 'latest', a checkpoint folder or null, got '.*checkpoints"):
+        script.train(tmp_path, f"resume={folder}")
+
+
+def test_a_resumed_run_does_what_its_recipe_says(script: Script, tmp_path: Path):
+    settings = ("num_steps=1", "optimizer.name=muon", "adversarial.start_step=2", *SMALL_GAN)
+    script.train(tmp_path, *settings)
+    changes = ("num_steps=2", "optimizer.betas=[0.5,0.6]", "optimizer.weight_decay=0.25", "optimizer.adamw_factor=0.5")
+    changes += ("adversarial.betas=[0.1,0.2]", "adversarial.learning_rate=1e-3", "ema_decay=0.5")
+    script.train(tmp_path, *settings, *changes)
+    folder = tmp_path / "checkpoints/step-0000002"
+    groups = [torch.load(folder / f"optimizer{n}.bin", weights_only=True)["param_groups"] for n in ("", "_1")]
+    assert {(group["betas"], group["weight_decay"]) for group in groups[0]} == {((0.5, 0.6), 0.25)}
+    assert {group["lr_factor"] for group in groups[0]} == {0.5, 1.0}
+    assert {group["num_steps"] for group in groups[0]} == {2}  # this is no setting
+    assert {(group["betas"], group["lr"]) for group in groups[1]} == {((0.1, 0.2), 1e-3)}
+    assert torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)["decay"] == 0.5
+
+
+def test_a_validation_that_was_given_up_does_not_hinder_the_export(script: Script, clips: Path, tmp_path: Path):
+    assert script.interrupt(tmp_path, f"validation.folder={clips}", "num_steps=2", update=2) == [1]
+    script.train(tmp_path, "num_steps=2")
+    assert read_log(tmp_path, "validation") == []
+    assert "No validation videos were given." in (tmp_path / "vae/README.md").read_text()
 
 
 # --- It does not matter how the work is shared -----------------------------------------------------------------------
@@ -269,6 +313,13 @@ def test_processes_and_accumulation_give_the_same_model(name: str, script: Scrip
             assert_same_training(run, whole, step, number, **bounds)
     record = read_log(launched / f"two-{name}", "validation")[-1]
     assert list(record["clips"]) == ["a.mp4", "b.mp4", "nested/c.mp4"]
+
+
+def test_the_log_has_the_mean_of_all_accumulation_steps(script: Script, tmp_path: Path):
+    settings = ("num_steps=1", "batch_size=4", "sample_posterior=false")
+    runs = [script.train(tmp_path / f"parts-{n}", *settings, f"num_accumulation_steps={n}") for n in (1, 2)]
+    whole, parts = ({name: read_log(run)[0][name] for name in ("loss", "l1_pixel", "kl")} for run in runs)
+    assert parts == pytest.approx(whole, rel=1e-5)
 
 
 # --- Whose turn it is, and what is trained ---------------------------------------------------------------------------
@@ -313,6 +364,12 @@ def test_decoder_tuning_leaves_the_latents_as_they_are(script: Script, base_mode
     assert "fine-tuned from" in (tmp_path / "vae/README.md").read_text()
     with pytest.raises(ValueError, match="`tune` must be 'full' for the new model of `init: spec`, got 'decoder'"):
         script.train(tmp_path / "new", "tune=decoder")
+
+
+def test_an_adaptive_weight_needs_last_layers_that_are_trained(script: Script, base_model: Path, tmp_path: Path):
+    settings = ("tune=lora", "adversarial.is_adaptive=true", "adversarial.start_step=5", "num_steps=2", *SMALL_GAN)
+    with pytest.raises(ValueError, match=r"`adversarial\.is_adaptive` must be false where .* are frozen, got true"):
+        script.train(tmp_path, f"init={base_model}", *settings)
 
 
 def test_lora_leaves_adapters_and_a_merged_model(script: Script, base_model: Path, tmp_path: Path):
@@ -373,6 +430,13 @@ def test_clips_of_a_teacher_come_in_turn_and_as_they_were_drawn():
     assert torch.equal(train_vae.read_teacher_clip(lists, 2 * len(lists[0])), clips[0])  # they start anew
 
 
+def test_clips_of_a_teacher_are_large_enough_for_the_losses(script: Script, base_model: Path, tmp_path: Path):
+    teacher = (f"teacher.path={base_model}", "teacher.clips={scenes: [1, 48, 48], shapes: [5, 16, 24]}", "num_steps=1")
+    judged = ("adversarial.start_step=5", "adversarial.weight=1", "adversarial.num_filters=4")
+    with pytest.raises(ValueError, match=r"`teacher\.clips\.shapes` must have sides of at least 24 .* \[5, 16, 24\]"):
+        script.train(tmp_path, *teacher, *judged, "teacher.has_discriminator=true")
+
+
 def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Path):
     torch.manual_seed(1)
     tiny = {"low_freq_dim": 8, "high_freq_dim": 24, "num_branch_layers": 1, "num_fusion_layers": 1}
@@ -393,10 +457,7 @@ def test_a_teacher_is_compared_on_clips_of_its_own(script: Script, tmp_path: Pat
     assert read_log(parts)[0]["align_latents"] != log[0]["align_latents"]
     for entries, message in (
         (("teacher.clips={shapes: [5, 16, 16]}",), "`teacher.clips` must be empty without `teacher.path`, got"),
-        (
-            (teacher[0], "teacher.clips={shapes: [5, 16]}"),
-            r"`teacher.clips` has 'shapes' with \[5, 16\]: `clip_size` must",
-        ),
+        ((teacher[0], "teacher.clips={shapes: [5, 16]}"), "`teacher.clips.shapes` must be three positive integers"),
         ((teacher[0], "teacher.clips={scenes: [5, 16, 16]}"), "`teacher.clips` has 'scenes' .* must be at least 48"),
         ((teacher[0], "teacher.clips={/none: [5, 16, 16]}"), "`teacher.clips` has '/none' .* which is not there"),
         ((teacher[0], "teacher.clips={'hub:a/b': [5, 16, 16]}"), "must name sources on this machine, got 'hub:a/b'"),
@@ -503,9 +564,14 @@ def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
         (("loss.lpips=4", "perceptual.vgg16=none.pth"), ValueError, "LPIPS has no weights: `vgg16` must be a file"),
         ((*SMALL_GAN, "adversarial.num_layers=4"), ValueError, "must leave sides of at least 48 .* got 32"),
         ((*REGULARISERS, "loss.ms_ssim=1", "data.clip_sizes=[[5,16,16]]"), ValueError, "at least 11 .* got 8"),
+        (
+            ("regularization.low_pass=1", "data.clip_sizes=[[5,8,16]]"),
+            ValueError,
+            "at least 16 for .*low_pass`, got 8",
+        ),
         (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
     ],
-    ids=["lpips", "discriminator", "equivariance", "probability"],
+    ids=["lpips", "discriminator", "equivariance", "low_pass", "probability"],
 )
 def test_recipes_that_cannot_work_are_refused(
     overrides: tuple[str, ...], error: type[Exception], message: str, script: Script, tmp_path: Path

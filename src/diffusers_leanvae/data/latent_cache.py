@@ -334,9 +334,11 @@ def _finish(
                 for row in range(len(shard.rows)):
                     yield shard.latents(row)[None]
 
-    mean, std = measure_statistics(latents(), shape[0])
-    if not sum(counts):
+    found = latents()
+    first = next(found, None)
+    if first is None:
         raise ValueError(f"`source` must hold at least one usable clip, got none of {len(clips)}.")
+    mean, std = measure_statistics(itertools.chain((first,), found), shape[0])
     statistics = {"mean": mean, "std": std, "num_items": sum(counts)}
     num_skipped = len(clips) - sum(counts) // (2 if is_doubled else 1)
     names = map(clips.name, range(len(clips))) if num_skipped else ()

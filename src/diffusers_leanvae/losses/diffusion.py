@@ -76,8 +76,8 @@ class EpsilonObjective:
         return self.timesteps_at(_noise_levels(uniform, self.sampling))
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
-        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule."""
-        return (levels * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule, or the nearest of it."""
+        return (levels * self.num_train_timesteps).long().clamp(0, self.num_train_timesteps - 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""
@@ -179,8 +179,8 @@ class FlowMatchingObjective:
         return self.timesteps_at(self.shift * levels / (1.0 + (self.shift - 1.0) * levels))
 
     def timesteps_at(self, levels: torch.Tensor) -> torch.Tensor:
-        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels."""
-        return levels.float() * self.num_train_timesteps
+        """Timesteps at shares `(B,)` in `[0, 1]` of the schedule, which are the noise levels, or the nearest of it."""
+        return levels.float().clamp(0.0, 1.0) * self.num_train_timesteps
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noisy latents at `timesteps` `(B,)`; `noise` is standard normal, shaped like `latents`."""

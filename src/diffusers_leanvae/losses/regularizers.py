@@ -229,12 +229,16 @@ def low_pass_consistency(vae: VideoAutoencoder, sample: torch.Tensor, latents: t
     Args:
         vae: The autoencoder in training.
         sample: Videos in `[-1, 1]`, shape `(batch_size, 3, num_frames, height, width)`.
-        latents: Posterior means of `sample`, with latent height and width even. With an odd number of latent frames
-            after the first, time keeps its length.
+        latents: Posterior means of `sample`, with a latent height and width of at least 2. Of an odd one the last row
+            or column is left out, and what it stands for in the video. With an odd number of latent frames after the
+            first, time keeps its length.
     """
     num_later, height, width = latents.shape[2] - 1, *latents.shape[3:]
-    if height % 2 or width % 2:
-        raise ValueError(f"`latents` must have an even height and width, got {height} and {width}.")
+    if min(height, width) < 2:
+        raise ValueError(f"`latents` must have a height and width of at least 2, got {height} and {width}.")
+    rows, columns = height // 2 * 2, width // 2 * 2
+    sample = sample[..., : sample.shape[3] // height * rows, : sample.shape[4] // width * columns]
+    latents = latents[..., :rows, :columns]
     halve_time = num_later % 2 == 0
     low = vae.encode(_lowest_band(sample, halve_time), return_dict=False)[0].mode().float()
     target = _lowest_band(latents, halve_time).float()

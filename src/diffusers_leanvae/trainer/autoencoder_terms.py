@@ -141,12 +141,23 @@ def weight_at_last_layers(
     """
     if not adversarial or not torch.is_grad_enabled():
         return 1.0
-    last_layers = [
+    adversarial_loss = torch.stack(list(adversarial.values())).sum()
+    return adaptive_weight(loss, adversarial_loss, last_layers(vae, objective), objective.max_adaptive_weight)
+
+
+def last_layers(vae: VideoAutoencoder, objective: Objective) -> list[torch.nn.Parameter]:
+    """List the trained parameters of the decoder's last layers, which an adaptive weight is measured at.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    parameters = [
         parameter
         for name, parameter in vae.get_submodule("decoder").named_parameters()
         if objective.is_last_layer(name) and parameter.requires_grad
     ]
-    if not last_layers:
-        raise ValueError("`is_adaptive` must be false where the decoder's last layers are frozen, got true.")
-    adversarial_loss = torch.stack(list(adversarial.values())).sum()
-    return adaptive_weight(loss, adversarial_loss, last_layers, objective.max_adaptive_weight)
+    if not parameters:
+        raise ValueError(
+            "`adversarial.is_adaptive` must be false where the decoder's last layers are frozen, got true."
+        )
+    return parameters

@@ -1,7 +1,7 @@
 """Files of a training run that survive a kill at any moment: checkpoints, logs and what it exports.
 
 A checkpoint is written under another name and renamed, so that a folder named `step-*` is always whole. A run that
-resumes drops what the killed one logged beyond it.
+resumes drops what came after its checkpoint: lines of the logs, and checkpoints of the run that it takes the place of.
 """
 
 import json
@@ -16,6 +16,9 @@ from accelerate import Accelerator
 
 from ..atomic import commit, replace_file
 from .sharding import WeightAverage
+
+
+MARK = "custom_checkpoint_0.pkl"  # in every checkpoint, sharded or not: the first of the objects that are registered
 
 
 @dataclass
@@ -49,6 +52,29 @@ def forget_after(path: Path, step: int) -> None:
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
+def abandon_after(folder: Path, step: int) -> None:
+    """Set aside checkpoints beyond the one that a run resumes from, or they would outlive those that it writes."""
+    for checkpoint in list_checkpoints(folder):
+        if _step_of(checkpoint) > step:
+            _set_aside(checkpoint)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a run, from the oldest to the newest; the folder need not exist."""
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step_of
+    )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Take its name from a checkpoint, at once; `remove_leftovers` then removes it."""
+    os.replace(checkpoint, checkpoint.with_name(checkpoint.name.replace("step", "stale")))
+
+
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     """The checkpoint to resume from.
 
@@ -57,10 +83,10 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         resume: `"latest"`: the newest one, if any; a checkpoint's own folder; or `None`: there must not be any.
     """
     if resume not in ("latest", None):
-        if not Path(resume).is_dir():
+        if not (Path(resume) / MARK).is_file():
             raise ValueError(f"`resume` must be 'latest', a checkpoint folder or null, got {resume!r}.")
         return Path(resume)
-    existing = sorted(folder.glob("step-*"))
+    existing = list_checkpoints(folder)
     if existing and resume is None:
         raise ValueError(f"`output` must hold no checkpoints when `resume` is null, got {str(existing[-1])!r}.")
     return existing[-1] if existing else None
@@ -87,11 +113,9 @@ def save_checkpoint(
         path.write_text(json.dumps(data_state), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if final.exists():  # resumed from an earlier checkpoint than the newest
-            os.replace(final, folder / f"stale-{step:07d}")
         commit(partial, final)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            os.replace(old, folder / old.name.replace("step", "stale"))
+        for old in list_checkpoints(folder)[:-keep]:  # the newest is the one of this step: see `abandon_after`
+            _set_aside(old)
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
 

@@ -9,7 +9,7 @@ from ..data.latent_shards import LatentFolder
 from ..data.named import open_named_dataset
 from ..data.scenes import MovingScenes
 from ..data.shapes import MovingShapes
-from .recipe import RunRecipe
+from .recipe import RunRecipe, check_clip_size, check_counts
 from .text_conditioning import TextRecipe
 
 
@@ -35,6 +35,10 @@ class DataRecipe:
     seed: int = 0  # of "shapes", "scenes" and named data sets: what is drawn
     cache_gib: float = 4.0  # latents, or decoded videos, are kept in memory up to this size, by each process
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_clip_size("data.clip_size", self.clip_size)
+        check_counts(self, "num_clips", "num_draws", "num_captions", prefix="data.")
 
 
 def open_data(

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from ..losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d, PatchDiscriminator3d
+from .recipe import check_betas, check_counts
 
 
 @dataclass
@@ -29,6 +30,10 @@ class AdversarialRecipe:
     learning_rate: float = 1e-5
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_betas("adversarial.betas", self.betas)
+        check_counts(self, "num_layers", "num_filters", prefix="adversarial.")
 
 
 def build_discriminators(recipe: AdversarialRecipe, in_channels: int, count: int) -> list[DiscriminatorTrainingModule]:

@@ -60,7 +60,7 @@ def load_vae(init: str, config: dict[str, Any]) -> VideoAutoencoder:
     expected = type_of(init, config)
     config = {key: value for key, value in config.items() if key != "type"}
     if expected is not None:
-        _check_keys(expected, config)  # before anything is loaded
+        check_keys(expected, config)  # before anything is loaded
         if init in NEW_MODELS:
             return expected(**config)
     check_source("init", init, (*NEW_MODELS, *bundled.MODELS))
@@ -72,18 +72,24 @@ def load_vae(init: str, config: dict[str, Any]) -> VideoAutoencoder:
         raise ValueError(
             f"`init` must be an {expected.__name__} by `model.type`, got {init!r}, an {type(vae).__name__}."
         )
-    _check_keys(type(vae), config)
-    for key, value in config.items():
-        if json.dumps(vae.config[key]) != json.dumps(value):
-            raise ValueError(f"`model.{key}` must agree with `init`, which has {vae.config[key]!r}, got {value!r}.")
+    check_keys(type(vae), config)
+    check_agreement(vae, config)
     return vae
 
 
-def _check_keys(model_class: type[VideoAutoencoder], config: dict[str, Any]) -> None:
+def check_keys(model_class: type, config: dict[str, Any]) -> None:
+    """Refuse a section `model` with what is no argument of the class."""
     legal = [name for name in inspect.signature(model_class.__init__).parameters if name != "self"]
     for key in config:
         if key not in legal:
             raise ValueError(f"Unknown recipe key `model.{key}`: legal keys here are {', '.join(legal)}.")
+
+
+def check_agreement(model: Any, config: dict[str, Any]) -> None:
+    """Refuse a section `model` that says something else than the model that `init` has given."""
+    for key, value in config.items():
+        if json.dumps(model.config[key]) != json.dumps(value):
+            raise ValueError(f"`model.{key}` must agree with `init`, which has {model.config[key]!r}, got {value!r}.")
 
 
 def freeze_encoder(vae: VideoAutoencoder) -> None:

@@ -10,13 +10,15 @@ for step in run.steps():
             batch = next(batches)
         loss, terms = module(batch)
         run.backward(loss)
+        run.add_terms(terms)
     norm = clip_gradients(parameters, max_norm)
     if run.is_finite(norm):
         optimizer.step()
         ema.step(parameters)
-    run.finish({"loss": loss.detach(), "grad_norm": norm} | terms)
+    run.finish({"loss": run.loss} | run.terms | {"grad_norm": norm})
     if run.is_due(recipe.save_every):
         run.save()
+    ...                                              # validate, once the step is saved
 with run.export("model") as folder:
     ...
 run.close()
@@ -46,6 +48,7 @@ from ..hub import check_push, push_folder
 from ..launching import start_accelerator
 from .checkpoints import (
     Progress,
+    abandon_after,
     append_json,
     find_checkpoint,
     forget_after,
@@ -60,6 +63,7 @@ from .trackers import check_trackers, log_media
 from .whitened_muon import WhitenedMuon
 
 
+OPTIMIZER_SETTINGS = ("lr", "lr_factor", "betas", "weight_decay")  # of a parameter group, what recipes set
 NUM_TRACKED = 4  # pictures and videos of a validation that trackers get
 
 
@@ -82,6 +86,7 @@ class TrainingRun:
         checkpoint: The folder that the run resumes from, or `None` for a new run.
         progress: Counters of the run, which checkpoints keep.
         loss: Mean of the losses given to `backward` in this step, of this process; without a gradient.
+        terms: Means of the terms given to `add_terms` in this step, likewise.
         num_bad_videos: Unusable videos met in this step by this process, for the script to count.
     """
 
@@ -117,6 +122,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint, self.is_sharding)
         self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
+        self.terms: dict[str, torch.Tensor] = {}
         self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
         self._step_started = self._cpu_started = self._data_seconds = self._learning_rate = 0.0
 
@@ -156,13 +162,16 @@ class TrainingRun:
             self.accelerator.prepare(optimizer)
         self.accelerator.register_for_checkpointing(ema, self.progress)
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
+            with keeping_settings(optimizers, ema):
+                self.accelerator.load_state(str(self.checkpoint))
             ema.load_shards(self.checkpoint)
             ema.to(self.device)
             dataset.load_state_dict(load_data_state(self.checkpoint, self.share.rank))
             self.say(f"resumed from {self.checkpoint}")
         if self.is_main:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is not None:
+                abandon_after(self._checkpoints, self.progress.step)
             remove_leftovers(self._checkpoints)
             save_recipe(self.recipe, self.output / "recipe.yaml")
             for name in ("log.jsonl", "validation.jsonl"):
@@ -193,7 +202,7 @@ class TrainingRun:
         self._bar = tqdm(total=recipe.num_steps, initial=progress.step, disable=not self.is_main, mininterval=1.0)
         while progress.step < recipe.num_steps and not self._is_out_of_time:
             self._step_started, self._cpu_started, self._data_seconds = time.monotonic(), time.process_time(), 0.0
-            self.loss, self.num_bad_videos = torch.zeros((), device=self.device), 0
+            self.loss, self.terms, self.num_bad_videos = torch.zeros((), device=self.device), {}, 0
             self._learning_rate = recipe.optimizer.learning_rate_at(progress.step, recipe.num_steps)
             for group in self._optimizers[0].param_groups:
                 group["lr"] = self._learning_rate * group.get("lr_factor", 1.0)
@@ -226,6 +235,11 @@ class TrainingRun:
         """Add the gradients of the loss of one part."""
         self.accelerator.backward(loss / self.recipe.num_accumulation_steps)
         self.loss += loss.detach() / self.recipe.num_accumulation_steps
+
+    def add_terms(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Count the terms of one part, without gradients; all parts of a step have the same."""
+        for name, term in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + term / self.recipe.num_accumulation_steps
 
     def is_finite(self, *grad_norms: torch.Tensor) -> bool:
         """Return whether the step's loss and gradients are finite in all processes, once in every step.
@@ -279,8 +293,12 @@ class TrainingRun:
         return is_over or self.progress.step % every == 0
 
     def log_validation(self, figures: dict[str, Any]) -> None:
-        """Write figures to `validation.jsonl`, and the numbers among them to the trackers; in the main process."""
+        """Write figures to `validation.jsonl`, and the numbers among them to the trackers; in the main process.
+
+        They take the place of those of the same step, which a run that resumes from it may measure again.
+        """
         step = self.progress.step
+        forget_after(self.output / "validation.jsonl", step - 1)
         append_json(self.output / "validation.jsonl", {"step": step} | figures)
         means = {name: value for name, value in figures.items() if isinstance(value, float)}
         self.accelerator.log({f"validation/{name}": value for name, value in means.items()}, step=step)
@@ -323,7 +341,9 @@ class TrainingRun:
         summary = asdict(self.progress) | {"minutes": self._minutes_since_start}
         for name in ("log", "validation"):
             path = self.output / f"{name}.jsonl"
-            summary[name] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else None
+            # A run that resumes before the first record of a log leaves the file without a line.
+            newest = path.read_text(encoding="utf-8").splitlines()[-1:] if path.exists() else []
+            summary[name] = json.loads(newest[0]) if newest else None
         return summary
 
     def close(self) -> None:
@@ -361,6 +381,24 @@ def build_optimizer(
             ) from error
         return AdamW8bit(parameters, **common)
     return torch.optim.AdamW(parameters, fused=True, **common)
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizers: Sequence[torch.optim.Optimizer], ema: WeightAverage) -> Iterator[None]:
+    """Keep what the recipe sets of optimizers and average while a checkpoint is loaded, which has settings of its own.
+
+    A run may resume with another recipe, and what it then says of itself must be what it does.
+    """
+    settings = [
+        [{name: group[name] for name in OPTIMIZER_SETTINGS if name in group} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+    decay, min_decay = ema.decay, ema.min_decay
+    yield
+    for optimizer, groups in zip(optimizers, settings, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+    ema.decay, ema.min_decay = decay, min_decay
 
 
 def average(accelerator: Accelerator, values: Sequence[torch.Tensor | float]) -> list[float]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..conversion.checkpoints import is_hub_reference
 from ..generation.pipeline import LatentVideoPipeline
@@ -101,7 +102,12 @@ def render_model_card(recipe: Any, vae: VideoAutoencoder, run: dict[str, Any]) -
 
 
 def write_pipeline_card(
-    folder: Path, recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any], prompt: str | None = None
+    folder: Path,
+    recipe: Any,
+    pipeline: LatentVideoPipeline,
+    latent_size: Sequence[int],
+    run: dict[str, Any],
+    prompt: str | None = None,
 ) -> None:
     """Write `README.md` into the folder of a saved pipeline.
 
@@ -109,26 +115,33 @@ def write_pipeline_card(
         folder: The pipeline's folder.
         recipe: The recipe of `train_lvdm.py`.
         pipeline: The pipeline.
+        latent_size: Height and width of the latents that it was trained on.
         run: As of `write_model_card`.
         prompt: An example of what a pipeline of texts can be asked for.
     """
-    text = render_pipeline_card(recipe, pipeline, run, prompt)
+    text = render_pipeline_card(recipe, pipeline, latent_size, run, prompt)
     folder.joinpath(CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def render_pipeline_card(
-    recipe: Any, pipeline: LatentVideoPipeline, run: dict[str, Any], prompt: str | None = None
+    recipe: Any,
+    pipeline: LatentVideoPipeline,
+    latent_size: Sequence[int],
+    run: dict[str, Any],
+    prompt: str | None = None,
 ) -> str:
     """The text of the card of a pipeline; arguments as of `write_pipeline_card`."""
     vae, transformer, id2label = pipeline.vae, pipeline.transformer, pipeline.config.get("id2label")
-    config, size = transformer.config, transformer.config["sample_size"]
-    side = size * vae.spatial_compression_ratio
+    config, ratio = transformer.config, cast("int", vae.spatial_compression_ratio)
+    height, width = (side * ratio for side in latent_size)
     num_latent_frames = config["num_latent_frames" if recipe.text is None else "video_length"]
     repository, title = _name(recipe)
     tuned = {"full": "", "lora": ": low-rank adapters, merged"}[recipe.tune]
     arguments = ["prompt=prompt"] if recipe.text is not None else []
     if id2label:
         arguments += [f"class_labels={json.dumps(next(iter(id2label.values())), ensure_ascii=False)}"]
+    if height != width:  # by itself a pipeline makes squares
+        arguments += [f"height={height}, width={width}"]
     arguments += [f"num_inference_steps={recipe.validation.num_inference_steps}"]
     arguments += [f"guidance_scale={recipe.validation.guidance_scale}"]
     class_name = type(pipeline).__name__
@@ -140,11 +153,11 @@ def render_pipeline_card(
         usage=render_usage(class_name, repository, "pipeline"),
         arguments=", ".join(arguments),
         num_frames=vae.num_sample_frames(num_latent_frames),
-        height=side,
-        width=side,
+        height=height,
+        width=width,
         channels=config["in_channels"],
         num_latent_frames=num_latent_frames,
-        latent_size=f"{size}x{size}",
+        latent_size="x".join(map(str, latent_size)),
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()) / 1e6,
         average=_describe_average(recipe),
         scheduler=type(pipeline.scheduler).__name__,

@@ -41,8 +41,7 @@ class OptimizerRecipe:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"`optimizer.betas` must be two numbers in [0, 1), got {self.betas}.")
+        check_betas("optimizer.betas", self.betas)
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
         """Linear warm-up, then constant, or a cosine to `final_learning_rate` at `num_decay_steps` or `num_steps`."""
@@ -88,15 +87,34 @@ class RunRecipe:
 
     def __post_init__(self) -> None:
         names = ("batch_size", "num_accumulation_steps", "num_steps", "log_every", "save_every", "keep_checkpoints")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, *names)
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"`num_threads` must be at least 1 or null, got {self.num_threads}.")
         if self.ema_power is not None and self.ema_power < 0:
             raise ValueError(f"`ema_power` must be at least 0 or null, got {self.ema_power}.")
         if self.compile and self.optimizer.name == "muon":
             raise ValueError(
                 "`compile` must be false with `optimizer.name: muon`, which watches the layers, got true."
             )
+
+
+def check_counts(section: Any, *names: str, prefix: str = "") -> None:
+    """Refuse numbers below 1 of a section; `prefix` is what its keys are called with in errors."""
+    for name in names:
+        if getattr(section, name) < 1:
+            raise ValueError(f"`{prefix}{name}` must be at least 1, got {getattr(section, name)}.")
+
+
+def check_betas(name: str, betas: Sequence[float]) -> None:
+    """Refuse what is no pair of decays of an optimizer."""
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"`{name}` must be two numbers in [0, 1), got {betas}.")
+
+
+def check_clip_size(name: str, size: Any) -> None:
+    """Refuse what is no frames, height and width of a clip."""
+    if not isinstance(size, list) or len(size) != 3 or any(type(edge) is not int or edge < 1 for edge in size):
+        raise ValueError(f"`{name}` must be three positive integers [num_frames, height, width], got {size}.")
 
 
 def parse_recipe(recipe_class: type[Run], description: str | None, arguments: Sequence[str] | None) -> Run:
