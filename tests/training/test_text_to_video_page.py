@@ -65,8 +65,10 @@ def commands() -> list[list[str]]:
 
 def make_smaller(command: list[str]) -> list[str]:
     more = SMALLER[tuple(command[:2])].split()
-    is_new = command[0] == "python" and not any(word.startswith("init=") for word in command)
-    return [*command, *more, *(SMALL_MODEL if is_new else [])]
+    if command[0] == "python":  # a model that starts from another is as small as that
+        is_new = not any(word.startswith("init=") for word in command)
+        more += SMALL_MODEL if is_new else SMALL_MODEL[:1]
+    return [*command, *more]
 
 
 # --- What the page takes for granted ---------------------------------------------------------------------------------
