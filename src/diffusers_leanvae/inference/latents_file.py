@@ -45,6 +45,7 @@ class LatentsInfo:
         start: Time of the first frame in the source, in seconds, as a fraction.
         time_unit: Unit of the times of frames in seconds, as a fraction; empty if the frame rate is constant.
         has_sound: Whether sound, subtitles, chapters or metadata of the source are kept with the latents.
+        end: Seconds from the first frame to the end of the last one, as a fraction; empty if that one lasts `1 / fps`.
     """
 
     model: str
@@ -61,6 +62,7 @@ class LatentsInfo:
     start: str = "0"
     time_unit: str = ""
     has_sound: bool = False
+    end: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
@@ -71,8 +73,9 @@ class LatentsInfo:
                 raise TypeError(f"`{name}` must be a positive fraction, got {value!r}")
         if not _fraction(self.start) >= 0:
             raise TypeError(f"`start` must be a fraction from 0 on, got {self.start!r}")
-        if self.time_unit != "" and not _fraction(self.time_unit) > 0:
-            raise TypeError(f"`time_unit` must be empty or a positive fraction, got {self.time_unit!r}")
+        for name in ("time_unit", "end"):
+            if (value := getattr(self, name)) != "" and not _fraction(value) > 0:
+                raise TypeError(f"`{name}` must be empty or a positive fraction, got {value!r}")
 
     def check_weights(self, checksum: str, source: str | Path, argument: str = "vae", advice: str = "") -> None:
         """Refuse weights with another checksum than those that encoded, if those are known.
