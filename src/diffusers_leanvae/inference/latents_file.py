@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from .._version import __version__
 from ..atomic import partial_path, remove_stale_partials, replace_file
 from ..video_io import VideoError
+from ..video_io.containers import named_write_errors
 
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -196,7 +197,8 @@ class LatentsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spool.close()
+        with suppress(OSError):  # on a full disk what could not be written is tried once more
+            self._spool.close()
         self._spool_path.unlink(missing_ok=True)
 
     def write(self, latents: torch.Tensor | None) -> None:
@@ -206,7 +208,8 @@ class LatentsWriter:
         by_time = latents[0].transpose(0, 1).contiguous().cpu()  # (t, z, h, w)
         self._shape, self._dtype = tuple(by_time.shape[1:]), by_time.dtype
         self._num_latent_frames += by_time.shape[0]
-        self._spool.write(by_time.view(torch.uint8).numpy().data)
+        with named_write_errors(self.path):
+            self._spool.write(by_time.view(torch.uint8).numpy().data)
 
     def close(
         self, info: LatentsInfo, times: Sequence[Fraction] | None = None, sound: Path | None = None
@@ -222,9 +225,10 @@ class LatentsWriter:
             The metadata as they were written.
 
         Raises:
-            VideoError: If nothing was written.
+            VideoError: If nothing was written, or the file cannot be stored.
         """
-        self._spool.close()
+        with named_write_errors(self.path):
+            self._spool.close()
         if self._num_latent_frames == 0:
             raise VideoError(f"{info.source!r} must hold at least one frame, got none.")
         z, h, w = self._shape
@@ -246,6 +250,7 @@ class LatentsWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
         with (
+            named_write_errors(self.path),
             replace_file(self.path) as partial,
             open(partial, "wb") as file,
             open(self._spool_path, "rb") as spool,

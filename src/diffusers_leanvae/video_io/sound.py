@@ -29,7 +29,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import replace_file
-from .containers import PathLike, codec_name, find_pictures, named_errors, open_input
+from .containers import PathLike, codec_name, find_pictures, named_write_errors, open_input
 from .formats import CONTAINERS, Container
 from .inputs import local_file
 from .tracks import (
@@ -400,7 +400,7 @@ def copy_streams(
     with Accompaniment.open(source, start) as streams:
         if not streams.has_any:
             return False
-        with replace_file(Path(target)) as partial, named_errors(source):
+        with named_write_errors(target), replace_file(Path(target)) as partial:
             with av.open(str(partial.absolute()), "w", format=held.muxer) as output:
                 marker = output.add_stream("ffv1", rate=1000)
                 assert isinstance(marker, VideoStream)

@@ -13,7 +13,6 @@ import av
 import numpy as np
 import torch
 from av.container import OutputContainer
-from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -22,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
-from .containers import PathLike, VideoError
+from .containers import PathLike, VideoError, named_write_errors
 from .decoding import planes_of
 from .formats import CODECS, ON_GPU, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
@@ -162,8 +161,8 @@ class VideoWriter:
             times: Seconds from the start of the written video to each frame, ascending, for a variable rate; all
                 calls give them, or none. Without them the frames follow each other at the rate `fps`. Images of a
                 sequence have no times. `.y4m` has no variable rate, so there frames are repeated and left out.
-            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`, and
-                without times not less.
+            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`,
+                and without times not less.
 
         Raises:
             VideoError: If dtype, shape, size or times are not that, or the frames cannot be encoded or stored. The
@@ -248,13 +247,12 @@ class VideoWriter:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            self._is_broken = True
-            raise
-        except (FFmpegError, OSError) as error:
-            raise VideoError(f"Cannot write {str(self.path)!r}: {error}.") from error
+        with named_write_errors(self.path):
+            try:
+                yield
+            except BrokenPipeError:
+                self._is_broken = True
+                raise
 
     @property
     def _has_display_size(self) -> bool:
