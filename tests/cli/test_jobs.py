@@ -7,6 +7,7 @@ import pytest
 
 from diffusers_leanvae.cli.jobs import Naming, check_latents, check_outputs, find_jobs, output_names
 from diffusers_leanvae.inference.files import default_suffix
+from diffusers_leanvae.video_io.formats import is_sequence
 from diffusers_leanvae.video_io.inputs import is_media, list_videos
 
 
@@ -73,6 +74,13 @@ def test_the_formats_of_a_folder(tmp_path):
     ):
         naming = Naming(list_videos, lambda path, name=name: default_suffix(path, name), is_media)
         assert list(paired(tmp_path / "in", tmp_path / "out", naming).values()) == expected
+
+
+def test_names_of_a_folder_are_no_patterns(tmp_path):
+    touch(tmp_path / "in", "my%20dog.png", "f_%04d.png", "clip%20d.mp4")
+    outputs = paired(tmp_path / "in", tmp_path / "out")
+    assert list(outputs.values()) == ["clip%20d.mp4", "f_%%04d.png", "my%20dog.png"]
+    assert not any(is_sequence(tmp_path / "out" / name) for name in outputs.values())
 
 
 def test_animations_are_videos_whatever_their_names_say(tmp_path):
@@ -181,7 +189,7 @@ def test_pipes_and_devices_are_there_to_be_written(tmp_path):
 
 
 def test_names_for_one_input_in_a_folder(tmp_path, monkeypatch):
-    touch(tmp_path, "clip.mov", "shot_0001.png", "shot_0002.png", "scene 1/1.png")
+    touch(tmp_path, "clip.mov", "shot_0001.png", "shot_0002.png", "scene 1/1.png", "my%20dog.png", "well%2done.png")
     folder = f"{tmp_path}/new/"
     for source, name in (
         (tmp_path / "clip.mov", "clip.mp4"),
@@ -189,6 +197,8 @@ def test_names_for_one_input_in_a_folder(tmp_path, monkeypatch):
         ("https://host/path/film.webm?size=1", "film.mp4"),
         ("hf://datasets/user/name/pictures/cat.jpg", "cat.png"),
         (tmp_path / "shot_%04d.png", "shot.mp4"),
+        (tmp_path / "my%20dog.png", "my%20dog.png"),
+        (tmp_path / "well%2done.png", "well%%2done.png"),
     ):
         assert list(paired(source, folder).values()) == [f"{folder}{name}"], source
     assert list(paired(tmp_path / "scene 1", folder, frames=True).values()) == [f"{folder}scene 1.mp4"]

@@ -18,6 +18,7 @@ from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
+from diffusers_leanvae.cli.videos import check_format
 from diffusers_leanvae.video_io import VideoReader, probe_video, read_video, write_video
 
 
@@ -183,6 +184,9 @@ def test_a_folder_in_another_format(model, clip, tmp_path):
     assert code == 1 and "`--format` must be one of 'mp4'" in err
     code, _, err = leanvae("reconstruct", clip, tmp_path / "x.mp4", "--model", model, "--format", "webm")
     assert code == 1 and "`--format` must not be given where OUT has an extension, got 'webm'" in err
+    check_format("webm", str(tmp_path / "in"), str(tmp_path / "v1.0"))  # a folder as IN makes a folder of OUT
+    with pytest.raises(ValueError, match="`--format` must not be given where OUT has an extension, got 'webm'"):
+        check_format("webm", str(tmp_path / "in"), str(tmp_path / "v1.0"), frames=True)
     code, _, err = leanvae("reconstruct", clip, "-", "--model", model, "--format", "mp4")
     assert code == 1 and "`--format` must be one of 'mkv', 'webm', 'y4m' on standard output, got 'mp4'" in err
 

@@ -1,6 +1,7 @@
 """Exported graphs are the model: as functions of PyTorch exactly, in onnxruntime up to float32 rounding."""
 
 import copy
+import errno
 import json
 import re
 from pathlib import Path
@@ -155,6 +156,10 @@ class TestRefusals:
             ({"to": "onyx"}, "`to` must be one of 'onnx', 'torch-export', 'aoti', got 'onyx'"),
             ({"parts": ("coder",)}, "`parts` must be one of 'encoder', 'decoder', got 'coder'"),
             ({"opset": 12}, "`opset` must be one of 18, 19, 20, 21, got 12"),
+            (
+                {"opset": 21, "to": "torch-export"},
+                "`opset` must be None unless `to` is 'onnx', got 21 for",
+            ),
             ({"weights": "int4"}, "`weights` must be one of 'same', 'float16', got 'int4'"),
             ({"weights": "float16", "to": "torch-export"}, "`weights` 'float16' needs an ONNX file of a float32"),
         ],
@@ -196,6 +201,29 @@ class TestRefusals:
         result = CliRunner().invoke(app, arguments)  # of which the folder is looked at first
         assert result.exit_code == 1
         assert result.stderr.startswith("error: OUT must be new or empty without `--overwrite`, got the export ")
+
+    def test_operators_of_onnx_are_only_for_onnx(self, tmp_path):
+        arguments = ["export", "compact-4ch", str(tmp_path / "out"), "--to", "torch-export", "--opset", "21"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        assert result.stderr == "error: `--opset` must not be given unless `--to` is onnx, got 21 with torch-export.\n"
+
+    @pytest.mark.parametrize("name", [".", "../here", ".."])
+    def test_the_current_folder_is_not_replaced(self, tmp_path, monkeypatch, name):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        result = CliRunner().invoke(app, ["export", "compact-4ch", name])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: OUT must not be the current folder, which would be replaced, got '")
+
+    def test_a_full_disk_names_the_folder(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(torch.export, "save", full)
+        with pytest.raises(ValueError, match="^Cannot write '.*out': .*No space left on device"):
+            export_model(make_tiny("leanvae", **SMALLEST), tmp_path / "out", "torch-export", parts=("decoder",))
+        assert list(tmp_path.iterdir()) == []
 
     def test_no_compiler(self, tmp_path):
         with torch._inductor.config.patch({"cpp.cxx": ("no-compiler-of-this-name",)}):

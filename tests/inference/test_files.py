@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from encoded_clips import count_opens, encode, moving_picture
@@ -20,6 +22,7 @@ from diffusers_leanvae.inference.memory import VideoJob, frames_ahead, plan_stre
 from diffusers_leanvae.inference.padding import crop_sample, pad_sample
 from diffusers_leanvae.video_io import VideoError, VideoInfo, read_video
 from diffusers_leanvae.video_io.pixels import pixels_to_sample, pixels_to_unit, resize_frames, sample_to_unit
+from diffusers_leanvae.video_io.sound import copy_streams
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +209,29 @@ def test_an_error_of_any_stage_is_that_of_stages_in_turn_and_leaves_nothing(vae,
 def test_a_full_disk_ends_all_in_one_sentence(vae, tmp_path: Path):
     import resource
 
-    source = encode(tmp_path / "in.mkv", moving_picture(60, 64, 96), "ffv1", "bgr0")
+    silent = encode(tmp_path / "silent.mkv", moving_picture(60, 64, 96), "ffv1", "bgr0")
+    source = tmp_path / "in.mkv"
+    with av.open(silent) as pictures, av.open(source, "w") as container:
+        stream = container.add_stream_from_template(pictures.streams.video[0])
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")  # whose file is open as well
+        for packet in pictures.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), "s16", "mono")
+        frame.rate = 8000
+        container.mux(sound.encode(frame))
+    silent.unlink()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
     try:
         with pytest.raises(VideoError, match=r"^Cannot write '.*out.mkv': \[Errno 27\] File too large[^\n]*$"):
             reconstruct_video(vae, source, tmp_path / "out.mkv", codec="ffv1", num_frames_per_step=4)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, limits[1]))
+        with pytest.raises(VideoError, match=r"^Cannot write '.*out.safetensors': \[Errno 27\] File too large"):
+            encode_video(vae, source, tmp_path / "out.safetensors", model="")
+        with pytest.raises(VideoError, match=r"^Cannot write '.*sound.mkv': \[Errno 27\] File too large"):
+            copy_streams(source, tmp_path / "sound.mkv", Fraction(0), None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [source] and stage_threads() == []

@@ -71,7 +71,7 @@ class TestSequences:
             assert find_output(tmp_path / name).image_path(number) == tmp_path / expected
         assert find_output(f"{tmp_path}/frames/").image_path(7) == tmp_path / "frames" / "000007.png"
         assert find_output(tmp_path).image_path(7) == tmp_path / "000007.png"  # a folder that exists
-        for name in ("a%20b.png", "%s.png", "f_%04d.mp4", "%d_%d.png", "f_%%04d.png"):
+        for name in ("a%20b.png", "my%20dog.png", "%10d.png", "%s.png", "f_%04d.mp4", "%d_%d.png", "f_%%04d.png"):
             assert not is_sequence(tmp_path / name)
 
     def test_existing_images(self, tmp_path: Path):
@@ -127,6 +127,10 @@ class TestCheckOutput:
             ("f_%d.png", {"overwrite": False}, "'.*f_3.png' exists and `overwrite` is false"),
             ("a.png", {"num_images": 2}, r"an image file holds one frame, got 2; .*'a_%04d\.png'"),
             ("a" * 252 + ".mp4", {}, "a name may have 255 bytes, got 256"),
+            ("a.gif", {"codec": "nonsense"}, "`codec` must be one of libx264, .*, got 'nonsense'"),
+            ("a.png", {"codec": "nonsense"}, "`codec` must be one of libx264, .*, got 'nonsense'"),
+            ("a.gif", {"pixel_format": "nonsense"}, "`pixel_format` must be one of yuv420p, .*, got 'nonsense'"),
+            ("f_%d.png", {"pixel_format": "nonsense"}, "`pixel_format` must be one of yuv420p, .*, got 'nonsense'"),
             ("a.mp4", {"container": "mkv"}, "`container` must be None"),
             ("pipe.mp4", {}, r"it is a pipe, which needs \.mkv"),
         ],

@@ -162,7 +162,9 @@ def test_constant_rate_is_that_of_the_filter(fps: Fraction):
         cases.append(([0, *np.cumsum(steps).tolist()], int(rng.integers(1, 300))))
     for stamps, last in cases:
         frames: Any = [(index, stamp * tick) for index, stamp in enumerate(stamps)]
-        assert list(at_constant_rate(frames, fps, last * tick)) == by_filter(stamps, tick, fps, last)
+        # Of what is too short for any frame, the filter leaves none.
+        expected = by_filter(stamps, tick, fps, last) or [len(stamps) - 1]
+        assert list(at_constant_rate(frames, fps, last * tick)) == expected
 
 
 def test_constant_rate_of_a_file(tmp_path: Path):
@@ -175,5 +177,8 @@ def test_constant_rate_of_a_file(tmp_path: Path):
         assert list(at_constant_rate(frames, 10)) == [0, 1, 2, 3, *[4] * 11, 5, 6, 7, 8, 9]
         assert len(list(at_constant_rate(frames, 20))) == 40
     assert list(at_constant_rate(iter(()), 10)) == []
+    assert list(at_constant_rate(frames[:5], Fraction(1, 2))) == [4]  # too short for any frame
+    assert len(list(at_constant_rate(frames, 10, lambda: Fraction(3)))) == 19 + 30
+    assert len(list(at_constant_rate(frames, 10, lambda: None))) == 20
     with pytest.raises(ValueError, match="`fps` must be more than 0, got 0"):
         list(at_constant_rate(frames, 0))

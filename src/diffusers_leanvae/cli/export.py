@@ -46,7 +46,9 @@ def export(
             autocompletion=complete(*EXPORT_WEIGHTS),
         ),
     ] = "same",
-    opset: Annotated[int, typer.Option(min=18, max=21, help="Version of ONNX's operators.")] = 18,
+    opset: Annotated[
+        int | None, typer.Option(min=18, max=21, help="Version of ONNX's operators, 18 unless given.")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     overwrite: Annotated[
@@ -58,6 +60,8 @@ def export(
     check_choice("--to", to, EXPORT_FORMATS)
     check_choice("--part", part, EXPORT_PARTS)
     check_choice("--weights", weights, EXPORT_WEIGHTS)
+    if opset is not None and to != "onnx":
+        raise ValueError(f"`--opset` must not be given unless `--to` is onnx, got {opset} with {to}.")
     from ..export import PARTS, check_folder, export_model
 
     check_folder(target, overwrite, "OUT", "`--overwrite`")

@@ -271,7 +271,15 @@ def _output_name(name: Path, suffix: str, is_long: bool) -> Path:
 
 
 def _fit(stem: str, suffix: str) -> str:
-    """Join a stem and what follows it, shortened to what a file system takes."""
+    """Join a stem and what follows it, shortened to what a file system takes.
+
+    The stem is that of an input, and no pattern: in one that looks so, `%%` stands for a percent sign, as in patterns.
+    """
+    from ..video_io.formats import IMAGES
+    from ..video_io.inputs import is_pattern
+
+    if suffix in IMAGES and is_pattern(stem + suffix):
+        stem = stem.replace("%", "%%")
     return shorten_name(stem, MAX_NAME_BYTES - len(suffix.split("/")[0])) + suffix
 
 

@@ -91,7 +91,7 @@ def reconstruct(
     from ..inference import files
     from ..video_io.inputs import is_media, list_videos
 
-    check_format(file_format, target)
+    check_format(file_format, source, target, frames)
     naming = Naming(list_videos, lambda path: files.default_suffix(path, file_format), is_media)
     jobs = find_jobs(source, target, naming, frames=frames, overwrite=overwrite, as_json=as_json)
     options = writer_options(jobs, codec, crf, pix_fmt, file_format)
@@ -218,7 +218,7 @@ def decode(
         except ValueError:
             return ".mp4"  # the job itself will say what is wrong with the file
 
-    check_format(file_format, target)
+    check_format(file_format, source, target)
     naming = Naming(lambda folder: list_files(folder, is_latents), suffix, lambda _: False)
     also_read = [] if audio_from is None else [audio_from]
     jobs = find_jobs(source, target, naming, overwrite=overwrite, as_json=as_json, also_read=also_read)
@@ -256,8 +256,8 @@ def summarize(info: "LatentsInfo") -> dict[str, Any]:
     return {name: getattr(info, name) for name in ("num_frames", "height", "width", "fps")}
 
 
-def check_format(file_format: str | None, target: str) -> None:
-    """Refuse a `--format` that cannot be written, or where OUT tells it."""
+def check_format(file_format: str | None, source: str, target: str, frames: bool = False) -> None:
+    """Refuse a `--format` that cannot be written, or where OUT tells it, which is a folder if IN is one."""
     from ..video_io.formats import CONTAINERS, IMAGES
 
     if file_format is None:
@@ -267,7 +267,8 @@ def check_format(file_format: str | None, target: str) -> None:
         check_choice("--format", file_format, legal, "on standard output")
     else:
         check_choice("--format", file_format, dict.fromkeys(suffix[1:] for suffix in (*CONTAINERS, *IMAGES)))
-        if Path(target).suffix and not Path(target).is_dir() and not target.endswith("/"):
+        is_folder = target.endswith("/") or Path(target).is_dir() or (Path(source).is_dir() and not frames)
+        if Path(target).suffix and not is_folder:
             raise ValueError(f"`--format` must not be given where OUT has an extension, got {file_format!r}.")
 
 

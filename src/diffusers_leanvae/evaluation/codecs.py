@@ -13,7 +13,7 @@ import torch
 from ..checks import check_choice
 from ..clock import timed
 from ..video_io import read_video, write_video
-from ..video_io.containers import find_video_stream, open_input
+from ..video_io.containers import find_video_stream, named_errors, open_input
 from ..video_io.pixels import pixels_to_unit, sample_to_pixels, sample_to_unit
 from .reconstructors import Reconstruction
 
@@ -136,7 +136,7 @@ def find_quality(size: Callable[[int], float], num_qualities: int, max_size: flo
 
 def count_bytes(path: Path) -> int:
     """Count the bytes of a video's packets."""
-    with open_input(path) as container:
+    with open_input(path) as container, named_errors(path):
         stream = find_video_stream(container, path)
         packets = [packet for packet in container.demux(stream) if packet.size]
         # x264 signs the first packet, others the file's header.

@@ -6,8 +6,8 @@ the folder has the same in `export.json`.
 
 import json
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,7 +45,7 @@ def export_model(
     *,
     parts: tuple[Part, ...] = PARTS,
     streaming: bool = False,
-    opset: int = 18,
+    opset: int | None = None,
     weights: Weights = "same",
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -62,7 +62,7 @@ def export_model(
             one.
         parts: `"encoder"`, `"decoder"` or both.
         streaming: Whether to add the graphs of streams, which take and give what the layers remember between chunks.
-        opset: Version of ONNX's operators.
+        opset: Version of ONNX's operators, 18 by default.
         weights: `"float16"`: ONNX files of half the size, whose float32 computation starts from rounded weights.
         overwrite: Whether to replace a former export.
         progress: Called with the number of finished graphs and of all, at first and after each.
@@ -77,7 +77,10 @@ def export_model(
     folder = Path(folder)
     check_choice("to", to, FORMATS)
     check_choice("weights", weights, WEIGHTS)
-    check_choice("opset", opset, OPSETS)
+    if opset is not None:
+        check_choice("opset", opset, OPSETS)
+        if to != "onnx":
+            raise ValueError(f"`opset` must be None unless `to` is 'onnx', got {opset} for {to!r}.")
     for part in parts:
         check_choice("parts", part, PARTS)
     if weights != "same" and (to != "onnx" or vae.dtype != torch.float32):
@@ -94,11 +97,12 @@ def export_model(
             ) from error
     if to == "aoti":
         _check_compiler()
+    opset = opset or OPSETS[0]
     graphs = graphs_of(vae, parts, streaming)
     entries = {
         graph.name: {"file": f"{graph.name}{FORMATS[to]}", **_entry(graph, to, vae.is_local)} for graph in graphs
     }
-    with replace_folder(folder) as partial, ExitStack() as stack:
+    with named_errors(folder), replace_folder(folder) as partial, ExitStack() as stack:
         shared: dict[Part, SharedWeights] = {}
         if to == "onnx" and (streaming or sum(weight.nbytes for weight in vae.parameters()) > MAX_BYTES_INSIDE):
             shared = {part: stack.enter_context(SharedWeights(partial / f"{part}.weights")) for part in parts}
@@ -117,6 +121,15 @@ def export_model(
         manifest = json.dumps(_describe(vae, to, entries), indent=2)
         (partial / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
     return [folder / entry["file"] for entry in entries.values()]
+
+
+@contextmanager
+def named_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into a `ValueError` that names the folder that is written."""
+    try:
+        yield
+    except OSError as error:  # of a full disk, which names no file
+        raise ValueError(f"Cannot write {str(folder)!r}: {error}.") from error
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
@@ -184,6 +197,9 @@ def check_folder(
         option: Where `overwrite` was given, for the message.
         mark: A file that a former export has.
     """
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
+        raise ValueError(f"{name} must not be the current folder, which would be replaced, got {str(folder)!r}.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / mark).is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..atomic import replace_folder
 from ..bundled import clip_path
 from ..models.video_autoencoder import VideoAutoencoder
-from .files import check_folder, export_model
+from .files import check_folder, export_model, named_errors
 
 
 RUNTIME = "onnxruntime-web@1.30.0"
@@ -64,7 +64,7 @@ def export_page(
     check_folder(folder, overwrite, mark=SETTINGS)
     if runtime is not None:
         check_runtime(Path(runtime))
-    with replace_folder(folder) as partial:
+    with named_errors(folder), replace_folder(folder) as partial:
         export_model(vae, partial / "model", weights="float16", progress=progress)
         lay_out_page(partial, name, runtime)
     return sorted(path for path in folder.rglob("*") if path.is_file())

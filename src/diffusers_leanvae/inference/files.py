@@ -118,6 +118,8 @@ class _Source:
         start: Time of the first frame that is read, in seconds from the first one in the file.
         times: When the frames that were read are shown, in seconds from the first; `None` for pictures and at a rate
             that was asked for.
+        end: When the last frame ends, in seconds from the first one that was read, where that is the last of the file
+            and the file tells; known when all are read, and `None` where there are no times.
     """
 
     def __init__(self, video: VideoReader, path: str | Path, excerpt: Excerpt, is_sequence: bool) -> None:
@@ -128,31 +130,50 @@ class _Source:
         self.is_resampled = excerpt.fps is not None and not is_sequence
         # Also where the header tells of a constant rate: it can be wrong, and sound keeps to the times.
         self.times: deque[Fraction] | None = deque() if excerpt.fps is None and not is_sequence else None
+        self.end: Fraction | None = None
+        self._last = Fraction(0)  # time of the last frame that was read, in seconds from the first
         self._frames = self._read()
         self._first = next(self._frames)
         self.start = self._first[1]
 
     def frames(self) -> Iterator[torch.Tensor]:
         """Yield the frames one by one, uint8 `(1, height, width, 3)`: a step's are collected as samples."""
-        timed = ((frame, time - self.start) for frame, time in itertools.chain((self._first,), self._frames))
-        del self._first
+        timed = self._timed()
         if self.is_resampled:
-            yield from at_constant_rate(timed, self.rate)
+            yield from at_constant_rate(timed, self.rate, self._last_duration)
             return
         for frame, time in timed:
             if self.times is not None:
                 self.times.append(time)
             yield frame
+        if self.times is not None and (duration := self._last_duration()) is not None:
+            self.end = self._last + duration
+
+    def _timed(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
+        frames = itertools.chain((self._first,), self._frames)
+        del self._first
+        for frame, time in frames:
+            self._last = time - self.start
+            yield frame, self._last
+
+    def _last_duration(self) -> Fraction | None:
+        end = self.video.end
+        return None if end is None else end - self.start - self._last
 
     def frames_ahead(self, num_ahead: int) -> AbstractContextManager[Iterator[torch.Tensor]]:
         """Give the frames as `frames` does, read ahead; those of pictures are not."""
         return ahead(self.frames(), 0 if self.video.has_pictures else num_ahead)
 
     def length(self, num_frames: int) -> Fraction:
-        """Return the seconds that all frames take, the last one as long as `VideoWriter` shows it."""
+        """Return the seconds that all frames take, the last one as long as it is shown."""
         if self.times is None:
             return num_frames / self.rate
-        return self.times[-1] + 1 / self.rate
+        return self.times[-1] + 1 / self.rate if self.end is None else self.end
+
+    @property
+    def shown(self) -> Fraction:
+        """Seconds from the first frame of the file to some time after the last one that was read has begun."""
+        return self.start + self._last + 1 / self.info.fps / 2
 
     def _read(self) -> Iterator[tuple[torch.Tensor, Fraction]]:
         excerpt = self.excerpt
@@ -247,6 +268,7 @@ def reconstruct_video(
 
             with clip.frames_ahead(streams.num_ahead) as frames:
                 _write(writes(frames), streams.num_ahead, progress, job.num_frames)
+            _write_end(writer, height, (1 + side_by_side) * width, clip.end)
             clip.video.close()  # before the target gets its name, which may be the source's
     summary = {"num_frames": writer.num_frames, "height": height, "width": width, "fps": str(clip.rate)}
     if metrics and psnr:
@@ -311,8 +333,12 @@ def encode_video(
                 weights_sha256=checksum,
                 pixel_aspect_ratio=str(excerpt.pixel_aspect_ratio(clip.info)),
                 start=str(clip.start),
+                end="" if clip.end is None else str(clip.end),
             )
-            is_constant = clip.times is None or all(time == i / clip.rate for i, time in enumerate(clip.times))
+            is_constant = clip.times is None or (
+                all(time == i / clip.rate for i, time in enumerate(clip.times))
+                and clip.end in (None, count / clip.rate)
+            )
             info = writer.close(info, None if is_constant or clip.times is None else list(clip.times), sound)
     return info
 
@@ -370,6 +396,8 @@ def decode_video(
                 for index, unit in enumerate(itertools.islice(units, info.num_frames))
             )
             _write(writes, streams.num_ahead, progress, info.num_frames)
+            if times is not None:
+                _write_end(writer, info.height, info.width, Fraction(info.end) if info.end else None)
     return info
 
 
@@ -417,7 +445,7 @@ def _sound_options(path: str | Path | None, start: Fraction) -> dict[str, Any]:
 def _keep_sound(clip: _Source, target: Path, end: Fraction) -> Path | None:
     """Copy what accompanies the pictures to a Matroska file; `None` if there is nothing."""
     assert clip.sound is not None
-    return target if copy_streams(clip.sound, target, clip.start, end) else None
+    return target if copy_streams(clip.sound, target, clip.start, end, clip.shown) else None
 
 
 @contextmanager
@@ -494,6 +522,12 @@ def _write(
         for _ in written:
             if progress is not None:
                 progress(1, num_frames)
+
+
+def _write_end(writer: VideoWriter, height: int, width: int, end: Fraction | None) -> None:
+    """Tell when the last of the frames ends, which only their reader knows, and not before it is done."""
+    if end is not None:
+        writer.write(torch.empty(0, height, width, 3, dtype=torch.uint8), times=[], end=end)
 
 
 def reconstruct_frames(

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from .._version import __version__
 from ..atomic import partial_path, remove_stale_partials, replace_file
 from ..video_io import VideoError
+from ..video_io.containers import named_write_errors
 
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -45,6 +46,7 @@ class LatentsInfo:
         start: Time of the first frame in the source, in seconds, as a fraction.
         time_unit: Unit of the times of frames in seconds, as a fraction; empty if the frame rate is constant.
         has_sound: Whether sound, subtitles, chapters or metadata of the source are kept with the latents.
+        end: Seconds from the first frame to the end of the last one, as a fraction; empty if that one lasts `1 / fps`.
     """
 
     model: str
@@ -61,6 +63,7 @@ class LatentsInfo:
     start: str = "0"
     time_unit: str = ""
     has_sound: bool = False
+    end: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
@@ -71,8 +74,9 @@ class LatentsInfo:
                 raise TypeError(f"`{name}` must be a positive fraction, got {value!r}")
         if not _fraction(self.start) >= 0:
             raise TypeError(f"`start` must be a fraction from 0 on, got {self.start!r}")
-        if self.time_unit != "" and not _fraction(self.time_unit) > 0:
-            raise TypeError(f"`time_unit` must be empty or a positive fraction, got {self.time_unit!r}")
+        for name in ("time_unit", "end"):
+            if (value := getattr(self, name)) != "" and not _fraction(value) > 0:
+                raise TypeError(f"`{name}` must be empty or a positive fraction, got {value!r}")
 
     def check_weights(self, checksum: str, source: str | Path, argument: str = "vae", advice: str = "") -> None:
         """Refuse weights with another checksum than those that encoded, if those are known.
@@ -193,7 +197,8 @@ class LatentsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spool.close()
+        with suppress(OSError):  # on a full disk what could not be written is tried once more
+            self._spool.close()
         self._spool_path.unlink(missing_ok=True)
 
     def write(self, latents: torch.Tensor | None) -> None:
@@ -203,7 +208,8 @@ class LatentsWriter:
         by_time = latents[0].transpose(0, 1).contiguous().cpu()  # (t, z, h, w)
         self._shape, self._dtype = tuple(by_time.shape[1:]), by_time.dtype
         self._num_latent_frames += by_time.shape[0]
-        self._spool.write(by_time.view(torch.uint8).numpy().data)
+        with named_write_errors(self.path):
+            self._spool.write(by_time.view(torch.uint8).numpy().data)
 
     def close(
         self, info: LatentsInfo, times: Sequence[Fraction] | None = None, sound: Path | None = None
@@ -219,9 +225,10 @@ class LatentsWriter:
             The metadata as they were written.
 
         Raises:
-            VideoError: If nothing was written.
+            VideoError: If nothing was written, or the file cannot be stored.
         """
-        self._spool.close()
+        with named_write_errors(self.path):
+            self._spool.close()
         if self._num_latent_frames == 0:
             raise VideoError(f"{info.source!r} must hold at least one frame, got none.")
         z, h, w = self._shape
@@ -243,6 +250,7 @@ class LatentsWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
         with (
+            named_write_errors(self.path),
             replace_file(self.path) as partial,
             open(partial, "wb") as file,
             open(self._spool_path, "rb") as spool,

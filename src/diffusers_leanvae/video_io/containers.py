@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,27 +51,30 @@ class Unsupported(Exception):
 
 @contextmanager
 def open_input(path: PathLike, name: PathLike | None = None) -> Iterator[InputContainer]:
-    """Open a file for reading; everything that goes wrong, now or in the body, is a `VideoError` naming the file.
+    """Open a file for reading; everything that goes wrong then is a `VideoError` that names the file.
+
+    What goes wrong in the body may be of another file, such as that which is written: see `named_errors` for reading.
 
     Args:
         path: The file.
         name: What to call it, if not by its path.
     """
     file, path = Path(path), path if name is None else name
-    with named_errors(path):
-        if not file.exists():
-            raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.")
-        if file.is_dir():
-            raise VideoError(f"Cannot read {str(path)!r}: it is a folder, expected a video or image file.")
-        if file.stat().st_size == 0:
-            raise VideoError(f"Cannot read {str(path)!r}: the file is empty.")
-        # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from being
-        # expanded, and the whitelist keeps a playlist that calls itself a video off the network.
-        options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
-        if "%" in file.name:
-            options["pattern_type"] = "none"
-        with av.open(str(file.absolute()), "r", options=options, **_TAG_OPTIONS) as container:
-            yield container
+    with ExitStack() as resources:
+        with named_errors(path):
+            if not file.exists():
+                raise VideoError(f"Cannot read {str(path)!r}: the file does not exist.")
+            if file.is_dir():
+                raise VideoError(f"Cannot read {str(path)!r}: it is a folder, expected a video or image file.")
+            if file.stat().st_size == 0:
+                raise VideoError(f"Cannot read {str(path)!r}: the file is empty.")
+            # An absolute path is never taken for a protocol ("a:b.mp4"), "pattern_type" stops "%d" in a name from
+            # being expanded, and the whitelist keeps a playlist that calls itself a video off the network.
+            options = {"protocol_whitelist": "file", "max_pixels": str(MAX_FRAME_PIXELS)}
+            if "%" in file.name:
+                options["pattern_type"] = "none"
+            container = resources.enter_context(av.open(str(file.absolute()), "r", options=options, **_TAG_OPTIONS))
+        yield container
 
 
 @contextmanager
@@ -87,6 +90,17 @@ def named_errors(path: PathLike) -> Iterator[None]:
             f"Cannot read {str(path)!r} as a video or image: {reason} (damaged, truncated, not permitted or of an "
             "unknown format)."
         ) from error
+
+
+@contextmanager
+def named_write_errors(path: PathLike) -> Iterator[None]:
+    """Turn errors of FFmpeg and of the file system into a `VideoError` that names the file that is written."""
+    try:
+        yield
+    except BrokenPipeError:  # whose reader has seen enough
+        raise
+    except (FFmpegError, OSError) as error:
+        raise VideoError(f"Cannot write {str(path)!r}: {error}.") from error
 
 
 def find_pictures(container: InputContainer) -> VideoStream | None:

@@ -257,6 +257,7 @@ def find_output(
     """
     kind, suffix = _find_kind(path, container)
     if kind in ("image", "sequence"):
+        _check_names(codec, pixel_format)
         return Output(Path(path), kind, suffix, IMAGES[suffix], CODECS[IMAGES[suffix]].crf, None, None)
     held = CONTAINERS[suffix]
     if codec is not None and codec not in held.codecs and not held.is_animation:
@@ -264,7 +265,7 @@ def find_output(
         raise VideoError(
             f"Cannot write {os.fspath(path)!r}: `codec` must be one of {legal} for {suffix}, got {codec!r}."
         )
-    codec = codec if codec in held.codecs else held.codecs[0]
+    wished, codec = codec, codec if codec in held.codecs else held.codecs[0]
     properties = CODECS[codec]
     if properties.max_crf is None:
         crf = None
@@ -273,11 +274,21 @@ def find_output(
     elif not 0 <= crf <= properties.max_crf:
         raise VideoError(f"`crf` must be 0 to {properties.max_crf} for {codec}, got {crf}.")
     if held.is_animation:
+        _check_names(wished, pixel_format)
         pixel_format = None
     elif pixel_format is not None and pixel_format not in properties.pixel_formats:
         legal = ", ".join(properties.pixel_formats)
         raise VideoError(f"`pixel_format` must be one of {legal} for {codec}, got {pixel_format!r}.")
     return Output(Path(path), kind, suffix, codec, crf, pixel_format, held)
+
+
+def _check_names(codec: str | None, pixel_format: str | None) -> None:
+    """Refuse names that nothing has, where there is no choice and they are unused."""
+    if codec is not None and codec not in CODECS:
+        raise VideoError(f"`codec` must be one of {', '.join(CODECS)}, got {codec!r}.")
+    known = dict.fromkeys(name for properties in CODECS.values() for name in properties.pixel_formats)
+    if pixel_format is not None and pixel_format not in known:
+        raise VideoError(f"`pixel_format` must be one of {', '.join(known)}, got {pixel_format!r}.")
 
 
 def _find_kind(path: PathLike, container: str | None) -> tuple[Kind, str]:

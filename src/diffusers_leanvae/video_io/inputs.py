@@ -45,7 +45,7 @@ IMAGE_EXTENSIONS = tuple(
 TIMEOUT = 30.0  # seconds without a byte, after which a server counts as gone
 _BLOCK = 1 << 18
 _ADDRESS = re.compile(r"(https?|hf):/{1,2}(?=[^/])", re.IGNORECASE)  # `Path` makes one slash of two
-_NUMBER = re.compile(r"%(0?[1-9]\d?)?d")
+_NUMBER = re.compile(r"%(0?[1-9])?d")  # of one digit: `%20d` is a space in a name from the network, before a "d"
 
 
 # --- Files and folders -----------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def find_sequence(source: PathLike) -> list[Path] | None:
 
 
 def is_pattern(name: str) -> bool:
-    """Tell whether a name holds the place of one number, `%d` or `%04d`; `%%` stands for a percent sign."""
+    """Tell whether a name holds the place of one number, `%d`, `%4d` or `%04d`; `%%` stands for a percent sign."""
     return sum(len(_NUMBER.findall(piece)) for piece in name.split("%%")) == 1
 
 

@@ -44,7 +44,7 @@ from .inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence, list_fram
 from .rooms import Rooms
 from .seeking import SeekPoint, SeekPoints
 from .stills import ImageFrames, can_read
-from .timing import Clock
+from .timing import Clock, LastEnd
 
 
 if TYPE_CHECKING:  # these take a second to import, and a header can be read without them
@@ -212,6 +212,7 @@ class VideoReader:
         self._first_stamp: int | None = None
         self._num_frames: int | None = None
         self._num_ranges = 0
+        self._end: Fraction | None = None
         self._is_closed = False
         try:
             with named_errors(self._name):
@@ -242,6 +243,14 @@ class VideoReader:
     def has_pictures(self) -> bool:
         """Tell whether Pillow reads, which sets filters of warnings, of the whole process, while it does."""
         return self._images is not None
+
+    @property
+    def end(self) -> Fraction | None:
+        """Seconds from the first frame of the file to the end of the last one, as far as the file tells.
+
+        Known once a range has come to that frame. `None` before, and where the last frame lasts `1 / info.fps`.
+        """
+        return self._end
 
     def close(self) -> None:
         """Close the file."""
@@ -303,6 +312,7 @@ class VideoReader:
         if self._is_closed:
             raise VideoError(f"Cannot read {self._name!r}: the reader is closed.")
         self._num_ranges += 1
+        self._end = None
         if self._images is not None:
             frames = self._drawn_frames(self._images, start, stop, on_error, chunk_size)
         else:
@@ -391,7 +401,10 @@ class VideoReader:
         if start >= images.num_frames:
             raise self._beyond_end(images.num_frames, start)
         try:
-            yield from zip(images.arrays_from(start, stop, chunk_size), images.times[start:], strict=False)
+            for index, frame in enumerate(images.arrays_from(start, stop, chunk_size), start):
+                if index == images.num_frames - 1 and images.is_animated:
+                    self._end = images.duration
+                yield frame, images.times[index]
         except VideoError:
             if on_error == "raise":
                 raise
@@ -405,6 +418,7 @@ class VideoReader:
         out = first_fed = max(0, start - 1)
         times: deque[Fraction] = deque()
         damage: Damaged | None = None
+        last_end = self._last_end()
         with named_errors(self._name):
             decoding = self._go_to(first_fed)
             frames = decoding.frames_from(first_fed)
@@ -415,12 +429,17 @@ class VideoReader:
                     frame, damage = None, error
                 if frame is not None:
                     times.append(clock.time(index, _stamp(frame)))
+                    last_end.push(times[-1], frame.duration)
+                elif damage is None:
+                    self._end = last_end.find()
                 for picture in progressive.push(frame):  # `None` brings out what is still inside
                     time = times.popleft()
                     if out >= start:
                         yield picture, time
                     out += 1
                     if out == stop:
+                        if out == self.info.num_frames:
+                            self._end = last_end.find()
                         return
                 if frame is None:
                     break
@@ -431,6 +450,13 @@ class VideoReader:
             )
         if index <= start:
             raise self._beyond_end(index, start)
+
+    def _last_end(self) -> LastEnd:
+        total = self._stream.duration if has_sample_table(self._container) else None
+        # Others that FFmpeg reads say nothing of a frame's duration, and it guesses.
+        is_told = total is not None or "matroska" in self._container.format.name.split(",")
+        tick = self._stream.time_base if is_told else None
+        return LastEnd(self.info.fps, tick, self.info.is_variable_rate, total)
 
     def _beyond_end(self, num_frames: int, start: int) -> VideoError:
         return VideoError(

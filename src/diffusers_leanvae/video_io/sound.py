@@ -29,7 +29,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import replace_file
-from .containers import PathLike, codec_name, find_pictures, named_errors, open_input
+from .containers import PathLike, codec_name, find_pictures, named_write_errors, open_input
 from .formats import CONTAINERS, Container
 from .inputs import local_file
 from .tracks import (
@@ -275,13 +275,13 @@ class Accompaniment:
         for track in self._tracks.values():
             yield from track.before(until)
 
-    def rest(self, end: Fraction, frame_duration: Fraction) -> Iterator[Packet]:
-        """Yield all that is left for a video of `end` seconds.
+    def rest(self, end: Fraction, shown: Fraction) -> Iterator[Packet]:
+        """Yield all that is left for a video of `end` seconds, of whose frames the last begins before `shown`.
 
         That is what begins before `end`; or everything, where no frame of the source comes after those written.
         """
         yield from self.packets_before(end + self.timeline.delay)
-        is_whole = self._video is not None and self._is_at_end(end - frame_duration / 2)
+        is_whole = self._video is not None and self._is_at_end(shown)
         if not is_whole:
             last_chapter = max((stop for _, stop, _ in self._chapter_times()), default=Fraction(0))
             shown = [track.shown_until for track in self._tracks.values() if isinstance(track, SubtitleTrack)]
@@ -374,7 +374,9 @@ def cut_end(path: Path, target: Path, held: Container, end: Fraction) -> None:
             output.mux(packet)
 
 
-def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fraction | None) -> bool:
+def copy_streams(
+    source: PathLike, target: PathLike, start: Fraction, end: Fraction | None, shown: Fraction | None = None
+) -> bool:
     """Copy sound, subtitles, chapters and metadata of a video into a Matroska file of their own.
 
     The file has one black picture at the time of the first frame, by which `VideoWriter(audio_from=target)` finds the
@@ -385,6 +387,8 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
         target: The file to write; replaced if it exists.
         start: Seconds from the first frame of `source` to the frame that counts as the first.
         end: Seconds from the first frame of `source` to the end; `None` takes everything.
+        shown: Seconds from the first frame of `source` to after the last one that counts has begun, by which it is
+            told whether that is the last of all: then no sound is cut. By default just before `end`.
 
     Returns:
         Whether there was anything to copy; if not, nothing is written.
@@ -396,7 +400,7 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
     with Accompaniment.open(source, start) as streams:
         if not streams.has_any:
             return False
-        with replace_file(Path(target)) as partial, named_errors(source):
+        with named_write_errors(target), replace_file(Path(target)) as partial:
             with av.open(str(partial.absolute()), "w", format=held.muxer) as output:
                 marker = output.add_stream("ffv1", rate=1000)
                 assert isinstance(marker, VideoStream)
@@ -407,7 +411,11 @@ def copy_streams(source: PathLike, target: PathLike, start: Fraction, end: Fract
                 frame.pts, frame.time_base = round(streams.timeline.delay * 1000), Fraction(1, 1000)
                 output.mux(marker.encode(frame))
                 output.mux(marker.encode(None))
-                packets = streams.everything() if end is None else streams.rest(end - start, Fraction(1, 100))
+                if end is None:
+                    packets = streams.everything()
+                else:
+                    before = end - Fraction(1, 200)
+                    packets = streams.rest(end - start, (before if shown is None else max(before, shown)) - start)
                 streams.mux(output, packets)
             if streams.overhangs and end is not None:
                 with replace_file(partial) as cut:

@@ -93,6 +93,15 @@ class Ticks:
         self._held = (tick, frame)
         return [(before + self.lead, held, tick - before)]
 
+    def end_at(self, end: Fraction) -> Fraction:
+        """Return when the last frame ends that is to end at `end`, in seconds: after it has begun."""
+        if self._mode not in ("variable", "repeated"):
+            return max(end, self.ended)
+        regular = self._count / self._fps
+        if self._is_regular and abs(end - regular) <= _MAX_ROUNDING:
+            return regular
+        return end if end > self._last_time else self.ended
+
     def finish(self, end: Fraction) -> list[tuple[int, VideoFrame, int | None]]:
         """Return the frames held back, where all end after `end` seconds."""
         if self._held is None:

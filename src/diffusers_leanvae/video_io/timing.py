@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -98,18 +98,67 @@ class Clock:
         return time
 
 
+class LastEnd:
+    """Where the last frame of a video ends, as far as its container tells.
+
+    Args:
+        fps: Average rate.
+        tick: Seconds per unit of time stamps.
+        is_variable: Whether times are kept as they are.
+        total: Units from the first frame to the end, where a table of samples tells; else durations of frames do.
+    """
+
+    def __init__(self, fps: Fraction, tick: Fraction | None, is_variable: bool, total: int | None) -> None:
+        self._fps, self._tick, self._is_variable, self._total = fps, tick, is_variable, total
+        self._last: Fraction | None = None
+        self._shortest: Fraction | None = None  # time between two frames
+        self._end = Fraction(0)
+
+    def push(self, time: Fraction, duration: int | None) -> None:
+        """Take the time of the next frame, and for how many units the container says that it is shown."""
+        if self._last is not None:
+            step = time - self._last
+            self._shortest = step if self._shortest is None else min(step, self._shortest)
+        self._last = time
+        if self._tick is not None and duration:
+            self._end = max(self._end, time + duration * self._tick)
+
+    def find(self) -> Fraction | None:
+        """Return the seconds from the first frame of the file to the end; `None` for `1 / fps` after the last frame.
+
+        That is also what is taken where the container says next to nothing: less than half of the shortest time
+        between two frames, as muxers write that do not know, and FFmpeg guesses.
+        """
+        if self._last is None or self._tick is None:
+            return None
+        end = self._end if self._total is None else self._total * self._tick
+        duration = end - self._last
+        if duration <= 0 or (self._shortest is not None and 2 * duration < self._shortest):
+            return None
+        if self._is_variable:
+            return end
+        if duration * self._fps < 2:  # an edit list may end anywhere within the last frame
+            return None
+        exact = round(end * self._fps) / self._fps
+        return exact if abs(exact - end) <= self._tick else end
+
+
 def at_constant_rate(
-    frames: Iterable[tuple[torch.Tensor, Fraction]], fps: Fraction | int, last_duration: Fraction | None = None
+    frames: Iterable[tuple[torch.Tensor, Fraction]],
+    fps: Fraction | int,
+    last_duration: Fraction | Callable[[], Fraction | None] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Repeat and drop frames to make their rate constant, as FFmpeg's `fps` filter does with `round=near`.
 
     Args:
         frames: Frames and their times in seconds, in their order; the frames may be of any kind.
         fps: Frames per second to come out.
-        last_duration: Seconds for which the last frame is shown; the time between the last two by default.
+        last_duration: Seconds for which the last frame is shown, or a function that tells them once that frame has
+            come; the time between the last two by default, also where the function gives `None`.
 
     Yields:
-        The frame of each multiple of `1 / fps`, the first at the time of the first frame.
+        The frame of each multiple of `1 / fps`, the first at the time of the first frame. Frames too short for any
+        give the last of them.
 
     Raises:
         ValueError: If `fps` is not positive.
@@ -118,11 +167,11 @@ def at_constant_rate(
         raise ValueError(f"`fps` must be more than 0, got {fps}.")
     held: torch.Tensor | None = None
     time = step = Fraction(0)
-    place = 0  # of the next frame to come out
+    first = place = 0  # of the first frame, and of the next one, to come out
     for frame, start in frames:
         begin = _nearest(start * fps)
         if held is None:
-            place = begin
+            first = place = begin
         else:
             step = start - time
             for _ in range(place, begin):
@@ -131,8 +180,11 @@ def at_constant_rate(
         held, time = frame, start
     if held is None:
         return
-    duration = last_duration if last_duration is not None else step or 1 / Fraction(fps)
-    for _ in range(place, max(_nearest((time + duration) * fps), place)):
+    duration = last_duration() if callable(last_duration) else last_duration
+    if duration is None:
+        duration = step or 1 / Fraction(fps)
+    end = _nearest((time + duration) * fps)
+    for _ in range(place, end if place > first else max(end, place + 1)):  # of a short clip one frame stays
         yield held
 
 

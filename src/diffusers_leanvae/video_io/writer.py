@@ -13,7 +13,6 @@ import av
 import numpy as np
 import torch
 from av.container import OutputContainer
-from av.error import FFmpegError
 from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -22,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
-from .containers import PathLike, VideoError
+from .containers import PathLike, VideoError, named_write_errors
 from .decoding import planes_of
 from .formats import CODECS, ON_GPU, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
@@ -132,6 +131,7 @@ class VideoWriter:
         self._ended = Fraction(0)  # seconds, of the frames so far
         self._sound: Accompaniment | None = None
         self._last_packet: Packet | None = None  # held back at a variable rate
+        self._durations: dict[int, int] = {}  # of frames in the encoder, by time stamp
         self._closed = False
         self._is_broken = False  # a pipe whose reader went away
         if audio_from is not None and not self._is_image:
@@ -161,7 +161,8 @@ class VideoWriter:
             times: Seconds from the start of the written video to each frame, ascending, for a variable rate; all
                 calls give them, or none. Without them the frames follow each other at the rate `fps`. Images of a
                 sequence have no times. `.y4m` has no variable rate, so there frames are repeated and left out.
-            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`.
+            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`,
+                and without times not less.
 
         Raises:
             VideoError: If dtype, shape, size or times are not that, or the frames cannot be encoded or stored. The
@@ -187,8 +188,8 @@ class VideoWriter:
                     self._open(array, is_variable=times is not None)
                 for index, image in enumerate(array):
                     self._write_one(image, None if times is None else times[index])
-            if end is not None:
-                self._ended = max(self._ended, Fraction(end))
+            if end is not None and self._timing is not None:
+                self._ended = self._timing.end_at(Fraction(end))
         except BaseException:
             self.abort()
             raise
@@ -212,7 +213,8 @@ class VideoWriter:
                 self._store(self._encoder.encode(None))
                 self._store_last()
                 if self._sound is not None and self._container is not None:
-                    self._mux_sound(self._sound.rest(self._ended, 1 / self._fps))
+                    shown = max(self._ended, self._timing.ended)  # as far as the last frame, however short it is
+                    self._mux_sound(self._sound.rest(self._ended, shown - 1 / self._fps / 2))
                 self._resources.close()
                 if self._sound is not None and self._sound.overhangs:
                     self._cut_end(self._sound.timeline.delay + self._ended)
@@ -245,13 +247,12 @@ class VideoWriter:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            self._is_broken = True
-            raise
-        except (FFmpegError, OSError) as error:
-            raise VideoError(f"Cannot write {str(self.path)!r}: {error}.") from error
+        with named_write_errors(self.path):
+            try:
+                yield
+            except BrokenPipeError:
+                self._is_broken = True
+                raise
 
     @property
     def _has_display_size(self) -> bool:
@@ -387,7 +388,7 @@ class VideoWriter:
         assert self._timing is not None
         frame.pts, frame.time_base = pts, self._timing.time_base
         if duration is not None:
-            frame.duration = duration
+            frame.duration = self._durations[pts] = duration
         self._graph.vpush(frame)
         self._encode_waiting()
 
@@ -415,6 +416,8 @@ class VideoWriter:
             if self._num_packets == 1:
                 self._first_dts = packet.dts or 0
             if self._timing is not None and self._timing.is_variable:
+                if packet.pts in self._durations:  # encoders give the average, by which files would end late
+                    packet.duration = self._durations.pop(packet.pts)
                 self._last_packet, packet = packet, self._last_packet
                 self._mux(packet)
             else:
@@ -446,7 +449,7 @@ class VideoWriter:
             if packet.pts < self._latest_pts and held is not None and held.muxer in ("mp4", "mov"):
                 # A B frame, after which another one is shown.
                 packet.duration = max(timing.end_tick + reordered - packet.dts, 1)
-            else:
+            elif packet.pts >= self._latest_pts:
                 packet.dts = min(max(packet.pts + reordered, self._last_dts + 1), packet.pts)
                 packet.duration = timing.end_tick - packet.pts
         self._mux(packet)
