@@ -284,8 +284,8 @@ class Accompaniment:
         is_whole = self._video is not None and self._is_at_end(shown)
         if not is_whole:
             last_chapter = max((stop for _, stop, _ in self._chapter_times()), default=Fraction(0))
-            shown = [track.shown_until for track in self._tracks.values() if isinstance(track, SubtitleTrack)]
-            self.overhangs = max([last_chapter, *shown]) > end + Fraction(1, 1000)
+            subtitles = [track.shown_until for track in self._tracks.values() if isinstance(track, SubtitleTrack)]
+            self.overhangs = max([last_chapter, *subtitles]) > end + Fraction(1, 1000)
         if is_whole:
             heard = end
             for packet in self._waiting:
