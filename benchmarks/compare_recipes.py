@@ -132,10 +132,16 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "4x8x8, 16 channels": ["model.latent_channels=16"],
         "8x8x8, 8 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=8"],
         "8x8x8, 16 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=16"],
-        "8x8x8, 32 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=32"],
+        # Principal components need branches of at least as many channels as the latents have.
+        "8x8x8, 32 channels": ["model.patch_size=[4,4,4]", "model.latent_channels=32", "model.low_freq_dim=32"],
         "4x16x16, 16 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=16"],
-        "4x16x16, 48 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=48"],
-        "4x16x16, 64 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=64"],
+        "4x16x16, 48 channels": ["model.patch_size=[2,8,8]", "model.latent_channels=48", "model.low_freq_dim=48"],
+        "4x16x16, 64 channels": [
+            "model.patch_size=[2,8,8]",
+            "model.latent_channels=64",
+            "model.low_freq_dim=64",
+            "model.high_freq_dim=64",
+        ],
     },
     "alignment": {"before": ["num_steps=1", "optimizer.learning_rate=0", "ema_decay=0"], "after": []},
 }
