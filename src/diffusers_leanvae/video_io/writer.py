@@ -257,6 +257,11 @@ class VideoWriter:
                 raise
 
     @property
+    def has_sound(self) -> bool:
+        """Whether any sound was written."""
+        return self._sound is not None and self._sound.is_heard
+
+    @property
     def _has_display_size(self) -> bool:
         """Whether the pixel aspect ratio is written by a display size, afterwards."""
         held = self._output.container
