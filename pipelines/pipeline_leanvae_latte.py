@@ -194,6 +194,7 @@ class LeanVAELattePipeline(LatentVideoPipeline):
             num_videos_per_prompt=num_videos_per_prompt,
             num_guided_channels=num_guided_channels,
             strength=strength,
+            guidance_scale=guidance_scale,
         )
         frames = self._plan_frames(
             num_frames, height, width, num_frames_per_window, num_overlap_latent_frames, reencode_overlap

@@ -295,6 +295,7 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
             num_videos_per_prompt=num_videos_per_prompt,
             num_guided_channels=num_guided_channels,
             strength=strength,
+            guidance_scale=guidance_scale,
         )
         frames = self._plan_frames(num_frames, height, width, None, num_overlap_latent_frames, reencode_overlap)
         self.check_inputs(

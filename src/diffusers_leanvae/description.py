@@ -234,7 +234,30 @@ def _describe_folder(folder: Path) -> dict[str, Any] | None:
             **(read_json(index) if is_complete else {}),
             "settings": read_json(folder / "settings.json"),
         }
-    return None
+    return _describe_latents(folder)
+
+
+def _describe_latents(folder: Path) -> dict[str, Any] | None:
+    """Describe a folder that holds only what `leanvae encode` wrote for the files of another."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        return None
+    models: set[str] = set()
+    num_frames = 0
+    for path in paths:
+        header = read_header(path)
+        if "leanvae" not in header.metadata or "latents" not in header.tensors:
+            return None
+        info = json_object(header.metadata["leanvae"])
+        models.add(str(info.get("model")))
+        num_frames += int(info.get("num_frames", 0))
+    return {
+        "kind": "folder of latents",
+        "num_files": len(paths),
+        "num_frames": num_frames,
+        "models": sorted(models),
+        "num_bytes": sum(path.stat().st_size for path in paths),
+    }
 
 
 def _describe_model(folder: Path, class_name: str | None = None) -> dict[str, Any] | None:

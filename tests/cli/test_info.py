@@ -127,6 +127,14 @@ def test_videos_images_and_latents(tmp_path):
     described = info(tmp_path / "z.safetensors")
     assert described["kind"] == "latents" and described["shape"] == [1, 4, 3, 6, 8] and described["dtype"] == "float32"
     assert described["num_frames"] == 9 and described["source"] == "in.mp4" and described["height"] == 48
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    for name in ("a.safetensors", "below/b.safetensors"):
+        (tmp_path / "folder" / name).write_bytes((tmp_path / "z.safetensors").read_bytes())
+    described = info(tmp_path / "folder")
+    assert described["kind"] == "folder of latents" and described["num_files"] == 2 and described["num_frames"] == 18
+    assert described["models"] == [str(tmp_path / "vae")]
+    (tmp_path / "folder" / "notes.txt").touch()
+    assert "must" in error(tmp_path / "folder")
 
 
 def test_what_a_video_says_about_its_pixels_its_time_and_its_sound(tmp_path):

@@ -173,6 +173,17 @@ def test_sound_comes_from_where_it_is_asked_for(vae, tmp_path: Path):
     decode_video(vae, tmp_path / "z.safetensors", tmp_path / "new.mkv", audio_from=other)
     assert probe_video(tmp_path / "new.mkv").audio_codecs == ("flac", "flac")
     assert beeps(tmp_path / "new.mkv")[0] == pytest.approx([0], abs=0.02)
+    # A file of the same name is another one, and the same file under another name is the one.
+    (tmp_path / "elsewhere").mkdir()
+    namesake = film(tmp_path / "elsewhere" / "in.mkv", times, sound=("flac",), seconds=0.6)
+    decode_video(vae, tmp_path / "z.safetensors", tmp_path / "namesake.mkv", audio_from=namesake)
+    assert beeps(tmp_path / "namesake.mkv")[0] == pytest.approx([0], abs=0.02)
+    source.rename(tmp_path / "renamed.mkv")
+    decode_video(vae, tmp_path / "z.safetensors", tmp_path / "again.mkv", audio_from=tmp_path / "renamed.mkv")
+    assert beeps(tmp_path / "again.mkv")[0] == pytest.approx([0.2], abs=0.02)
+    silent = film(tmp_path / "silent.mkv", times)
+    with pytest.warns(UserWarning, match="'.*quiet.mkv' has no sound: '.*silent.mkv' has none at this time"):
+        decode_video(vae, tmp_path / "z.safetensors", tmp_path / "quiet.mkv", audio_from=silent)
 
 
 @BOTH

@@ -194,3 +194,14 @@ def test_a_memory_limit_needs_a_model_whose_memory_is_known(class_case, tmp_path
     code, stdout, err = leanvae(target, "--model", folder, "--steps", 1, "--max-memory", "1GiB")
     assert code == 1 and stdout == "" and not target.exists()
     assert err == "error: `max_memory` needs an autoencoder of this package, got an `AutoencoderKLWan`.\n"
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-3"])
+def test_guidance_is_a_finite_number(scale, tmp_path: Path):
+    code, _, err = leanvae(tmp_path / "a.mp4", "--guidance-scale", scale)
+    assert code == 1 and err.startswith("error: `--guidance-scale` must be a finite number from 0 on, got ")
+
+
+def test_pipelines_take_finite_guidance(class_case):
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number from 0 on, got nan"):
+        class_case.run(class_case.pipeline("ddpm"), guidance_scale=float("nan"))

@@ -228,8 +228,27 @@ BAD_DECODES: dict[str, tuple[dict[str, Any], bytes, int, str]] = {
     "pixels beyond any integer": (SHAPE | {"shape": [1, 4, 10**18, 10**18, 6]}, b"", 413, "at most 7680 pixels"),
     "numbers beyond any float": (SHAPE | {"shape": ["9" * 5000, 4, 1, 1, 1]}, b"", 400, "`shape`"),
     "NaN": (SHAPE, bytes(764) + b"\x00\x00\xc0\x7f", 400, "finite numbers"),
-    "factor 0": (SHAPE | {"scaling_factor": 0}, bytes(768), 400, "`scaling_factor` must be greater than 0, got '0'"),
+    "factor 0": (
+        SHAPE | {"scaling_factor": 0},
+        bytes(768),
+        400,
+        "`scaling_factor` must be greater than or equal to 0.0000",
+    ),
     "factor inf": (SHAPE | {"scaling_factor": "inf"}, bytes(768), 400, "`scaling_factor` must be a finite number"),
+    "factor 1e308": (
+        SHAPE | {"scaling_factor": 1e308},
+        bytes(768),
+        400,
+        "`scaling_factor` must be less than",
+    ),
+    "shift -1e308": (SHAPE | {"scaling_factor": 1, "shift_factor": -1e308}, bytes(768), 400, "`shift_factor`"),
+    "channels of no tensor": (SHAPE | {"shape": [1, 10**15, 2, 4, 6]}, b"", 400, "numbers of at most 2147483647"),
+    "channels of no integer": (
+        SHAPE | {"shape": [1, 10**18, 2, 4, 6]},
+        b"",
+        400,
+        "numbers of at most 2147483647",
+    ),
     "shift alone": (SHAPE | {"shift_factor": 1}, bytes(768), 400, "`shift_factor` must come with `scaling_factor`"),
     "packed": (SHAPE | {"height": 32, "width": 48}, bytes(768), 400, "for packed latents"),
     "output": (
@@ -239,7 +258,7 @@ BAD_DECODES: dict[str, tuple[dict[str, Any], bytes, int, str]] = {
         "`output_type` must be 'mp4', 'pil' or 'pt', got 'gif'",
     ),
     "image format": (SHAPE | {"image_format": "bmp"}, bytes(768), 400, "`image_format` must be 'jpg' or 'png'"),
-    "rate": (SHAPE | {"fps": 0}, bytes(768), 400, "`fps` must be greater than 0"),
+    "rate": (SHAPE | {"fps": 0}, bytes(768), 400, "`fps` must be greater than or equal to 0.001"),
     "another parameter": (SHAPE | {"strength": 1}, bytes(768), 400, "`strength` is no parameter of this route"),
     "two videos as a file": (
         {"shape": [2, 4, 1, 4, 6], "dtype": "float32", "output_type": "mp4"},

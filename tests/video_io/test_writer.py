@@ -169,6 +169,8 @@ class TestWriter:
                 VideoWriter(tmp_path / name, 25, **options)
         with pytest.raises(VideoError, match="`fps`"):
             VideoWriter(tmp_path / "a.mp4", 0)
+        with pytest.raises(VideoError, match="`fps` must be at least 0.00001 and less than 100000, got 5e-324"):
+            VideoWriter(tmp_path / "a.mp4", 5e-324)
         with pytest.raises(VideoError, match="one frame"):
             write_video(tmp_path / "a.png", moving_picture(2), 1)
         assert list(tmp_path.iterdir()) == []

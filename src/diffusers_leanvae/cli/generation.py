@@ -1,5 +1,6 @@
 """Latent diffusion: `generate`, `encode-dataset`."""
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -105,6 +106,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"`--guidance-scale` must be a finite number from 0 on, got {guidance_scale}.")
     from ..generation import generate_videos
 
     hide_bars_of_diffusers()

@@ -5,6 +5,7 @@ Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, lat
 `latents.py`), and stay in float32 between the steps, whatever dtype the networks have.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -176,6 +177,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_videos_per_prompt: int,
         num_guided_channels: int | None,
         strength: float,
+        guidance_scale: float = 1.0,
     ) -> None:
         """Check the arguments that do not depend on sizes.
 
@@ -183,6 +185,8 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             ValueError: With the argument, what is legal, and what came.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be a finite number from 0 on, got {guidance_scale}.")
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),

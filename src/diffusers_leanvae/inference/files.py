@@ -36,7 +36,7 @@ from ..video_io.pixels import (
 )
 from ..video_io.sound import copy_streams
 from ..video_io.timing import at_constant_rate
-from .latents_file import LatentsInfo, LatentsWriter, copy_sound, open_latents, read_times, weights_sha256
+from .latents_file import LatentsInfo, LatentsWriter, copy_sound, fingerprint, open_latents, read_times, weights_sha256
 from .memory import VideoJob, frames_ahead, plan_streams
 from .padding import pad_frames
 from .streaming import StreamingDecoder, StreamingEncoder
@@ -114,6 +114,7 @@ class _Source:
     Attributes:
         info: Of the video.
         rate: Frames per second of what comes out; the average where frames have times.
+        file: The file that is read, `None` for numbered pictures.
         sound: File with the sound, `None` for images.
         start: Time of the first frame that is read, in seconds from the first one in the file.
         times: When the frames that were read are shown, in seconds from the first; `None` for pictures and at a rate
@@ -125,6 +126,7 @@ class _Source:
     def __init__(self, video: VideoReader, path: str | Path, excerpt: Excerpt, is_sequence: bool) -> None:
         self.video, self.excerpt, self.info = video, excerpt, video.info
         self.rate = excerpt.fps or self.info.fps
+        self.file = None if is_sequence else path
         self.sound = None if is_sequence or self.info.is_image else path
         # Pictures have no time of their own: a rate is what they are shown at.
         self.is_resampled = excerpt.fps is not None and not is_sequence
@@ -334,6 +336,7 @@ def encode_video(
                 pixel_aspect_ratio=str(excerpt.pixel_aspect_ratio(clip.info)),
                 start=str(clip.start),
                 end="" if clip.end is None else str(clip.end),
+                fingerprint="" if clip.file is None else fingerprint(clip.file),
             )
             is_constant = clip.times is None or (
                 all(time == i / clip.rate for i, time in enumerate(clip.times))
@@ -363,8 +366,8 @@ def decode_video(
     Args:
         checksum: [`weights_sha256`] of the model as it is stored; other weights than those that encoded are refused.
             By default it is not looked at.
-        audio_from: File with the sound, in place of what is kept with the latents. Of the file that was encoded the
-            part is taken that the latents are of, of any other file the beginning.
+        audio_from: File with the sound, in place of what is kept with the latents. Of the file that was encoded, which
+            is known by its content, the part is taken that the latents are of, of any other file the beginning.
     """
     with open_latents(source) as (latents, info):
         shape = latents.get_shape()
@@ -398,6 +401,8 @@ def decode_video(
             _write(writes, streams.num_ahead, progress, info.num_frames)
             if times is not None:
                 _write_end(writer, info.height, info.width, Fraction(info.end) if info.end else None)
+    if audio_from is not None and not writer.has_sound:
+        warnings.warn(f"{str(target)!r} has no sound: {str(audio_from)!r} has none at this time.", stacklevel=2)
     return info
 
 
@@ -452,8 +457,11 @@ def _keep_sound(clip: _Source, target: Path, end: Fraction) -> Path | None:
 def _sound_of(source: str | Path, info: LatentsInfo, audio_from: str | Path | None) -> Iterator[dict[str, Any]]:
     """Give the options by which `VideoWriter` finds the sound for latents."""
     if audio_from is not None:
-        is_source = Path(audio_from).name == info.source
         with local_file(audio_from) as path:
+            if info.fingerprint:
+                is_source = fingerprint(path) == info.fingerprint
+            else:  # of an earlier version
+                is_source = Path(audio_from).name == info.source
             yield _sound_options(path, Fraction(info.start) if is_source else Fraction(0))
     elif info.has_sound:
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:

@@ -24,6 +24,7 @@ from ..video_io.containers import named_write_errors
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _COPY_BYTES = 2**24  # moved at a time when a file is laid out
+_END_BYTES = 2**20  # of a file's two ends, by which it is known again
 _FINEST = 10**9  # parts of a second that time stamps are rounded to if they have no common unit
 
 
@@ -47,6 +48,7 @@ class LatentsInfo:
         time_unit: Unit of the times of frames in seconds, as a fraction; empty if the frame rate is constant.
         has_sound: Whether sound, subtitles, chapters or metadata of the source are kept with the latents.
         end: Seconds from the first frame to the end of the last one, as a fraction; empty if that one lasts `1 / fps`.
+        fingerprint: Of the encoded file, see [`fingerprint`]; empty if not known.
     """
 
     model: str
@@ -64,6 +66,7 @@ class LatentsInfo:
     time_unit: str = ""
     has_sound: bool = False
     end: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
@@ -141,6 +144,16 @@ def read_times(path: str | Path) -> list[Fraction] | None:
             if len(ticks) != info.num_frames:
                 raise TypeError(f"`times` must be as many as frames, {info.num_frames}, got {len(ticks)}")
     return [Fraction(info.time_unit) * tick for tick in ticks]
+
+
+def fingerprint(path: str | Path) -> str:
+    """Tell a file from others of its name: its size, and the SHA-256 of its first and its last MiB."""
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(_END_BYTES))
+        file.seek(max(size - _END_BYTES, 0))
+        digest.update(file.read(_END_BYTES))
+    return f"{size}-{digest.hexdigest()}"
 
 
 def copy_sound(path: str | Path, target: Path) -> None:

@@ -20,7 +20,10 @@ from ..models.video_autoencoder import VideoAutoencoder
 
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Factor = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+# So that latents divided by a factor, or times one, are float32 numbers.
+Factor = Annotated[float, Field(allow_inf_nan=False, ge=1e-6, le=1e6)]
+Shift = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+_MAX_NUMBER = 2**31 - 1  # of a shape
 
 
 class Refusal(Exception):
@@ -87,10 +90,10 @@ class DecodeQuery(BaseModel):
     partial_postprocess: bool = False
     do_scaling: bool = False
     scaling_factor: Factor | None = None
-    shift_factor: FiniteFloat | None = None
+    shift_factor: Shift | None = None
     height: int | None = None
     width: int | None = None
-    fps: Annotated[float, Field(gt=0, le=1000)] = 24.0
+    fps: Annotated[float, Field(ge=0.001, le=1000)] = 24.0
 
     def check(self, vae: VideoAutoencoder, limits: Limits, is_file_wanted: bool) -> None:
         """Refuse, before the body is read, what cannot be decoded or answered.
@@ -135,7 +138,7 @@ class EncodeQuery(BaseModel):
     shape: list[int] | None = None
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     scaling_factor: Factor | None = None
-    shift_factor: FiniteFloat | None = None
+    shift_factor: Shift | None = None
 
     def check(self, vae: VideoAutoencoder, limits: Limits) -> None:
         """Refuse, before the body is read, what cannot be encoded."""
@@ -200,6 +203,8 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
         raise Refusal(400, f"`shape` must have 4 numbers for images or 5 for videos, got {len(shape)}.")
     if min(shape) < 1:
         raise Refusal(400, f"`shape` must have positive numbers, got {list(shape)}.")
+    if max(shape[0], shape[1]) > _MAX_NUMBER:  # other numbers are bounded with the pixels
+        raise Refusal(400, f"`shape` must have numbers of at most {_MAX_NUMBER}, got {list(shape)}.")
     return shape[0], shape[2] if len(shape) == 5 else 1, shape[-2], shape[-1]
 
 

@@ -95,6 +95,7 @@ class Accompaniment:
         timeline: Where its time lies in the output; `delay` is known after `attach`.
         damage: What went wrong with sound that could not be read or stored.
         overhangs: Whether subtitles or chapters go on after the end; known after `rest`.
+        is_heard: Whether any sound was written.
     """
 
     def __init__(self, container: InputContainer, path: PathLike, file: Path, start: Fraction) -> None:
@@ -108,7 +109,7 @@ class Accompaniment:
             lead = max((zero - time for time in times if time is not None), default=Fraction(0))
             if MIN_LEAD <= lead <= _MAX_LEAD:
                 self.timeline.lead = lead
-        self.overhangs = False
+        self.overhangs = self.is_heard = False
         self._tracks: dict[int, Track] = {}
         self._packets: Iterator[Packet] = iter(())
         self._waiting: deque[Packet] = deque()
@@ -319,10 +320,13 @@ class Accompaniment:
     def mux(self, output: OutputContainer, packets: Iterable[Packet]) -> None:
         """Write packets of sound; damaged ones are left out, and are no reason to lose the rest."""
         for packet in packets:
+            is_sound = packet.stream.type == "audio"
             try:
                 output.mux(packet)
             except InvalidDataError as error:
                 self.damage = error.strerror
+            else:
+                self.is_heard = self.is_heard or is_sound
 
     def notes(self) -> list[str]:
         """Return what is not as in the source, for a warning."""

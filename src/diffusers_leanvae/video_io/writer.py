@@ -32,6 +32,7 @@ from .ticks import Ticks
 _COLORSPACES = {"bt709": 1, "bt601": 5}  # AVColorSpace
 # Chroma is averaged over the pixels that share it, which is what the reader, repeating it, takes it to be.
 _SCALE = "flags=area+accurate_rnd+full_chroma_int:out_color_matrix={}:out_range={}"
+MIN_RATE = Fraction(1, 100000)  # frames per second: about one a day
 # More frames than x265 reorders.
 _X265_DELAY = 8
 
@@ -61,8 +62,8 @@ class VideoWriter:
               that name left are removed.
             - `"-"`: standard output, as it comes, for another program. When that one has seen enough, the `with`
               block ends without an error. A named pipe works alike.
-        fps: Frame rate in frames per second, more than 0. A `Fraction` is kept exactly, a float becomes the nearest
-            fraction with a denominator up to 1001.
+        fps: Frame rate in frames per second, at least 0.00001. A `Fraction` is kept exactly, a float becomes the
+            nearest fraction with a denominator up to 1001; one below 1, with a numerator up to 1001.
         codec: `"libx264"` (default of `.mp4`, `.mkv` and `.mov`), `"libx265"`, `"libvpx-vp9"` (default of `.webm`),
             `"libsvtav1"`, `"ffv1"` (`.mkv`), `"prores_ks"` (`.mov`), or `"h264_nvenc"` or `"hevc_nvenc"` with an
             NVIDIA GPU that encodes; unused by animations and images.
@@ -107,13 +108,14 @@ class VideoWriter:
         self.num_frames = 0
         if preset not in PRESETS:
             raise VideoError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        if not 0 < fps < 100000:
-            raise VideoError(f"`fps` must be more than 0 and less than 100000, got {fps}.")
+        rate = _rate_of(fps)
+        if rate is None:
+            raise VideoError(f"`fps` must be at least 0.00001 and less than 100000, got {fps}.")
         if not pixel_aspect_ratio > 0:
             raise VideoError(f"`pixel_aspect_ratio` must be more than 0, got {pixel_aspect_ratio}.")
         if audio_start < 0:
             raise VideoError(f"`audio_start` must be 0 or more, got {audio_start}.")
-        self._fps = Fraction(fps).limit_denominator(1001) if isinstance(fps, float) else Fraction(fps)
+        self._fps = rate
         self._preset, self._aspect = preset, Fraction(pixel_aspect_ratio)
         self._is_image = self._output.kind in ("image", "sequence")
         self._partial: Path | None = None  # a hidden file, or a folder for images of a sequence
@@ -253,6 +255,11 @@ class VideoWriter:
             except BrokenPipeError:
                 self._is_broken = True
                 raise
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether any sound was written."""
+        return self._sound is not None and self._sound.is_heard
 
     @property
     def _has_display_size(self) -> bool:
@@ -549,6 +556,16 @@ def _thread_ids() -> set[int]:
         return {int(name) for name in os.listdir("/proc/self/task")}
     except FileNotFoundError:
         return set()
+
+
+def _rate_of(fps: Fraction | float) -> Fraction | None:
+    """Return a legal frame rate as a fraction that formats hold, `None` for others."""
+    if not MIN_RATE <= fps < 100000:
+        return None
+    if not isinstance(fps, float):
+        return Fraction(fps)
+    # The time of a frame is a fraction where the rate is less than 1.
+    return Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / (1 / Fraction(fps)).limit_denominator(1001)
 
 
 def _encoder_name(codec: str, pixel_format: str) -> str:
