@@ -130,8 +130,9 @@ class TestRoundTrip:
     def test_wan_aligned_factor_is_an_argument(self, tmp_path: Path, original: dict[str, torch.Tensor]):
         torch.save({"args": {}, "state_dict": original}, tmp_path / "model.ckpt")
         model = AutoencoderKLLeanVAE.from_single_file(tmp_path / "model.ckpt")
+        statistics = {name: EXTRAS[name] for name in ("latents_mean", "latents_std")}
         wan = AutoencoderKLLeanVAE.from_single_file(
-            tmp_path / "model.ckpt", pixel_factor=1.0, latents_mean=EXTRAS["latents_mean"], torch_dtype=torch.float64
+            tmp_path / "model.ckpt", pixel_factor=1.0, torch_dtype=torch.float64, **statistics
         )
         assert (model.config.pixel_factor, model.config.scaling_factor, model.dtype) == (0.5, 0.7744, torch.float32)
         assert (wan.config.pixel_factor, wan.pixel_factor, wan.dtype) == (1.0, 1.0, torch.float64)
