@@ -31,7 +31,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -62,6 +62,7 @@ from diffusers_leanvae.trainer.finetuning import (
     add_transformer_lora,
     check_agreement,
     check_keys,
+    check_variant,
 )
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
@@ -299,8 +300,9 @@ def build_transformer(
         model = build_text_transformer(
             config, recipe.model, caption_channels, recipe.init, may_start_anew=recipe.tune == "full"
         )
-        # It counts pairs of blocks.
-        check_variant(recipe, dict(model.config) | {"num_layers": 2 * model.config["num_layers"]})
+        if recipe.init is not None and recipe.variant is not None:  # it counts pairs of blocks
+            found = dict(model.config) | {"num_layers": 2 * model.config["num_layers"]}
+            check_variant(recipe.variant, recipe.model, found)
         return model
     check_keys(LeanVAELatteTransformer3DModel, recipe.model)
     config |= recipe.model
@@ -314,20 +316,9 @@ def build_transformer(
         if value != config[name]:
             raise ValueError(f"`init` must have `{name}` {config[name]} for this recipe, got {value}.")
     check_agreement(model, recipe.model)
-    check_variant(recipe, model.config)
+    if recipe.variant is not None:
+        check_variant(recipe.variant, recipe.model, model.config)
     return model
-
-
-def check_variant(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Refuse a `variant` that the model of `init` is not; what `model` says comes first, as of a new model."""
-    if recipe.init is None or recipe.variant is None:
-        return
-    for name, value in latte_variant(recipe.variant).items():
-        if name not in recipe.model and config[name] != value:
-            raise ValueError(
-                f"`variant` must be null or that of `init`, which has `{name}` {config[name]}, got {recipe.variant!r} "
-                f"with {value}."
-            )
 
 
 def build_objective(recipe: ObjectiveRecipe) -> EpsilonObjective | FlowMatchingObjective:

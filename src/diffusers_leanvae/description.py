@@ -239,7 +239,7 @@ def _describe_folder(folder: Path) -> dict[str, Any] | None:
 
 def _describe_latents(folder: Path) -> dict[str, Any] | None:
     """Describe a folder that holds only what `leanvae encode` wrote for the files of another."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = list_files(folder).values()
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return None
     models: set[str] = set()

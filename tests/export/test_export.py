@@ -18,7 +18,17 @@ from tiny import SMALLEST, make_latents, make_tiny, make_video
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app, choices
-from diffusers_leanvae.export import FORMATS, PARTS, WEIGHTS, export_model, files, graphs_of, onnx_files, trace
+from diffusers_leanvae.export import (
+    FORMATS,
+    PARTS,
+    WEIGHTS,
+    export_model,
+    export_page,
+    files,
+    graphs_of,
+    onnx_files,
+    trace,
+)
 
 
 # Batch, groups of frames, latent height and width; none is that of the trace but for one size of the last.
@@ -223,6 +233,12 @@ class TestRefusals:
         monkeypatch.setattr(torch.export, "save", full)
         with pytest.raises(ValueError, match="^Cannot write '.*out': .*No space left on device"):
             export_model(make_tiny("leanvae", **SMALLEST), tmp_path / "out", "torch-export", parts=("decoder",))
+        monkeypatch.setattr(onnx_files, "write_onnx", full)
+        folder = tmp_path / "page"  # around the folder of the model, which has another name until all is there
+        with pytest.raises(
+            ValueError, match=rf"^Cannot write {re.escape(repr(str(folder)))}: .*No space left on device"
+        ):
+            export_page(make_tiny("leanvae", **SMALLEST), folder, "tiny")
         assert list(tmp_path.iterdir()) == []
 
     def test_no_compiler(self, tmp_path):
@@ -346,7 +362,7 @@ class TestFamilies:
             frames, expected = stream(run, "decoder", z, [2, 1, 3, 1], has_last), vae.decode(z).sample
             # A norm of next to nothing may enlarge any rounding: measured 5.7e-4 of IV-VAE, 2e-4 of the model itself.
             rounding = (copy.deepcopy(vae).double().decode(z.double()).sample - expected).abs().max().item()
-            torch.testing.assert_close(frames, expected, rtol=0, atol=max(ATOL, 5 * rounding))
+            torch.testing.assert_close(frames, expected, rtol=0, atol=max(ATOL, 4 * rounding))
 
     def test_it_is_plain_onnx(self, family):
         for path in family[1].glob("*.onnx"):

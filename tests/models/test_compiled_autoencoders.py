@@ -70,7 +70,7 @@ def test_one_compilation_serves_every_size(case: str, config: dict[str, Any], pa
             else:
                 x = tiny.make_latents(batch_size, vae.latent_channels, num_groups + 1, height, width)
                 actual, expected = (function(x).sample for function in (compiled, method))
-            # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding. Measured
-            # 1e-5, and 4.6e-5 on a processor of another make.
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1.5e-4)
+            # IV-VAE computes a clip in steps where it is not compiled: the same up to rounding. Measured 1e-5, of
+            # IV-VAE 4.6e-5 on a processor of another make.
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 if case.startswith("iv") else 4e-5)
     assert len(graphs) == len(parts)

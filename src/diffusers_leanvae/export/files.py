@@ -123,13 +123,23 @@ def export_model(
     return [folder / entry["file"] for entry in entries.values()]
 
 
+class UnwritableError(ValueError):
+    """What the file system says against the folder of an export."""
+
+    def __init__(self, folder: Path, reason: OSError) -> None:
+        super().__init__(f"Cannot write {str(folder)!r}: {reason}.")
+        self.reason = reason
+
+
 @contextmanager
 def named_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the file system into a `ValueError` that names the folder that is written."""
+    """Turn errors of the file system into one that names the folder that was asked for, be it around another."""
     try:
         yield
     except OSError as error:  # of a full disk, which names no file
-        raise ValueError(f"Cannot write {str(folder)!r}: {error}.") from error
+        raise UnwritableError(folder, error) from error
+    except UnwritableError as error:
+        raise UnwritableError(folder, error.reason) from error.reason
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:

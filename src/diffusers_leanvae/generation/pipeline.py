@@ -177,7 +177,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         num_videos_per_prompt: int,
         num_guided_channels: int | None,
         strength: float,
-        guidance_scale: float = 1.0,
+        guidance_scale: float,
     ) -> None:
         """Check the arguments that do not depend on sizes.
 

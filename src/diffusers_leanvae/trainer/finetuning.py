@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from ..loading import check_source, load_autoencoder
 from ..models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
+from ..models.transformer_latte import latte_variant
 from ..models.video_autoencoder import VideoAutoencoder
 
 
@@ -90,6 +91,22 @@ def check_agreement(model: Any, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if json.dumps(model.config[key]) != json.dumps(value):
             raise ValueError(f"`model.{key}` must agree with `init`, which has {model.config[key]!r}, got {value!r}.")
+
+
+def check_variant(variant: str, given: Container[str], config: Mapping[str, Any]) -> None:
+    """Refuse a `variant` that the transformer of `init` is not, by its config.
+
+    Args:
+        variant: A key of the named sizes.
+        given: What the section `model` says, which comes before the variant, as of a new model.
+        config: Of the transformer; its layers are counted as of a `LeanVAELatteTransformer3DModel`.
+    """
+    for name, value in latte_variant(variant).items():
+        if name not in given and config[name] != value:
+            raise ValueError(
+                f"`variant` must be null or that of `init`, which has `{name}` {config[name]}, got {variant!r} with "
+                f"{value}."
+            )
 
 
 def freeze_encoder(vae: VideoAutoencoder) -> None:
