@@ -11,6 +11,8 @@ from diffusers.training_utils import EMAModel
 from tiny import make_tiny, make_video
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, TemporalCache
+from diffusers_leanvae.kernels.slabs import find_compiler
+from diffusers_leanvae.models import autoencoder_kl_leanvae
 from diffusers_leanvae.models import leanvae_fused as fused
 from diffusers_leanvae.models.leanvae_fused import DenseProduct, Slab, slabs
 
@@ -32,8 +34,10 @@ def make_vae(dtype: torch.dtype = torch.float64, **config) -> AutoencoderKLLeanV
 
 
 @torch.no_grad()
-def run(vae: AutoencoderKLLeanVAE, x: torch.Tensor, is_fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    vae.fuse() if is_fused else vae.unfuse()
+def run(
+    vae: AutoencoderKLLeanVAE, x: torch.Tensor, is_fused: bool, kernels: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    vae.fuse(kernels) if is_fused else vae.unfuse()  # type: ignore[arg-type]
     parameters = vae.encode(x).latent_dist.parameters
     return parameters, vae.decode(parameters.chunk(2, dim=1)[0]).sample
 
@@ -55,23 +59,34 @@ def test_fused_equals_eager_in_float64(monkeypatch: pytest.MonkeyPatch, config: 
         assert_near(actual, eager, 1e-13)
 
 
-def test_float32_differs_by_rounding():
-    vae = make_vae(torch.float32)
+KERNELS = [
+    "torch",
+    pytest.param("cpp", marks=pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")),
+]
+WIDTHS = {"low_freq_dim": 16, "high_freq_dim": 32}  # that the kernels in C++ take
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_float32_differs_by_rounding(kernels: str):
+    vae = make_vae(torch.float32, **WIDTHS)
     exact, x = copy.deepcopy(vae).double(), torch.rand(1, 3, 9, 80, 96) * 2 - 1
-    results = run(vae, x, True), run(vae, x, False), run(exact, x.double(), False)
+    results = run(vae, x, True, kernels), run(vae, x, False), run(exact, x.double(), False)
     for fused_result, eager, right in zip(*results, strict=True):
         errors = [(y - right).square().mean().sqrt() / right.abs().max() for y in (fused_result, eager)]
         assert errors[0] < 1e-6 and errors[0] < 2 * errors[1]  # measured: 2.1e-7, 1.23 times
         assert not torch.equal(fused_result, eager)  # or it did not run
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("products", [torch.float32, None], ids=["float32_products", "16_bit_products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_no_worse_than_eager(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype | None
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype | None, kernels: str
 ):
+    if kernels == "cpp" and dtype == torch.float16:
+        kernels = "auto"  # which leaves float16 to PyTorch
     monkeypatch.setattr(fused, "product_dtype", lambda dtype, device: products or dtype)  # whatever the processor has
-    exact = make_vae(torch.float64)
+    exact = make_vae(torch.float64, **WIDTHS)
     vae = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(vae.state_dict())  # the same, rounded, weights
     x = (torch.rand(1, 3, 9, 80, 96) * 2 - 1).to(dtype)
@@ -80,13 +95,70 @@ def test_16_bits_are_no_worse_than_eager(
     with torch.no_grad():
         expected = exact.encode(x.double()).latent_dist.parameters, exact.decode(z.double()).sample
         for name in ("eager", "fused"):
-            vae.fuse() if name == "fused" else vae.unfuse()
+            vae.fuse(kernels) if name == "fused" else vae.unfuse()
             results = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
             assert all(result.dtype == dtype for result in results)
             errors[name] = [
                 (result - right).square().mean().sqrt().item() for result, right in zip(results, expected, strict=True)
             ]
     assert all(0 < actual <= eager for actual, eager in zip(errors["fused"], errors["eager"], strict=True)), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("num_tokens", [30, 1024])
+def test_kernels_in_cpp_compute_what_pytorch_does(
+    monkeypatch: pytest.MonkeyPatch, config: dict, dtype: torch.dtype, num_tokens: int
+):
+    if find_compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    monkeypatch.setattr(fused, "CPU_SLAB_TOKENS", num_tokens)
+    vae = make_vae(dtype, **(WIDTHS | config))
+    ratio = vae.spatial_compression_ratio
+    x = (torch.rand(2, 3, 9, 6 * ratio, 10 * ratio) * 2 - 1).to(dtype)
+    whole = run(vae, x, True, "torch")
+    vae.fuse("cpp")
+    blocks = [
+        block for stack in vae._fused.encoder_branches for block in stack.blocks
+    ] + vae._fused.decoder_fusion.blocks
+    assert blocks and all(type(block) is fused.CppSlabBlock for block in blocks)
+    encoder, decoder = TemporalCache(), TemporalCache()
+    with torch.no_grad():
+        moments = vae.encode(x).latent_dist.parameters
+        # The same latents for both, so that their difference is not counted twice.
+        sample = vae.decode(whole[0].chunk(2, dim=1)[0]).sample
+        streamed = torch.cat(
+            [vae.encode(part, cache=encoder).latent_dist.parameters for part in x.split((5, 4), 2)], 2
+        )
+        latents = streamed.chunk(2, dim=1)[0]
+        frames = torch.cat([vae.decode(part, cache=decoder).sample for part in latents.split((1, 2), 2)], 2)
+    pairs = {"moments": (moments, whole[0]), "sample": (sample, whole[1])}
+    assert not any(torch.equal(*pair) for pair in pairs.values())  # or the kernels did not run
+    pairs |= {"streamed": (streamed, moments), "frames": (frames, sample)}
+    for name, (actual, expected) in pairs.items():
+        assert actual.dtype == dtype
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
+        assert error < (5e-6 if dtype == torch.float32 else 5e-2), (name, error.item())  # 1.8e-6, 0.033
+
+
+def test_what_the_kernels_in_cpp_are_not_for():
+    with pytest.raises(ValueError, match="`kernels` must not be 'cpp' but for a float32 or bfloat16 model on the CPU"):
+        make_vae(torch.float64).fuse("cpp")
+    if find_compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    vae = make_vae(torch.float32, low_freq_dim=8, high_freq_dim=32)
+    vae.fuse()
+    kinds = [{type(block) for block in stack.blocks} for stack in vae._fused.encoder_branches]
+    assert kinds == [{fused.SlabBlock}, {fused.CppSlabBlock}]  # each block has its own width
+
+
+def test_kernels_in_cpp_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(autoencoder_kl_leanvae.slabs, "load", lambda: None)
+    vae = make_vae(torch.float32, **WIDTHS)
+    vae.fuse()
+    assert all(type(block) is fused.SlabBlock for block in vae._fused.decoder_fusion.blocks)
+    with pytest.raises(ValueError, match=r"`kernels` must not be 'cpp' where no C\+\+ compiler works; `CXX` may name"):
+        vae.fuse("cpp")
 
 
 def test_products_are_in_float32_where_the_processor_has_none_of_16_bits(monkeypatch: pytest.MonkeyPatch):
@@ -324,7 +396,7 @@ def test_another_product_may_be_tried():
             return self.product(x, out).mul_(0.5)
 
     vae, x = make_tiny("leanvae"), torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    expected = run(vae, x, True)
+    expected = run(vae, x, True, "torch")
     for product, is_same in ((fused.same_product, True), (HalfProduct, False)):
         vae._fused = fused.FusedLeanVAE(vae, product=product)
         with torch.no_grad():
@@ -334,7 +406,7 @@ def test_another_product_may_be_tried():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="`kernels` must be one of 'auto', 'torch', 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="`kernels` must be one of 'auto', 'torch', 'cpp', 'triton', got 'cuda'"):
         make_vae().fuse(kernels="cuda")  # type: ignore[arg-type]
     vae = make_vae(torch.float32)
     vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")

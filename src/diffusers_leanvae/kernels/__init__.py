@@ -2,6 +2,7 @@
 
 `get("eager")` is plain PyTorch, the reference; `get("triton")` needs Triton and a GPU, or Triton's interpreter
 (`TRITON_INTERPRET=1` in the environment before the first import), which is for tests. Nothing is chosen by itself.
+Those of `slabs.py`, in C++ for CPUs, are of slabs of tokens, and so have signatures of their own.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,9 @@ from torch import nn
 
 from ..checks import check_choice
 from ..conversion import leanvae
+from ..kernels import Kernels, slabs
 from ..kernels import get as get_kernels
+from ..kernels.slabs import SlabKernels
 from .leanvae_blocks import (
     CausalDepthwiseConv3d,
     LeanVAEBlocks,
@@ -423,7 +425,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
 
     # ---- prepared weights -------------------------------------------------------------------------------------------
 
-    def fuse(self, kernels: Literal["auto", "torch", "triton"] = "auto") -> None:
+    def fuse(self, kernels: Literal["auto", "torch", "cpp", "triton"] = "auto") -> None:
         """Prepare the weights for fast inference: the same function with fewer passes over memory.
 
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
@@ -435,14 +437,18 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         dtype (16 bits on older ones), they are taken of float32 copies, many times as fast and nearer to float64.
 
         Args:
-            kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"triton"`: whole tensors by Triton kernels.
-                `"auto"`: Triton for a model on a GPU where it is installed.
+            kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"cpp"`: the same with C++ between the matrix
+                products, for float32 and bfloat16 on the CPU; it is compiled at the first call on a machine, in
+                seconds, and kept in `TORCH_EXTENSIONS_DIR`. Blocks whose channels are no multiple of 16 are left to
+                PyTorch. `"triton"`: whole tensors by Triton kernels. `"auto"`: Triton for a model on a GPU where it is
+                installed; C++ on a CPU with Linux where there is a compiler.
 
         Raises:
-            ValueError: If the model has adapters that are not merged, weights that another library has quantized or
-                distributed, layers that are offloaded one by one, or weights of several dtypes or on several devices.
+            ValueError: If the kernels are not for this model or machine, or the model has adapters that are not
+                merged, weights that another library has quantized or distributed, layers that are offloaded one by
+                one, or weights of several dtypes or on several devices.
         """
-        check_choice("kernels", kernels, ("auto", "torch", "triton"))
+        check_choice("kernels", kernels, ("auto", "torch", "cpp", "triton"))
         if kinds := sorted({type(parameter).__name__ for parameter in self.parameters() if not is_plain(parameter)}):
             raise ValueError(
                 f"`fuse` must be called on plain weights, got {', '.join(kinds)}; a quantized model is as fast as its "
@@ -457,10 +463,25 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         if len(stored) > 1:
             places = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in stored))
             raise ValueError(f"`fuse` must be called on a model of one dtype on one device, got {places}.")
-        use_triton = kernels == "triton" or (kernels == "auto" and self.device.type == "cuda" and _has_triton())
+        operations = self._find_kernels(kernels)
         self._fused = None
         with torch.no_grad():
-            self._fused = FusedLeanVAE(self, get_kernels("triton") if use_triton else None)
+            self._fused = FusedLeanVAE(self, operations)
+
+    def _find_kernels(self, kernels: str) -> Kernels | SlabKernels | None:
+        """Return the operations for a choice of `fuse`; `None` for plain PyTorch."""
+        if kernels == "triton" or (kernels == "auto" and self.device.type == "cuda" and _has_triton()):
+            return get_kernels("triton")
+        is_for_cpp = self.device.type == "cpu" and self.dtype in slabs.DTYPES
+        operations = slabs.load() if is_for_cpp and kernels in ("auto", "cpp") else None
+        if kernels == "cpp" and operations is None:
+            raise ValueError(
+                "`kernels` must not be 'cpp' where no C++ compiler works; `CXX` may name one."
+                if is_for_cpp
+                else "`kernels` must not be 'cpp' but for a float32 or bfloat16 model on the CPU, got one that is "
+                f"{self.dtype} on {self.device}."
+            )
+        return operations
 
     def unfuse(self) -> None:
         """Undo [`fuse`]: free the prepared weights."""

@@ -8,7 +8,8 @@ What `AutoencoderKLLeanVAE.fuse()` prepares, from the stock state dict, which st
 - the inner width of a feed-forward is padded with zeros, which change nothing, to one that matrix kernels like;
 - a block is computed slab by slab of tokens, in place: convolution, residual, LayerNorm, feed-forward, while the slab
   is in the processor's cache. Slabs go backward in time, so that what a causal convolution reads is not overwritten
-  yet, and nothing is concatenated with the state of a stream.
+  yet, and nothing is concatenated with the state of a stream. Between the matrix products there are as few passes as
+  possible, in C++ where it can be compiled.
 
 Tokens are channels-last `(B, t, h, w, c)` and contiguous. Pinned by `tests/models/test_leanvae_fused.py`.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import Kernels
+from ..kernels.slabs import CHANNEL_MULTIPLE, DTYPES, DepthwiseParameters, SlabKernels, pack_taps
 from .leanvae_blocks import LeanVAEBlock, LeanVAEBlocks, exchange_tail, slice_elements, slices
 from .temporal_cache import Chunk
 
@@ -70,21 +72,25 @@ class Workspace:
         like: The input of the call.
         dtype: Of products.
         max_inner_dim: The widest inner width of a feed-forward.
+        max_dim: The most channels of a token.
 
     Attributes:
         num_tokens: Tokens of a slab; a slab of whole rows may have a few more.
     """
 
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype, max_inner_dim: int):
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, max_inner_dim: int, max_dim: int):
         limit = slice_elements(like.device) // (2 * max_inner_dim)
         self.num_tokens = min(CPU_SLAB_TOKENS, limit) if like.device.type == "cpu" else limit
-        self._buffers = [like.new_empty(0, dtype=dtype) for _ in range(2)]
-        self._max_inner_dim = max_inner_dim
+        self._buffers = [like.new_empty(0, dtype=kind) for kind in (dtype, dtype, torch.float32, dtype)]
+        self._dims = [max_inner_dim, max_inner_dim, max_dim, max_dim]
 
     def take(self, index: int, num_tokens: int, dim: int) -> torch.Tensor:
-        """`(num_tokens, dim)` of buffer 0 or 1, with anything in it."""
+        """`(num_tokens, dim)` of a buffer, with anything in it: 0 and 1 are for inner widths, 2 and 3 for tokens.
+
+        All are of the dtype of products, but for 2, which is float32.
+        """
         if self._buffers[index].numel() < num_tokens * dim:
-            self._buffers[index] = self._buffers[index].new_empty(num_tokens * self._max_inner_dim)
+            self._buffers[index] = self._buffers[index].new_empty(num_tokens * self._dims[index])
         return self._buffers[index][: num_tokens * dim].view(num_tokens, dim)
 
 
@@ -222,7 +228,7 @@ class SlabBlock(FusedBlock):
         base: torch.Tensor | None,
         workspace: Workspace,
     ) -> torch.Tensor:
-        batch_size, num_steps, height, width, _ = hidden_states.shape
+        batch_size, num_steps, height, width, channels = hidden_states.shape
         is_in_place = not keeps_input
         target = hidden_states if is_in_place else torch.empty_like(hidden_states)
         for item in range(batch_size):
@@ -232,13 +238,27 @@ class SlabBlock(FusedBlock):
                 above = last_row if is_in_place and slab.top > 0 else None
                 if is_in_place and slab.bottom < height:
                     last_row = frames[slab.start, slab.bottom - 1].clone()
-                convolved = self._convolve(frames, item_tail, slab, above)
-                destination = target[item, slab.steps, slab.rows].view(convolved.shape)
-                residual = convolved if self.residual else None
-                if base is not None:
-                    residual = base[item, slab.steps, slab.rows].view(convolved.shape)
-                self._feed_forward(convolved, residual, destination, workspace)
+                base_tokens, out = (
+                    None if tokens is None else tokens[item, slab.steps, slab.rows].view(-1, channels)
+                    for tokens in (base, target)
+                )
+                self._compute_slab(frames, item_tail, above, slab, base_tokens, out, workspace)
         return target
+
+    def _compute_slab(
+        self,
+        frames: torch.Tensor,
+        tail: torch.Tensor | None,
+        above: torch.Tensor | None,
+        slab: Slab,
+        base: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Compute `(num_tokens, c)`, a slab of the tokens `(t, h, w, c)`; `above` is the row before it, as it was."""
+        convolved = self._convolve(frames, tail, slab, above)
+        residual = base if base is not None else convolved if self.residual else None
+        self._feed_forward(convolved, residual, out, workspace)
 
     def _convolve(
         self, frames: torch.Tensor, tail: torch.Tensor | None, slab: Slab, above: torch.Tensor | None
@@ -287,6 +307,50 @@ class SlabBlock(FusedBlock):
             soft_threshold_(target, self.threshold)
         if target is not out:
             out.copy_(target)
+
+
+class CppSlabBlock(SlabBlock):
+    """As [`SlabBlock`], with what lies between the products in C++, in one pass each.
+
+    Args:
+        kernels: Of `kernels.slabs.load`.
+    """
+
+    def __init__(self, block: LeanVAEBlock, threshold: float | None, product: Product, kernels: SlabKernels):
+        self.kernels = kernels
+        super().__init__(block, threshold, product)
+
+    @staticmethod
+    def takes(block: LeanVAEBlock) -> bool:
+        """Tell whether the kernels are for the width and dtype of a block."""
+        weight = block.ff.up_proj.weight
+        return weight.dtype in DTYPES and weight.shape[1] % CHANNEL_MULTIPLE == 0
+
+    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        super()._prepare(value, gate, down)
+        taps = pack_taps(self.conv_weight)
+        vectors = self.bias, self.norm_weight, self.norm_bias
+        self.depthwise = DepthwiseParameters(taps, *vectors, eps=self.eps, has_residual=self.residual)
+
+    def _compute_slab(
+        self,
+        frames: torch.Tensor,
+        tail: torch.Tensor | None,
+        above: torch.Tensor | None,
+        slab: Slab,
+        base: torch.Tensor | None,
+        out: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:
+        convolved = workspace.take(2, *out.shape)
+        normed = workspace.take(3, *out.shape)
+        self.kernels.convolve_and_normalize(frames, tail, above, slab, self.depthwise, convolved, normed)
+        gate, value = (workspace.take(index, len(out), self.inner_dim) for index in range(2))
+        gate, value = self.gate(normed, gate), self.value(normed, value)
+        hidden = self.kernels.multiply_by_gelu_(value, gate)
+        product = self.down(hidden, normed)
+        residual = base if base is not None else convolved if self.residual else None
+        self.kernels.add(residual, product, out, self.threshold)
 
 
 class KernelBlock(FusedBlock):
@@ -433,11 +497,12 @@ class FusedLeanVAE:
 
     Args:
         vae: The model; nothing of it is changed.
-        kernels: Operations of `kernels.get("triton")`, or `None` for slabs of plain PyTorch.
+        kernels: Operations of `kernels.get("triton")`, or of `kernels.slabs.load` for slabs, or `None` for slabs of
+            plain PyTorch.
         product: Of the feed-forwards in slabs; another than the default is for experiments.
     """
 
-    def __init__(self, vae: Any, kernels: Kernels | None = None, product: Product = same_product):
+    def __init__(self, vae: Any, kernels: Kernels | SlabKernels | None = None, product: Product = same_product):
         self.signature = signature(vae)
         # Views of some values of each weight, which see what is written through `Tensor.data`; comparing them would
         # make a GPU wait. They hold the memory of the weights, so no others can come to lie there.
@@ -449,6 +514,12 @@ class FusedLeanVAE:
         self.separate = vae.encoder.separate
         if kernels is None:
             make_block: MakeBlock = partial(SlabBlock, product=product)
+        elif isinstance(kernels, SlabKernels):
+
+            def make_block(block: LeanVAEBlock, threshold: float | None) -> SlabBlock:
+                if CppSlabBlock.takes(block):
+                    return CppSlabBlock(block, threshold, product, kernels)
+                return SlabBlock(block, threshold, product)
         else:
             make_block = partial(KernelBlock, kernels=kernels)
         encoder, decoder, bottleneck = vae.encoder, vae.decoder, vae.bottleneck
@@ -495,7 +566,7 @@ class FusedLeanVAE:
 
     def encode(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Moments `(B, 2z, t, h, w)` of frames `(B, C, T, H, W)`."""
-        workspace = Workspace(x, self.dtype, self.max_inner_dim)
+        workspace = Workspace(x, self.dtype, self.max_inner_dim, sum(self.dims))
         branches = self._embed(x, chunk.is_first, workspace)  # (B, t, h, w, dim) each
         if self.separate:
             stacks = zip(self.encoder_branches, branches, strict=True)
@@ -532,7 +603,7 @@ class FusedLeanVAE:
 
     def decode(self, z: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """Pixels `(B, C, T, H, W)` of latents `(B, z, t, h, w)`."""
-        workspace = Workspace(z, self.dtype, self.max_inner_dim)
+        workspace = Workspace(z, self.dtype, self.max_inner_dim, sum(self.dims))
         latents = z.permute(0, 2, 3, 4, 1).contiguous()
         tokens = F.linear(latents, self.start, self.start_bias)  # (B, t, h, w, c)
         for index, (step_size, forward, backward) in enumerate(self.iterations):

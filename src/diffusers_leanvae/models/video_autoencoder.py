@@ -569,7 +569,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
     # ---- what only some models have ---------------------------------------------------------------------------------
 
-    def fuse(self, kernels: Literal["auto", "torch", "triton"] = "auto") -> None:
+    def fuse(self, kernels: Literal["auto", "torch", "cpp", "triton"] = "auto") -> None:
         """Prepare the weights for fast inference, where a model can."""
         raise ValueError(
             f"`fuse` needs an `AutoencoderKLLeanVAE`, got an `{type(self).__name__}`; `compile_repeated_blocks` takes "

@@ -1,0 +1,223 @@
+"""What lies between the matrix products of a block of LeanVAE on CPUs, in C++ that is compiled on first use.
+
+PyTorch takes a pass over memory for each operation, and in 16 bits conversions besides; here convolution, residual and
+LayerNorm are one pass, the gate is one, and so is the sum at the end. `slabs.cpp` is compiled once on a machine, in
+seconds, and kept where PyTorch keeps compiled extensions: in `TORCH_EXTENSIONS_DIR`, by default
+`~/.cache/torch_extensions`. There is neither Python nor PyTorch in it, so it is called through `ctypes`, and takes a
+compiler only; `torch.utils.cpp_extension` would need ninja and half a minute for PyTorch's headers.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..atomic import replace_file
+
+
+SOURCE = Path(__file__).with_name("slabs.cpp")
+CHANNEL_MULTIPLE = 16  # whole vectors on every processor
+DTYPES = (torch.float32, torch.bfloat16)
+_SECONDS_TO_COMPILE = 120
+# What PyTorch's own kernels are compiled with. Not `-march=native`: a home folder may be shared by unlike machines.
+_FLAGS_OF_CAPABILITY = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+_LOCK = threading.Lock()
+_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-w"]
+
+
+class DepthwiseParameters(NamedTuple):
+    """Parameters of a depthwise convolution and of the LayerNorm of its output, all float32.
+
+    Attributes:
+        taps: Of [`pack_taps`].
+        bias, norm_weight, norm_bias: `(channels,)` each.
+        eps: Of the LayerNorm.
+        has_residual: Whether the tokens are added to their convolution.
+    """
+
+    taps: torch.Tensor
+    bias: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    has_residual: bool
+
+
+class SlabKernels:
+    """The compiled operations; get them from [`load`].
+
+    Tensors are contiguous, on the CPU and of one of `DTYPES`; rows are multiples of `CHANNEL_MULTIPLE`. All is computed
+    in float32, and rounded once.
+    """
+
+    def __init__(self, library: ctypes.CDLL):
+        pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+        self._convolve_and_normalize = library.leanvae_convolve_and_normalize
+        self._convolve_and_normalize.argtypes = (
+            [pointer] * 3 + [integer] + [pointer] * 5 + [real, integer] + [pointer] * 2 + [integer] * 2
+        )
+        self._multiply_by_gelu = library.leanvae_multiply_by_gelu
+        self._multiply_by_gelu.argtypes = [pointer, pointer, integer, size, integer]
+        self._add = library.leanvae_add
+        self._add.argtypes = [pointer, integer] * 2 + [pointer, pointer, integer, size, integer]
+        for function in (self._convolve_and_normalize, self._multiply_by_gelu, self._add):
+            function.restype = None
+
+    def convolve_and_normalize(
+        self,
+        frames: torch.Tensor,
+        tail: torch.Tensor | None,
+        above: torch.Tensor | None,
+        slab: Sequence[int],
+        parameters: DepthwiseParameters,
+        convolved: torch.Tensor,
+        normed: torch.Tensor,
+    ) -> None:
+        """Causal depthwise 3x3x3 convolution of a slab, zero-padded in space, and the LayerNorm of its output.
+
+        Args:
+            frames: Tokens `(time, height, width, channels)`.
+            tail: The two time steps before them, `(2, height, width, channels)`; `None` for zeros.
+            above: The row above the slab, `(width, channels)`, where `frames` has another by now; or `None`.
+            slab: `(start, stop, top, bottom)`: of what [`eager.depthwise_conv_residual_norm`] returns for all tokens,
+                `[start:stop, top:bottom]` is computed.
+            convolved: Takes the convolution, with the residual if there is one: `(num_tokens, channels)`, float32.
+            normed: Takes its LayerNorm, `(num_tokens, channels)`.
+        """
+        size = (ctypes.c_int64 * 7)(*frames.shape[1:], *slab)
+        self._convolve_and_normalize(
+            _pointer(frames),
+            _pointer(tail),
+            _pointer(above),
+            _is_bfloat16(frames),
+            size,
+            *map(_pointer, parameters[:4]),
+            parameters.eps,
+            parameters.has_residual,
+            _pointer(convolved),
+            _pointer(normed),
+            _is_bfloat16(normed),
+            torch.get_num_threads(),
+        )
+
+    def multiply_by_gelu_(self, value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """`value * gelu(gate)`, of the exact gelu, into `value`, which is returned; both of one dtype."""
+        arguments = _is_bfloat16(value), value.numel(), torch.get_num_threads()
+        self._multiply_by_gelu(_pointer(gate), _pointer(value), *arguments)
+        return value
+
+    def add(
+        self, base: torch.Tensor | None, product: torch.Tensor, out: torch.Tensor, threshold: float | None = None
+    ) -> None:
+        """Sum of `base`, if any, and `product` into `out`, with [`eager.soft_threshold_`] if there is a threshold."""
+        self._add(
+            _pointer(base),
+            0 if base is None else _is_bfloat16(base),
+            _pointer(product),
+            _is_bfloat16(product),
+            None if threshold is None else ctypes.byref(ctypes.c_float(threshold)),
+            _pointer(out),
+            _is_bfloat16(out),
+            out.numel(),
+            torch.get_num_threads(),
+        )
+
+
+def pack_taps(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `(channels, 1, 3, 3, 3)` of a depthwise convolution as [`SlabKernels`] reads it, float32."""
+    taps = weight.detach().float().reshape(-1, CHANNEL_MULTIPLE, 27)
+    return taps.transpose(1, 2).contiguous()
+
+
+def find_compiler() -> list[str] | None:
+    """The command of this machine's C++ compiler: `CXX` of the environment, or what is installed.
+
+    Returns:
+        `None` if there is none, and outside of Linux, where compilers and PyTorch have different OpenMP libraries.
+    """
+    if platform.system() != "Linux":
+        return None
+    commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
+
+
+def load() -> SlabKernels | None:
+    """Return the operations, compiled if they have not been yet.
+
+    Returns:
+        `None` on a machine without a C++ compiler, and after a warning, which comes once, where it fails.
+    """
+    with _LOCK:  # threads of a process would write the same file
+        return _load()
+
+
+@functools.cache
+def _load() -> SlabKernels | None:
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        return SlabKernels(ctypes.CDLL(str(_compile(compiler))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in output.splitlines() if line.strip()), type(error).__name__)
+        warnings.warn(
+            f"`fuse` goes on without kernels in C++: {shlex.join(compiler)} or loading what it compiled failed "
+            f"({reason.strip()}). They are kept in the folder that `TORCH_EXTENSIONS_DIR` names.",
+            stacklevel=4,
+        )
+        return None
+
+
+def _compile(compiler: list[str]) -> Path:
+    """Compile the source, unless that has been done, and return the path of the library."""
+    flags = _FLAGS + next(
+        (flags for name, flags in _FLAGS_OF_CAPABILITY.items() if _capability().startswith(name)), []
+    )
+    key = repr((SOURCE.read_bytes(), compiler, flags, platform.machine(), platform.libc_ver()))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    path = Path(root) / "diffusers_leanvae" / f"slabs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as partial:
+            subprocess.run(
+                [*compiler, *flags, str(SOURCE), "-o", str(partial)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS_TO_COMPILE,
+            )
+    return path
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _is_bfloat16(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous() or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+        raise ValueError(
+            f"Slabs must be contiguous float32 or bfloat16 tensors on the CPU, got {tensor.dtype} on {tensor.device} "
+            f"with strides {tensor.stride()}."
+        )
+    return tensor.data_ptr()
