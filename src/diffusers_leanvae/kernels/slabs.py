@@ -60,8 +60,8 @@ class DepthwiseParameters(NamedTuple):
 class SlabKernels:
     """The compiled operations; get them from [`load`].
 
-    Tensors are contiguous, on the CPU and of one of `DTYPES`; rows are multiples of `CHANNEL_MULTIPLE`. All is computed
-    in float32, and rounded once.
+    Tensors are contiguous, on the CPU and of one of `DTYPES`, and rows are multiples of `CHANNEL_MULTIPLE`. All is
+    computed in float32, and rounded once.
     """
 
     def __init__(self, library: ctypes.CDLL):
