@@ -18,7 +18,7 @@ FOLDERS = {
     "pipelines": "diffusers_leanvae/pipelines",
     "training": "diffusers_leanvae/training",
 }
-DATA_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".mp4", ".typed", ".j2", ".html", ".css", ".js"}
+DATA_SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".mp4", ".typed", ".j2", ".html", ".css", ".js", ".cpp"}
 
 
 @pytest.fixture(scope="module")
