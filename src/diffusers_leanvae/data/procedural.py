@@ -1,8 +1,9 @@
 """Procedural footage: clips of what small autoencoders fail at, drawn when asked for, to be mixed into training data.
 
-A clip is one shot, or two with a cut or a dissolve between them. A shot has a background (a flat colour, a gradient, a
-checkerboard, or patches of pure colours, a texture or a page of text under a moving camera) and up to two things in
-front (thin lines, a counter, words, a shape); fades and grain come on top.
+Half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for four
+frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a background
+(a flat colour, a gradient, a checkerboard, or patches of pure colours, a texture or a page of text under a moving
+camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on top.
 """
 
 import math
@@ -14,12 +15,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .cutting import Size
 from .drawing import EXTENTS, hsv_color, shape_coverage, straight_path
 
 
+READOUT_SHARE = 0.55
 _LETTERS = np.array(list(string.ascii_letters + string.digits + "&?!%#"))
 
 
@@ -57,6 +59,8 @@ def draw_footage(size: Size, seed: int = 0, index: int = 0) -> torch.Tensor:
 
 def plan_footage(rng: np.random.Generator, num_frames: int) -> Footage:
     """Draw what a clip shows; an image has no changes."""
+    if rng.random() < READOUT_SHARE:
+        return Footage((Shot("readout"),), has_grain=bool(rng.random() < 0.2))
     change: Literal["cut", "dissolve"] | None = None
     drawn = rng.random()
     if num_frames > 1 and drawn < 0.4:
@@ -64,7 +68,7 @@ def plan_footage(rng: np.random.Generator, num_frames: int) -> Footage:
     shots = []
     for _ in range(1 if change is None else 2):
         overlays = rng.permutation(list(OVERLAYS))[: rng.choice(3, p=(0.3, 0.45, 0.25))]
-        shots.append(Shot(str(rng.choice(list(BACKGROUNDS))), tuple(map(str, overlays))))
+        shots.append(Shot(_plain_background(rng), tuple(map(str, overlays))))
     has_fade, has_grain = rng.random(2) < (0.2 * (num_frames > 1), 0.3)
     return Footage(tuple(shots), change, bool(has_fade), bool(has_grain))
 
@@ -171,6 +175,54 @@ def _draw_page(rng: np.random.Generator, size: Size) -> np.ndarray:
     return film(rng, _mix(_colors(rng, 2), _write(text, 1, 0, font_size, height, width)[None]), size)
 
 
+def _draw_readout(rng: np.random.Generator, size: Size) -> np.ndarray:
+    """Digits that change, mostly with every frame, and some letters that stay, in front of another background.
+
+    They are thin or bold, sharp or soft, and mostly on a plate.
+    """
+    num_frames, height, width = size
+    levels = np.empty((3, *size), np.float32)
+    levels[:] = BACKGROUNDS[_plain_background(rng)](rng, size)
+    hold = int(rng.choice((1, 2, 3), p=(0.6, 0.2, 0.2)))
+    phase = int(rng.integers(hold))
+    texts = _readings(rng, (num_frames + phase - 1) // hold + 1)
+    font_size = max(7, round(min(height, width) * rng.uniform(0.2, 0.7)))
+    stroke_width = font_size * rng.uniform(0, 0.06) if rng.random() < 0.7 else 0.0
+    blur_radius = rng.uniform(0, 0.8) if rng.random() < 0.6 else 0.0
+    length = _load_font(font_size).getlength(texts[0])
+    x, y = (
+        rng.uniform(min(0, room - extent), max(1, room - extent))
+        for room, extent in ((width, length), (height, font_size))
+    )
+    ink, plate = _colors(rng, 2)
+    if rng.random() < 0.5:
+        ink, plate = (np.full(3, level, np.float32) for level in rng.permutation((0, 255)))
+    if rng.random() < 0.7:
+        margin = font_size * rng.uniform(0.05, 0.4)
+        bounds = (y - margin, y + 1.1 * font_size + margin), (x - margin, x + length + margin)
+        rows, columns = (slice(max(0, round(first)), max(0, round(last))) for first, last in bounds)
+        levels[:, :, rows, columns] = plate[:, None, None, None]
+    pictures = {
+        text: _write(text, x, y, font_size, height, width, stroke_width, blur_radius) for text in dict.fromkeys(texts)
+    }
+    coverage = np.stack([pictures[texts[(frame + phase) // hold]] for frame in range(num_frames)])
+    for channel, level in zip(levels, ink, strict=True):
+        channel += coverage * (level - channel)
+    return levels
+
+
+def _readings(rng: np.random.Generator, count: int) -> list[str]:
+    """Readings of a counter, or numbers of as many digits without an order, with what stands around them."""
+    num_digits, place = int(rng.integers(1, 6)), int(rng.integers(3))
+    if rng.random() < 0.6:
+        start, pace = int(rng.integers(10**num_digits)), int(rng.choice((-1, 1, 7, 31)))
+        numbers = [f"{(start + pace * index) % 10**num_digits:0{num_digits}d}" for index in range(count)]
+    else:
+        numbers = ["".join(map(str, rng.integers(0, 10, num_digits))) for _ in range(count)]
+    mark, end = str(rng.choice(("", "", ".", ":"))), str(rng.choice(("", ".000", "%", " s")))
+    return [number[:place] + mark + number[place:] + end for number in numbers]
+
+
 BACKGROUNDS: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "flat": _draw_flat,
     "gradient": _draw_gradient,
@@ -178,6 +230,7 @@ BACKGROUNDS: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "patches": _draw_patches,
     "texture": _draw_texture,
     "page": _draw_page,
+    "readout": _draw_readout,
 }
 
 
@@ -328,10 +381,26 @@ def _random_word(rng: np.random.Generator, length: int, gaps: float = 0.0) -> st
     return "".join(np.where(rng.random(length) < gaps, " ", letters))
 
 
-def _write(text: str, x: float, y: float, font_size: int, height: int, width: int) -> np.ndarray:
+def _plain_background(rng: np.random.Generator) -> str:
+    """Draw a key of `BACKGROUNDS` that is no readout."""
+    return str(rng.choice([name for name in BACKGROUNDS if name != "readout"]))
+
+
+def _write(
+    text: str,
+    x: float,
+    y: float,
+    font_size: int,
+    height: int,
+    width: int,
+    stroke_width: float = 0.0,
+    blur_radius: float = 0.0,
+) -> np.ndarray:
     """The share of every pixel `(height, width)` that letters cover, with their left upper corner at a place."""
     image = Image.new("L", (width, height))
-    ImageDraw.Draw(image).text((x, y), text, fill=255, font=_load_font(font_size))
+    ImageDraw.Draw(image).text((x, y), text, fill=255, font=_load_font(font_size), stroke_width=stroke_width)
+    if blur_radius > 0:
+        image = image.filter(ImageFilter.GaussianBlur(blur_radius))
     return np.asarray(image, np.float32) / 255
 
 
