@@ -5,6 +5,7 @@
     python benchmarks/compare_recipes.py alignment --train ../shared/videos/train --held-out ../shared/videos/val
     python benchmarks/compare_recipes.py recipes --train ../shared/videos/train
     python benchmarks/compare_recipes.py compression --train ../shared/videos/train
+    python benchmarks/compare_recipes.py clips --train ../shared/videos/train
 
 `start`: initialisation and optimizer; the validation PSNR along the way, and the steps that each run takes to reach
 certain values of it, the last of which is what principal components give at step 0. `latents`: each regulariser
@@ -14,8 +15,9 @@ against the plain recipe on the same number of steps; reconstruction, and how ea
 `recipes`: everything that a recipe may choose, one thing at a time and each with the same processor time
 (`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
 the file keeps the others. `compression`: sizes of patches and latents, likewise, from principal components.
-Both choose recipes, so they leave the validation clips alone: without `--held-out` the clips of every sixth source are
-held out of the training clips.
+`clips`: PSNR of each held-out clip for the runs of `recipes` that are there, of which nothing is trained again.
+All three choose recipes, so they leave the validation clips alone: without `--held-out` the clips of every sixth
+source are held out of the training clips.
 
 Runs are those of `training/train_vae.py` with `compact_16ch.yaml` at a third of its width, so that a comparison takes
 minutes and not days. `start --as-they-are` takes the curves of runs that were stopped. Results go to
@@ -76,6 +78,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "base": [],
         "base, another seed": ["seed=1"],
         "base, a third seed": ["seed=2"],
+        "base, once more": [],
         "bfloat16": ["mixed_precision=bf16"],
         "learning rate 5e-4": ["optimizer.learning_rate=5e-4"],
         "learning rate 2e-3": ["optimizer.learning_rate=2e-3"],
@@ -350,6 +353,28 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": ordered, "processors": ", ".join(sorted(processors)), "base": base}
 
 
+def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
+    """PSNR of every held-out clip, of the runs of `recipes` as they are."""
+    protocol = replace(EQUAL_TIME_PROTOCOL, metrics=("psnr",))
+    torch.set_num_threads(options.threads)
+    options.comparison, options.as_they_are = "recipes", True
+    rows = []
+    for name in VARIANTS["recipes"]:
+        run = f"{name}, last third" if name in LAST_THIRD else DECODED_TWICE.get(name, name)
+        folder = train(options, run, []) / "vae"
+        if not folder.is_dir():
+            continue
+        vae, about = open_autoencoder(str(folder))
+        kind = TwiceDecodingReconstructor if name in DECODED_TWICE else AutoencoderReconstructor
+        evaluation = evaluate_reconstruction(kind(vae, name, about=about), options.held_out, protocol)
+        figures = {"all": evaluation.totals} | evaluation.clips
+        rows.append(
+            {"run": name} | {Path(clip).stem: round(x["psnr_frame_mean_rgb"], 2) for clip, x in figures.items()}
+        )
+        print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
 def hold_out(options: argparse.Namespace) -> None:
     """Part the training clips in two folders of links: every sixth source, the name before `_01`, is held out."""
     sources = {clip: clip.stem.rpartition("_")[0] or clip.stem for clip in list_videos(options.train)}
@@ -365,7 +390,7 @@ def hold_out(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", choices=list(VARIANTS))
+    parser.add_argument("comparison", choices=[*VARIANTS, "clips"])
     parser.add_argument("--train", required=True, help="folder of training videos")
     parser.add_argument("--held-out", help="folder of other videos; `recipes` and `compression` take training clips")
     parser.add_argument("--num-steps", type=int, default=320)
@@ -381,13 +406,18 @@ def main() -> None:
     unknown = set(options.only or ()) - set(VARIANTS[options.comparison] if options.comparison in BASES else ())
     if unknown:
         parser.error(f"--only must name runs of `recipes` or `compression`, got {', '.join(sorted(unknown))}")
-    if options.held_out is None and options.comparison not in BASES:
+    if options.held_out is None and options.comparison not in (*BASES, "clips"):
         parser.error(f"--held-out is needed for `{options.comparison}`")
     if options.held_out is None:
         hold_out(options)
     options.output = options.output or str(ROOT / f"results/bench_{options.comparison}.json")
-    comparisons = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}
-    changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
+    comparisons = {
+        "start": compare_starts,
+        "latents": compare_latents,
+        "alignment": compare_alignment,
+        "clips": compare_clips,
+    }
+    changes = {name: " ".join(overrides) for name, overrides in VARIANTS.get(options.comparison, {}).items()}
     result = {"all_runs": SMALL, "changes": changes}
     if options.comparison in BASES:
         result = compare_at_equal_time(options) | result
