@@ -238,11 +238,9 @@ class SlabBlock(FusedBlock):
                 above = last_row if is_in_place and slab.top > 0 else None
                 if is_in_place and slab.bottom < height:
                     last_row = frames[slab.start, slab.bottom - 1].clone()
-                base_tokens, out = (
-                    None if tokens is None else tokens[item, slab.steps, slab.rows].view(-1, channels)
-                    for tokens in (base, target)
-                )
-                self._compute_slab(frames, item_tail, above, slab, base_tokens, out, workspace)
+                part = item, slab.steps, slab.rows
+                added = None if base is None else base[part].view(-1, channels)
+                self._compute_slab(frames, item_tail, above, slab, added, target[part].view(-1, channels), workspace)
         return target
 
     def _compute_slab(
@@ -399,6 +397,19 @@ def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
         x.add_(torch.sign(x), alpha=-threshold)
 
 
+def _block_maker(kernels: Kernels | SlabKernels | None, product: Product) -> MakeBlock:
+    """Return what prepares a block for the kernels that there are."""
+    if isinstance(kernels, Kernels):
+        return partial(KernelBlock, kernels=kernels)
+
+    def make_block(block: LeanVAEBlock, threshold: float | None) -> FusedBlock:
+        if kernels is not None and CppSlabBlock.takes(block):
+            return CppSlabBlock(block, threshold, product, kernels)
+        return SlabBlock(block, threshold, product)
+
+    return make_block
+
+
 class FusedStack:
     """A chain of blocks; the output of the last one goes through a soft threshold, if there is one."""
 
@@ -512,16 +523,7 @@ class FusedLeanVAE:
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
-        if kernels is None:
-            make_block: MakeBlock = partial(SlabBlock, product=product)
-        elif isinstance(kernels, SlabKernels):
-
-            def make_block(block: LeanVAEBlock, threshold: float | None) -> SlabBlock:
-                if CppSlabBlock.takes(block):
-                    return CppSlabBlock(block, threshold, product, kernels)
-                return SlabBlock(block, threshold, product)
-        else:
-            make_block = partial(KernelBlock, kernels=kernels)
+        make_block = _block_maker(kernels, product)
         encoder, decoder, bottleneck = vae.encoder, vae.decoder, vae.bottleneck
         # With LayerNorm inside, the embedding is not linear, and stays as it is.
         self.embedding = None if vae.config["patch_norm"] else _patch_maps(vae, embed=True)
