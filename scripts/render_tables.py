@@ -138,10 +138,8 @@ def weights(results: Path) -> str:
 
 
 # Runs that made the bundled weights, one after another, and the endings of their logs.
-STAGES = tuple(
-    (f"{name} run", f"_training_{i}.jsonl")
-    for i, name in enumerate(("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"), 1)
-)
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
+STAGES = tuple((f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(ORDINALS, 1))
 
 
 def training_cost(log: list[dict[str, Any]]) -> str:
