@@ -197,6 +197,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def run_folder(options: argparse.Namespace, comparison: str, name: str) -> Path:
+    return Path(options.runs) / comparison / "".join(c if c.isalnum() else "_" for c in name)
+
+
 def train(
     options: argparse.Namespace,
     name: str,
@@ -205,7 +209,7 @@ def train(
     recipe: str = "compact_16ch",
 ) -> Path:
     """The output folder of a run, validated every `every` steps; what is there already is not run again."""
-    output = Path(options.runs) / options.comparison / "".join(c if c.isalnum() else "_" for c in name)
+    output = run_folder(options, options.comparison, name)
     command = [sys.executable, str(ROOT / "training" / "train_vae.py"), f"{ROOT}/training/configs/{recipe}.yaml"]
     folder = "null" if every is None else options.held_out
     command += [f"data.train={options.train}", f"validation.folder={folder}", f"output={output}", *SMALL]
@@ -306,6 +310,12 @@ class TwiceDecodingReconstructor(AutoencoderReconstructor):
         return super()._decode(2 * latents - self._encode(first))
 
 
+def open_reconstructor(folder: Path, name: str) -> AutoencoderReconstructor:
+    vae, about = open_autoencoder(str(folder))
+    kind = TwiceDecodingReconstructor if name in DECODED_TWICE else AutoencoderReconstructor
+    return kind(vae, name, about=about)
+
+
 def train_for(options: argparse.Namespace, name: str, overrides: list[str], minutes: float) -> Path:
     """The output folder of a run whose steps take so many minutes of a processor."""
     recipe = OTHER_FILES.get(name.removesuffix(", last third"), "compact_16ch")
@@ -330,18 +340,17 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
             go_on = [*overrides, f"init={parts[0] / 'vae'}", f"optimizer.learning_rate={LEARNING_RATE / 3}", *last]
             parts.append(train_for(options, f"{name}, last third", go_on, minutes / 3))
         log = [record for part in parts for record in read_json_lines(part / "log.jsonl")]
-        vae, about = open_autoencoder(str(parts[-1] / "vae"))
-        kind = TwiceDecodingReconstructor if name in DECODED_TWICE else AutoencoderReconstructor
-        quality = evaluate_reconstruction(kind(vae, name, about=about), options.held_out, EQUAL_TIME_PROTOCOL).totals
+        reconstructor = open_reconstructor(parts[-1] / "vae", name)
+        quality = evaluate_reconstruction(reconstructor, options.held_out, EQUAL_TIME_PROTOCOL).totals
         row: dict[str, Any] = {
             "run": name,
-            "num_parameters": about["num_parameters"],
+            "num_parameters": reconstructor.about["num_parameters"],
             "num_steps": len(log) * LOG_EVERY,
         }
         row["cpu_minutes"] = round(sum(record["cpu_seconds_per_step"] for record in log) * LOG_EVERY / 60, 2)
         # Without imageio-ffmpeg there is no VMAF, without flat patches no `flat_std`.
         row |= {column: round(quality[key], 4) for column, key in COLUMNS.items() if key in quality}
-        probe = measure(vae)
+        probe = measure(reconstructor.vae)
         row |= {"denoising_loss": round(probe["denoising_loss"], 4), NOISE: levels_of(probe)[NOISE]}
         print(row, flush=True)
         rows[name] = row
@@ -354,24 +363,19 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
-    """PSNR of every held-out clip, of the runs of `recipes` as they are."""
+    """PSNR of every held-out clip, of the runs of `recipes` that are there."""
     protocol = replace(EQUAL_TIME_PROTOCOL, metrics=("psnr",))
     torch.set_num_threads(options.threads)
-    options.comparison, options.as_they_are = "recipes", True
     rows = []
     for name in VARIANTS["recipes"]:
         run = f"{name}, last third" if name in LAST_THIRD else DECODED_TWICE.get(name, name)
-        folder = train(options, run, []) / "vae"
-        if not folder.is_dir():
-            continue
-        vae, about = open_autoencoder(str(folder))
-        kind = TwiceDecodingReconstructor if name in DECODED_TWICE else AutoencoderReconstructor
-        evaluation = evaluate_reconstruction(kind(vae, name, about=about), options.held_out, protocol)
-        figures = {"all": evaluation.totals} | evaluation.clips
-        rows.append(
-            {"run": name} | {Path(clip).stem: round(x["psnr_frame_mean_rgb"], 2) for clip, x in figures.items()}
-        )
-        print(rows[-1], flush=True)
+        folder = run_folder(options, "recipes", run) / "vae"
+        if folder.is_dir():
+            evaluation = evaluate_reconstruction(open_reconstructor(folder, name), options.held_out, protocol)
+            figures = {"all": evaluation.totals} | evaluation.clips
+            psnr = {Path(clip).stem: round(figure["psnr_frame_mean_rgb"], 2) for clip, figure in figures.items()}
+            rows.append({"run": name} | psnr)
+            print(rows[-1], flush=True)
     return {"rows": rows}
 
 
@@ -411,18 +415,16 @@ def main() -> None:
     if options.held_out is None:
         hold_out(options)
     options.output = options.output or str(ROOT / f"results/bench_{options.comparison}.json")
-    comparisons = {
-        "start": compare_starts,
-        "latents": compare_latents,
-        "alignment": compare_alignment,
-        "clips": compare_clips,
-    }
-    changes = {name: " ".join(overrides) for name, overrides in VARIANTS.get(options.comparison, {}).items()}
-    result = {"all_runs": SMALL, "changes": changes}
-    if options.comparison in BASES:
-        result = compare_at_equal_time(options) | result
+    comparisons = {"start": compare_starts, "latents": compare_latents, "alignment": compare_alignment}
+    if options.comparison == "clips":
+        result = compare_clips(options)
     else:
-        result = comparisons[options.comparison](options) | {"num_steps": options.num_steps} | result
+        changes = {name: " ".join(overrides) for name, overrides in VARIANTS[options.comparison].items()}
+        result = {"all_runs": SMALL, "changes": changes}
+        if options.comparison in BASES:
+            result = compare_at_equal_time(options) | result
+        else:
+            result = comparisons[options.comparison](options) | {"num_steps": options.num_steps} | result
     write_result(options.output, result)
     print(json.dumps(result))
 

@@ -20,7 +20,8 @@ from diffusers_leanvae.evaluation.protocols import Protocol
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
-from diffusers_leanvae.models.leanvae_fused import FusedLeanVAE, Product
+from diffusers_leanvae.models.leanvae_fused import FusedLeanVAE
+from diffusers_leanvae.models.leanvae_fused_blocks import Product
 
 
 class SimulatedFloat8:

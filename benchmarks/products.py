@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from diffusers_leanvae.evaluation.results import write_result
-from diffusers_leanvae.models.leanvae_fused import CPU_SLAB_TOKENS, DenseProduct, PackedProduct
+from diffusers_leanvae.models.leanvae_fused_blocks import CPU_SLAB_TOKENS, DenseProduct, PackedProduct
 
 
 WIDTHS = ((512, 1376), (1376, 512), (384, 1024), (1024, 384))  # inner width, columns

@@ -14,8 +14,8 @@ from diffusers_leanvae.kernels import eager, slabs
 from diffusers_leanvae.kernels.slabs import DepthwiseParameters, SlabKernels, pack_taps
 
 
-# The reference rounds to 16 bits what it returns, from float32, so the two may differ by a unit in the last place.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+# Of the largest value. Measured: 2.6e-7 and 3.7e-3, where half a unit in the last place is 3.9e-3.
+TOLERANCES = {torch.float32: 5e-7, torch.bfloat16: 4e-3}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_gate(kernels: SlabKernels, dtype: torch.dtype):
     right = value.double() * torch.nn.functional.gelu(gate.double())
     actual, untouched = value.clone(), gate.clone()
     kernels.multiply_by_gelu_(actual, gate)
-    assert (actual.double() - right).abs().max() / right.abs().max() < TOLERANCES[dtype] / 2
+    assert (actual.double() - right).abs().max() / right.abs().max() < TOLERANCES[dtype] / 2  # measured: 4e-8, 1.6e-3
     assert torch.equal(gate, untouched)
 
 

@@ -12,9 +12,17 @@ from tiny import make_tiny, make_video
 
 from diffusers_leanvae import AutoencoderKLLeanVAE, TemporalCache
 from diffusers_leanvae.kernels.slabs import find_compiler
-from diffusers_leanvae.models import autoencoder_kl_leanvae
-from diffusers_leanvae.models import leanvae_fused as fused
-from diffusers_leanvae.models.leanvae_fused import DenseProduct, Slab, slabs
+from diffusers_leanvae.models import autoencoder_kl_leanvae, leanvae_fused, leanvae_fused_blocks
+from diffusers_leanvae.models.leanvae_fused_blocks import (
+    CppSlabBlock,
+    DenseProduct,
+    PackedProduct,
+    Slab,
+    TorchSlabBlock,
+    product_dtype,
+    same_product,
+    slabs,
+)
 
 
 CONFIGS = {
@@ -51,7 +59,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 @pytest.mark.parametrize("shape", [(2, 3, 17, 3, 4), (1, 3, 1, 6, 6), (1, 3, 9, 8, 10)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_fused_equals_eager_in_float64(monkeypatch: pytest.MonkeyPatch, config: dict, shape: tuple[int, ...]):
-    monkeypatch.setattr(fused, "CPU_SLAB_TOKENS", 30)
+    monkeypatch.setattr(leanvae_fused_blocks, "CPU_SLAB_TOKENS", 30)
     vae = make_vae(**config)
     ratio = vae.spatial_compression_ratio
     x = torch.rand(*shape[:3], shape[3] * ratio, shape[4] * ratio, dtype=torch.float64) * 2 - 1
@@ -85,7 +93,8 @@ def test_16_bits_are_no_worse_than_eager(
 ):
     if kernels == "cpp" and dtype == torch.float16:
         kernels = "auto"  # which leaves float16 to PyTorch
-    monkeypatch.setattr(fused, "product_dtype", lambda dtype, device: products or dtype)  # whatever the processor has
+    for module in (leanvae_fused, leanvae_fused_blocks):  # whatever the processor has
+        monkeypatch.setattr(module, "product_dtype", lambda dtype, device: products or dtype)
     exact = make_vae(torch.float64, **WIDTHS)
     vae = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(vae.state_dict())  # the same, rounded, weights
@@ -112,7 +121,7 @@ def test_kernels_in_cpp_compute_what_pytorch_does(
 ):
     if find_compiler() is None:
         pytest.skip("there is no C++ compiler here")
-    monkeypatch.setattr(fused, "CPU_SLAB_TOKENS", num_tokens)
+    monkeypatch.setattr(leanvae_fused_blocks, "CPU_SLAB_TOKENS", num_tokens)
     vae = make_vae(dtype, **(WIDTHS | config))
     ratio = vae.spatial_compression_ratio
     x = (torch.rand(2, 3, 9, 6 * ratio, 10 * ratio) * 2 - 1).to(dtype)
@@ -121,7 +130,7 @@ def test_kernels_in_cpp_compute_what_pytorch_does(
     blocks = [
         block for stack in vae._fused.encoder_branches for block in stack.blocks
     ] + vae._fused.decoder_fusion.blocks
-    assert blocks and all(type(block) is fused.CppSlabBlock for block in blocks)
+    assert blocks and all(type(block) is CppSlabBlock for block in blocks)
     encoder, decoder = TemporalCache(), TemporalCache()
     with torch.no_grad():
         moments = vae.encode(x).latent_dist.parameters
@@ -149,14 +158,14 @@ def test_what_the_kernels_in_cpp_are_not_for():
     vae = make_vae(torch.float32, low_freq_dim=8, high_freq_dim=32)
     vae.fuse()
     kinds = [{type(block) for block in stack.blocks} for stack in vae._fused.encoder_branches]
-    assert kinds == [{fused.SlabBlock}, {fused.CppSlabBlock}]  # each block has its own width
+    assert kinds == [{TorchSlabBlock}, {CppSlabBlock}]  # each block has its own width
 
 
 def test_kernels_in_cpp_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(autoencoder_kl_leanvae.slabs, "load", lambda: None)
     vae = make_vae(torch.float32, **WIDTHS)
     vae.fuse()
-    assert all(type(block) is fused.SlabBlock for block in vae._fused.decoder_fusion.blocks)
+    assert all(type(block) is TorchSlabBlock for block in vae._fused.decoder_fusion.blocks)
     with pytest.raises(ValueError, match=r"`kernels` must not be 'cpp' where no C\+\+ compiler works; `CXX` may name"):
         vae.fuse("cpp")
 
@@ -169,20 +178,20 @@ def test_products_are_in_float32_where_the_processor_has_none_of_16_bits(monkeyp
     ):
         for is_supported, expected in ((True, dtype), (False, torch.float32)):
             monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=is_supported: answer)
-            assert fused.product_dtype(dtype, cpu) == expected
-            assert fused.product_dtype(dtype, gpu) == dtype
-    assert all(fused.product_dtype(dtype, cpu) == dtype for dtype in (torch.float32, torch.float64))
+            assert product_dtype(dtype, cpu) == expected
+            assert product_dtype(dtype, gpu) == dtype
+    assert all(product_dtype(dtype, cpu) == dtype for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [1, 7, 1024, 1500])
 def test_packed_weights_give_the_same_products(dtype: torch.dtype, num_rows: int):
-    if not fused._onednn_has_products(dtype):
+    if not leanvae_fused_blocks._onednn_has_products(dtype):
         pytest.skip(f"oneDNN has no products of {dtype} here")
     torch.manual_seed(0)
     weight, x = torch.randn(96, 40, dtype=dtype), torch.randn(num_rows, 40, dtype=dtype)
     memory = torch.empty(num_rows, 96, dtype=dtype)
-    actual = fused.PackedProduct(weight)(x, memory)
+    actual = PackedProduct(weight)(x, memory)
     exact = x.double() @ weight.double().t()
     assert_near(actual.double(), exact, 1e-6 if dtype == torch.float32 else 8e-3)  # measured: 2e-7, 2e-3
 
@@ -190,8 +199,8 @@ def test_packed_weights_give_the_same_products(dtype: torch.dtype, num_rows: int
 @pytest.mark.parametrize(
     "dtype, capability, is_enabled, expected",
     [
-        (torch.float32, "AVX512", True, fused.PackedProduct),
-        (torch.float32, "AVX512_VNNI", True, fused.PackedProduct),
+        (torch.float32, "AVX512", True, PackedProduct),
+        (torch.float32, "AVX512_VNNI", True, PackedProduct),
         (torch.float32, "AVX2", True, DenseProduct),
         (torch.float32, "AVX512", False, DenseProduct),
         (torch.float64, "AVX512", True, DenseProduct),
@@ -202,7 +211,7 @@ def test_where_weights_are_packed(
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     with torch.backends.mkldnn.flags(enabled=is_enabled):
-        assert type(fused.same_product(torch.randn(32, 8, dtype=dtype))) is expected
+        assert type(same_product(torch.randn(32, 8, dtype=dtype))) is expected
 
 
 @pytest.mark.parametrize("sizes", [(17,), (1, 4, 12), (5, 8, 4)])
@@ -397,8 +406,8 @@ def test_another_product_may_be_tried():
 
     vae, x = make_tiny("leanvae"), torch.rand(1, 3, 5, 32, 32) * 2 - 1
     expected = run(vae, x, True, "torch")
-    for product, is_same in ((fused.same_product, True), (HalfProduct, False)):
-        vae._fused = fused.FusedLeanVAE(vae, product=product)
+    for product, is_same in ((same_product, True), (HalfProduct, False)):
+        vae._fused = leanvae_fused.FusedLeanVAE(vae, product=product)
         with torch.no_grad():
             moments = vae.encode(x).latent_dist.parameters
             sample = vae.decode(moments.chunk(2, dim=1)[0]).sample

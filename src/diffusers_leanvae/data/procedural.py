@@ -1,9 +1,9 @@
 """Procedural footage: clips of what small autoencoders fail at, drawn when asked for, to be mixed into training data.
 
-Half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for four
-frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a background
-(a flat colour, a gradient, a checkerboard, or patches of pure colours, a texture or a page of text under a moving
-camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on top.
+About half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for
+four frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a
+background (a flat colour, a gradient, a checkerboard, or patches of pure colours, a texture or a page of text under a
+moving camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on top.
 """
 
 import math
@@ -21,15 +21,16 @@ from .cutting import Size
 from .drawing import EXTENTS, hsv_color, shape_coverage, straight_path
 
 
-READOUT_SHARE = 0.55
+READOUT_SHARE = 0.55  # of the clips
 _LETTERS = np.array(list(string.ascii_letters + string.digits + "&?!%#"))
 
 
 class Shot(NamedTuple):
-    """A key of `BACKGROUNDS`, and keys of `OVERLAYS` from back to front."""
+    """A key of `BACKGROUNDS`, keys of `OVERLAYS` from back to front, and whether a readout is in front of them."""
 
     background: str
     overlays: tuple[str, ...] = ()
+    has_readout: bool = False
 
 
 class Footage(NamedTuple):
@@ -60,7 +61,8 @@ def draw_footage(size: Size, seed: int = 0, index: int = 0) -> torch.Tensor:
 def plan_footage(rng: np.random.Generator, num_frames: int) -> Footage:
     """Draw what a clip shows; an image has no changes."""
     if rng.random() < READOUT_SHARE:
-        return Footage((Shot("readout"),), has_grain=bool(rng.random() < 0.2))
+        shot = Shot(str(rng.choice(list(BACKGROUNDS))), has_readout=True)
+        return Footage((shot,), has_grain=bool(rng.random() < 0.2))
     change: Literal["cut", "dissolve"] | None = None
     drawn = rng.random()
     if num_frames > 1 and drawn < 0.4:
@@ -68,7 +70,7 @@ def plan_footage(rng: np.random.Generator, num_frames: int) -> Footage:
     shots = []
     for _ in range(1 if change is None else 2):
         overlays = rng.permutation(list(OVERLAYS))[: rng.choice(3, p=(0.3, 0.45, 0.25))]
-        shots.append(Shot(_plain_background(rng), tuple(map(str, overlays))))
+        shots.append(Shot(str(rng.choice(list(BACKGROUNDS))), tuple(map(str, overlays))))
     has_fade, has_grain = rng.random(2) < (0.2 * (num_frames > 1), 0.3)
     return Footage(tuple(shots), change, bool(has_fade), bool(has_grain))
 
@@ -105,10 +107,16 @@ def draw_shot(shot: Shot, rng: np.random.Generator, size: Size) -> np.ndarray:
     levels = np.empty((3, *size), np.float32)
     levels[:] = BACKGROUNDS[shot.background](rng, size)
     for name in shot.overlays:
-        coverage = OVERLAYS[name](rng, size)
-        for channel, level in zip(levels, _colors(rng, 1)[0], strict=True):
-            channel += coverage * (level - channel)
+        _paint(levels, OVERLAYS[name](rng, size), _colors(rng, 1)[0])
+    if shot.has_readout:
+        _add_readout(levels, rng)
     return levels
+
+
+def _paint(levels: np.ndarray, coverage: np.ndarray, color: np.ndarray) -> None:
+    """Lay a colour over levels, in place."""
+    for channel, level in zip(levels, color, strict=True):
+        channel += coverage * (level - channel)
 
 
 # --- Backgrounds: levels that broadcast to `(3, num_frames, height, width)` ------------------------------------------
@@ -175,54 +183,6 @@ def _draw_page(rng: np.random.Generator, size: Size) -> np.ndarray:
     return film(rng, _mix(_colors(rng, 2), _write(text, 1, 0, font_size, height, width)[None]), size)
 
 
-def _draw_readout(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Digits that change, mostly with every frame, and some letters that stay, in front of another background.
-
-    They are thin or bold, sharp or soft, and mostly on a plate.
-    """
-    num_frames, height, width = size
-    levels = np.empty((3, *size), np.float32)
-    levels[:] = BACKGROUNDS[_plain_background(rng)](rng, size)
-    hold = int(rng.choice((1, 2, 3), p=(0.6, 0.2, 0.2)))
-    phase = int(rng.integers(hold))
-    texts = _readings(rng, (num_frames + phase - 1) // hold + 1)
-    font_size = max(7, round(min(height, width) * rng.uniform(0.2, 0.7)))
-    stroke_width = font_size * rng.uniform(0, 0.06) if rng.random() < 0.7 else 0.0
-    blur_radius = rng.uniform(0, 0.8) if rng.random() < 0.6 else 0.0
-    length = _load_font(font_size).getlength(texts[0])
-    x, y = (
-        rng.uniform(min(0, room - extent), max(1, room - extent))
-        for room, extent in ((width, length), (height, font_size))
-    )
-    ink, plate = _colors(rng, 2)
-    if rng.random() < 0.5:
-        ink, plate = (np.full(3, level, np.float32) for level in rng.permutation((0, 255)))
-    if rng.random() < 0.7:
-        margin = font_size * rng.uniform(0.05, 0.4)
-        bounds = (y - margin, y + 1.1 * font_size + margin), (x - margin, x + length + margin)
-        rows, columns = (slice(max(0, round(first)), max(0, round(last))) for first, last in bounds)
-        levels[:, :, rows, columns] = plate[:, None, None, None]
-    pictures = {
-        text: _write(text, x, y, font_size, height, width, stroke_width, blur_radius) for text in dict.fromkeys(texts)
-    }
-    coverage = np.stack([pictures[texts[(frame + phase) // hold]] for frame in range(num_frames)])
-    for channel, level in zip(levels, ink, strict=True):
-        channel += coverage * (level - channel)
-    return levels
-
-
-def _readings(rng: np.random.Generator, count: int) -> list[str]:
-    """Readings of a counter, or numbers of as many digits without an order, with what stands around them."""
-    num_digits, place = int(rng.integers(1, 6)), int(rng.integers(3))
-    if rng.random() < 0.6:
-        start, pace = int(rng.integers(10**num_digits)), int(rng.choice((-1, 1, 7, 31)))
-        numbers = [f"{(start + pace * index) % 10**num_digits:0{num_digits}d}" for index in range(count)]
-    else:
-        numbers = ["".join(map(str, rng.integers(0, 10, num_digits))) for _ in range(count)]
-    mark, end = str(rng.choice(("", "", ".", ":"))), str(rng.choice(("", ".000", "%", " s")))
-    return [number[:place] + mark + number[place:] + end for number in numbers]
-
-
 BACKGROUNDS: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "flat": _draw_flat,
     "gradient": _draw_gradient,
@@ -230,7 +190,6 @@ BACKGROUNDS: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "patches": _draw_patches,
     "texture": _draw_texture,
     "page": _draw_page,
-    "readout": _draw_readout,
 }
 
 
@@ -261,9 +220,7 @@ def _cover_lines(rng: np.random.Generator, size: Size) -> np.ndarray:
 def _cover_counter(rng: np.random.Generator, size: Size) -> np.ndarray:
     """Digits that count, at any place in a group of frames and more than once in it."""
     num_digits, hold = int(rng.integers(1, 6)), int(rng.integers(1, 7))
-    start, pace, phase = int(rng.integers(10**num_digits)), int(rng.choice((-1, 1, 7))), int(rng.integers(hold))
-    numbers = [start + pace * ((frame + phase) // hold) for frame in range(size[0])]
-    return _show(rng, [f"{number % 10**num_digits:0{num_digits}d}" for number in numbers], size)
+    return _show(rng, _hold(rng, lambda count: _count(rng, num_digits, (-1, 1, 7), count), hold, size[0]), size)
 
 
 def _cover_words(rng: np.random.Generator, size: Size) -> np.ndarray:
@@ -276,9 +233,8 @@ def _cover_words(rng: np.random.Generator, size: Size) -> np.ndarray:
         places = rng.uniform(min(0, free), max(0, free)) + rng.uniform(-1, 1) * width * (_unit_time(num_frames) - 0.5)
         return np.stack([_write(text, x, y, font_size, height, width) for x in places])
     hold, length = int(rng.integers(1, 7)), int(rng.integers(1, 8))
-    phase = int(rng.integers(hold))
-    words = [_random_word(rng, length) for _ in range((num_frames + phase - 1) // hold + 1)]
-    return _show(rng, [words[(frame + phase) // hold] for frame in range(num_frames)], size)
+    words = _hold(rng, lambda count: [_random_word(rng, length) for _ in range(count)], hold, num_frames)
+    return _show(rng, words, size)
 
 
 def _cover_shape(rng: np.random.Generator, size: Size) -> np.ndarray:
@@ -298,6 +254,47 @@ OVERLAYS: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "words": _cover_words,
     "shape": _cover_shape,
 }
+
+
+# --- Readouts --------------------------------------------------------------------------------------------------------
+
+
+def _add_readout(levels: np.ndarray, rng: np.random.Generator) -> None:
+    """Put digits that change, mostly with every frame, and some letters that stay in front of levels, in place.
+
+    They are thin or bold, sharp or soft, and mostly on a plate.
+    """
+    num_frames, height, width = size = levels.shape[1:]
+    hold = int(rng.choice((1, 2, 3), p=(0.6, 0.2, 0.2)))
+    texts = _hold(rng, lambda count: _readings(rng, count), hold, num_frames)
+    font_size = max(7, round(min(height, width) * rng.uniform(0.2, 0.7)))
+    stroke_width = font_size * rng.uniform(0, 0.06) if rng.random() < 0.7 else 0.0
+    blur_radius = rng.uniform(0, 0.8) if rng.random() < 0.6 else 0.0
+    length = _load_font(font_size).getlength(texts[0])
+    x, y = (
+        rng.uniform(min(0, room - extent), max(1, room - extent))
+        for room, extent in ((width, length), (height, font_size))
+    )
+    ink, plate = _colors(rng, 2)
+    if rng.random() < 0.5:
+        ink, plate = (np.full(3, level, np.float32) for level in rng.permutation((0, 255)))
+    if rng.random() < 0.7:
+        margin = font_size * rng.uniform(0.05, 0.4)
+        bounds = (y - margin, y + 1.1 * font_size + margin), (x - margin, x + length + margin)
+        rows, columns = (slice(max(0, round(first)), max(0, round(last))) for first, last in bounds)
+        levels[:, :, rows, columns] = plate[:, None, None, None]
+    _paint(levels, _write_each(texts, x, y, font_size, size, stroke_width, blur_radius), ink)
+
+
+def _readings(rng: np.random.Generator, count: int) -> list[str]:
+    """Readings of a counter, or numbers of as many digits without an order, with what stands around them."""
+    num_digits, place = int(rng.integers(1, 6)), int(rng.integers(3))
+    if rng.random() < 0.6:
+        numbers = _count(rng, num_digits, (-1, 1, 7, 31), count)
+    else:
+        numbers = ["".join(map(str, rng.integers(0, 10, num_digits))) for _ in range(count)]
+    mark, end = str(rng.choice(("", "", ".", ":"))), str(rng.choice(("", ".000", "%", " s")))
+    return [number[:place] + mark + number[place:] + end for number in numbers]
 
 
 # --- Colours, cameras and letters ------------------------------------------------------------------------------------
@@ -381,9 +378,17 @@ def _random_word(rng: np.random.Generator, length: int, gaps: float = 0.0) -> st
     return "".join(np.where(rng.random(length) < gaps, " ", letters))
 
 
-def _plain_background(rng: np.random.Generator) -> str:
-    """Draw a key of `BACKGROUNDS` that is no readout."""
-    return str(rng.choice([name for name in BACKGROUNDS if name != "readout"]))
+def _count(rng: np.random.Generator, num_digits: int, paces: tuple[int, ...], count: int) -> list[str]:
+    """Numbers from any one on, at one of the paces, with leading zeros."""
+    start, pace = int(rng.integers(10**num_digits)), int(rng.choice(paces))
+    return [f"{(start + pace * index) % 10**num_digits:0{num_digits}d}" for index in range(count)]
+
+
+def _hold(rng: np.random.Generator, texts: Callable[[int], list[str]], hold: int, num_frames: int) -> list[str]:
+    """A text for each frame: as many different ones as are asked for, each for `hold` frames, the first for some."""
+    phase = int(rng.integers(hold))
+    shown = texts((num_frames + phase - 1) // hold + 1)
+    return [shown[(frame + phase) // hold] for frame in range(num_frames)]
 
 
 def _write(
@@ -404,11 +409,24 @@ def _write(
     return np.asarray(image, np.float32) / 255
 
 
+def _write_each(
+    texts: list[str],
+    x: float,
+    y: float,
+    font_size: int,
+    size: Size,
+    stroke_width: float = 0.0,
+    blur_radius: float = 0.0,
+) -> np.ndarray:
+    """What each frame's text covers, as of [`_write`], `(num_frames, height, width)`."""
+    written = {text: _write(text, x, y, font_size, *size[1:], stroke_width, blur_radius) for text in set(texts)}
+    return np.stack([written[text] for text in texts])
+
+
 def _show(rng: np.random.Generator, texts: list[str], size: Size) -> np.ndarray:
     """Show one text in each frame, all at one place such that, if it is small enough, the first is inside."""
     _, height, width = size
     font_size = _font_size(rng, size)
     x = rng.uniform(0, max(1, width - _load_font(font_size).getlength(texts[0])))
     y = rng.uniform(0, max(1, height - font_size))
-    pictures = {text: _write(text, x, y, font_size, height, width) for text in dict.fromkeys(texts)}
-    return np.stack([pictures[text] for text in texts])
+    return _write_each(texts, x, y, font_size, size)

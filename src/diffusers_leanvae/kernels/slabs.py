@@ -173,8 +173,8 @@ def _load() -> SlabKernels | None:
     try:
         return SlabKernels(ctypes.CDLL(str(_compile(compiler))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        reason = next((line for line in output.splitlines() if line.strip()), type(error).__name__)
+        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        reason = next(filter(str.strip, f"{output}\n{error}".splitlines()), type(error).__name__)
         warnings.warn(
             f"`fuse` goes on without kernels in C++: {shlex.join(compiler)} or loading what it compiled failed "
             f"({reason.strip()}). They are kept in the folder that `TORCH_EXTENSIONS_DIR` names.",
@@ -185,9 +185,8 @@ def _load() -> SlabKernels | None:
 
 def _compile(compiler: list[str]) -> Path:
     """Compile the source, unless that has been done, and return the path of the library."""
-    flags = _FLAGS + next(
-        (flags for name, flags in _FLAGS_OF_CAPABILITY.items() if _capability().startswith(name)), []
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = _FLAGS + next((more for name, more in _FLAGS_OF_CAPABILITY.items() if capability.startswith(name)), [])
     key = repr((SOURCE.read_bytes(), compiler, flags, platform.machine(), platform.libc_ver()))
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     path = Path(root) / "diffusers_leanvae" / f"slabs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -202,10 +201,6 @@ def _compile(compiler: list[str]) -> Path:
                 timeout=_SECONDS_TO_COMPILE,
             )
     return path
-
-
-def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _is_bfloat16(tensor: torch.Tensor) -> bool:
