@@ -48,6 +48,7 @@ from diffusers_leanvae.generation.lora import save_lora
 from diffusers_leanvae.generation.pipeline import LatentVideoPipeline, Transformer
 from diffusers_leanvae.generation.schedulers import make_scheduler
 from diffusers_leanvae.latents import encode_batch, measure_statistics, normalize_latents
+from diffusers_leanvae.launching import leave_job
 from diffusers_leanvae.loading import load_autoencoder, load_transformer
 from diffusers_leanvae.losses.diffusion import EpsilonObjective, FlowMatchingObjective, TimestepSampling
 from diffusers_leanvae.losses.representation import RepresentationHead
@@ -620,3 +621,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave_job()

@@ -38,6 +38,7 @@ from diffusers_leanvae.data import ClipDataset, ClipOptions, StepSchedule, open_
 from diffusers_leanvae.data.clip_lists import ClipList, ClipSelection, open_clip_list
 from diffusers_leanvae.data.streams import is_stream
 from diffusers_leanvae.latents import encode_batch, measure_statistics
+from diffusers_leanvae.launching import leave_job
 from diffusers_leanvae.loading import resolve_bundled
 from diffusers_leanvae.losses.adversarial import DiscriminatorTrainingModule
 from diffusers_leanvae.losses.alignment import AlignmentWeights, Teacher, alignment_terms
@@ -579,3 +580,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave_job()

@@ -78,8 +78,17 @@ def leaving_job() -> Iterator[None]:
     try:
         yield
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_job()
+
+
+def leave_job() -> None:
+    """Disconnect this process from the others of its job, if it is part of one, once nothing uses the connection.
+
+    A `DistributedDataParallel` that goes after the process group takes it along, and waits for its threads while it
+    holds the lock of the interpreter, which they may need: https://github.com/pytorch/pytorch/issues/56297.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_asked_for(flag: str) -> bool:

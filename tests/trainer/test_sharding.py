@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from diffusers_leanvae.launching import start_accelerator
+from diffusers_leanvae.launching import leaving_job, start_accelerator
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe
 from diffusers_leanvae.trainer.sharding import WeightAverage, check_checkpoint, check_launcher, clip_gradients, shard
 
@@ -45,6 +45,7 @@ class Model(nn.Module):
         return self.last(x).square().mean()
 
 
+@leaving_job()
 def train(rank: int, folder: Path, precision: str) -> None:
     """Train shards in this process, and the whole model beside them; all figures must agree."""
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(str(folder / "store"), 2))
@@ -94,7 +95,6 @@ def train(rank: int, folder: Path, precision: str) -> None:
         assert torch.equal(ours.to_local(), theirs.to_local())
     dist.barrier()
     check_checkpoint(folder / "checkpoint", is_sharded=True)
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")

@@ -78,6 +78,7 @@ for kind, purpose in PURPOSES.items():
 
 def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None:
     """Start a training script, or print the keys of its recipes."""
+    from ..launching import leave_job
     from ..trainer.recipe import find_recipe, load_recipe
 
     if recipe is None and not keys:
@@ -91,6 +92,7 @@ def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None
         raise ImportError('Training needs accelerate: pip install "diffusers-leanvae[train]".') from error
     if not keys:
         script.main([str(file), *overrides])
+        leave_job()
         return
     from ..trainer.recipe_keys import list_keys
 

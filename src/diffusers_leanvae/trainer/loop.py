@@ -347,10 +347,11 @@ class TrainingRun:
         return summary
 
     def close(self) -> None:
-        """Wait for all processes, then close data and trackers."""
+        """Wait for all processes, then close data and trackers; `leave_job` is for when the models are gone too."""
         self._dataset.close()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     @property
     def _minutes_since_start(self) -> float:
