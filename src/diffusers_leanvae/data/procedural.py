@@ -2,7 +2,7 @@
 
 About half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for
 four frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a
-background (a flat colour, a gradient, a checkerboard, or patches of pure colours, a texture or a page of text under a
+background (a flat colour, a gradient, a checkerboard, or patches of saturated colours, a texture or a page of text under a
 moving camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on top.
 """
 
@@ -149,7 +149,7 @@ def _draw_checkerboard(rng: np.random.Generator, size: Size) -> np.ndarray:
 
 
 def _draw_patches(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Rectangles of pure colours next to each other."""
+    """Rectangles of saturated colours next to each other."""
     height, width = _picture_size(size)
     labels = np.zeros((height, width), np.int64)
     for axis, edge in enumerate((height, width)):
@@ -157,7 +157,7 @@ def _draw_patches(rng: np.random.Generator, size: Size) -> np.ndarray:
         bounds = np.sort(rng.integers(0, edge, count))
         stripe = np.searchsorted(bounds, np.arange(edge), side="right") * (axis * 6 + 1)
         labels += stripe[:, None] if axis == 0 else stripe
-    palette = _pure_colors(rng, 8)[rng.integers(8, size=int(labels.max()) + 1)]
+    palette = _colors(rng, 8)[rng.integers(8, size=int(labels.max()) + 1)]
     return film(rng, np.moveaxis(palette[labels], 2, 0), size)
 
 
