@@ -2,8 +2,9 @@
 
 About half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for
 four frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a
-background (a flat colour, a gradient, a checkerboard, or patches of saturated colours, a texture or a page of text under a
-moving camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on top.
+background (a flat colour, a gradient, a checkerboard, or patches of saturated colours, a texture or a page of text
+under a moving camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on
+top.
 """
 
 import math
