@@ -15,7 +15,8 @@ against the plain recipe on the same number of steps; reconstruction, and how ea
 `recipes`: everything that a recipe may choose, one thing at a time and each with the same processor time
 (`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
 the file keeps the others. `compression`: sizes of patches and latents, likewise, from principal components.
-`clips`: PSNR of each held-out clip for the runs of `recipes` that are there, of which nothing is trained again.
+`clips`: PSNR of each held-out clip, and how far colours come back, for the runs of `recipes` that are there, of which
+nothing is trained again.
 All three choose recipes, so they leave the validation clips alone: without `--held-out` the clips of every sixth
 source are held out of the training clips.
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from diffusers_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.data import pixels_to_sample
@@ -179,6 +181,8 @@ BASES = {
     ],
     "compression": ["init=pca", *MUON, "optimizer.num_warmup_steps=50", *_CLIPS],
 }
+# Weights of red, green and blue.
+COLOR_AXES = {"grey": (1 / 3, 1 / 3, 1 / 3), "red_blue": (0.5, 0, -0.5), "green_magenta": (-0.5, 1, -0.5)}
 # Columns of the tables at equal time, by the names of the measures.
 COLUMNS = {
     "psnr": "psnr_frame_mean_rgb",
@@ -363,7 +367,11 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
-    """PSNR of every held-out clip, of the runs of `recipes` that are there."""
+    """PSNR of every held-out clip and gain of three colour axes, of the runs of `recipes` that are there.
+
+    The gain is how far the average colour of a patch of 8x8 pixels comes back along an axis: 1 is as it was, 0 not at
+    all. Patches are those of later frames, which have the wavelet in time.
+    """
     protocol = replace(EQUAL_TIME_PROTOCOL, metrics=("psnr",))
     torch.set_num_threads(options.threads)
     rows = []
@@ -371,12 +379,32 @@ def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
         run = f"{name}, last third" if name in LAST_THIRD else DECODED_TWICE.get(name, name)
         folder = run_folder(options, "recipes", run) / "vae"
         if folder.is_dir():
-            evaluation = evaluate_reconstruction(open_reconstructor(folder, name), options.held_out, protocol)
+            colors: list[tuple[torch.Tensor, torch.Tensor]] = []
+            evaluation = evaluate_reconstruction(
+                open_reconstructor(folder, name),
+                options.held_out,
+                protocol,
+                on_clip=lambda _, result, colors=colors: colors.append(tuple(map(patch_colors, result[:2]))),
+            )
             figures = {"all": evaluation.totals} | evaluation.clips
             psnr = {Path(clip).stem: round(figure["psnr_frame_mean_rgb"], 2) for clip, figure in figures.items()}
-            rows.append({"run": name} | psnr)
+            rows.append({"run": name} | psnr | color_gains(*map(torch.cat, zip(*colors, strict=True))))
             print(rows[-1], flush=True)
     return {"rows": rows}
+
+
+def patch_colors(frames: torch.Tensor) -> torch.Tensor:
+    """Average colours of patches of all frames but the first: `(T, 3, H, W)` to `((T - 1) * H / 8 * W / 8, 3)`."""
+    return F.avg_pool2d(frames[1:], 8).movedim(1, 3).reshape(-1, 3)
+
+
+def color_gains(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """Slopes of colours that came back over what they were, `(N, 3)` each, along the axes."""
+    gains = {}
+    for axis, weights in COLOR_AXES.items():
+        x, y = ((colors - colors.mean(dim=0)).double() @ torch.tensor(weights).double() for colors in (before, after))
+        gains[f"gain_{axis}"] = round(((x @ y) / (x @ x)).item(), 3)
+    return gains
 
 
 def hold_out(options: argparse.Namespace) -> None:
