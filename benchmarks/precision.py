@@ -21,7 +21,7 @@ from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor
 from diffusers_leanvae.evaluation.results import write_result
 from diffusers_leanvae.models.leanvae_fused import FusedLeanVAE
-from diffusers_leanvae.models.leanvae_fused_blocks import Product
+from diffusers_leanvae.models.leanvae_fused_blocks import PrepareProduct
 
 
 class SimulatedFloat8:
@@ -39,8 +39,8 @@ class SimulatedFloat8:
         return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def fuse_with(vae: AutoencoderKLLeanVAE, product: Product) -> None:
-    vae._fused = FusedLeanVAE(vae, product=product)
+def fuse_with(vae: AutoencoderKLLeanVAE, prepare_product: PrepareProduct) -> None:
+    vae._fused = FusedLeanVAE(vae, prepare_product=prepare_product)
 
 
 VARIANTS: dict[str, tuple[torch.dtype, Callable[[AutoencoderKLLeanVAE], None]]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny
 
 from diffusers_leanvae.kernels import eager, slabs
 from diffusers_leanvae.kernels.slabs import DepthwiseParameters, SlabKernels, pack_taps
@@ -167,7 +168,25 @@ def test_tensors_that_the_kernels_cannot_read(kernels: SlabKernels):
     x = torch.randn(32, 32)
     for wrong in (x.t(), x.double(), x.to("meta")):
         with pytest.raises(ValueError, match="Slabs must be contiguous float32 or bfloat16 tensors on the CPU, got"):
-            kernels.multiply_by_gelu_(wrong, x)
+            kernels.multiply_by_gelu_(wrong, wrong)
+    for wrong in (x.bfloat16(), x[:16]):
+        with pytest.raises(ValueError, match="`gate` must hold 1024 values of torch.float32 to fit the other tensors"):
+            kernels.multiply_by_gelu_(x, wrong)
+    with pytest.raises(ValueError, match="`product` must hold 1024 values .*, got 512 of torch.float32"):
+        kernels.add(None, x[:16], x)
+    with pytest.raises(ValueError, match="`base` must hold 1024 values .*, got 512 of torch.bfloat16"):
+        kernels.add(x[:16].bfloat16(), x, x)
+    tokens, rows = torch.randn(1, 4, 4, 16), torch.empty(16, 16)
+    _, parameters = make_parameters(16, True)
+    for name, tail, above, convolved, normed in (
+        ("tail", torch.randn(2, 4, 4, 16).bfloat16(), None, rows, rows),
+        ("tail", torch.randn(1, 4, 4, 16), None, rows, rows),
+        ("above", None, torch.randn(4, 16).bfloat16(), rows, rows),
+        ("convolved", None, None, rows.bfloat16(), rows),
+        ("normed", None, None, rows, rows[:8]),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must hold"):
+            kernels.convolve_and_normalize(tokens, tail, above, (0, 1, 0, 4), parameters, convolved, normed)
 
 
 # PyTorch itself says what a processor can do, and may be told to say less.
@@ -188,9 +207,10 @@ def test_lesser_processors(tmp_path: Path, capability: str):
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`slabs.load` without what it remembers, and with a folder of its own."""
+    """`slabs.load`, without what it remembers, and with a folder of its own."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    return slabs._load.__wrapped__
+    monkeypatch.setattr(slabs, "_load", slabs._load.__wrapped__)
+    return slabs.load
 
 
 def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load):
@@ -204,8 +224,9 @@ def test_what_was_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, load):
-    monkeypatch.setenv("CXX", "there-is-no-such-compiler")
+@pytest.mark.parametrize("name", ["there-is-no-such-compiler", " "])
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, load, name: str):
+    monkeypatch.setenv("CXX", name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load() is None
@@ -240,3 +261,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="Not a directory.*the folder that `TORCH_EXTENSIONS_DIR` names"):
         assert load() is None
+
+
+def test_a_compiler_that_is_named_wrong(monkeypatch: pytest.MonkeyPatch, load):
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.warns(UserWarning, match="No closing quotation"):
+        assert load() is None
+
+
+def test_it_is_tried_again_with_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if slabs.find_compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    monkeypatch.setenv("CXX", make_script(tmp_path / "compiler", "exit 1"))
+    vae = make_tiny("leanvae", torch.float32)
+    with pytest.warns(UserWarning, match="goes on without") as warned:
+        vae.fuse()
+        vae.fuse()
+    assert [Path(warning.filename) for warning in warned] == [Path(__file__)]  # once, and with the line of the caller
+    with pytest.raises(ValueError, match="`kernels` must not be 'cpp' without a C.. compiler .*compiler on Linux"):
+        vae.fuse("cpp")
+    monkeypatch.delenv("CXX")
+    vae.fuse("cpp")

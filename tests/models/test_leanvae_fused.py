@@ -166,7 +166,7 @@ def test_kernels_in_cpp_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
     vae = make_vae(torch.float32, **WIDTHS)
     vae.fuse()
     assert all(type(block) is TorchSlabBlock for block in vae._fused.decoder_fusion.blocks)
-    with pytest.raises(ValueError, match=r"`kernels` must not be 'cpp' where no C\+\+ compiler works; `CXX` may name"):
+    with pytest.raises(ValueError, match=r"`kernels` must not be 'cpp' without a C\+\+ compiler that works"):
         vae.fuse("cpp")
 
 
@@ -240,6 +240,22 @@ def test_a_stream_may_change_between_fused_and_eager():
             vae.fuse() if index % 2 else vae.unfuse()
             moments.append(vae.encode(part, cache=cache).latent_dist.parameters)
     assert_near(torch.cat(moments, dim=2), expected, 1e-13)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_stream_may_go_on_in_another_dtype(kernels: str, dtypes: tuple[torch.dtype, torch.dtype]):
+    if kernels == "cpp" and find_compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
+    expected, _ = run(make_vae(torch.float32, **WIDTHS), x, False)
+    cache, moments = TemporalCache(), []
+    with torch.no_grad():
+        for dtype, part in zip(dtypes, x.split((5, 4), dim=2), strict=True):
+            vae = make_vae(dtype, **WIDTHS)
+            vae.fuse(kernels)
+            moments.append(vae.encode(part.to(dtype), cache=cache).latent_dist.parameters)
+    assert_near(torch.cat([part.float() for part in moments], dim=2), expected, 2e-2)
 
 
 def test_tiles():
@@ -407,7 +423,7 @@ def test_another_product_may_be_tried():
     vae, x = make_tiny("leanvae"), torch.rand(1, 3, 5, 32, 32) * 2 - 1
     expected = run(vae, x, True, "torch")
     for product, is_same in ((same_product, True), (HalfProduct, False)):
-        vae._fused = leanvae_fused.FusedLeanVAE(vae, product=product)
+        vae._fused = leanvae_fused.FusedLeanVAE(vae, prepare_product=product)
         with torch.no_grad():
             moments = vae.encode(x).latent_dist.parameters
             sample = vae.decode(moments.chunk(2, dim=1)[0]).sample

@@ -163,7 +163,8 @@ void convolve_and_normalize(const Token* frames, const Token* tail, const Token*
 }
 
 // The exact gelu. The share of a normal distribution below x is 0.5 + x * p(x * x), with a polynomial that was fitted
-// for |x| < 5.5 to an error of 1e-8; it takes its argument scaled to [-1, 1]. Beyond, float32 knows no other than 0 and 1.
+// for |x| < 5.5 to an error of 1e-8; it takes its argument scaled to [-1, 1]. Beyond, it is
+// within 2e-8 of 0 and of 1, and taken for them.
 inline floats gelu(floats x) {
     constexpr float limit = 5.5f;
     constexpr float p[] = {0.12855193f,     -0.064172335f,   0.047737628f,  -0.038792785f,

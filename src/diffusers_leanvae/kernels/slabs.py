@@ -43,7 +43,7 @@ class DepthwiseParameters(NamedTuple):
     """Parameters of a depthwise convolution and of the LayerNorm of its output, all float32.
 
     Attributes:
-        taps: Of [`pack_taps`].
+        taps: Of [`pack_taps`], `(channels / 16, 27, 16)`.
         bias, norm_weight, norm_bias: `(channels,)` each.
         eps: Of the LayerNorm.
         has_residual: Whether the tokens are added to their convolution.
@@ -62,6 +62,9 @@ class SlabKernels:
 
     Tensors are contiguous, on the CPU and of one of `DTYPES`, and rows are multiples of `CHANNEL_MULTIPLE`. All is
     computed in float32, and rounded once.
+
+    Raises:
+        ValueError: Of every operation, if a tensor is not so, or does not fit the others.
     """
 
     def __init__(self, library: ctypes.CDLL):
@@ -91,14 +94,22 @@ class SlabKernels:
 
         Args:
             frames: Tokens `(time, height, width, channels)`.
-            tail: The two time steps before them, `(2, height, width, channels)`; `None` for zeros.
-            above: The row above the slab, `(width, channels)`, where `frames` has another by now; or `None`.
+            tail: The two time steps before them, `(2, height, width, channels)`, of the same dtype; `None` for zeros.
+            above: The row above the slab where `frames` has another by now, `(width, channels)`, of the same dtype; or
+                `None`.
             slab: `(start, stop, top, bottom)`: of what [`eager.depthwise_conv_residual_norm`] returns for all tokens,
                 `[start:stop, top:bottom]` is computed.
             convolved: Takes the convolution, with the residual if there is one: `(num_tokens, channels)`, float32.
             normed: Takes its LayerNorm, `(num_tokens, channels)`.
         """
-        size = (ctypes.c_int64 * 7)(*frames.shape[1:], *slab)
+        start, stop, top, bottom = slab
+        _, height, width, channels = frames.shape
+        num_values = (stop - start) * (bottom - top) * width * channels
+        _check("tail", tail, frames.dtype, 2 * height * width * channels)
+        _check("above", above, frames.dtype, width * channels)
+        _check("convolved", convolved, torch.float32, num_values)
+        _check("normed", normed, normed.dtype, num_values)
+        size = (ctypes.c_int64 * 7)(height, width, channels, *slab)
         self._convolve_and_normalize(
             _pointer(frames),
             _pointer(tail),
@@ -115,7 +126,8 @@ class SlabKernels:
         )
 
     def multiply_by_gelu_(self, value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """`value * gelu(gate)`, of the exact gelu, into `value`, which is returned; both of one dtype."""
+        """`value * gelu(gate)`, of the exact gelu, into `value`, which is returned; both of one shape and dtype."""
+        _check("gate", gate, value.dtype, value.numel())
         arguments = _is_bfloat16(value), value.numel(), torch.get_num_threads()
         self._multiply_by_gelu(_pointer(gate), _pointer(value), *arguments)
         return value
@@ -123,7 +135,13 @@ class SlabKernels:
     def add(
         self, base: torch.Tensor | None, product: torch.Tensor, out: torch.Tensor, threshold: float | None = None
     ) -> None:
-        """Sum of `base`, if any, and `product` into `out`, with [`eager.soft_threshold_`] if there is a threshold."""
+        """Sum of `base`, if any, and `product` into `out`, all of one shape and each of its dtype.
+
+        [`eager.soft_threshold_`] is applied to the sum if there is a threshold.
+        """
+        _check("product", product, product.dtype, out.numel())
+        if base is not None:
+            _check("base", base, base.dtype, out.numel())
         self._add(
             _pointer(base),
             0 if base is None else _is_bfloat16(base),
@@ -138,57 +156,67 @@ class SlabKernels:
 
 
 def pack_taps(weight: torch.Tensor) -> torch.Tensor:
-    """The weight `(channels, 1, 3, 3, 3)` of a depthwise convolution as [`SlabKernels`] reads it, float32."""
+    """The weight `(channels, 1, 3, 3, 3)` of a depthwise convolution as [`SlabKernels`] reads it.
+
+    Returns:
+        `(channels / 16, 27, 16)`, float32: 16 channels at a time, taps in order of time, row and column.
+    """
     taps = weight.detach().float().reshape(-1, CHANNEL_MULTIPLE, 27)
     return taps.transpose(1, 2).contiguous()
 
 
-def find_compiler() -> list[str] | None:
-    """The command of this machine's C++ compiler: `CXX` of the environment, or what is installed.
+def find_compiler(command: str | None = None) -> list[str] | None:
+    """The command of this machine's C++ compiler.
+
+    Args:
+        command: What `CXX` names, if it does. Of itself only GNU's compiler is found: its OpenMP library is that of
+            PyTorch, and threads of a second one would wait for work while those of the first compute.
 
     Returns:
         `None` if there is none, and outside of Linux, where compilers and PyTorch have different OpenMP libraries.
+
+    Raises:
+        ValueError: If quotation marks in `command` are not closed.
     """
     if platform.system() != "Linux":
         return None
-    commands = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
-    return next((command for command in commands if shutil.which(command[0])), None)
+    commands = [shlex.split(command)] if command else [["g++"], ["c++"]]
+    return next((words for words in commands if words and shutil.which(words[0])), None)
 
 
 def load() -> SlabKernels | None:
     """Return the operations, compiled if they have not been yet.
 
     Returns:
-        `None` on a machine without a C++ compiler, and after a warning, which comes once, where it fails.
+        `None` on a machine without a C++ compiler, and after a warning where it fails; that comes once, and it is
+        tried again when `CXX` or `TORCH_EXTENSIONS_DIR` has changed.
     """
     with _LOCK:  # threads of a process would write the same file
-        return _load()
+        return _load(os.environ.get("CXX"), os.environ.get("TORCH_EXTENSIONS_DIR"))
 
 
 @functools.cache
-def _load() -> SlabKernels | None:
-    compiler = find_compiler()
-    if compiler is None:
-        return None
+def _load(command: str | None, folder: str | None) -> SlabKernels | None:
     try:
-        return SlabKernels(ctypes.CDLL(str(_compile(compiler))))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        compiler = find_compiler(command)
+        return None if compiler is None else SlabKernels(ctypes.CDLL(str(_compile(compiler, folder))))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         reason = next(filter(str.strip, f"{output}\n{error}".splitlines()), type(error).__name__)
         warnings.warn(
-            f"`fuse` goes on without kernels in C++: {shlex.join(compiler)} or loading what it compiled failed "
+            f"`fuse` goes on without kernels in C++: {command or 'the compiler'} or loading what it compiled failed "
             f"({reason.strip()}). They are kept in the folder that `TORCH_EXTENSIONS_DIR` names.",
-            stacklevel=4,
+            stacklevel=5,  # where `fuse` is called
         )
         return None
 
 
-def _compile(compiler: list[str]) -> Path:
+def _compile(compiler: list[str], folder: str | None) -> Path:
     """Compile the source, unless that has been done, and return the path of the library."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = _FLAGS + next((more for name, more in _FLAGS_OF_CAPABILITY.items() if capability.startswith(name)), [])
     key = repr((SOURCE.read_bytes(), compiler, flags, platform.machine(), platform.libc_ver()))
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    root = folder or Path.home() / ".cache" / "torch_extensions"
     path = Path(root) / "diffusers_leanvae" / f"slabs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,9 +226,18 @@ def _compile(compiler: list[str]) -> Path:
                 check=True,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_SECONDS_TO_COMPILE,
             )
     return path
+
+
+def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, num_values: int) -> None:
+    if tensor is not None and (tensor.dtype != dtype or tensor.numel() != num_values):
+        raise ValueError(
+            f"`{name}` must hold {num_values} values of {dtype} to fit the other tensors, got {tensor.numel()} of "
+            f"{tensor.dtype}."
+        )
 
 
 def _is_bfloat16(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,8 @@ last projection.
 
 import importlib.util
 import math
+import os
+import platform
 import warnings
 from typing import Any, Literal
 
@@ -476,7 +478,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         operations = slabs.load() if is_for_cpp and kernels in ("auto", "cpp") else None
         if kernels == "cpp" and operations is None:
             raise ValueError(
-                "`kernels` must not be 'cpp' where no C++ compiler works; `CXX` may name one."
+                "`kernels` must not be 'cpp' without a C++ compiler that works, on Linux; got "
+                f"{os.environ.get('CXX') or 'none that is found'} on {platform.system()}."
                 if is_for_cpp
                 else "`kernels` must not be 'cpp' but for a float32 or bfloat16 model on the CPU, got one that is "
                 f"{self.dtype} on {self.device}."

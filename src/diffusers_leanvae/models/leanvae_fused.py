@@ -19,7 +19,15 @@ from torch import nn
 
 from ..kernels import Kernels
 from ..kernels.slabs import SlabKernels
-from .leanvae_fused_blocks import FusedStack, Product, Workspace, block_maker, product_dtype, same_product, slabs
+from .leanvae_fused_blocks import (
+    FusedStack,
+    PrepareProduct,
+    Workspace,
+    block_maker,
+    product_dtype,
+    same_product,
+    slabs,
+)
 from .temporal_cache import Chunk
 
 
@@ -94,10 +102,12 @@ class FusedLeanVAE:
         vae: The model; nothing of it is changed.
         kernels: Operations of `kernels.get("triton")`, or of `kernels.slabs.load` for slabs, or `None` for slabs of
             plain PyTorch.
-        product: Of the feed-forwards in slabs; another than the default is for experiments.
+        prepare_product: Prepares the products of feed-forwards in slabs; another than the default is for experiments.
     """
 
-    def __init__(self, vae: Any, kernels: Kernels | SlabKernels | None = None, product: Product = same_product):
+    def __init__(
+        self, vae: Any, kernels: Kernels | SlabKernels | None = None, prepare_product: PrepareProduct = same_product
+    ):
         self.signature = signature(vae)
         # Views of some values of each weight, which see what is written through `Tensor.data`; comparing them would
         # make a GPU wait. They hold the memory of the weights, so no others can come to lie there.
@@ -107,7 +117,7 @@ class FusedLeanVAE:
         self.ratios = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
         self.in_channels, self.dims = vae.in_channels, _branch_dims(vae)
         self.separate = vae.encoder.separate
-        make_block = block_maker(kernels, product)
+        make_block = block_maker(kernels, prepare_product)
         encoder, decoder, bottleneck = vae.encoder, vae.decoder, vae.bottleneck
         # With LayerNorm inside, the embedding is not linear, and stays as it is.
         self.embedding = None if vae.config["patch_norm"] else _patch_maps(vae, embed=True)

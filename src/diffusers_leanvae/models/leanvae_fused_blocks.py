@@ -32,9 +32,9 @@ SLICES_ON_GPU = 8  # of what `slices` allows: the hidden tensor of some 50,000 t
 class Slab(NamedTuple):
     """Tokens that are computed together: whole frames, or rows of one frame."""
 
-    start: int  # first and last time step
+    start: int  # first time step, and the one after the last
     stop: int
-    top: int  # first and last row
+    top: int  # first row, and the one after the last
     bottom: int
 
     @property
@@ -136,9 +136,9 @@ def same_product(weight: torch.Tensor) -> DenseProduct | PackedProduct:
     return PackedProduct(weight) if is_packed else DenseProduct(weight)
 
 
-# Prepares a weight `(columns, inner width)`; the result is called with `x`, and memory that it may use for what it
-# returns or not: `x @ weight.T`.
-Product = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+# Prepares a weight `(out_features, in_features)`; the result is called with `x`, and memory that it may use for what
+# it returns or not: `x @ weight.T`.
+PrepareProduct = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 MakeBlock = Callable[[Any, float | None], "FusedBlock"]
 
 
@@ -146,7 +146,7 @@ class FusedBlock:
     """A [`LeanVAEBlock`] with prepared weights; how it is computed, slab by slab or whole, is a subclass's matter.
 
     Args:
-        block: The block; its weights are copied.
+        block: The block. Prepared weights may share memory with its own, and are of no use when those change.
         threshold: Soft threshold of the output, if any.
     """
 
@@ -159,17 +159,16 @@ class FusedBlock:
         dtype, device = up_proj.weight.dtype, up_proj.weight.device
         # PyTorch has no fast 16-bit depthwise kernel on CPU; float32 there also keeps residual and norm exact.
         self.dtype = torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
-        vectors = (conv.weight, conv.bias, norm.weight, norm.bias)
-        self.conv_weight, self.bias, self.norm_weight, self.norm_bias = (
+        conv_weight, self.bias, self.norm_weight, self.norm_bias = (
             x.detach().to(self.dtype)  # type: ignore[union-attr]
-            for x in vectors
+            for x in (conv.weight, conv.bias, norm.weight, norm.bias)
         )
         self.eps = norm.eps
         inner_dim = block.ff.inner_dim
         self.inner_dim = -(-inner_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         padding = self.inner_dim - inner_dim
         value, gate = (F.pad(half, (0, 0, 0, padding)) for half in up_proj.weight.detach().split(inner_dim))
-        self._prepare(value, gate, F.pad(down_proj.weight.detach(), (0, padding)))
+        self._prepare(conv_weight, value, gate, F.pad(down_proj.weight.detach(), (0, padding)))
 
     def __call__(
         self,
@@ -183,8 +182,14 @@ class FusedBlock:
         tail = exchange_tail(self.name, hidden_states, chunk)
         return self._compute(hidden_states, tail, keeps_input, base, workspace)
 
-    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        """Keep the padded weights of the feed-forward, `(inner, c)` twice and `(c, inner)`, as they are needed."""
+    def _prepare(self, conv_weight: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        """Keep weights as they are needed.
+
+        Args:
+            conv_weight: `(c, 1, 3, 3, 3)`.
+            value, gate: Of the feed-forward, padded, `(inner_dim, c)` each.
+            down: `(c, inner_dim)`.
+        """
         raise NotImplementedError
 
     def _compute(
@@ -218,15 +223,15 @@ class SlabBlock(FusedBlock):
     """A block computed slab by slab; what a slab takes between its products is a subclass's matter.
 
     Args:
-        product: What computes the products of the feed-forward.
+        prepare_product: What prepares the products of the feed-forward.
     """
 
-    def __init__(self, block: LeanVAEBlock, threshold: float | None, product: Product):
-        self.product = product
+    def __init__(self, block: LeanVAEBlock, threshold: float | None, prepare_product: PrepareProduct):
+        self.prepare_product = prepare_product
         super().__init__(block, threshold)
 
-    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        self.value, self.gate, self.down = (self.product(weight) for weight in (value, gate, down))
+    def _prepare(self, conv_weight: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        self.value, self.gate, self.down = map(self.prepare_product, (value, gate, down))
 
     def _compute(
         self,
@@ -240,7 +245,9 @@ class SlabBlock(FusedBlock):
         is_in_place = not keeps_input
         target = hidden_states if is_in_place else torch.empty_like(hidden_states)
         for item in range(batch_size):
-            frames, item_tail = hidden_states[item], None if tail is None else tail[item]
+            frames = hidden_states[item]
+            # The state of a stream may be of another dtype, if the model was cast on the way.
+            item_tail = None if tail is None else tail[item].to(frames.dtype).contiguous()
             last_row: torch.Tensor | None = None  # of the strip above, before it was overwritten
             for slab in slabs(num_steps, height, width, workspace.num_tokens):
                 above = last_row if is_in_place and slab.top > 0 else None
@@ -266,9 +273,9 @@ class SlabBlock(FusedBlock):
 class TorchSlabBlock(SlabBlock):
     """A [`SlabBlock`] in plain PyTorch."""
 
-    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        super()._prepare(value, gate, down)
-        self.taps = [self.conv_weight[:, :, delay].contiguous() for delay in (2, 1, 0)]  # by delay in time
+    def _prepare(self, conv_weight: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        super()._prepare(conv_weight, value, gate, down)
+        self.taps = [conv_weight[:, :, delay].contiguous() for delay in (2, 1, 0)]  # by delay in time
 
     def _compute_slab(
         self, source: SlabInput, base: torch.Tensor | None, out: torch.Tensor, workspace: Workspace
@@ -332,19 +339,21 @@ class CppSlabBlock(SlabBlock):
         kernels: Of `kernels.slabs.load`.
     """
 
-    def __init__(self, block: LeanVAEBlock, threshold: float | None, product: Product, kernels: SlabKernels):
+    def __init__(
+        self, block: LeanVAEBlock, threshold: float | None, prepare_product: PrepareProduct, kernels: SlabKernels
+    ):
         self.kernels = kernels
-        super().__init__(block, threshold, product)
+        super().__init__(block, threshold, prepare_product)
 
     @staticmethod
     def takes(block: LeanVAEBlock) -> bool:
         """Tell whether the kernels are for the width of a block."""
         return block.ff.up_proj.in_features % CHANNEL_MULTIPLE == 0
 
-    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        super()._prepare(value, gate, down)
+    def _prepare(self, conv_weight: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        super()._prepare(conv_weight, value, gate, down)
         vectors = self.bias, self.norm_weight, self.norm_bias
-        self.depthwise = DepthwiseParameters(pack_taps(self.conv_weight), *vectors, self.eps, self.residual)
+        self.depthwise = DepthwiseParameters(pack_taps(conv_weight), *vectors, self.eps, self.residual)
 
     def _compute_slab(
         self, source: SlabInput, base: torch.Tensor | None, out: torch.Tensor, workspace: Workspace
@@ -369,8 +378,8 @@ class KernelBlock(FusedBlock):
         self.kernels = kernels
         super().__init__(block, threshold)
 
-    def _prepare(self, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
-        self.packed = self.kernels.pack_weight(self.conv_weight)
+    def _prepare(self, conv_weight: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, down: torch.Tensor) -> None:
+        self.packed = self.kernels.pack_weight(conv_weight)
         self.up, self.down = torch.stack((value, gate), dim=1).flatten(0, 1), down.contiguous()
         self.limit = None if self.threshold is None else self.bias.new_full((1,), self.threshold)
 
@@ -398,21 +407,22 @@ class KernelBlock(FusedBlock):
 
 
 def soft_threshold_(x: torch.Tensor, threshold: float) -> None:
+    """`sign(x) * relu(|x| - threshold)` in place, without memory of its own where the threshold is not negative."""
     if threshold >= 0:
         torch.ops.aten.softshrink.out(x, threshold, out=x)
     else:  # a threshold is a free parameter of training: below zero values grow, and zero stays zero
         x.add_(torch.sign(x), alpha=-threshold)
 
 
-def block_maker(kernels: Kernels | SlabKernels | None, product: Product) -> MakeBlock:
+def block_maker(kernels: Kernels | SlabKernels | None, prepare_product: PrepareProduct) -> MakeBlock:
     """Return what prepares a block for the kernels that there are."""
     if isinstance(kernels, Kernels):
         return partial(KernelBlock, kernels=kernels)
 
     def make_block(block: LeanVAEBlock, threshold: float | None) -> FusedBlock:
         if kernels is not None and CppSlabBlock.takes(block):
-            return CppSlabBlock(block, threshold, product, kernels)
-        return TorchSlabBlock(block, threshold, product)
+            return CppSlabBlock(block, threshold, prepare_product, kernels)
+        return TorchSlabBlock(block, threshold, prepare_product)
 
     return make_block
 
