@@ -342,7 +342,7 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
         ]
         if last is not None:
             go_on = [*overrides, f"init={parts[0] / 'vae'}", f"optimizer.learning_rate={LEARNING_RATE / 3}", *last]
-            parts.append(train_for(options, f"{name}, last third", go_on, minutes / 3))
+            parts.append(train_for(options, last_third(name), go_on, minutes / 3))
         log = [record for part in parts for record in read_json_lines(part / "log.jsonl")]
         reconstructor = open_reconstructor(parts[-1] / "vae", name)
         quality = evaluate_reconstruction(reconstructor, options.held_out, EQUAL_TIME_PROTOCOL).totals
@@ -376,7 +376,7 @@ def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     rows = []
     for name in VARIANTS["recipes"]:
-        run = f"{name}, last third" if name in LAST_THIRD else DECODED_TWICE.get(name, name)
+        run = last_third(name) if name in LAST_THIRD else DECODED_TWICE.get(name, name)
         folder = run_folder(options, "recipes", run) / "vae"
         if folder.is_dir():
             colors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -390,7 +390,14 @@ def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
             psnr = {Path(clip).stem: round(figure["psnr_frame_mean_rgb"], 2) for clip, figure in figures.items()}
             rows.append({"run": name} | psnr | color_gains(*map(torch.cat, zip(*colors, strict=True))))
             print(rows[-1], flush=True)
+    if not rows:
+        raise ValueError(f"`--runs` must hold runs of `recipes`, got none in {options.runs}.")
     return {"rows": rows}
+
+
+def last_third(name: str) -> str:
+    """Name of the run that goes on from another with something changed."""
+    return f"{name}, last third"
 
 
 def patch_colors(frames: torch.Tensor) -> torch.Tensor:
@@ -424,7 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=[*VARIANTS, "clips"])
     parser.add_argument("--train", required=True, help="folder of training videos")
-    parser.add_argument("--held-out", help="folder of other videos; `recipes` and `compression` take training clips")
+    parser.add_argument("--held-out", help="folder of other videos; not of `recipes`, `compression` and `clips`")
     parser.add_argument("--num-steps", type=int, default=320)
     parser.add_argument("--cpu-minutes", type=float, default=10.0, help="of each run of a comparison at equal time")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="runs of `recipes` or `compression`")

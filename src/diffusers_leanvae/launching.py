@@ -82,7 +82,7 @@ def leaving_job() -> Iterator[None]:
 
 
 def leave_job() -> None:
-    """Disconnect this process from the others of its job, if it is part of one, once nothing uses the connection.
+    """Disconnect this process from the others of its job, if it is part of one; call it when the models are gone.
 
     A `DistributedDataParallel` that goes after the process group takes it along, and waits for its threads while it
     holds the lock of the interpreter, which they may need: https://github.com/pytorch/pytorch/issues/56297.

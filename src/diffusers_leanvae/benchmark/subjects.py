@@ -51,7 +51,7 @@ class Subject:
     Args:
         vae: A video autoencoder of diffusers, with its dtype and on its device.
         variant: A key of `VARIANTS`: `"eager"`, or `"compiled"` (`torch.compile` of the eager network for each size);
-            for LeanVAE also `"fused"`, `"fused-torch"` (without Triton) and `"graphs"` (fused, replayed as a CUDA
+            for LeanVAE also `"fused"`, `"fused-torch"` (without Triton and C++) and `"graphs"` (fused, replayed as a CUDA
             graph).
 
     Attributes:

@@ -1,7 +1,7 @@
 """Procedural footage: clips of what small autoencoders fail at, drawn when asked for, to be mixed into training data.
 
-About half of the clips are readouts: digits on a plate that are others in nearly every frame, which a few numbers for
-four frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a
+About half of the clips are readouts: digits, mostly on a plate, that are others in most frames, which a few numbers
+for four frames must tell apart. The others are one shot, or two with a cut or a dissolve between them. A shot has a
 background (a flat colour, a gradient, a checkerboard, or patches of saturated colours, a texture or a page of text
 under a moving camera) and up to two things in front (thin lines, a counter, words, a shape); fades and grain come on
 top.
@@ -386,7 +386,7 @@ def _count(rng: np.random.Generator, num_digits: int, paces: tuple[int, ...], co
 
 
 def _hold(rng: np.random.Generator, texts: Callable[[int], list[str]], hold: int, num_frames: int) -> list[str]:
-    """A text for each frame: as many different ones as are asked for, each for `hold` frames, the first for some."""
+    """A text for each frame: those that `texts` gives for a count, each for `hold` frames, the first for some of them."""
     phase = int(rng.integers(hold))
     shown = texts((num_frames + phase - 1) // hold + 1)
     return [shown[(frame + phase) // hold] for frame in range(num_frames)]
@@ -402,7 +402,7 @@ def _write(
     stroke_width: float = 0.0,
     blur_radius: float = 0.0,
 ) -> np.ndarray:
-    """The share of every pixel `(height, width)` that letters cover, with their left upper corner at a place."""
+    """The share of every pixel `(height, width)` that letters cover, with their left upper corner at `(x, y)` in pixels."""
     image = Image.new("L", (width, height))
     ImageDraw.Draw(image).text((x, y), text, fill=255, font=_load_font(font_size), stroke_width=stroke_width)
     if blur_radius > 0:

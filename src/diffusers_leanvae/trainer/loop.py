@@ -22,6 +22,7 @@ for step in run.steps():
 with run.export("model") as folder:
     ...
 run.close()
+...                                                  # once `main` has returned: `launching.leave_job`
 """
 
 import contextlib
