@@ -138,7 +138,9 @@ def weights(results: Path) -> str:
 
 
 # Runs that made the bundled weights, one after another, and the endings of their logs.
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth"
+).split()
 STAGES = tuple((f"{name} run", f"_training_{i}.jsonl") for i, name in enumerate(ORDINALS, 1))
 
 
