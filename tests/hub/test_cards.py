@@ -76,4 +76,5 @@ def test_cards_carry_what_the_hub_reads(tmp_path: Path):
     # Our own figures are of our own weights.
     published = Path(__file__).resolve().parents[2] / "results" / "val-17x256_compact-4ch.json"
     bundled_card = hub.render_hub_card("compact-4ch", "someone/vae", hub.CardOptions(results=(published,)))
-    assert "| val: 7 videos, 17 frames, 256 pixels | psnr_frame_mean_rgb | 28.00" in bundled_card
+    psnr = json.loads(published.read_text())["psnr_frame_mean_rgb"]
+    assert 25 < psnr < 35 and f"7 videos, 17 frames, 256 pixels | psnr_frame_mean_rgb | {psnr} |" in bundled_card
