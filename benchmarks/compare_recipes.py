@@ -88,6 +88,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "principal components, muon 1e-3": ["init=pca", "optimizer.name=muon"],
         "no average of weights": ["ema_decay=0"],
         "average by a power, 6.94": ["ema_power=6.94"],
+        "average by a power, 16.97": ["ema_power=16.97"],
+        # What a recipe can do of an optimizer without a schedule (arXiv 2405.15682): an average in its place.
+        "constant rate": ["optimizer.schedule=constant"],
+        "constant rate, average by a power, 6.94": ["optimizer.schedule=constant", "ema_power=6.94"],
         "4 clips": ["batch_size=4"],
         "crops of 96": ["batch_size=1", "data.clip_sizes=[[17,96,96]]"],
         "9 frames, 4 clips": ["batch_size=4", "data.clip_sizes=[[9,64,64]]"],
