@@ -51,8 +51,8 @@ class Subject:
     Args:
         vae: A video autoencoder of diffusers, with its dtype and on its device.
         variant: A key of `VARIANTS`: `"eager"`, or `"compiled"` (`torch.compile` of the eager network for each size);
-            for LeanVAE also `"fused"`, `"fused-torch"` (without Triton and C++) and `"graphs"` (fused, replayed as a CUDA
-            graph).
+            for LeanVAE also `"fused"`, `"fused-torch"` (without Triton and C++) and `"graphs"` (fused, replayed as a
+            CUDA graph).
 
     Attributes:
         has_floor: Whether the matrix products alone say anything: they are nearly all the work of a LeanVAE, but not

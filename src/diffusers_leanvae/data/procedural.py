@@ -386,7 +386,7 @@ def _count(rng: np.random.Generator, num_digits: int, paces: tuple[int, ...], co
 
 
 def _hold(rng: np.random.Generator, texts: Callable[[int], list[str]], hold: int, num_frames: int) -> list[str]:
-    """A text for each frame: those that `texts` gives for a count, each for `hold` frames, the first for some of them."""
+    """A text for each frame, of those that `texts` gives for a count, each for `hold` frames or, at an end, fewer."""
     phase = int(rng.integers(hold))
     shown = texts((num_frames + phase - 1) // hold + 1)
     return [shown[(frame + phase) // hold] for frame in range(num_frames)]
@@ -402,7 +402,7 @@ def _write(
     stroke_width: float = 0.0,
     blur_radius: float = 0.0,
 ) -> np.ndarray:
-    """The share of every pixel `(height, width)` that letters cover, with their left upper corner at `(x, y)` in pixels."""
+    """The share of every pixel `(height, width)` that letters cover, their left upper corner at `(x, y)` in pixels."""
     image = Image.new("L", (width, height))
     ImageDraw.Draw(image).text((x, y), text, fill=255, font=_load_font(font_size), stroke_width=stroke_width)
     if blur_radius > 0:

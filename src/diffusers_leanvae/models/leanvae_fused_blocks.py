@@ -358,10 +358,11 @@ class CppSlabBlock(SlabBlock):
     def _compute_slab(
         self, source: SlabInput, base: torch.Tensor | None, out: torch.Tensor, workspace: Workspace
     ) -> None:
-        convolved = workspace.take("convolved", *out.shape, dtype=torch.float32)
-        normed = workspace.take("normed", *out.shape)
+        num_tokens, channels = out.shape
+        convolved = workspace.take("convolved", num_tokens, channels, torch.float32)
+        normed = workspace.take("normed", num_tokens, channels)
         self.kernels.convolve_and_normalize(*source, self.depthwise, convolved, normed)
-        gate, value = (workspace.take(name, len(out), self.inner_dim) for name in ("gate", "value"))
+        gate, value = (workspace.take(name, num_tokens, self.inner_dim) for name in ("gate", "value"))
         gate, value = self.gate(normed, gate), self.value(normed, value)
         product = self.down(self.kernels.multiply_by_gelu_(value, gate), normed)
         self.kernels.add(self._added(convolved, base), product, out, self.threshold)
