@@ -326,7 +326,7 @@ def open_reconstructor(folder: Path, name: str) -> AutoencoderReconstructor:
 
 def train_for(options: argparse.Namespace, name: str, overrides: list[str], minutes: float) -> Path:
     """The output folder of a run whose steps take so many minutes of a processor."""
-    recipe = OTHER_FILES.get(name.removesuffix(", last third"), "compact_16ch")
+    recipe = OTHER_FILES.get(name, "compact_16ch")
     look = train(options, f"{name}, speed", [*overrides, "num_steps=48", "log_every=24"], recipe=recipe)
     seconds = read_json_lines(look / "log.jsonl")[-1]["cpu_seconds_per_step"]
     num_steps = LOG_EVERY * max(round(minutes * 60 / seconds / LOG_EVERY), 1)

@@ -242,9 +242,9 @@ def test_a_stream_may_change_between_fused_and_eager():
     assert_near(torch.cat(moments, dim=2), expected, 1e-13)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+@pytest.mark.parametrize("kernels", [None, "torch", "cpp"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_a_stream_may_go_on_in_another_dtype(kernels: str, dtypes: tuple[torch.dtype, torch.dtype]):
+def test_a_stream_may_go_on_in_another_dtype(kernels: str | None, dtypes: tuple[torch.dtype, torch.dtype]):
     if kernels == "cpp" and find_compiler() is None:
         pytest.skip("there is no C++ compiler here")
     x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
@@ -253,9 +253,11 @@ def test_a_stream_may_go_on_in_another_dtype(kernels: str, dtypes: tuple[torch.d
     with torch.no_grad():
         for dtype, part in zip(dtypes, x.split((5, 4), dim=2), strict=True):
             vae = make_vae(dtype, **WIDTHS)
-            vae.fuse(kernels)
+            if kernels is not None:
+                vae.fuse(kernels)
             moments.append(vae.encode(part.to(dtype), cache=cache).latent_dist.parameters)
-    assert_near(torch.cat([part.float() for part in moments], dim=2), expected, 2e-2)
+    # Measured: 1.0e-2 eager, 6.3e-3 in slabs of PyTorch, 7.4e-3 in C++.
+    assert_near(torch.cat([part.float() for part in moments], dim=2), expected, 1.3e-2)
 
 
 def test_tiles():

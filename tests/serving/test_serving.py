@@ -453,19 +453,19 @@ def test_nothing_is_left_of_a_request(url):
             assert requests.post(f"{url}/encode", data=bytes(4608)).status_code == 400
 
     request_all()
-    before = count_tensors()
+    before = find_tensors()
     request_all()
-    assert count_tensors() <= before  # fewer where something of an earlier test goes meanwhile
+    assert find_tensors() <= before  # none is new; one of an earlier test may go meanwhile
 
 
-def count_tensors() -> int:
-    """Count tensors that are in use, once the threads of answered requests have let go of theirs."""
-    counts = [-1]
-    while len(counts) < 4 or len(set(counts[-3:])) > 1:
+def find_tensors() -> set[int]:
+    """Find the tensors that are in use, by `id`, once the threads of answered requests have let go of theirs."""
+    found: list[set[int]] = []
+    while len(found) < 3 or found[-1] != found[-2] or found[-2] != found[-3]:
         time.sleep(0.05)
         gc.collect()
-        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    return counts[-1]
+        found.append({id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)})
+    return found[-1]
 
 
 def test_a_fault_of_the_model_is_answered_and_does_no_harm(vae, url, monkeypatch):

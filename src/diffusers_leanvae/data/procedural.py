@@ -265,7 +265,7 @@ def _add_readout(levels: np.ndarray, rng: np.random.Generator) -> None:
 
     They are thin or bold, sharp or soft, and mostly on a plate.
     """
-    num_frames, height, width = size = levels.shape[1:]
+    num_frames, height, width = levels.shape[1:]
     hold = int(rng.choice((1, 2, 3), p=(0.6, 0.2, 0.2)))
     texts = _hold(rng, lambda count: _readings(rng, count), hold, num_frames)
     font_size = max(7, round(min(height, width) * rng.uniform(0.2, 0.7)))
@@ -284,7 +284,8 @@ def _add_readout(levels: np.ndarray, rng: np.random.Generator) -> None:
         bounds = (y - margin, y + 1.1 * font_size + margin), (x - margin, x + length + margin)
         rows, columns = (slice(max(0, round(first)), max(0, round(last))) for first, last in bounds)
         levels[:, :, rows, columns] = plate[:, None, None, None]
-    _paint(levels, _write_each(texts, x, y, font_size, size, stroke_width, blur_radius), ink)
+    coverage = _write_each(texts, lambda text: _write(text, x, y, font_size, height, width, stroke_width, blur_radius))
+    _paint(levels, coverage, ink)
 
 
 def _readings(rng: np.random.Generator, count: int) -> list[str]:
@@ -410,17 +411,9 @@ def _write(
     return np.asarray(image, np.float32) / 255
 
 
-def _write_each(
-    texts: list[str],
-    x: float,
-    y: float,
-    font_size: int,
-    size: Size,
-    stroke_width: float = 0.0,
-    blur_radius: float = 0.0,
-) -> np.ndarray:
-    """What each frame's text covers, as of [`_write`], `(num_frames, height, width)`."""
-    written = {text: _write(text, x, y, font_size, *size[1:], stroke_width, blur_radius) for text in set(texts)}
+def _write_each(texts: list[str], write: Callable[[str], np.ndarray]) -> np.ndarray:
+    """What each frame's text covers, `(num_frames, height, width)`; `write` gives that of one, `(height, width)`."""
+    written = {text: write(text) for text in set(texts)}
     return np.stack([written[text] for text in texts])
 
 
@@ -430,4 +423,4 @@ def _show(rng: np.random.Generator, texts: list[str], size: Size) -> np.ndarray:
     font_size = _font_size(rng, size)
     x = rng.uniform(0, max(1, width - _load_font(font_size).getlength(texts[0])))
     y = rng.uniform(0, max(1, height - font_size))
-    return _write_each(texts, x, y, font_size, size)
+    return _write_each(texts, lambda text: _write(text, x, y, font_size, height, width))

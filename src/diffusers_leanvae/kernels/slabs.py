@@ -105,10 +105,10 @@ class SlabKernels:
         start, stop, top, bottom = slab
         _, height, width, channels = frames.shape
         num_values = (stop - start) * (bottom - top) * width * channels
-        _check("tail", tail, frames.dtype, 2 * height * width * channels)
-        _check("above", above, frames.dtype, width * channels)
-        _check("convolved", convolved, torch.float32, num_values)
-        _check("normed", normed, normed.dtype, num_values)
+        _check("tail", tail, 2 * height * width * channels, frames.dtype)
+        _check("above", above, width * channels, frames.dtype)
+        _check("convolved", convolved, num_values, torch.float32)
+        _check("normed", normed, num_values)
         size = (ctypes.c_int64 * 7)(height, width, channels, *slab)
         self._convolve_and_normalize(
             _pointer(frames),
@@ -127,7 +127,7 @@ class SlabKernels:
 
     def multiply_by_gelu_(self, value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """`value * gelu(gate)`, of the exact gelu, into `value`, which is returned; both of one shape and dtype."""
-        _check("gate", gate, value.dtype, value.numel())
+        _check("gate", gate, value.numel(), value.dtype)
         arguments = _is_bfloat16(value), value.numel(), torch.get_num_threads()
         self._multiply_by_gelu(_pointer(gate), _pointer(value), *arguments)
         return value
@@ -139,9 +139,8 @@ class SlabKernels:
 
         [`eager.soft_threshold_`] is applied to the sum if there is a threshold.
         """
-        _check("product", product, product.dtype, out.numel())
-        if base is not None:
-            _check("base", base, base.dtype, out.numel())
+        _check("product", product, out.numel())
+        _check("base", base, out.numel())
         self._add(
             _pointer(base),
             0 if base is None else _is_bfloat16(base),
@@ -232,11 +231,12 @@ def _compile(compiler: list[str], folder: str | None) -> Path:
     return path
 
 
-def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, num_values: int) -> None:
-    if tensor is not None and (tensor.dtype != dtype or tensor.numel() != num_values):
+def _check(name: str, tensor: torch.Tensor | None, num_values: int, dtype: torch.dtype | None = None) -> None:
+    """Refuse a tensor, if there is one, of another size, or of another dtype if one is given."""
+    if tensor is not None and (tensor.numel() != num_values or tensor.dtype != (dtype or tensor.dtype)):
         raise ValueError(
-            f"`{name}` must hold {num_values} values of {dtype} to fit the other tensors, got {tensor.numel()} of "
-            f"{tensor.dtype}."
+            f"`{name}` must hold {num_values} values of {dtype or tensor.dtype} to fit the other tensors, got "
+            f"{tensor.numel()} of {tensor.dtype}."
         )
 
 

@@ -245,9 +245,7 @@ class SlabBlock(FusedBlock):
         is_in_place = not keeps_input
         target = hidden_states if is_in_place else torch.empty_like(hidden_states)
         for item in range(batch_size):
-            frames = hidden_states[item]
-            # The state of a stream may be of another dtype, if the model was cast on the way.
-            item_tail = None if tail is None else tail[item].to(frames.dtype).contiguous()
+            frames, item_tail = hidden_states[item], None if tail is None else tail[item]
             last_row: torch.Tensor | None = None  # of the strip above, before it was overwritten
             for slab in slabs(num_steps, height, width, workspace.num_tokens):
                 above = last_row if is_in_place and slab.top > 0 else None

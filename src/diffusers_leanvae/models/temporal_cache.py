@@ -77,7 +77,8 @@ class Chunk:
 
         Args:
             name: Given to [`remember`].
-            like: What the frames precede: of the same shape but for time.
+            like: What the frames precede: of the same shape but for time. They come back in its dtype, another one if
+                the model was cast on the way.
             time_dim: The dimension of time.
             is_optional: Whether a later chunk may find nothing.
 
@@ -100,7 +101,7 @@ class Chunk:
                 f"`cache` must be used with chunks of one shape, got {tuple(like.shape)} after {tuple(tail.shape)} "
                 f"(time is dimension {time_dim})."
             )
-        return tail
+        return tail.to(like.dtype)
 
     def remember(self, name: str, frames: torch.Tensor, copy: bool = True) -> None:
         """Keep frames for the next chunk, if there is one.
