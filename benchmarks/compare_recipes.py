@@ -16,7 +16,7 @@ against the plain recipe on the same number of steps; reconstruction, and how ea
 (`--cpu-minutes`, from which the number of steps follows by the speed of the first ones); `--only` takes some runs, and
 the file keeps the others. `compression`: sizes of patches and latents, likewise, from principal components.
 `clips`: PSNR of each held-out clip, and how far colours come back, for the runs of `recipes` that are there, of which
-nothing is trained again.
+nothing is trained again; the file keeps the others.
 All three choose recipes, so they leave the validation clips alone: without `--held-out` the clips of every sixth
 source are held out of the training clips.
 
@@ -27,9 +27,10 @@ minutes and not days. `start --as-they-are` takes the curves of runs that were s
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ SMALL = ["ema_decay=0.99", "num_accumulation_steps=1", "data.clip_sizes=[[17,96,
 SMALL_MODEL = ["model.low_freq_dim=16", "model.high_freq_dim=48"]
 MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-3", "optimizer.num_warmup_steps=20"]
 ADAMW = ["optimizer.name=adamw", "optimizer.learning_rate=5e-4", "optimizer.num_warmup_steps=20"]
+CONSTANT = ["optimizer.schedule=constant", "ema_power=6.94", "save_every=80", "keep_checkpoints=1000"]
+SCHEDULE_FREE = ["optimizer.name=schedule_free", "optimizer.schedule=constant"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "start": {
         "principal components, muon": ["init=pca", *MUON],
@@ -89,9 +92,14 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no average of weights": ["ema_decay=0"],
         "average by a power, 6.94": ["ema_power=6.94"],
         "average by a power, 16.97": ["ema_power=16.97"],
-        # What a recipe can do of an optimizer without a schedule (arXiv 2405.15682): an average in its place.
         "constant rate": ["optimizer.schedule=constant"],
-        "constant rate, average by a power, 6.94": ["optimizer.schedule=constant", "ema_power=6.94"],
+        "constant rate, average by a power, 6.94": CONSTANT,
+        "constant rate, average afterwards, 3": [*CONSTANT, "post_hoc_power=3"],
+        "constant rate, average afterwards, 16.97": [*CONSTANT, "post_hoc_power=16.97"],
+        "constant rate, average afterwards, 35": [*CONSTANT, "post_hoc_power=35"],
+        "schedule-free": SCHEDULE_FREE,
+        "schedule-free 2e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=2e-3"],
+        "schedule-free 4e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=4e-3"],
         "4 clips": ["batch_size=4"],
         "crops of 96": ["batch_size=1", "data.clip_sizes=[[17,96,96]]"],
         "9 frames, 4 clips": ["batch_size=4", "data.clip_sizes=[[9,64,64]]"],
@@ -157,6 +165,8 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 
 
 DECODED_TWICE = {"decoded twice": "base"}  # no training: the model of another run
+# No training either: another average, from the checkpoints of this run.
+AVERAGED_AFTERWARDS = "constant rate, average by a power, 6.94"
 OTHER_FILES = {
     "WF-VAE of as many multiply-adds": "compact_wfvae_16ch",
     "IV-VAE of fewer multiply-adds": "compact_ivvae_16ch",
@@ -333,17 +343,30 @@ def train_for(options: argparse.Namespace, name: str, overrides: list[str], minu
     return train(options, name, [*overrides, f"num_steps={num_steps}"], recipe=recipe)
 
 
+def average_afterwards(options: argparse.Namespace, name: str, overrides: list[str], run: Path) -> Path:
+    """The output folder of a run that is a finished one but for the average that it exports."""
+    folder, last = run_folder(options, options.comparison, name), read_json_lines(run / "log.jsonl")[-1]["step"]
+    if not folder.is_dir():
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("vae"))
+    return train(options, name, [*overrides, f"num_steps={last}"])
+
+
 def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
     """Quality of each run after the same processor time; its steps are as many as that is enough for."""
     variants, base = VARIANTS[options.comparison], BASES[options.comparison]
-    path, rows, measure = Path(options.output), dict[str, dict[str, Any]](), denoiser_probe(options)
+    rows, measure = list[dict[str, Any]](), denoiser_probe(options)
     for name, overrides in variants.items():
         if options.only and name not in options.only:
             continue
-        overrides, minutes, last = [*base, *overrides], options.cpu_minutes, LAST_THIRD.get(name)
+        overrides, last = [*base, *overrides], LAST_THIRD.get(name)
+        is_averaged_afterwards = any(override.startswith("post_hoc_power=") for override in overrides)
+        trained = AVERAGED_AFTERWARDS if is_averaged_afterwards else DECODED_TWICE.get(name, name)
+        minutes = options.cpu_minutes
         parts = [
-            train_for(options, DECODED_TWICE.get(name, name), overrides, minutes if last is None else minutes * 2 / 3)
+            train_for(options, trained, [*base, *variants[trained]], minutes if last is None else minutes * 2 / 3)
         ]
+        if is_averaged_afterwards:
+            parts = [average_afterwards(options, name, overrides, parts[0])]
         if last is not None:
             go_on = [*overrides, f"init={parts[0] / 'vae'}", f"optimizer.learning_rate={LEARNING_RATE / 3}", *last]
             parts.append(train_for(options, last_third(name), go_on, minutes / 3))
@@ -361,13 +384,22 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
         probe = measure(reconstructor.vae)
         row |= {"denoising_loss": round(probe["denoising_loss"], 4), NOISE: levels_of(probe)[NOISE]}
         print(row, flush=True)
-        rows[name] = row
-    # Another process may have added to the file meanwhile.
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "processors": ""}
-    rows = {row["run"]: row for row in kept["rows"]} | rows
+        rows.append(row)
+    kept = read_kept(options)
     processors = {*filter(None, kept["processors"].split(", ")), str(provenance()["processor"])}
-    ordered = [rows[name] for name in variants if name in rows]
-    return {"rows": ordered, "processors": ", ".join(sorted(processors)), "base": base}
+    return {"rows": join_rows(kept, rows, variants), "processors": ", ".join(sorted(processors)), "base": base}
+
+
+def read_kept(options: argparse.Namespace) -> dict[str, Any]:
+    """What the file of the results holds now, to which another process may have added meanwhile."""
+    path = Path(options.output)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "processors": ""}
+
+
+def join_rows(kept: dict[str, Any], rows: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows by the order of `names`; of what is kept, those that did not come anew."""
+    found = {row["run"]: row for row in (*kept["rows"], *rows)}
+    return [found[name] for name in names if name in found]
 
 
 def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
@@ -396,7 +428,7 @@ def compare_clips(options: argparse.Namespace) -> dict[str, Any]:
             print(rows[-1], flush=True)
     if not rows:
         raise ValueError(f"`--runs` must hold runs of `recipes`, got none in {options.runs}.")
-    return {"rows": rows}
+    return {"rows": join_rows(read_kept(options), rows, VARIANTS["recipes"])}
 
 
 def last_third(name: str) -> str:

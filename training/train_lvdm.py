@@ -65,7 +65,7 @@ from diffusers_leanvae.trainer.finetuning import (
     check_keys,
     check_variant,
 )
-from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
+from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer, weights_to_average
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, check_counts, parse_recipe
 from diffusers_leanvae.trainer.representation_features import (
@@ -591,7 +591,7 @@ def main(arguments: list[str] | None = None) -> None:
         grad_norm = clip_gradients(trained, max_norm)
         if run.is_finite(grad_norm):
             optimizer.step()
-            ema.step(parameters)
+            ema.step(weights_to_average(optimizer, parameters))
 
         # ---- log, save, validate ------------------------------------------------------------------------------------
         run.finish({"loss": run.loss} | run.terms | {"grad_norm": grad_norm})
@@ -601,6 +601,8 @@ def main(arguments: list[str] | None = None) -> None:
             run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
+    if run.average_post_hoc(parameters):
+        run_validation()
     ema.copy_to(averaged_parameters)
     if run.is_main:
         if recipe.tune == "lora":

@@ -63,7 +63,7 @@ from diffusers_leanvae.trainer.discriminators import (
 from diffusers_leanvae.trainer.draws import posterior_noise, seed_dropout
 from diffusers_leanvae.trainer.finetuning import NEW_MODELS, LoraRecipe, add_lora, freeze_encoder, load_vae, type_of
 from diffusers_leanvae.trainer.image_weights import initialize_from_image_vae, load_image_vae
-from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer
+from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer, weights_to_average
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
 from diffusers_leanvae.trainer.recipe import RunRecipe, check_clip_size, check_counts, fill_section, parse_recipe
@@ -547,7 +547,7 @@ def main(arguments: list[str] | None = None) -> None:
         if run.is_finite(*grad_norms.values()):
             if is_generator_turn:
                 optimizer.step()
-                ema.step(parameters)
+                ema.step(weights_to_average(optimizer, parameters))
             if is_discriminator_turn and judges_optimizer is not None:
                 judges_optimizer.step()
 
@@ -559,6 +559,8 @@ def main(arguments: list[str] | None = None) -> None:
             run_validation()
 
     # --- Export ------------------------------------------------------------------------------------------------------
+    if run.average_post_hoc(parameters):
+        run_validation()
     if run.is_main:
         ema.copy_to(averaged.parameters())
         if recipe.tune == "lora":

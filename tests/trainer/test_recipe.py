@@ -272,8 +272,17 @@ def test_numbers_of_sections_are_checked_at_the_start(script: str, override: str
 
 
 def test_the_exponent_of_the_average_is_not_negative():
-    with pytest.raises(ValueError, match="`ema_power` must be at least 0 or null, got -1"):
-        recipe_with(ema_power=-1.0)
+    for name in ("ema_power", "post_hoc_power"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 0 or null, got -1"):
+            recipe_with(**{name: -1.0})
+    with pytest.raises(ValueError, match="`ema_power` must be given with `post_hoc_power: 3.0`, got null"):
+        recipe_with(post_hoc_power=3.0)
+    with pytest.raises(ValueError, match="`optimizer.schedule` must be 'constant' with .* got 'cosine'"):
+        OptimizerRecipe(name="schedule_free")
+    with pytest.raises(ValueError, match=r"`optimizer.betas` must begin above 0 with .* got \[0.0, 0.9\]"):
+        OptimizerRecipe(name="schedule_free", schedule="constant", betas=[0.0, 0.9])
+    with pytest.raises(ValueError, match="`ema_power` must be null with .*, which averages, got 3.0"):
+        recipe_with(ema_power=3.0, optimizer=OptimizerRecipe(name="schedule_free", schedule="constant"))
 
 
 def test_model_arguments_and_start_are_checked(tmp_path: Path):

@@ -151,6 +151,12 @@ def recipe(**options) -> RunRecipe:
             True,
             "`optimizer.name` must be 'adamw' with FSDP, got 'muon'",
         ),
+        (
+            {"FSDP_VERSION": "2"},
+            {"ema_power": 6.94, "post_hoc_power": 3.0},
+            True,
+            "`post_hoc_power` must be null with FSDP, got 3.0",
+        ),
         ({"FSDP_VERSION": "2"}, {"mixed_precision": "fp16"}, True, "must be 'bf16', 'fp32' or null with FSDP"),
     ],
 )

@@ -397,6 +397,23 @@ def test_a_vision_transformer_takes_part_in_training(script: Script, tmp_path: P
 # --- What goes wrong, and what is skipped ----------------------------------------------------------------------------
 
 
+def test_other_averages_are_exported(script: Script, tmp_path: Path):
+    """That of a schedule-free optimizer, and one that is put together from the checkpoints afterwards."""
+    common = (*PLAIN, "num_steps=6", "save_every=1", "keep_checkpoints=6", "validation.num_samples=0")
+    settings = ("optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.learning_rate=1e-2")
+    free = script.train(tmp_path / "free", *common, *settings)
+    script.train(tmp_path / "power", *common, "ema_power=2")
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    before = load_file(tmp_path / "power" / file)
+    power = script.train(tmp_path / "power", *common, "ema_power=2", "post_hoc_power=50")
+    for run, name in ((free, "that of the optimizer"), (power, "exponent 50.0, from those in the checkpoints")):
+        exported, last = load_file(run / file), weights_at(run, 6)
+        last = {key.removeprefix("transformer."): weight for key, weight in last.items()}
+        assert changed(exported, last) and name in (run / "pipeline/README.md").read_text()
+    ours, theirs = (sum((w[key] - last[key]).abs().sum() for key in w) for w in (exported, before))
+    assert 0 < ours < 0.3 * theirs
+
+
 def test_steps_that_are_not_finite_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forward, count = train_lvdm.LatentDiffusionTrainingModule.forward, iter(range(1000))
 

@@ -256,6 +256,42 @@ def test_whitened_muon_resumes_to_the_same_numbers(script: Script, tmp_path: Pat
     assert "averaged over training (by a power function, exponent 2.0)" in (twice / "vae/README.md").read_text()
 
 
+def test_a_schedule_free_run_resumes_and_exports_its_own_average(script: Script, tmp_path: Path):
+    settings = ("optimizer.name=schedule_free", "optimizer.schedule=constant", "save_every=6", "ema_decay=0.5")
+    straight = script.train(tmp_path / "straight", "num_steps=10", *settings)
+    script.train(tmp_path / "twice", "num_steps=6", *settings)
+    twice = script.train(tmp_path / "twice", "num_steps=10", *settings)
+    torch.testing.assert_close(weights_at(twice, 10), weights_at(straight, 10), rtol=0, atol=0)
+    exported, again = (
+        dict(AutoencoderKLLeanVAE.from_pretrained(run / "vae").named_parameters()) for run in (straight, twice)
+    )
+    torch.testing.assert_close(exported, again, rtol=0, atol=0)
+    last, states = weights_at(straight, 10), optimizer_at(straight, 10).values()
+    for (name, average), state in zip(exported.items(), states, strict=True):
+        torch.testing.assert_close(average.data, (last[f"vae.{name}"] - 0.1 * state["z"]) / 0.9, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(average, last[f"vae.{name}"])
+    assert "averaged over training (that of the optimizer)" in (straight / "vae/README.md").read_text()
+
+
+def test_a_finished_run_exports_another_average(script: Script, clips: Path, tmp_path: Path):
+    settings = ("num_steps=12", "save_every=2", "keep_checkpoints=9", "ema_power=2", f"validation.folder={clips}")
+    script.train(tmp_path, *settings)
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    before, figures = load_file(file), read_log(tmp_path, "validation")
+    script.train(tmp_path, *settings, "post_hoc_power=2")  # the same average, by way of the checkpoints
+    torch.testing.assert_close(load_file(file), before, rtol=0, atol=1e-6)
+    script.train(tmp_path, *settings, "post_hoc_power=50")  # nearly the last weights alone
+    after, last = load_file(file), {n.removeprefix("vae."): w for n, w in weights_at(tmp_path, 12).items()}
+    ours, theirs = (sum((w[name] - last[name]).abs().sum() for name in last) for w in (after, before))
+    assert 0 < ours < 0.3 * theirs
+    again = read_log(tmp_path, "validation")
+    assert [record["step"] for record in again] == [record["step"] for record in figures]
+    assert again[-1]["psnr_frame_mean_rgb"] != figures[-1]["psnr_frame_mean_rgb"] and again[:-1] == figures[:-1]
+    assert "exponent 50.0, from those in the checkpoints" in (tmp_path / "vae/README.md").read_text()
+    with pytest.raises(ValueError, match=r"^`ema_power` must be that of all checkpoints .* got 3.0 and 2.0 there\.$"):
+        script.train(tmp_path, *settings, "ema_power=3", "post_hoc_power=5")
+
+
 def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_path: Path):
     script.train(tmp_path, "num_steps=4", "save_every=1", "keep_checkpoints=3")
     folder = tmp_path / "checkpoints"

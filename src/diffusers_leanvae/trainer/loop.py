@@ -14,7 +14,7 @@ for step in run.steps():
     norm = clip_gradients(parameters, max_norm)
     if run.is_finite(norm):
         optimizer.step()
-        ema.step(parameters)
+        ema.step(weights_to_average(optimizer, parameters))
     run.finish({"loss": run.loss} | run.terms | {"grad_norm": norm})
     if run.is_due(recipe.save_every):
         run.save()
@@ -53,12 +53,15 @@ from .checkpoints import (
     append_json,
     find_checkpoint,
     forget_after,
+    list_checkpoints,
     load_data_state,
     remove_leftovers,
     save_checkpoint,
 )
 from .model_card import describe_recipe
+from .post_hoc import average_post_hoc
 from .recipe import OptimizerRecipe, RunRecipe, save_recipe
+from .schedule_free import ScheduleFreeAdamW
 from .sharding import WeightAverage, check_checkpoint, check_launcher, shard
 from .trackers import check_trackers, log_media
 from .whitened_muon import WhitenedMuon
@@ -326,6 +329,23 @@ class TrainingRun:
 
     # --- End ---------------------------------------------------------------------------------------------------------
 
+    def average_post_hoc(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """Make the average that `post_hoc_power` asks for of those in the checkpoints; every process calls.
+
+        Args:
+            parameters: What is averaged.
+
+        Returns:
+            Whether the recipe asks for one, so that the average is another now.
+        """
+        power = self.recipe.post_hoc_power
+        if power is None:
+            return False
+        checkpoints = list_checkpoints(self._checkpoints)
+        average_post_hoc(self._ema, parameters, checkpoints, power)
+        self.say(f"averaged by a power function, exponent {power}, from {len(checkpoints)} checkpoints")
+        return True
+
     @contextlib.contextmanager
     def export(self, name: str) -> Iterator[Path]:
         """Fill the folder `name` of the output, which then goes to the Hub if asked for; in the main process."""
@@ -382,7 +402,16 @@ def build_optimizer(
                 '`optimizer.name: adamw8bit` needs bitsandbytes: pip install "diffusers-leanvae[adamw8bit]"'
             ) from error
         return AdamW8bit(parameters, **common)
+    if recipe.name == "schedule_free":
+        return ScheduleFreeAdamW(parameters, **common)
     return torch.optim.AdamW(parameters, fused=True, **common)
+
+
+def weights_to_average(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+) -> Sequence[torch.Tensor]:
+    """What an average takes after a step: the parameters, or what a schedule-free optimizer has averaged."""
+    return optimizer.averages(parameters) if isinstance(optimizer, ScheduleFreeAdamW) else parameters
 
 
 @contextlib.contextmanager

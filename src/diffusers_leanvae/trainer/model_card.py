@@ -169,6 +169,10 @@ def render_pipeline_card(
 
 
 def _describe_average(recipe: RunRecipe) -> str:
+    if recipe.optimizer.name == "schedule_free":
+        return "that of the optimizer"
+    if recipe.post_hoc_power is not None:
+        return f"by a power function, exponent {recipe.post_hoc_power}, from those in the checkpoints"
     if recipe.ema_power is None:
         return f"decay {recipe.ema_decay}"
     return f"by a power function, exponent {recipe.ema_power}"

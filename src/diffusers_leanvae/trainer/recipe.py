@@ -29,7 +29,8 @@ Run = TypeVar("Run", bound="RunRecipe")
 class OptimizerRecipe:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # "muon": `whitened_muon.WhitenedMuon`
+    # "muon": `whitened_muon.WhitenedMuon`; "schedule_free": `schedule_free.ScheduleFreeAdamW`, with its own average
+    name: Literal["adamw", "adamw8bit", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 5e-5
     adamw_factor: float = 0.1  # with "muon": the learning rate of what is no linear map, relative to `learning_rate`
     final_learning_rate: float = 0.0
@@ -42,6 +43,16 @@ class OptimizerRecipe:
 
     def __post_init__(self) -> None:
         check_betas("optimizer.betas", self.betas)
+        if self.name == "schedule_free":
+            if self.schedule != "constant":
+                raise ValueError(
+                    f"`optimizer.schedule` must be 'constant' with `optimizer.name: schedule_free`, got "
+                    f"{self.schedule!r}."
+                )
+            if self.betas[0] == 0:
+                raise ValueError(
+                    f"`optimizer.betas` must begin above 0 with `optimizer.name: schedule_free`, got {self.betas}."
+                )
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
         """Linear warm-up, then constant, or a cosine to `final_learning_rate` at `num_decay_steps` or `num_steps`."""
@@ -75,6 +86,9 @@ class RunRecipe:
     # Exponent of an average by a power function (2312.02696), in place of the decay: 6.94 has a deviation of a tenth
     # of the steps done, 16.97 of a twentieth; null: by `ema_decay`.
     ema_power: float | None = None
+    # Exponent of the average that is exported, in place of `ema_power`: put together afterwards from the checkpoints,
+    # of which `keep_checkpoints` must keep enough. A finished run, started again with another one, exports anew.
+    post_hoc_power: float | None = None
     max_skipped_steps: int = 20  # give up after this many steps in a row without a finite loss and gradient
     log_every: int
     # They get what log.jsonl gets, and pictures and videos of validations.
@@ -90,8 +104,16 @@ class RunRecipe:
         check_counts(self, *names)
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"`num_threads` must be at least 1 or null, got {self.num_threads}.")
-        if self.ema_power is not None and self.ema_power < 0:
-            raise ValueError(f"`ema_power` must be at least 0 or null, got {self.ema_power}.")
+        for name in ("ema_power", "post_hoc_power"):
+            power = getattr(self, name)
+            if power is not None and power < 0:
+                raise ValueError(f"`{name}` must be at least 0 or null, got {power}.")
+        if self.post_hoc_power is not None and self.ema_power is None:
+            raise ValueError(f"`ema_power` must be given with `post_hoc_power: {self.post_hoc_power}`, got null.")
+        if self.ema_power is not None and self.optimizer.name == "schedule_free":
+            raise ValueError(
+                f"`ema_power` must be null with `optimizer.name: schedule_free`, which averages, got {self.ema_power}."
+            )
         if self.compile and self.optimizer.name == "muon":
             raise ValueError(
                 "`compile` must be false with `optimizer.name: muon`, which watches the layers, got true."

@@ -57,6 +57,8 @@ def check_launcher(recipe: RunRecipe, can_shard: bool) -> None:
         raise ValueError(f"`fsdp_version` of the launcher's configuration must be 2, got {version}.")
     if recipe.optimizer.name != "adamw":
         raise ValueError(f"`optimizer.name` must be 'adamw' with FSDP, got {recipe.optimizer.name!r}.")
+    if recipe.post_hoc_power is not None:
+        raise ValueError(f"`post_hoc_power` must be null with FSDP, got {recipe.post_hoc_power}.")
     if recipe.mixed_precision == "fp16":
         raise ValueError("`mixed_precision` must be 'bf16', 'fp32' or null with FSDP, got 'fp16'.")
     # Otherwise transformers loads pretrained weights in the first process alone, and leaves them out in the others:
@@ -123,13 +125,17 @@ class WeightAverage(EMAModel):
     def is_sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.shadow_params)
 
-    def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """As of diffusers."""
+    def step(self, parameters: Iterable[torch.Tensor]) -> None:
+        """As of diffusers; what needs no gradient is taken as it is."""
         whole = self.shadow_params
         # On the shares as plain tensors: PyTorch spends seconds on how each operation on a long list of shards is to
         # be done, once.
-        self.shadow_params = [_share(weight) for weight in whole]
-        super().step([_share(parameter) for parameter in parameters])
+        self.shadow_params, shares = [_share(weight) for weight in whole], [_share(weight) for weight in parameters]
+        if any(share.requires_grad for share in shares):
+            super().step(shares)
+        else:  # what a schedule-free optimizer has averaged: diffusers wants at least one that is to be averaged
+            self.optimization_step += 1
+            torch._foreach_copy_(self.shadow_params, shares)
         self.shadow_params = whole
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -141,8 +147,8 @@ class WeightAverage(EMAModel):
             parameter.data.copy_(_whole(weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """As of diffusers; without the weights if they are sharded, which `save_shards` saves."""
-        state = super().state_dict()
+        """As of diffusers, with the exponent; without the weights if they are sharded, which `save_shards` saves."""
+        state = super().state_dict() | {"exponent": self.exponent}
         if self.is_sharded:
             del state["shadow_params"]
         return state
