@@ -97,6 +97,12 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "constant rate, average afterwards, 3": [*CONSTANT, "post_hoc_power=3"],
         "constant rate, average afterwards, 16.97": [*CONSTANT, "post_hoc_power=16.97"],
         "constant rate, average afterwards, 35": [*CONSTANT, "post_hoc_power=35"],
+        "constant rate 2e-3, average by a power, 6.94": [*CONSTANT, "optimizer.learning_rate=2e-3"],
+        "constant rate 2e-3, average afterwards, 16.97": [
+            *CONSTANT,
+            "optimizer.learning_rate=2e-3",
+            "post_hoc_power=16.97",
+        ],
         "schedule-free": SCHEDULE_FREE,
         "schedule-free 2e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=2e-3"],
         "schedule-free 4e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=4e-3"],
@@ -109,6 +115,13 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "log-MSE alone": ["loss.l1_pixel=0", "loss.l1_low=0", "loss.l1_high=0"],
         "log-MSE 1.0": ["loss.log_mse=1.0"],
         "learning rate 2e-3, log-MSE 1.0, bands together": [
+            "optimizer.learning_rate=2e-3",
+            "loss.log_mse=1.0",
+            "model.patch_embedding_type=joint",
+        ],
+        "these three, constant rate, average by a power, 16.97": [
+            *CONSTANT,
+            "ema_power=16.97",
             "optimizer.learning_rate=2e-3",
             "loss.log_mse=1.0",
             "model.patch_embedding_type=joint",
@@ -165,8 +178,13 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 
 
 DECODED_TWICE = {"decoded twice": "base"}  # no training: the model of another run
-# No training either: another average, from the checkpoints of this run.
-AVERAGED_AFTERWARDS = "constant rate, average by a power, 6.94"
+# No training either: another average, from the checkpoints of another run.
+AVERAGED_AFTERWARDS = {
+    "constant rate, average afterwards, 3": "constant rate, average by a power, 6.94",
+    "constant rate, average afterwards, 16.97": "constant rate, average by a power, 6.94",
+    "constant rate, average afterwards, 35": "constant rate, average by a power, 6.94",
+    "constant rate 2e-3, average afterwards, 16.97": "constant rate 2e-3, average by a power, 6.94",
+}
 OTHER_FILES = {
     "WF-VAE of as many multiply-adds": "compact_wfvae_16ch",
     "IV-VAE of fewer multiply-adds": "compact_ivvae_16ch",
@@ -359,13 +377,11 @@ def compare_at_equal_time(options: argparse.Namespace) -> dict[str, Any]:
         if options.only and name not in options.only:
             continue
         overrides, last = [*base, *overrides], LAST_THIRD.get(name)
-        is_averaged_afterwards = any(override.startswith("post_hoc_power=") for override in overrides)
-        trained = AVERAGED_AFTERWARDS if is_averaged_afterwards else DECODED_TWICE.get(name, name)
-        minutes = options.cpu_minutes
+        trained, minutes = (AVERAGED_AFTERWARDS | DECODED_TWICE).get(name, name), options.cpu_minutes
         parts = [
             train_for(options, trained, [*base, *variants[trained]], minutes if last is None else minutes * 2 / 3)
         ]
-        if is_averaged_afterwards:
+        if name in AVERAGED_AFTERWARDS:
             parts = [average_afterwards(options, name, overrides, parts[0])]
         if last is not None:
             go_on = [*overrides, f"init={parts[0] / 'vae'}", f"optimizer.learning_rate={LEARNING_RATE / 3}", *last]

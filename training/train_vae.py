@@ -474,8 +474,8 @@ def main(arguments: list[str] | None = None) -> None:
     # --- Resume ------------------------------------------------------------------------------------------------------
     run.resume(dataset, ema, [optimizer] if judges_optimizer is None else [optimizer, judges_optimizer])
     freeze_step = recipe.freeze_encoder_step
-    if freeze_step is not None:  # once: a run that resumes later freezes in its first step
-        freeze_step = max(freeze_step, progress.step)
+    if freeze_step is not None and progress.step > freeze_step:
+        freeze_encoder(vae)
 
     def run_validation() -> None:
         if view.folder is None:

@@ -275,6 +275,7 @@ def test_a_schedule_free_run_resumes_and_exports_its_own_average(script: Script,
 
 def test_a_finished_run_exports_another_average(script: Script, clips: Path, tmp_path: Path):
     settings = ("num_steps=12", "save_every=2", "keep_checkpoints=9", "ema_power=2", f"validation.folder={clips}")
+    settings += ("freeze_encoder_step=7",)
     script.train(tmp_path, *settings)
     file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
     before, figures = load_file(file), read_log(tmp_path, "validation")
@@ -284,6 +285,9 @@ def test_a_finished_run_exports_another_average(script: Script, clips: Path, tmp
     after, last = load_file(file), {n.removeprefix("vae."): w for n, w in weights_at(tmp_path, 12).items()}
     ours, theirs = (sum((w[name] - last[name]).abs().sum() for name in last) for w in (after, before))
     assert 0 < ours < 0.3 * theirs
+    # What was frozen is what the decoder has learned from, and no average.
+    frozen = {name for name in last if name.startswith("encoder.")}
+    assert frozen and not changed(before, after) & frozen
     again = read_log(tmp_path, "validation")
     assert [record["step"] for record in again] == [record["step"] for record in figures]
     assert again[-1]["psnr_frame_mean_rgb"] != figures[-1]["psnr_frame_mean_rgb"] and again[:-1] == figures[:-1]
