@@ -106,6 +106,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "schedule-free": SCHEDULE_FREE,
         "schedule-free 2e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=2e-3"],
         "schedule-free 4e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=4e-3"],
+        "schedule-free 8e-3": [*SCHEDULE_FREE, "optimizer.learning_rate=8e-3"],
         "4 clips": ["batch_size=4"],
         "crops of 96": ["batch_size=1", "data.clip_sizes=[[17,96,96]]"],
         "9 frames, 4 clips": ["batch_size=4", "data.clip_sizes=[[9,64,64]]"],
