@@ -368,7 +368,18 @@ def read_teacher_clip(lists: list[ClipList], number: int) -> torch.Tensor:
 
 
 def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[DiscriminatorTrainingModule]) -> None:
-    """Refuse clips that are too small for a loss, even if scaled down by the equivariance, at any step of the run."""
+    """Refuse clips that the model does not take, or that are too small for a loss at any step of the run.
+
+    Of the latter those count that the equivariance has scaled down.
+    """
+    steps = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
+    sizes = [("data.clip_sizes", size) for size in recipe.data.clip_sizes]
+    for key, (num_frames, *sides) in [*sizes, *((f"teacher.clips.{k}", v) for k, v in recipe.teacher.clips.items())]:
+        if (num_frames - 1) % steps[0] or any(side % steps[1] for side in sides):
+            raise ValueError(
+                f"`{key}` must have {steps[0]} * n + 1 frames and sides of multiples of {steps[1]} for this model, got "
+                f"{[num_frames, *sides]}."
+            )
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
     ratio = vae.spatial_compression_ratio
     if recipe.regularization.low_pass and smallest < 2 * ratio:

@@ -1,9 +1,12 @@
 """Files through an autoencoder: what is read and how often, which part of it, what is refused, stages in threads."""
 
+import json
+import math
 import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from encoded_clips import count_opens, encode, moving_picture
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
 from diffusers_leanvae.inference import files
 from diffusers_leanvae.inference.files import Excerpt, decode_video, encode_video, reconstruct_video
-from diffusers_leanvae.inference.latents_file import LatentsInfo, LatentsWriter, open_latents
+from diffusers_leanvae.inference.latents_file import LatentsInfo, LatentsWriter, open_latents, read_times
 from diffusers_leanvae.inference.memory import VideoJob, frames_ahead, plan_streams
 from diffusers_leanvae.inference.padding import crop_sample, pad_sample
 from diffusers_leanvae.video_io import VideoError, VideoInfo, read_video
@@ -103,6 +107,32 @@ def test_latents_are_laid_out_whatever_pieces_they_come_in(tmp_path: Path, dtype
         with LatentsWriter(tmp_path / "empty.safetensors") as writer:
             writer.close(info)
     assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+
+
+def test_a_single_latent_is_written_and_comes_back(vae, tmp_path: Path):
+    source = tmp_path / "in.png"
+    Image.fromarray(np.asarray(moving_picture(1)[0, :8, :8])).save(source)
+    encode_video(vae, source, tmp_path / "z.safetensors", model="")
+    assert load_file(tmp_path / "z.safetensors")["latents"].shape[2:] == (1, 1, 1)
+    decode_video(vae, tmp_path / "z.safetensors", tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "times", "reason"),
+    [
+        ({"other": "x"}, [0, 1], r"\(it must have metadata named 'leanvae', got none\)"),
+        ({"leanvae": "[]"}, [0, 1], r"\(its metadata 'leanvae' must be a mapping, got \[\]\)"),
+        (None, [0.0, math.nan], r"\(`times` must be int64, as many as frames, 2, got torch.float32 of shape \(2,\)\)"),
+        (None, [0], r"\(`times` must be int64, .* got torch.int64 of shape \(1,\)\)"),
+    ],
+)
+def test_damaged_latents_say_what_is_wrong(tmp_path: Path, metadata: dict[str, str] | None, times: list, reason: str):
+    info = LatentsInfo("m", "25", 2, 8, 8, "in.mp4", False, time_unit="1/25")
+    tensors = {"latents": torch.zeros(1, 4, 1, 1, 1), "times": torch.tensor(times)}
+    save_file(tensors, tmp_path / "z.safetensors", metadata or {"leanvae": json.dumps(asdict(info))})
+    with pytest.raises(ValueError, match="^`path` must be a latents file of `leanvae encode`, got .*" + reason):
+        read_times(tmp_path / "z.safetensors")
 
 
 # --- Stages in threads -----------------------------------------------------------------------------------------------

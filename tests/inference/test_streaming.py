@@ -186,6 +186,10 @@ def test_state_is_saved_and_restored(vae, tmp_path, tiled):
         waiting = StreamingEncoder(vae, 8)
         waiting.push(whole[:, :, :15])
         StreamingEncoder(vae, 4).load_state_dict(waiting.state_dict())
+    with pytest.raises(ValueError, match=r"^`state_dict` must be the state of a StreamingEncoder, got keys \[\]\.$"):
+        StreamingEncoder(vae, 4).load_state_dict({})
+    with pytest.raises(ValueError, match="^`state_dict` must be the state of a StreamingDecoder, got that of the oth"):
+        StreamingDecoder(vae).load_state_dict(waiting.state_dict())
     expected = run(StreamingEncoder(vae, 4), whole, [23])
     stream = StreamingEncoder(vae, 4)
     before = stream.push(whole[:, :, :15])

@@ -168,7 +168,7 @@ def test_the_client_sends_numbers_as_they_lie_in_memory(vae, url):
 # --- Encoding, by the client of diffusers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 9, 32, 48), (2, 3, 5, 32, 32), (2, 3, 32, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 9, 32, 48), (2, 3, 5, 32, 32), (2, 3, 32, 48), (1, 3, 1, 8, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
 def test_client_encodes_tensors(vae, url, shape, dtype):
     sample = make_video(*shape)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_leanvae.trainer.checkpoints import MARK
-from diffusers_leanvae.trainer.post_hoc import average_post_hoc, shares_of_averages
+from diffusers_leanvae.trainer.post_hoc import average_post_hoc, misfit, shares_of_averages
 from diffusers_leanvae.trainer.sharding import WeightAverage
 
 
@@ -32,6 +32,15 @@ def test_shares_make_another_profile(other: float) -> None:
     assert (found - wanted)[200:].abs().max() < 0.2 * wanted.max()
     if other == 6.94:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("other", [0.0, 3.0, 6.94, 16.97, 60.0])
+@pytest.mark.parametrize("steps", [[4000], [500, 500, 4000], list(range(200, 4001, 200))])
+def test_the_misfit_is_what_counts_for_other_steps(steps: list[int], other: float) -> None:
+    shares = shares_of_averages(steps, 6.94, other)
+    found = sum(share * profile(4000, step, 6.94) for share, step in zip(shares, steps, strict=True))
+    expected = (found - profile(4000, 4000, other)).abs().sum().item() / 2
+    assert misfit(steps, 6.94, other) == pytest.approx(expected, abs=2e-3)
 
 
 def run(folder: Path, exponent: float | None = 6.94) -> tuple[WeightAverage, list[nn.Parameter], list[torch.Tensor]]:

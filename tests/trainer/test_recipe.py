@@ -1,5 +1,6 @@
 """Recipes: what a YAML file and the command line may say, and what the error tells when they may not."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,7 @@ def test_the_resolved_copy_reads_back_equal(tmp_path: Path):
         ("section: {folder: a}\nnum_steps: 1.5", [], r"`num_steps` must be of type int, got 1\.5"),
         ("section: {folder: a}\nnum_steps: true", [], r"`num_steps` must be of type int, got True"),
         ("section: {folder: a, rate: often}", [], r"`section\.rate` must be of type float, got 'often'"),
+        ("section: {folder: a, rate: .nan}", [], r"`section\.rate` must be a number, got nan"),
         ("section: {folder: a}\nmode: best", [], r"`mode` must be one of 'fast', 'slow', got 'best'"),
         ("section: {folder: a}\nsizes: 3", [], r"`sizes` must be of type list\[list\[int\]\], got 3"),
         ("section: {folder: a}\nsizes: [[1, x]]", [], r"`sizes\[0\]\[1\]` must be of type int, got 'x'"),
@@ -273,8 +275,10 @@ def test_numbers_of_sections_are_checked_at_the_start(script: str, override: str
 
 def test_the_exponent_of_the_average_is_not_negative():
     for name in ("ema_power", "post_hoc_power"):
-        with pytest.raises(ValueError, match=f"`{name}` must be at least 0 or null, got -1"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number of at least 0 or null, got -1"):
             recipe_with(**{name: -1.0})
+        with pytest.raises(ValueError, match=f"`{name}` must be .* got inf"):
+            recipe_with(**{name: math.inf})
     with pytest.raises(ValueError, match="`ema_power` must be given with `post_hoc_power: 3.0`, got null"):
         recipe_with(post_hoc_power=3.0)
     with pytest.raises(ValueError, match="`optimizer.schedule` must be 'constant' with .* got 'cosine'"):

@@ -405,13 +405,13 @@ def test_other_averages_are_exported(script: Script, tmp_path: Path):
     script.train(tmp_path / "power", *common, "ema_power=2")
     file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
     before = load_file(tmp_path / "power" / file)
-    power = script.train(tmp_path / "power", *common, "ema_power=2", "post_hoc_power=50")
-    for run, name in ((free, "that of the optimizer"), (power, "exponent 50.0, from those in the checkpoints")):
+    power = script.train(tmp_path / "power", *common, "ema_power=2", "post_hoc_power=8")
+    for run, name in ((free, "that of the optimizer"), (power, "exponent 8.0, from those in the checkpoints")):
         exported, last = load_file(run / file), weights_at(run, 6)
         last = {key.removeprefix("transformer."): weight for key, weight in last.items()}
         assert changed(exported, last) and name in (run / "pipeline/README.md").read_text()
     ours, theirs = (sum((w[key] - last[key]).abs().sum() for key in w) for w in (exported, before))
-    assert 0 < ours < 0.3 * theirs
+    assert 0 < ours < 0.7 * theirs
 
 
 def test_steps_that_are_not_finite_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

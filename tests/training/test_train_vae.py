@@ -33,6 +33,7 @@ from diffusers_leanvae.data.shapes import MovingShapes
 from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
+from diffusers_leanvae.trainer.recipe import load_recipe
 from diffusers_leanvae.video_io import probe_video, read_video
 
 
@@ -281,19 +282,48 @@ def test_a_finished_run_exports_another_average(script: Script, clips: Path, tmp
     before, figures = load_file(file), read_log(tmp_path, "validation")
     script.train(tmp_path, *settings, "post_hoc_power=2")  # the same average, by way of the checkpoints
     torch.testing.assert_close(load_file(file), before, rtol=0, atol=1e-6)
-    script.train(tmp_path, *settings, "post_hoc_power=50")  # nearly the last weights alone
+    script.train(tmp_path, *settings, "post_hoc_power=8")  # of fewer of the last steps
     after, last = load_file(file), {n.removeprefix("vae."): w for n, w in weights_at(tmp_path, 12).items()}
     ours, theirs = (sum((w[name] - last[name]).abs().sum() for name in last) for w in (after, before))
-    assert 0 < ours < 0.3 * theirs
+    assert 0 < ours < 0.6 * theirs
     # What was frozen is what the decoder has learned from, and no average.
     frozen = {name for name in last if name.startswith("encoder.")}
     assert frozen and not changed(before, after) & frozen
     again = read_log(tmp_path, "validation")
     assert [record["step"] for record in again] == [record["step"] for record in figures]
     assert again[-1]["psnr_frame_mean_rgb"] != figures[-1]["psnr_frame_mean_rgb"] and again[:-1] == figures[:-1]
-    assert "exponent 50.0, from those in the checkpoints" in (tmp_path / "vae/README.md").read_text()
+    assert "exponent 8.0, from those in the checkpoints" in (tmp_path / "vae/README.md").read_text()
     with pytest.raises(ValueError, match=r"^`ema_power` must be that of all checkpoints .* got 3.0 and 2.0 there\.$"):
         script.train(tmp_path, *settings, "ema_power=3", "post_hoc_power=5")
+    assert load_recipe(train_vae.Recipe, tmp_path / "recipe.yaml").ema_power == 2.0  # what is refused leaves no trace
+
+
+@pytest.mark.parametrize(("save_every", "keep"), [(12, 9), (1, 2)])
+def test_too_few_checkpoints_are_refused_before_the_first_step(
+    save_every: int, keep: int, script: Script, tmp_path: Path
+):
+    settings = (f"save_every={save_every}", f"keep_checkpoints={keep}", "ema_power=2", "post_hoc_power=30")
+    message = r"^`post_hoc_power` must be nearer to `ema_power`, or .* got 30.0 of 2.0 from (1|2) checkpoints: 0\.[37]"
+    with pytest.raises(ValueError, match=message):
+        script.train(tmp_path, "num_steps=12", *settings)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_optimizer_or_model_is_refused(script: Script, tmp_path: Path):
+    script.train(tmp_path / "run", "num_steps=1")
+    for name in ("muon", "schedule_free"):
+        with pytest.raises(ValueError, match=f"^`optimizer.name` must be 'adamw', that of .*, got '{name}': take"):
+            script.train(tmp_path / "run", "num_steps=2", f"optimizer.name={name}", "optimizer.schedule=constant")
+    message = (
+        r"^`resume` must be a checkpoint of the model and the discriminators of this recipe, got .*step-0000001' \("
+    )
+    for change in ("model.low_freq_dim=16", "adversarial.weight=0.1"):
+        with pytest.raises(ValueError, match=message):
+            script.train(tmp_path / "run", "num_steps=2", change)
+    (tmp_path / "file").touch()
+    for name in ("file", "file/run"):
+        with pytest.raises(ValueError, match="^`output` must be a folder, or one that can be made, got "):
+            script.train(tmp_path / name, "num_steps=1")
 
 
 def test_old_checkpoints_go_and_an_older_one_can_be_resumed(script: Script, tmp_path: Path):
@@ -610,8 +640,12 @@ def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
             "at least 16 for .*low_pass`, got 8",
         ),
         (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
+        (("data.clip_sizes=[[5,32,32],[5,32,30]]",), ValueError, r"`data.clip_sizes` must have 4 \* n \+ 1 .* 30\]"),
+        (("data.clip_sizes=[[6,32,32]]",), ValueError, r"of multiples of 8 for this model, got \[6, 32, 32\]"),
+        (("validation.folder=nowhere",), ValueError, "^`validation.folder` must be an existing folder or null, got"),
+        (("seed=-1",), ValueError, r"^`seed` must be from 0 to 2\*\*32 - 1, got -1"),
     ],
-    ids=["lpips", "discriminator", "equivariance", "low_pass", "probability"],
+    ids=["lpips", "discriminator", "equivariance", "low_pass", "probability", "sides", "frames", "folder", "seed"],
 )
 def test_recipes_that_cannot_work_are_refused(
     overrides: tuple[str, ...], error: type[Exception], message: str, script: Script, tmp_path: Path

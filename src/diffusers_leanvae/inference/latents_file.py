@@ -117,9 +117,18 @@ def open_latents(path: str | Path) -> Iterator[tuple[Any, LatentsInfo]]:
     with ExitStack() as resources:
         with _named_errors(path):  # not of what the caller does with it
             file = resources.enter_context(safetensors.safe_open(path, "pt"))
-            info = LatentsInfo(**json.loads((file.metadata() or {})["leanvae"]))
+            info = _read_info(file.metadata() or {})
             latents = file.get_slice("latents")
         yield latents, info
+
+
+def _read_info(metadata: dict[str, str]) -> LatentsInfo:
+    if "leanvae" not in metadata:
+        raise TypeError("it must have metadata named 'leanvae', got none")
+    values = json.loads(metadata["leanvae"])
+    if not isinstance(values, dict):
+        raise TypeError(f"its metadata 'leanvae' must be a mapping, got {values!r}")
+    return LatentsInfo(**values)
 
 
 @contextmanager
@@ -140,10 +149,13 @@ def read_times(path: str | Path) -> list[Fraction] | None:
         if not info.time_unit:
             return None
         with _named_errors(path), safetensors.safe_open(path, "pt") as file:
-            ticks = file.get_tensor("times").tolist()
-            if len(ticks) != info.num_frames:
-                raise TypeError(f"`times` must be as many as frames, {info.num_frames}, got {len(ticks)}")
-    return [Fraction(info.time_unit) * tick for tick in ticks]
+            ticks = file.get_tensor("times")
+            if ticks.dtype != torch.int64 or ticks.shape != (info.num_frames,):
+                raise TypeError(
+                    f"`times` must be int64, as many as frames, {info.num_frames}, got {ticks.dtype} of shape "
+                    f"{tuple(ticks.shape)}"
+                )
+    return [Fraction(info.time_unit) * tick for tick in ticks.tolist()]
 
 
 def fingerprint(path: str | Path) -> str:
@@ -222,7 +234,8 @@ class LatentsWriter:
         self._shape, self._dtype = tuple(by_time.shape[1:]), by_time.dtype
         self._num_latent_frames += by_time.shape[0]
         with named_write_errors(self.path):
-            self._spool.write(by_time.view(torch.uint8).numpy().data)
+            # Flat, as the strides of dimensions of size 1 may be anything, which a view as bytes does not take.
+            self._spool.write(by_time.view(-1).view(torch.uint8).numpy().data)
 
     def close(
         self, info: LatentsInfo, times: Sequence[Fraction] | None = None, sound: Path | None = None

@@ -17,6 +17,7 @@ class _Stream:
     its last frame, and a caller who fills one tensor again and again would change frames already pushed.
     """
 
+    is_encoder: bool
     is_delayed = False  # whether something comes out after the last frames went in
 
     def __init__(self, vae: VideoAutoencoder, step: int, cache: TemporalCache):
@@ -89,7 +90,7 @@ class _Stream:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything needed to continue the stream later, as tensors (safetensors can store it)."""
         state = {f"cache/{key}": tensor for key, tensor in self.cache.state_dict().items()}
-        state["num_pushed"] = torch.tensor(self.num_pushed)
+        state |= {"num_pushed": torch.tensor(self.num_pushed), "is_encoder": torch.tensor(self.is_encoder)}
         if self._buffer is not None:
             state["pending"] = self._buffer[:, :, : self._num_pending].clone()
         elif self.is_delayed and self._like is not None:
@@ -97,7 +98,16 @@ class _Stream:
         return state
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is no state of such a stream.
+        """
+        name = type(self).__name__
+        if "num_pushed" not in state_dict:
+            raise ValueError(f"`state_dict` must be the state of a {name}, got keys {sorted(state_dict)}.")
+        if bool(state_dict.get("is_encoder", self.is_encoder)) != self.is_encoder:
+            raise ValueError(f"`state_dict` must be the state of a {name}, got that of the other direction.")
         self.reset()
         self.cache.load_state_dict(
             {key.removeprefix("cache/"): value for key, value in state_dict.items() if key.startswith("cache/")}
@@ -126,6 +136,8 @@ class StreamingEncoder(_Stream):
         cache: A fresh `TemporalCache(directory, layout)` for a stream that keeps the state of its tiles on disk, or
             that has tiles of its own.
     """
+
+    is_encoder = True
 
     def __init__(
         self,
@@ -182,6 +194,8 @@ class StreamingDecoder(_Stream):
         cache: A fresh `TemporalCache(directory, layout)` for a stream that keeps the state of its tiles on disk, or
             that has tiles of its own.
     """
+
+    is_encoder = False
 
     def __init__(self, vae: VideoAutoencoder, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
         if num_latent_frames_per_step < 1:

@@ -182,7 +182,8 @@ def answer_of(tensor: torch.Tensor) -> Answer:
     """Send a tensor: its numbers as the body, shape and dtype as headers."""
     tensor = tensor.cpu().contiguous()
     headers = {"shape": json.dumps(list(tensor.shape)), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    return Answer(tensor.view(torch.uint8).numpy().tobytes(), "tensor/binary", headers)
+    # Flat, as the strides of dimensions of size 1 may be anything, which a view as bytes does not take.
+    return Answer(tensor.view(-1).view(torch.uint8).numpy().tobytes(), "tensor/binary", headers)
 
 
 def sentence_of(error: RequestValidationError) -> str:

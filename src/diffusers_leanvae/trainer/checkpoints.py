@@ -55,18 +55,17 @@ def forget_after(path: Path, step: int) -> None:
 def abandon_after(folder: Path, step: int) -> None:
     """Set aside checkpoints beyond the one that a run resumes from, or they would outlive those that it writes."""
     for checkpoint in list_checkpoints(folder):
-        if _step_of(checkpoint) > step:
+        if step_of(checkpoint) > step:
             _set_aside(checkpoint)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, from the oldest to the newest; the folder need not exist."""
-    return sorted(
-        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step_of
-    )
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -57,10 +57,11 @@ from .checkpoints import (
     load_data_state,
     remove_leftovers,
     save_checkpoint,
+    step_of,
 )
 from .model_card import describe_recipe
-from .post_hoc import average_post_hoc
-from .recipe import OptimizerRecipe, RunRecipe, save_recipe
+from .post_hoc import average_post_hoc, check_exponents, check_steps
+from .recipe import OptimizerRecipe, RunRecipe, check_optimizer, save_recipe
 from .schedule_free import ScheduleFreeAdamW
 from .sharding import WeightAverage, check_checkpoint, check_launcher, shard
 from .trackers import check_trackers, log_media
@@ -99,6 +100,8 @@ class TrainingRun:
     ) -> None:
         self._started = time.monotonic()
         self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
+        if not next(path for path in (self.output, *self.output.absolute().parents) if path.exists()).is_dir():
+            raise ValueError(f"`output` must be a folder, or one that can be made, got {recipe.output!r}.")
         check_launcher(recipe, can_shard)
         torch.set_float32_matmul_precision("high")
         check_trackers(recipe.trackers)
@@ -125,10 +128,26 @@ class TrainingRun:
         self.checkpoint = find_checkpoint(self._checkpoints, recipe.resume)
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint, self.is_sharding)
+            check_optimizer(self.checkpoint, recipe.optimizer.name)
+        self._check_post_hoc()
         self.progress, self.loss, self.num_bad_videos = Progress(), torch.zeros((), device=self.device), 0
         self.terms: dict[str, torch.Tensor] = {}
         self._means, self._minutes, self._is_finite, self._is_out_of_time = RunningMeans(), 0.0, True, False
         self._step_started = self._cpu_started = self._data_seconds = self._learning_rate = 0.0
+
+    def _check_post_hoc(self) -> None:
+        """Refuse an average to put together that the checkpoints there, and those to come, are not enough for."""
+        recipe = self.recipe
+        if recipe.post_hoc_power is None or recipe.ema_power is None:
+            return
+        done = 0 if self.checkpoint is None else step_of(self.checkpoint)
+        found = [path for path in list_checkpoints(self._checkpoints) if step_of(path) <= done]
+        check_exponents(found, recipe.ema_power)
+        coming = [step for step in range(done + 1, recipe.num_steps) if step % recipe.save_every == 0]
+        steps = [step_of(path) for path in found]
+        if done < recipe.num_steps:
+            steps = [*steps, *coming, recipe.num_steps][-recipe.keep_checkpoints :]
+        check_steps(steps, recipe.ema_power, recipe.post_hoc_power)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -166,7 +185,7 @@ class TrainingRun:
             self.accelerator.prepare(optimizer)
         self.accelerator.register_for_checkpointing(ema, self.progress)
         if self.checkpoint is not None:
-            with keeping_settings(optimizers, ema):
+            with named_misfits(self.checkpoint), keeping_settings(optimizers, ema):
                 self.accelerator.load_state(str(self.checkpoint))
             ema.load_shards(self.checkpoint)
             ema.to(self.device)
@@ -342,8 +361,11 @@ class TrainingRun:
         if power is None:
             return False
         checkpoints = list_checkpoints(self._checkpoints)
-        average_post_hoc(self._ema, parameters, checkpoints, power)
-        self.say(f"averaged by a power function, exponent {power}, from {len(checkpoints)} checkpoints")
+        share = average_post_hoc(self._ema, parameters, checkpoints, power)
+        self.say(
+            f"averaged by a power function, exponent {power}, from {len(checkpoints)} checkpoints; {share:.1%} of it "
+            f"counts for other steps than meant"
+        )
         return True
 
     @contextlib.contextmanager
@@ -412,6 +434,19 @@ def weights_to_average(
 ) -> Sequence[torch.Tensor]:
     """What an average takes after a step: the parameters, or what a schedule-free optimizer has averaged."""
     return optimizer.averages(parameters) if isinstance(optimizer, ScheduleFreeAdamW) else parameters
+
+
+@contextlib.contextmanager
+def named_misfits(checkpoint: Path) -> Iterator[None]:
+    """Say in one sentence that a checkpoint is of another model than the recipe's."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__).strip()
+        raise ValueError(
+            f"`resume` must be a checkpoint of the model and the discriminators of this recipe, got "
+            f"{str(checkpoint)!r} ({reason}): take the former recipe, or another `output`."
+        ) from error
 
 
 @contextlib.contextmanager

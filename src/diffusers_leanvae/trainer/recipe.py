@@ -102,12 +102,14 @@ class RunRecipe:
     def __post_init__(self) -> None:
         names = ("batch_size", "num_accumulation_steps", "num_steps", "log_every", "save_every", "keep_checkpoints")
         check_counts(self, *names)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {self.seed}.")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"`num_threads` must be at least 1 or null, got {self.num_threads}.")
         for name in ("ema_power", "post_hoc_power"):
             power = getattr(self, name)
-            if power is not None and power < 0:
-                raise ValueError(f"`{name}` must be at least 0 or null, got {power}.")
+            if power is not None and not 0 <= power < math.inf:
+                raise ValueError(f"`{name}` must be a number of at least 0 or null, got {power}.")
         if self.post_hoc_power is not None and self.ema_power is None:
             raise ValueError(f"`ema_power` must be given with `post_hoc_power: {self.post_hoc_power}`, got null.")
         if self.ema_power is not None and self.optimizer.name == "schedule_free":
@@ -225,6 +227,18 @@ def save_recipe(recipe: Any, path: str | Path) -> None:
     Path(path).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
+def check_optimizer(checkpoint: Path, name: str) -> None:
+    """Refuse a checkpoint of another optimizer, by the recipe that its run has saved; without one it passes."""
+    path = checkpoint.absolute().parents[1] / "recipe.yaml"
+    tree = _import_yaml().safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = tree.get("optimizer", {}).get("name", name)
+    if found != name:
+        raise ValueError(
+            f"`optimizer.name` must be {found!r}, that of the checkpoint {str(checkpoint)!r}, got {name!r}: take "
+            f"another `output` for another optimizer."
+        )
+
+
 def dump_recipe(recipe: Any) -> str:
     """The text that `save_recipe` writes."""
     return _import_yaml().safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
@@ -296,9 +310,13 @@ def _convert(expected: Any, value: Any, key: str) -> Any:
     # YAML 1.1 reads `5e-4` as a string and `1` as an integer: both are meant as numbers here.
     if expected is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             pass
+        else:
+            if math.isnan(number):
+                raise ValueError(f"`{key}` must be a number, got {value!r}.")
+            return number
     # bool is a subclass of int, so `num_steps: true` needs the exact type.
     if origin is None and type(value) is expected:
         return value

@@ -62,6 +62,8 @@ def load_validation_clips(
     loaded = ValidationSet([], {})
     if folder is None:
         return loaded
+    if not Path(folder).is_dir():
+        raise ValueError(f"`validation.folder` must be an existing folder or null, got {str(folder)!r}.")
     paths = list_videos(folder)
     if not paths:
         raise ValueError(f"`validation.folder` must hold at least one video, got none in {str(folder)!r}.")
