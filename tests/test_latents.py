@@ -20,10 +20,18 @@ FOUND = STATISTICS | {"scaling_factor": 1.0}
 
 
 def test_measured_statistics_are_those_of_all_batches_and_need_one():
-    batches = [torch.tensor([0.0, 2.0]).view(1, 2, 1, 1, 1), torch.tensor([4.0, 2.0]).view(1, 2, 1, 1, 1)]
-    assert measure_statistics(iter(batches), 2) == ([2.0, 2.0], [2.0, 0.0])
+    batches = [torch.tensor([0.0, 2.0]).view(1, 2, 1, 1, 1), torch.tensor([4.0, 6.0]).view(1, 2, 1, 1, 1)]
+    assert measure_statistics(iter(batches), 2) == ([2.0, 4.0], [2.0, 2.0])
     with pytest.raises(ValueError, match="`latents` must hold at least one batch, got none"):
         measure_statistics(iter(()), 2)
+    with pytest.raises(ValueError, match="`latents` must be finite, got infinite ones or NaN"):
+        measure_statistics(iter([torch.full((1, 2, 1, 1, 1), torch.nan)]), 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -123.456])
+def test_a_channel_that_never_changes_can_be_normalized(value: float):
+    mean, std = measure_statistics(iter([torch.full((3, 1, 5, 7, 7), value)]), 1)
+    assert mean == pytest.approx([value]) and std == [1.0]
 
 
 def test_of_wan():
@@ -50,6 +58,12 @@ def test_of_a_folder_a_file_and_a_repository(tmp_path: Path, monkeypatch: pytest
         assert statistics_of("teacher", "someone/wan/vae") == FOUND
         with pytest.raises(ValueError, match="`teacher` must be an autoencoder, got 'someone/wan': .*config.json"):
             statistics_of("teacher", "someone/wan")
+
+
+def test_of_a_config_that_is_no_object(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
+        statistics_of("teacher", str(tmp_path))
 
 
 def test_of_an_autoencoder_with_a_factor(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Models are found by what a source holds, and nothing of another class becomes a model of random weights."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from local_hub import LocalHub
 from processes import run_python
+from safetensors.torch import save_file
 from tiny import make_tiny, make_video
 
 from diffusers_leanvae import (
@@ -128,6 +130,55 @@ class TestAbsurdConfigs:
         (tmp_path / "config.json").write_text(json.dumps(config | {"low_freq_dim": "wide"}))
         with pytest.raises(ValueError, match="`config.json` of .* must describe an `AutoencoderKLLeanVAE`: "):
             AutoencoderKLLeanVAE.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("content, kind", [("[]", "list"), ("3", "int"), ("null", "NoneType"), ("{", None)])
+    def test_no_json_object(self, folders: dict, tmp_path: Path, content: str, kind: str | None):
+        (tmp_path / "config.json").write_text(content)
+        weights = "diffusion_pytorch_model.safetensors"
+        (tmp_path / weights).write_bytes((folders[AutoencoderKLLeanVAE] / weights).read_bytes())
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))) as error:
+            load_autoencoder(tmp_path)
+        assert is_one_sentence(error) and (kind or "valid JSON") in str(error.value)
+        with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))) as error:
+            AutoencoderKLLeanVAE.from_pretrained(tmp_path)
+        assert is_one_sentence(error) and (kind or "valid JSON") in str(error.value)
+
+    def test_no_json_object_on_the_hub(self, tmp_path: Path):
+        code = """
+from diffusers_leanvae.loading import load_autoencoder
+try:
+    load_autoencoder("someone/tiny")
+except ValueError as error:
+    print(error)
+"""
+        with LocalHub() as hub:
+            hub.repositories["someone/tiny"] = {"config.json": b"[]"}
+            said = run_python(code, **hub.environment(tmp_path))
+        assert said.strip() == "`config.json` of 'someone/tiny' must hold a JSON object, got a list."
+
+    def test_a_pipeline_index_that_is_no_object(self, tmp_path: Path):
+        (tmp_path / "model_index.json").write_text("[]")
+        with pytest.raises(ValueError, match=r"`model_index\.json` of .* must hold a JSON object, got a list"):
+            load_diffusion_pipeline(tmp_path)
+
+    @pytest.mark.parametrize("model_class", MODEL_CLASSES)
+    def test_weights_of_other_keys(self, folders: dict, models: dict, tmp_path: Path, model_class: Any):
+        (tmp_path / "config.json").write_bytes((folders[model_class] / "config.json").read_bytes())
+        weights = tmp_path / "diffusion_pytorch_model.safetensors"
+        model_class.conversion.write_original_checkpoint(
+            weights, dict(models[model_class].config), models[model_class].state_dict()
+        )
+        with pytest.raises(ValueError, match="must hold the weights that its config describes, got a file") as error:
+            load_model(tmp_path)
+        assert is_one_sentence(error) and weights.name in str(error.value)
+        assert_same(model_class.from_single_file(weights), models[model_class])
+
+    def test_weights_with_more_keys_are_no_mistake(self, folders: dict, models: dict, tmp_path: Path):
+        model = models[AutoencoderKLLeanVAE]
+        (tmp_path / "config.json").write_bytes((folders[AutoencoderKLLeanVAE] / "config.json").read_bytes())
+        weights = model.state_dict() | {"head.weight": torch.ones(1)}
+        save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+        assert_same(load_autoencoder(tmp_path), model)
 
     def test_halves_and_variants_are_no_mistake(self, tmp_path: Path):
         make_tiny("wfvae", torch.float16).save_pretrained(tmp_path, variant="fp16")

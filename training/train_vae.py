@@ -377,8 +377,8 @@ def check_sizes(recipe: Recipe, vae: VideoAutoencoder, discriminators: list[Disc
     for key, (num_frames, *sides) in [*sizes, *((f"teacher.clips.{k}", v) for k, v in recipe.teacher.clips.items())]:
         if (num_frames - 1) % steps[0] or any(side % steps[1] for side in sides):
             raise ValueError(
-                f"`{key}` must have {steps[0]} * n + 1 frames and sides of multiples of {steps[1]} for this model, got "
-                f"{[num_frames, *sides]}."
+                f"`{key}` must have {steps[0]} * n + 1 frames and sides of multiples of {steps[1]} for this model, "
+                f"got {[num_frames, *sides]}."
             )
     smallest = min(min(size[1:]) for size in recipe.data.clip_sizes) / max(recipe.data.rescale_factors)
     ratio = vae.spatial_compression_ratio

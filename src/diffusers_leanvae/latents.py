@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, AutoModel
 
 from .checks import reason_of
 from .conversion.checkpoints import is_hub_reference
+from .models.pretrained import check_is_object
 from .models.video_autoencoder import VideoAutoencoder
 from .video_io.pixels import as_sample
 
@@ -92,6 +93,7 @@ def statistics_of(name: str, teacher: str) -> dict[str, Any]:
         config: Any = AutoModel.load_config(place, subfolder="/".join(folders) or None)
     except OSError as error:
         raise ValueError(f"`{name}` must be an autoencoder, got {teacher!r}: {reason_of(error)}.") from None
+    check_is_object(config, teacher)
     statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
     factor = config.get("scaling_factor")
     missing = [f"`{key}`" for key, value in statistics.items() if value is None]
@@ -114,8 +116,10 @@ def encode_batch(vae: VideoAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
 def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tuple[list[float], list[float]]:
     """Measure mean and standard deviation of every channel of batches `(B, C, F, h, w)`, in float64.
 
+    A channel that never changes has a deviation of 1, as latents are divided by it.
+
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or a latent is not finite.
     """
     total = squares = torch.zeros(num_channels, dtype=torch.float64)
     count = 0
@@ -124,5 +128,8 @@ def measure_statistics(latents: Iterator[torch.Tensor], num_channels: int) -> tu
         total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
     if not count:
         raise ValueError("`latents` must hold at least one batch, got none.")
+    if not squares.isfinite().all():
+        raise ValueError("`latents` must be finite, got infinite ones or NaN.")
     mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return mean.tolist(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).tolist()  # below is rounding

@@ -28,12 +28,12 @@ from .conversion.checkpoints import (
     read_keys,
     resolve_checkpoint,
 )
-from .description import class_of_index
+from .description import INDEX_NAME, class_of_index, read_json
 from .hub_errors import hub_reason
 from .models.autoencoder_kl_ivvae import AutoencoderKLIVVAE
 from .models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from .models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
-from .models.pretrained import PretrainedModel, read_own_config
+from .models.pretrained import PretrainedModel, check_is_object, read_own_config
 from .models.transformer_latte import LeanVAELatteTransformer3DModel
 from .models.video_autoencoder import VideoAutoencoder
 from .registration import PIPELINES, SHIM
@@ -177,6 +177,7 @@ def _class_of_pipeline(source: str, options: dict[str, Any]) -> Any:
     """Return our class where the index of a pipeline names it with the module in its repository, which is not run."""
     hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
     index: Any = DiffusionPipeline.load_config(source, **hub)
+    check_is_object(index, source, name=INDEX_NAME)
     name = class_of_index(index)
     is_ours = index.get("_class_name") == [SHIM, name] and name in PIPELINES
     return getattr(import_module(PIPELINES[name]), name) if is_ours else DiffusionPipeline
@@ -328,13 +329,17 @@ def _find_config(
         The sub-folder, and the config if there is one.
     """
     for folder in (None, component) if subfolder is None else (subfolder,):
-        if Path(place).is_dir() and not Path(place, folder or "", CONFIG_NAME).is_file():
-            continue  # diffusers would take the one above a sub-folder
+        if Path(place).is_dir():  # where diffusers would take the one above a sub-folder
+            path = Path(place, folder or "", CONFIG_NAME)
+            if path.is_file():
+                return folder, read_json(path)
+            continue
         try:
             config: Any = AutoModel.load_config(place, subfolder=folder, **hub)
         except OSError as error:
             if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                 raise ValueError(f"`source` must have a `{CONFIG_NAME}` of valid JSON, got {place!r}.") from None
             continue
+        check_is_object(config, place, folder)
         return folder, config
     return subfolder, None

@@ -297,6 +297,8 @@ def test_each_frame_of_the_tiny_autoencoder_follows_from_those_before_it():
         (("--variant", "faster"), "`--variant` must be one of 'eager', 'fused'"),
         (("--peer", "AutoencoderKL"), "or a video autoencoder, got 'AutoencoderKL': it takes images"),
         (("--dtype", "int8"), "`--dtype` must be auto, float32 (fp32)"),
+        (("--output", "."), "`--output` must be a file, got '.', which is a folder"),
+        (("--output", f"{__file__}/b.json"), "`--output` must lead to a folder to write to, got"),
     ],
 )
 def test_command_refuses_before_it_measures(arguments, message):
@@ -317,11 +319,14 @@ def test_command_loses_nothing_that_was_measured():
     assert all(row["dtype"] == "float32" for row in rows)
 
 
-def test_command_prints_its_figures_before_it_writes_them(tmp_path):
-    (tmp_path / "file").touch()
+def test_command_prints_its_figures_before_it_writes_them(tmp_path, monkeypatch):
+    def fail(path: Path, result: dict[str, Any]) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("diffusers_leanvae.evaluation.results.write_result", fail)
     arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--variant", "eager"]
-    result = CliRunner().invoke(app, ["bench", *arguments, "--output", str(tmp_path / "file" / "bench.json")])
-    assert result.exit_code == 1 and "\nerror: " in result.stderr
+    result = CliRunner().invoke(app, ["bench", *arguments, "--output", str(tmp_path / "bench.json")])
+    assert result.exit_code == 1 and result.stderr.endswith("\nerror: No space left on device\n")
     assert len(result.stdout.splitlines()) == 3
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -434,6 +435,15 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         ),
         (("convert", model, tmp_path / "o", "--latents-like", "wan"), "`--latents-like` must be 'wan2.1', 'wan2.2'"),
         (("info", tmp_path / "nothing.mp4"), "nothing.mp4"),
+        (("demo", "--output", source), f"`--output` must lead to a folder to write to, got '{source}'"),
+        (
+            ("decode", source, tmp_path / "o.mp4", "--audio-from", "nope"),
+            "`--audio-from` must be a file that exists, got 'nope'",
+        ),
+        (
+            ("decode", source, tmp_path / "o.mp4", "--audio-from", tmp_path),
+            f"`--audio-from` must be a file that exists, got '{tmp_path}'",
+        ),
     ]:
         code, _, err = leanvae(*arguments)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, (arguments, err)
@@ -457,6 +467,72 @@ def test_convert_there_and_back(model, make_model, tmp_path):
     back = type(make_model()).from_pretrained(tmp_path / "back")
     for key, tensor in make_model().state_dict().items():
         assert torch.equal(back.state_dict()[key], tensor)
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_convert_replaces_only_what_it_is_told_to(model, tmp_path):
+    original, folder = tmp_path / "original.ckpt", tmp_path / "folder"
+    assert leanvae("convert", model, original, "--to-original")[0] == 0
+    assert leanvae("convert", original, folder)[0] == 0
+    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of another model")
+    for name in ("videos", "foreign", "damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"")
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "weights.ckpt").mkdir()
+    before = stamps(tmp_path)
+
+    for arguments, expected in [
+        ((model, original, "--to-original"), "OUT must not exist without `--overwrite`"),
+        ((original, folder), "OUT must not exist without `--overwrite`"),
+        ((original, tmp_path / "videos", "--overwrite"), "OUT must be new, empty or a model folder"),
+        ((original, tmp_path / "foreign", "--overwrite"), "OUT must be new, empty or a model folder"),
+        ((original, tmp_path / "damaged", "--overwrite"), "OUT must be new, empty or a model folder"),
+        (
+            (model, tmp_path / "weights.ckpt", "--to-original", "--overwrite"),
+            "OUT must be a file with `--to-original`",
+        ),
+    ]:
+        code, _, err = leanvae("convert", *arguments)
+        assert code == 1 and err.startswith(f"error: {expected}") and str(arguments[1]) in err, (arguments, err)
+    assert stamps(tmp_path) == before
+
+    assert leanvae("convert", original, folder, "--overwrite")[0] == 0
+    assert entries(folder) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert leanvae("convert", folder, original, "--to-original", "--overwrite")[0] == 0
+    (tmp_path / "empty").mkdir()
+    assert leanvae("convert", original, tmp_path / "empty")[0] == 0
+    assert entries(tmp_path / "empty") == entries(folder)
+
+
+def test_convert_never_replaces_what_it_reads(model, tmp_path, monkeypatch):
+    folder, weights = tmp_path / "model", tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(model, folder)
+    original, link = folder / "original.ckpt", tmp_path / "link.safetensors"
+    link.symlink_to(weights)
+    assert leanvae("convert", folder, original, "--to-original")[0] == 0
+    shutil.copytree(folder, tmp_path / "teacher")
+    (tmp_path / "source").mkdir()
+    shutil.copy(original, tmp_path / "source" / "original.ckpt")
+    before = stamps(tmp_path)
+    for arguments in [
+        (folder, weights, "--to-original"),
+        (folder, link, "--to-original"),
+        (original, original, "--to-original"),
+        (original, folder),
+        (weights, folder),
+        (tmp_path / "source", tmp_path / "teacher", "--latents-like", tmp_path / "teacher"),
+    ]:
+        code, _, err = leanvae("convert", *arguments, "--overwrite")
+        assert code == 1 and f"OUT must not replace a file that is read, got '{arguments[1]}'" in err, (arguments, err)
+    monkeypatch.chdir(folder)
+    code, _, err = leanvae("convert", tmp_path / "source" / "original.ckpt", ".", "--overwrite")
+    assert code == 1 and "OUT must not be the current folder, which would be replaced, got '.'" in err
+    assert stamps(tmp_path) == before
 
 
 @pytest.mark.skipif(not bundled.clip_path().exists(), reason="the bundled clip is not in this checkout")

@@ -219,7 +219,8 @@ def test_what_is_none_of_these(tmp_path):
     make_tiny("leanvae").save_pretrained(tmp_path / "foreign")
     config = json.loads((tmp_path / "foreign" / "config.json").read_text()) | {"patch_size": "2"}
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
-    assert "The config must be one of an AutoencoderKLLeanVAE" in error(tmp_path / "foreign")
+    said = error(tmp_path / "foreign")
+    assert "The config must be one of an AutoencoderKLLeanVAE" in said and f"PATH '{tmp_path / 'foreign'}' " in said
     (tmp_path / "text.mp4").write_text("this is not a video")
     assert "text.mp4" in error(tmp_path / "text.mp4")
     with pytest.raises(ValueError, match="must be a valid safetensors file"):

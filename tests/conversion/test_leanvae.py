@@ -301,6 +301,20 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match=rf"`path` must .*got '.*model{suffix}'"):
             AutoencoderKLLeanVAE.from_single_file(path)
 
+    @pytest.mark.parametrize(
+        "name, content, reason",
+        [
+            ("model.ckpt", b"hello world", "it is no readable PyTorch file"),
+            ("model.ckpt", b"", "it is empty"),
+            ("model.safetensors", b"", "it is empty"),
+            ("model.safetensors", b"\0", "it is shorter than a header"),
+        ],
+    )
+    def test_garbage_has_a_reason(self, tmp_path: Path, name: str, content: bytes, reason: str):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"got '.*{name}': {reason}\.$"):
+            checkpoints.read_keys(tmp_path / name)
+
     def test_random_bytes(self, tmp_path: Path):
         generator, path = torch.Generator().manual_seed(0), tmp_path / "model.ckpt"
         for _ in range(200):

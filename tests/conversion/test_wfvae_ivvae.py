@@ -128,6 +128,12 @@ class TestWFFiles:
         with pytest.raises(ValueError, match="must hold Haar wavelets, got something else in 'encoder.wavelet_transf"):
             AutoencoderKLWFVAE.from_single_file(tmp_path / "wf.safetensors")
 
+    @pytest.mark.parametrize("value", [0.0, "a"])
+    def test_a_scale_that_is_none(self, original: dict[str, torch.Tensor], value: Any):
+        num_channels = wfvae.config_from_original({}, original)["latent_channels"]
+        with pytest.raises(ValueError, match="`scale` of the checkpoint must hold numbers other than 0, got "):
+            wfvae.config_from_original({"shift": [0.0] * num_channels, "scale": [value] * num_channels}, original)
+
 
 def test_iv_statistics_of_released_models():
     for (channels, width), (scale, shift) in ivvae._STATISTICS.items():
@@ -173,7 +179,7 @@ def test_command_line(tmp_path: Path, family: str, layout: Any, kind: str):
     run("convert", folder, back, "--to-original")
     assert_equal_weights(load_autoencoder(back).state_dict(), vae.state_dict())
     assert json.loads(run("info", folder))["class"] == type(vae).__name__
-    result = CliRunner().invoke(app, ["convert", str(source), str(folder), "--pixel-factor", "1.0"])
+    result = CliRunner().invoke(app, ["convert", str(source), f"{folder}-2", "--pixel-factor", "1.0"])
     assert result.exit_code == 1 and f"`--pixel-factor` must not be given for a checkpoint of {kind}" in result.output
 
 

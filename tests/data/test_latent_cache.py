@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
-from diffusers_leanvae.data.clip_lists import ClipSelection, open_clip_list
+from diffusers_leanvae.data import latent_cache
+from diffusers_leanvae.data.clip_lists import CHECKSUMS, ClipSelection, open_clip_list
 from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
-from diffusers_leanvae.data.latent_shards import LatentFolder
+from diffusers_leanvae.data.latent_shards import LatentFolder, serialize_shard
 from diffusers_leanvae.data.named import open_named_dataset
 from diffusers_leanvae.data.scenes import MovingScenes
 from diffusers_leanvae.data.shapes import CLASS_NAMES, MovingShapes
@@ -208,6 +210,144 @@ def test_other_settings_are_refused(cache: LatentFolder, make_model, vae):
     assert contents(cache.path) == before
 
 
+def interrupt(folder: Path, shard: str) -> None:
+    """Leave what a run leaves that is killed before it writes a shard."""
+    for name in ("index.json", "statistics.json", shard):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "listed", "tar", "ffs", "videofolder"])
+def test_other_clips_are_refused(kind: str, vae, videos: Path, tmp_path: Path):
+    """Else those that changed their place in the list would be lost, or be there twice."""
+    folder, options = tmp_path / "videos", {**SIZE, "clip_size": (5, 16, 16), "shard_size": 1, "stride": 1}
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"v{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    source = {"tar": f"{folder}/0.tar", "folder": f"{folder}", "listed": f"{folder}"}.get(kind, f"{kind}:{folder}")
+
+    def write_list(caption: str = "no 0", label: str = "even") -> None:
+        names = sorted(path.name for path in folder.glob("*.mkv"))
+        rows = [{"file_name": name, "caption": f"no {n}", "label": "odd"} for n, name in enumerate(names)]
+        rows[0] |= {"caption": caption, "label": label}
+        if kind == "listed":
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if kind == "tar":
+            with tarfile.open(folder / "0.tar", "w") as archive:
+                for name, row in zip(names, rows, strict=True):
+                    archive.add(folder / name, name)
+                    content = json.dumps({"caption": row["caption"]}).encode()
+                    member = tarfile.TarInfo(f"{name.partition('.')[0]}.json")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        if kind in ("folder", "videofolder"):
+            for row in rows:
+                (folder / row["file_name"]).with_suffix(".txt").write_text(row["caption"])
+
+    write_list()
+    whole = encode_dataset(vae, source, tmp_path / "cache", **options)
+    expected = contents(whole.path)
+    interrupt(whole.path, "latents-00001.safetensors")
+    (folder / "v0.mkv").rename(folder / "w0.mkv")
+    write_list()
+    with pytest.raises(ValueError, match="`output` must be a new folder, .*`clip_names_sha256` was '.*' and is now"):
+        encode_dataset(vae, source, whole.path, **options)
+    (folder / "w0.mkv").rename(folder / "v0.mkv")
+    if kind != "ffs":
+        write_list("another caption")
+        with pytest.raises(ValueError, match="where `clip_captions_sha256` was '.*' and is now"):
+            encode_dataset(vae, source, whole.path, **options)
+    if kind == "listed":
+        write_list(label="odd")
+        with pytest.raises(ValueError, match="where `clip_labels_sha256` was '.*' and is now"):
+            encode_dataset(vae, source, whole.path, **options)
+    write_list()
+    encode_dataset(vae, source, whole.path, **options)
+    assert contents(whole.path) == expected
+
+    # A folder of an earlier version, which says nothing of names.
+    settings = {key: value for key, value in whole.settings.items() if key not in CHECKSUMS}
+    (whole.path / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    assert len(LatentFolder(whole.path)) == 3
+    interrupt(whole.path, "latents-00002.safetensors")
+    assert len(encode_dataset(vae, source, whole.path, **options)) == 3
+    assert {**contents(whole.path), "settings.json": b""} == {**expected, "settings.json": b""}
+
+
+def test_only_the_clips_that_are_taken_are_compared(vae, videos: Path, tmp_path: Path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.mkv").write_bytes((videos / f"{number}.mkv").read_bytes())
+    cache = encode_dataset(vae, str(folder), tmp_path / "cache", num_clips=3, num_crops=2, **SIZE)
+    expected = contents(cache.path)
+    (folder / "2.mkv").rename(folder / "3.mkv")
+    interrupt(cache.path, "latents-00000.safetensors")
+    encode_dataset(vae, str(folder), cache.path, num_clips=3, num_crops=2, **SIZE)
+    assert contents(cache.path) == expected
+
+
+def test_a_folder_without_a_latent_may_be_begun_anew(vae, videos: Path, tmp_path: Path):
+    cache, expected = tmp_path / "cache", tmp_path / "expected"
+    options = {"num_clips": 3, **SIZE, "shard_size": 2}
+    with pytest.warns(UserWarning, match="Skipping a video"), pytest.raises(ValueError, match="usable clip, got none"):
+        encode_dataset(vae, str(videos), cache, **options | {"clip_size": (5, 320, 32)})
+    assert not cache.exists()
+    encode_dataset(vae, str(videos), expected, **options)
+    for name, file_format in (("killed", "safetensors"), ("tar", "webdataset")):  # earlier versions left such shards
+        encode_dataset(vae, str(videos), cache, **options | {"seed": 1, "file_format": file_format})
+        for path in cache.iterdir():
+            if path.name.startswith("latents-"):
+                path.write_bytes(serialize_shard(torch.empty(0, 4, 2, 2, 3), [], "00000", file_format))
+            elif path.name != "settings.json":
+                path.unlink()
+        encode_dataset(vae, str(videos), cache, **options)
+        assert contents(cache) == contents(expected), name
+        shutil.rmtree(cache)
+    encode_dataset(vae, str(videos), cache, **options)
+    interrupt(cache, "latents-00001.safetensors")
+    before = contents(cache)
+    with pytest.raises(ValueError, match="one begun with the same settings, got .*`seed` was 0 and is now 1"):
+        encode_dataset(vae, str(videos), cache, **options | {"seed": 1})
+    (cache / "latents-00000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="one begun with the same settings, got .*`seed` was 0 and is now 1"):
+        encode_dataset(vae, str(videos), cache, **options | {"seed": 1})
+    assert contents(cache) == {**before, "latents-00000.safetensors": b"damaged"}
+
+
+def test_a_run_whose_settings_were_replaced_ends(vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = {"num_clips": 3, **SIZE, "shard_size": 2}
+    encode_batch_of, is_first = latent_cache.encode_batch, [True]
+
+    def begin_another_first(*arguments: Any) -> Any:
+        if is_first.pop() if is_first else False:
+            encode_dataset(vae, "shapes", tmp_path, seed=4, **options)
+        return encode_batch_of(*arguments)
+
+    monkeypatch.setattr(latent_cache, "encode_batch", begin_another_first)
+    with pytest.raises(ValueError, match="one begun with the same settings, got .*`seed` was 4 and is now 3"):
+        encode_dataset(vae, "shapes", tmp_path, seed=3, **options)
+    assert LatentFolder(tmp_path).name(2) == "shapes-4#2"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_damaged_settings_are_named(content: bytes, cache: LatentFolder, vae, tmp_path: Path):
+    shutil.copytree(cache.path, tmp_path, dirs_exist_ok=True)
+    for name in ("settings.json", "index.json", "statistics.json"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"`path` must be a finished folder of .*{tmp_path / name}'") as error:
+            LatentFolder(tmp_path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}'"):
+            encode_dataset(vae, "shapes", tmp_path, num_clips=10, seed=3, **SIZE)
+        shutil.copy(cache.path / name, tmp_path)
+    (tmp_path / "index.json").write_text('{"shards": [1], "class_names": null}')
+    with pytest.raises(ValueError, match=f"`path` must hold a sound index, got '{tmp_path / 'index.json'}'"):
+        LatentFolder(tmp_path)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="`path` must hold latents of version 2, got version None"):
+        LatentFolder(tmp_path)
+
+
 def test_float16_and_webdataset(cache: LatentFolder, vae, tmp_path: Path):
     options = {"num_clips": 10, "seed": 3, "dtype": "float16", "file_format": "webdataset", **SIZE}
     half = encode_dataset(vae, "shapes", tmp_path, **options)
@@ -226,7 +366,7 @@ def test_float16_and_webdataset(cache: LatentFolder, vae, tmp_path: Path):
         vae = type(vae).from_config(vae.config)
         for parameter in vae.parameters():
             parameter.fill_(1e6)
-    with pytest.raises(ValueError, match="`dtype` must hold the latents, got float16, in which some are not finite"):
+    with pytest.raises(ValueError, match="`dtype` .`--save-dtype`. must hold the latents, got float16, in which some"):
         encode_dataset(vae, "shapes", tmp_path / "large", num_clips=1, dtype="float16", **SIZE)
 
 
@@ -316,8 +456,11 @@ def test_bad_files_of_tar_shards_streams_and_named_data_sets(vae, videos: Path, 
             ((tmp_path / "0.tar").as_uri(), "", {"num_clips": 4}),
         )
     ):
-        with pytest.warns(UserWarning, match="Skipping a video"):
+        with pytest.warns(UserWarning, match="Skipping a video") as caught:
             found = encode_dataset(vae, source, tmp_path / f"cache-{number}", **size, **options)
+        name = (f"{tmp_path}/0.tar/1.mkv", f"{tmp_path}/ffs/1.mkv", f"{tmp_path}/0.tar/1")[number]
+        said = [text for warning in caught if (text := str(warning.message)).startswith("Skipping")]
+        assert any(f"{name}'" in text for text in said) and not any("leanvae-" in text for text in said), said
         is_stream = source.startswith("file:")
         skipped = [f"{bad}#0" if is_stream else f"{prefix}{bad}.mkv#0" for bad in (1, 2)]
         assert len(found) == 2 and found.index["num_skipped"] == 2 and found.index["skipped"] == skipped
@@ -362,6 +505,12 @@ def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):
     (tmp_path / "none" / "0.mkv").write_bytes(b"nothing")
     with pytest.warns(UserWarning, match="Skipping"), pytest.raises(ValueError, match="at least one usable clip"):
         encode_dataset(vae, str(tmp_path / "none"), tmp_path / "empty", **SIZE)
+    assert not (tmp_path / "empty").exists()
+    (tmp_path / "file").write_bytes(b"something")
+    for output in (tmp_path / "file", tmp_path / "file" / "sub" / "folder"):
+        with pytest.raises(ValueError, match=f"^`output` must be a folder.*got '{output}', where '.*/file' is a file"):
+            encode_dataset(vae, "shapes", output, num_clips=2, **SIZE)
+    assert (tmp_path / "file").read_bytes() == b"something"
 
 
 def test_on_the_command_line(cache: LatentFolder, vae, tmp_path: Path):
@@ -373,3 +522,9 @@ def test_on_the_command_line(cache: LatentFolder, vae, tmp_path: Path):
     assert contents(tmp_path / "out") == contents(cache.path)
     result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "out"), "--clip-size", "5x16"])
     assert result.exit_code == 1 and "`--clip-size` must be FRAMESxHEIGHTxWIDTH" in result.stderr
+    result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "out"), "--save-dtype", "bf16"])
+    assert result.exit_code == 1 and "error: `--save-dtype` must be one of 'float32' (fp32)" in result.stderr
+    (tmp_path / "file").touch()
+    arguments[2] = tmp_path / "file"
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 1 and "error: `output` must be a folder" in result.stderr

@@ -106,6 +106,21 @@ def test_two_metadata_files_are_refused(clips: Path, tmp_path: Path):
             r"`file_name` in every row, got the columns path, caption in row 1",
         ),
         ("metadata.csv", b"file_name,caption\na.mp4,x\n,y\n", r"`file_name` in every row, .* in row 2"),
+        (
+            "metadata.csv",
+            b"file_name,caption\na.mp4,x\n,y\n",
+            r"`file_name` in every row, a text that is not empty, got None in row 2",
+        ),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "", "label": 1}\n',
+            r"`file_name` in every row, a text that is not empty, got '' in line 1 of",
+        ),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.mp4"}\n{"file_name": 7}\n',
+            r"`file_name` in every row, a text that is not empty, got 7 in line 2 of",
+        ),
         ("metadata.csv", b"file_name,caption\na.mp4,x,y\n", r"a column for every cell, got more in row 1"),
         ("metadata.csv", b'file_name,caption\na.mp4,"x\n', r"must be a CSV file with a header, got "),
         ("metadata.csv", "file_name\nä.mp4\n".encode("latin-1"), r"`metadata.csv` must be UTF-8, got "),

@@ -1,6 +1,7 @@
 """Data sets by name: what counts as a video and a class, and which frames and pixels a clip takes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,18 @@ def test_videofolder_takes_labels_from_a_list_or_from_folders(tmp_path: Path):
 def test_labels_are_numbers_or_names():
     assert number_labels([{"label": 3}, {"cls": " 5\n"}, {}]) == ([3, 5, None], None)
     assert number_labels([{"label": "b"}, {"class_label": "a"}, {}]) == ([1, 0, None], ("a", "b"))
-    for rows in ([{"label": "b"}, {"label": 1}], [{"label": -1}], [{"label": 0.5}]):
-        with pytest.raises(ValueError, match="Labels must be all numbers from 0 or all names, got"):
+    most = 2**63 - 1  # in a tensor
+    assert number_labels([{"label": most}, {"label": str(most)}]) == ([most, most], None)
+    for rows, shown in (
+        ([{"label": "b"}, {"label": 1}], "'b', 1"),
+        ([{"label": 1}, {"label": -1}], "-1"),
+        ([{"label": 0.5}], "0.5"),
+        ([{"label": 1}, {"label": most + 1}], f"{most + 1}"),
+        ([{"label": f"{most + 1}"}], f"{most + 1}"),
+        ([{"label": 1e300}], f"{int(1e300)}"),
+    ):
+        wanted = f"Labels must be all numbers from 0 to {most} or all names, got [{shown}]."
+        with pytest.raises(ValueError, match=re.escape(wanted)):
             number_labels(rows)
 
 

@@ -157,7 +157,9 @@ def test_stopped_runs_streams_and_errors(quick: Path):
     assert contents(quick / "stopped") == contents(quick / "one")
     assert all((quick / "stopped" / name).stat().st_mtime_ns == time for name, time in before.items())
     assert contents(quick / "stream-two") == contents(quick / "stream-one")
-    assert (quick / "error").read_text() == "`dtype` must hold the latents, got float16, in which some are not finite."
+    assert (quick / "error").read_text() == (
+        "`dtype` (`--save-dtype`) must hold the latents, got float16, in which some are not finite."
+    )
 
 
 def test_bad_arguments_are_named(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

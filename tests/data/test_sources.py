@@ -20,7 +20,7 @@ from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.metadata import find_captions
 from diffusers_leanvae.data.sources import expand_braces, open_source, split_member
 from diffusers_leanvae.data.streams import VideoStream, write_example
-from diffusers_leanvae.video_io import write_video
+from diffusers_leanvae.video_io import VideoError, VideoReader, write_video
 
 
 NUM_VIDEOS = 10
@@ -62,6 +62,19 @@ def shards(listed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     member.size = len(text)
                     archive.addfile(member, io.BytesIO(text.encode()))
     return folder
+
+
+def test_a_bad_member_of_a_shard_has_a_name_of_its_own(tmp_path: Path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        member = tarfile.TarInfo("bad.mp4")
+        member.size = 7
+        archive.addfile(member, io.BytesIO(b"nothing"))
+    source, shown = open_source(tmp_path / "0.tar"), f"Cannot read '{tmp_path / '0.tar/bad.mp4'}' as a video"
+    with pytest.raises(VideoError, match=shown), source.open(0) as path, VideoReader(path):
+        pass
+    data = open_training_data(str(tmp_path / "0.tar"), batch_size=1, **OPTIONS)
+    with pytest.warns(UserWarning, match=f"Skipping a video: {shown}"), pytest.raises(ValueError):
+        data[0]
 
 
 def test_folders(listed: Path, tmp_path: Path):

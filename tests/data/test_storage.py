@@ -22,7 +22,7 @@ from diffusers_leanvae.data.latent_cache import encode_dataset
 from diffusers_leanvae.data.latent_samples import LatentData
 from diffusers_leanvae.data.latent_shards import LatentFolder
 from diffusers_leanvae.data.sources import open_source
-from diffusers_leanvae.data.storage import RemotePath, open_path, write_whole
+from diffusers_leanvae.data.storage import RemotePath, open_path, write_json, write_whole
 from diffusers_leanvae.data.streams import BlockReader
 
 
@@ -212,6 +212,23 @@ def test_a_lost_connection_is_no_bad_example_of_a_stream(videos: Path, tmp_path:
     reader = BlockReader(datasets.Dataset.from_list(rows).to_iterable_dataset(), 4, tmp_path, seed=0)
     found = sorted(path.read_bytes() for path in reader.fetch(0).iterdir() if path.name != "metadata.jsonl")
     assert found == [b"", b"", b"", (videos / "a.mp4").read_bytes()]
+
+
+def test_a_bad_video_at_a_url_is_named_by_it(vae, videos: Path, tmp_path: Path):
+    upload(videos, "memory://bucket/videos")
+    write_whole(open_path("memory://bucket/videos/bad.mp4"), b"nothing")
+    with pytest.warns(UserWarning, match="Skipping a video: Cannot read 'memory:///bucket/videos/bad.mp4' as a video"):
+        encode_dataset(vae, "memory://bucket/videos", tmp_path, clip_size=(5, 16, 24))
+
+
+@pytest.mark.parametrize("protocol", ["memory", "plain"])
+def test_a_url_without_a_latent_may_be_begun_anew(protocol: str, vae, videos: Path, local: LatentFolder):
+    url = f"{protocol}://bucket/there"
+    with pytest.warns(UserWarning, match="Skipping"), pytest.raises(ValueError, match="at least one usable clip"):
+        encode_dataset(vae, str(videos), url, clip_size=(5, 320, 32))
+    assert contents(url) == {}
+    write_json(open_path(f"{url}/settings.json"), {"seed": 1})
+    assert torch.equal(encode_dataset(vae, "shapes", url, **OPTIONS)[0].latents, local[0].latents)
 
 
 def test_a_file_that_a_web_server_forbids_is_missing(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Text embeddings beside latents: what encoding on the way would give, each text once, however they were written."""
 
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,44 @@ def test_another_text_encoder_is_refused(cache: LatentFolder, vae, encoder_folde
         with pytest.raises(ValueError, match=f"`text_encoder` must be the one that the embeddings in .*{message}"):
             encode_dataset(vae, "scenes", cache.path, **OPTIONS | options)
     assert contents(cache.path) == before
+
+
+def test_a_text_encoder_that_encoded_nothing_may_be_replaced(
+    cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As one that failed at the first text."""
+    other, options = save_encoder(tmp_path / "other", seed=1), {**OPTIONS, "text_encoder": encoder_folder}
+    folder, encode = tmp_path / "cache", text_cache._encode
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(text_cache, "_encode", fail)
+    with pytest.raises(ValueError, match="not finite"):
+        encode_dataset(vae, "scenes", folder, **options | {"text_encoder": other})
+    assert (folder / "text_settings.json").exists()
+
+    def begin_another_first(*arguments: Any) -> Any:
+        monkeypatch.setattr(text_cache, "_encode", encode)
+        encode_dataset(vae, "scenes", folder, **options)
+        return encode(*arguments)
+
+    monkeypatch.setattr(text_cache, "_encode", begin_another_first)
+    with pytest.raises(ValueError, match="`text_encoder` must be the one that the embeddings in .*got another"):
+        encode_dataset(vae, "scenes", folder, **options | {"text_encoder": other})
+    assert contents(folder) == contents(cache.path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]"])
+def test_damaged_settings_are_named(content: bytes, cache: LatentFolder, vae, encoder_folder: Path, tmp_path: Path):
+    shutil.copytree(cache.path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "text_settings.json").write_bytes(content)
+    for call in (
+        lambda: encode_dataset(vae, "scenes", tmp_path, text_encoder=encoder_folder, **OPTIONS),
+        lambda: LatentFolder(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'text_settings.json'}'"):
+            call()
 
 
 def test_weights_are_read_only_where_they_can_be_compared(

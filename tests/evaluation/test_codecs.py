@@ -83,4 +83,7 @@ def test_what_is_not_legal_is_refused():
         CodecReconstructor("mpeg2", 1.0)
     with pytest.raises(ValueError, match="`bits_per_pixel` must be more than 0, got 0"):
         CodecReconstructor("x264", 0)
+    with pytest.raises(ValueError, match="libx265 needs a picture of at least"):
+        CodecReconstructor("x265", 1.0).check_size(8, 8)
+    CodecReconstructor("x265", 1.0).check_size(64, 64)
     assert set(encodable()) <= set(CODECS)

@@ -244,11 +244,12 @@ def test_the_command_compares(models: list[str], clips: Path, tmp_path: Path):
     "arguments, message",
     [
         (["one", "two"], "Only one FOLDER must be given without `--compare`"),
+        (["folder", "--model", "nope"], "`--model` 'nope' cannot be loaded: "),
         (["--generated", "a"], "both `--generated` and `--real`, must be given"),
         (["folder", "--generated", "a", "--real", "b"], "Either FOLDER, or both"),
         ([], "Either FOLDER, or both"),
         (["folder", "--compare", "a", "--output", "x.json"], "must not be given with a comparison"),
-        (["folder", "--compare", "compact-4ch", "compact-4ch"], "`models` must be names that differ"),
+        (["folder", "--compare", "compact-4ch", "compact-4ch"], "`--compare` must be names that differ"),
         (["folder", "--codec", "mpeg2"], "`codec` must be one of 'x264'"),
         (["--generated", "a", "--real", "b", "--chunk", "5"], "must not be given with `--generated`"),
         (["--generated", "a", "--real", "b", "--codec", "x264"], "must not be given with `--generated`"),
@@ -257,6 +258,25 @@ def test_the_command_compares(models: list[str], clips: Path, tmp_path: Path):
 def test_the_command_refuses(arguments: list[str], message: str):
     run = CliRunner().invoke(app, ["eval", *arguments])
     assert run.exit_code == 1 and message in run.stderr
+
+
+@pytest.mark.parametrize(
+    "models, options, message",
+    [
+        (["nope"], [], "`--compare` 'nope' cannot be loaded: .* got 'nope', which does not exist"),
+        (["AutoencoderKL:nope.json"], [], "`--compare` 'AutoencoderKL:nope.json' cannot be loaded: "),
+        ([], ["--codec", "x265", "--size", "8"], "`codec` 'x265' does not take these clips: .* got 8 by 8"),
+        (["compact-16ch"], ["--num-frames", "8"], "`--compare` 'compact-4ch' does not take these .* got 8"),
+        ([], ["--size", "36"], "`--compare` 'compact-4ch' does not take these clips: `height` and `width` must be"),
+    ],
+)
+def test_every_subject_is_looked_at_before_the_first_is_measured(
+    clips: Path, tmp_path: Path, models: list[str], options: list[str], message: str
+):
+    sizes = ["--num-frames", "5", "--size", "32", "--report", str(tmp_path / "folder" / "report")]
+    run = CliRunner().invoke(app, ["eval", str(clips), "--compare", "compact-4ch", *models, *sizes, *options])
+    assert run.exit_code == 1 and run.stdout == "" and re.match(f"error: {message}", run.stderr), run.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_folders(clips: Path, tmp_path: Path):

@@ -103,6 +103,30 @@ def test_filters_give_what_ffmpeg_gives_for_files(clip: torch.Tensor, noisy: tor
     assert xpsnr.finish() == pytest.approx(expected, abs=5e-4, rel=0) and len(expected) == 6
 
 
+@pytest.mark.parametrize("height, width", [(44, 46), (22, 92), (18, 112)])
+def test_frames_that_ffmpeg_dies_of_are_refused(height: int, width: int):
+    """XPSNR's blocks have no side below 2025 pixels, and FFmpeg divides by it: sizes with two more columns work."""
+    xpsnr = make_measures(["xpsnr"]).clips["xpsnr"]
+    with pytest.raises(ValueError, match=f"needs frames of at least 2025 pixels, got {height}x{width}"):
+        xpsnr.start(height, width)
+    original = torch.rand(2, 3, height, width + 2, generator=torch.Generator().manual_seed(0))
+    xpsnr.start(height, width + 2)
+    xpsnr.update(original * 0.9, original)
+    assert 5 < xpsnr.finish()["xpsnr_y_frame_mean"] < 50
+
+
+def test_vmaf_of_the_smallest_frames():
+    pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg")
+    vmaf = make_measures(["vmaf"]).clips["vmaf"]
+    for size in ((16, 64), (64, 16), (17, 64)):
+        with pytest.raises(ValueError, match="needs frames with even sides of at least 18, got"):
+            vmaf.start(*size)
+    original = torch.rand(2, 3, 18, 18, generator=torch.Generator().manual_seed(0))
+    vmaf.start(18, 18)
+    vmaf.update(original * 0.9, original)
+    assert list(vmaf.finish()) == ["vmaf_v0_6_1_frame_mean"]
+
+
 # --- Frechet distance ------------------------------------------------------------------------------------------------
 
 

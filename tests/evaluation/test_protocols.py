@@ -1,6 +1,7 @@
 """Protocols by name and from files, the clips that they take, and the command."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from io import BytesIO
@@ -43,6 +44,7 @@ def test_names_fix_every_choice(tmp_path: Path):
         ("num_frame: 9", "got 'num_frame' .did you mean 'num_frames'"),
         ("resolution: big", "`resolution` must be a whole number of at least 8, got 'big'"),
         ("stride: 0", "`stride` must be a whole number of at least 1, got 0"),
+        ("jpeg_quality: 101", "`jpeg_quality` must be a whole number from 1 to 100, got 101"),
         ("layout: folders", "`layout` must be one of 'videos', 'frames'"),
         ("metrics: psnr", "`metrics` must be a list"),
         ("metrics: [psnr, fid]", "`metrics` must be one of .* got 'fid'"),
@@ -159,3 +161,43 @@ class Means(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
         return x.mean(dim=[2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "options, message, is_written",
+    [
+        (["--metric", "rfvd_i3d"], "one that can be computed, got rfvd_i3d: FVD has no I3D: `i3d` must be", False),
+        (["--metric", "xpsnr", "--metric", "ms_ssim"], "one that suits the clips, got xpsnr, ms_ssim.", True),
+    ],
+)
+def test_the_command_fails_if_nothing_is_scored(
+    clips: Path, tmp_path: Path, options: list[str], message: str, is_written: bool
+):
+    size = ["--num-frames", "5", "--size", "32", "--output", str(tmp_path / "scores.json")]
+    finished = CliRunner().invoke(app, ["eval", str(clips), *size, *options])
+    assert finished.exit_code == 1 and f"error: `metrics` must have {message}" in finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"] * is_written
+    if is_written:  # what there is: the rate and the latents
+        assert "left out: xpsnr: 3 of 3 clips: needs frames of at least 2025 pixels, got 32x32." in finished.stderr
+        assert list(read_evaluation(tmp_path / "scores.json").totals) == ["bits_per_pixel"]
+
+
+def test_outputs_are_looked_at_before_anything_is_measured(tmp_path: Path):
+    """The data does not exist, which would be an error of its own: it is not looked for."""
+    (tmp_path / "file").touch()
+    for option, name, message in (
+        ("--output", ".", "`--output` must be a file, got"),
+        ("--output", "file/scores.json", "`--output` must lead to a folder to write to, got .*file' is a file"),
+        ("--report", "file", "`--report` must lead to a folder to write to, got .*file' is a file"),
+        ("--report", "file/report", "`--report` must lead to a folder to write to, got .*file' is a file"),
+    ):
+        finished = CliRunner().invoke(app, ["eval", "nowhere", option, str(tmp_path / name)])
+        assert finished.exit_code == 1 and re.match(f"error: {message}", finished.stderr), finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(clips: Path, tmp_path: Path):
+    options = ["--num-frames", "8", "--size", "32", "--output", str(tmp_path / "scores.json")]
+    finished = CliRunner().invoke(app, ["eval", str(clips), *options])
+    assert finished.exit_code == 1 and "`num_frames` must be 4 * n + 1" in finished.stderr
+    assert list(tmp_path.iterdir()) == []

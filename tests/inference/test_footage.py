@@ -324,6 +324,23 @@ def test_all_tensors_lie_where_they_are_looked_for(tmp_path: Path, dtype: torch.
     )
 
 
+def test_sound_that_cannot_be_read_is_named_by_where_it_is_kept(vae, tmp_path: Path):
+    source = film(tmp_path / "in.mp4", [Fraction(n, 25) for n in range(5)], sound=("aac",))
+    encode_video(vae, source, tmp_path / "z.safetensors", model="m")
+    content = bytearray((tmp_path / "z.safetensors").read_bytes())
+    start = content.index(b"\x1aE\xdf\xa3")  # of a Matroska file
+    content[start:] = bytes(len(content) - start)
+    (tmp_path / "z.safetensors").write_bytes(content)
+    (tmp_path / "bad.mka").write_bytes(b"no sound")
+    for options, shown in (
+        ({}, f"the sound in '{tmp_path / 'z.safetensors'}'"),
+        ({"audio_from": tmp_path / "bad.mka"}, f"'{tmp_path / 'bad.mka'}'"),
+    ):
+        with pytest.raises(ValueError, match=f"^Cannot read {shown}: Invalid data") as error:
+            decode_video(vae, tmp_path / "z.safetensors", tmp_path / "out.mp4", **options)
+        assert "leanvae-" not in str(error.value)  # the name of a temporary copy
+
+
 def test_other_weights_are_noticed(vae, make_model, tmp_path: Path):
     source = film(tmp_path / "in.mp4", [Fraction(n, 25) for n in range(5)])
     info = encode_video(vae, source, tmp_path / "z.safetensors", model="m")
@@ -402,7 +419,7 @@ def test_errors_of_who_uses_latents_are_not_of_the_file(tmp_path: Path):
         writer.close(LatentsInfo("m", "25", 3, 8, 8, "in.mp4", False), [Fraction(n, 25) for n in range(2)])
     with pytest.raises(KeyError, match="mine"), open_latents(tmp_path / "z.safetensors"):
         raise KeyError("mine")
-    with pytest.raises(ValueError, match="z.safetensors' .`times` must be as many as frames, 3, got 2"):
+    with pytest.raises(ValueError, match="z.safetensors' .`times` must be int64, as many as frames, 3, got .*(2,)"):
         read_times(tmp_path / "z.safetensors")
     with pytest.raises(ValueError, match="`path` must be a latents file .*z.safetensors"):
         copy_sound(tmp_path / "z.safetensors", tmp_path / "sound")

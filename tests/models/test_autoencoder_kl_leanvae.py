@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,10 @@ class TestErrors:
                 {"latents_std": [1.0] * 4},
                 "`latents_mean` and `latents_std` must be given together, got no `latents_m",
             ),
+            ({"pixel_factor": 0.0}, r"`pixel_factor` must be a finite number above 0, got 0\.0\."),
+            ({"pixel_factor": -1.0}, r"`pixel_factor` must be a finite number above 0, got -1\.0\."),
+            ({"pixel_factor": math.nan}, r"`pixel_factor` must be a finite number above 0, got nan\."),
+            ({"pixel_factor": "x"}, r"`pixel_factor` must be a finite number above 0, got 'x'\."),
         ],
     )
     def test_illegal_config(self, make_model: Callable, config: dict[str, Any], message: str):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -570,3 +571,22 @@ def test_chunks_of_another_size(case: str):
 def test_illegal_configs(case: str, config: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make(case, **config)
+
+
+@models
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"latents_mean": [0.0] * 3 + [math.inf]}, "`latents_mean` must hold finite numbers, got inf"),
+        ({"latents_mean": [None] * 4}, "`latents_mean` must hold finite numbers, got None"),
+        ({"latents_std": [1.0] * 3 + [0.0]}, "`latents_std` must hold finite numbers above 0, got 0.0"),
+        ({"latents_std": [1.0] * 3 + [math.nan]}, "`latents_std` must hold finite numbers above 0, got nan"),
+        ({"latents_std": ["1"] * 4}, "`latents_std` must hold finite numbers above 0, got '1'"),
+        ({"scaling_factor": 0.0}, "`scaling_factor` must be a finite number above 0, got 0.0"),
+        ({"scaling_factor": "1"}, "`scaling_factor` must be a finite number above 0, got '1'"),
+    ],
+)
+def test_illegal_statistics(case: str, config: dict[str, Any], message: str):
+    statistics: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    with pytest.raises(ValueError, match=message):
+        make(case, **statistics | config)

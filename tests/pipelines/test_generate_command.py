@@ -125,7 +125,10 @@ def test_files_that_exist_are_replaced_only_if_asked(model: str, tmp_path: Path)
     "name, options, message",
     [
         ("out.xyz", (), "the extension must be one of .mp4"),
-        ("out.png", (), "an image file holds one frame, got 2"),
+        ("out.png", ("--num-frames", 5), "an image file holds one frame, and there would be 5; .*`--num-frames 1`"),
+        ("out.mp4", ("--fps", 0), "`fps` must be at least 0.00001 and less than 100000, got 0"),
+        ("out.mp4", ("--fps", "nan"), "`fps` must be at least 0.00001 and less than 100000, got nan"),
+        ("videos/", ("--fps", -8), "`fps` must be at least 0.00001 and less than 100000, got -8"),
         ("out.webm", ("--codec", "libx264"), "`codec` must be one of libvpx-vp9, libsvtav1 for .webm, got 'libx264'"),
         ("out.mp4", ("--crf", 60), "`crf` must be 0 to 51 for libx264, got 60"),
         ("out.mp4", ("--pix-fmt", "rgb"), "`pixel_format` must be one of"),
@@ -139,6 +142,23 @@ def test_outputs_are_looked_at_before_any_sampling(tmp_path: Path, name: str, op
     code, _, err = leanvae(f"{tmp_path}/{name}", "--model", "nowhere", *options)
     assert code == 1 and re.search(message, err) and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_one_frame_is_a_picture(model: str, tmp_path: Path):
+    common = ("--model", model, "--label", 1, "--steps", 2)
+    for name, count, shape in (("one.png", 1, (1, 32, 32, 3)), ("grid.bmp", 3, (1, 64, 64, 3))):
+        code, stdout, err = leanvae(tmp_path / name, *common, "--num-frames", 1, "--num-videos", count)
+        assert code == 0 and stdout.strip() == str(tmp_path / name), err
+        assert read_video(tmp_path / name)[0].shape == shape
+    code, _, err = leanvae(tmp_path / "as-trained.jpg", *common)
+    assert code == 1 and "one frame, and there would be 9; `num_frames=1` (`--num-frames 1`) makes one" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.bmp", "one.png"]
+
+
+@pytest.mark.parametrize("seed", [-1, 99999999999999999999])
+def test_seeds_have_a_range(seed: int, tmp_path: Path):
+    code, _, err = leanvae(tmp_path / "out.mp4", "--seed", seed)
+    assert code == 2 and "'--seed'" in err and list(tmp_path.iterdir()) == []
 
 
 def test_a_picture_is_the_first_frame(model: str, tmp_path: Path):

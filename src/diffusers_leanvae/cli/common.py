@@ -256,6 +256,27 @@ def say_demonstration(context: typer.Context, model: str) -> None:
         typer.echo(f"uses the demonstration weights {model}; `--model` names others", err=True)
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written, before any work is done; folders that it lacks will be made."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"`{option}` must be a file, got {str(path)!r}, which is a folder.")
+    _check_room(option, path, path.parent)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Refuse a folder that could not be made or written to, before any work is done."""
+    _check_room(option, path, path)
+
+
+def _check_room(option: str, path: Path, folder: Path) -> None:
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        reason = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"`{option}` must lead to a folder to write to, got {str(path)!r}: {str(place)!r} {reason}.")
+
+
 def parse_rate(text: str | None) -> Fraction | None:
     """Turn the option `--fps` into frames per second."""
     if text is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .common import place, print_json, render_table
+from .common import check_folder, place, print_json, render_table
 
 
 if TYPE_CHECKING:
@@ -27,13 +27,29 @@ def compare_subjects(
     device: str,
     dtype: str,
     as_json: bool,
+    argument: str = "models",
 ) -> None:
-    """Compare autoencoders and codecs, print the table and write the report."""
+    """Compare autoencoders and codecs, print the table and write the report.
+
+    Args:
+        models: As of [`evaluation.comparison.compare`], as are the following.
+        codecs: Names.
+        source: The clips.
+        protocol: What is measured.
+        options: Where weights of metrics come from.
+        report: Folder of `--report`.
+        num_examples: Clips that the report shows.
+        device: As of `--device`.
+        dtype: As of `--dtype`.
+        as_json: Whether to print JSON.
+        argument: The option that names the models, for messages.
+    """
     from ..evaluation.comparison import compare
     from ..evaluation.journal import Journal
     from ..evaluation.report import write_report
     from ..launching import is_first_process, leaving_job
 
+    check_folder("--report", report)
     torch_device, torch_dtype = place(device, dtype)
     kept = report / ".progress"
     is_first = is_first_process()
@@ -49,6 +65,7 @@ def compare_subjects(
             device=torch_device,
             dtype=torch_dtype,
             progress=partial(typer.echo, err=as_json),
+            argument=argument,
         )
     if not is_first:
         return
@@ -62,6 +79,7 @@ def compare_subjects(
         evaluations = [evaluation.rounded().to_json() for evaluation in comparison.evaluations]
         print_json({"evaluations": evaluations, "report": written})
     Journal.remove(kept)
+    check_scored(comparison.evaluations)
 
 
 def compare_folders(
@@ -102,6 +120,15 @@ def say_failed(evaluation: "Evaluation") -> None:
     if failed:
         total = len(failed) + evaluation.num_videos
         typer.echo(f"{len(failed)} of {total} files failed: {', '.join(failed)}", err=True)
+
+
+def check_scored(evaluations: "Sequence[Evaluation]") -> None:
+    """Refuse evaluations of the same metrics that have a figure of none: the rate alone was not asked for."""
+    from ..evaluation.reconstructors import BITS_PER_PIXEL
+
+    asked_for = evaluations[0].protocol["metrics"]
+    if asked_for and all(evaluation.totals.keys() <= {BITS_PER_PIXEL} for evaluation in evaluations):
+        raise ValueError(f"`metrics` must have one that suits the clips, got {', '.join(asked_for)}.")
 
 
 def render_totals(evaluations: "Sequence[Evaluation]") -> str:

@@ -9,8 +9,8 @@ import typer
 
 from .. import bundled
 from .choices import METRICS, PROTOCOLS, RATE_CODECS, complete
-from .common import Device, Dtype, Json, Model, Output, place, print_json
-from .comparison import compare_folders, compare_subjects, say_failed, say_missing
+from .common import Device, Dtype, Json, Model, Output, check_file, place, print_json
+from .comparison import check_scored, compare_folders, compare_subjects, say_failed, say_missing
 
 
 def evaluate(
@@ -111,7 +111,7 @@ def evaluate(
 
     `torchrun --nproc_per_node N --no-python leanvae eval ...` runs it in N processes, with the same result.
     """
-    from ..evaluation.autoencoders import open_autoencoder
+    from ..evaluation.autoencoders import open_for
     from ..evaluation.journal import Journal
     from ..evaluation.measures import KINDS, MetricOptions
     from ..evaluation.protocols import get_protocol, with_sizes
@@ -129,6 +129,7 @@ def evaluate(
     if metric:
         chosen = replace(chosen, metrics=tuple(KINDS) if "all" in metric else tuple(metric))
     options = MetricOptions(vgg16, alexnet, i3d, feature_model)
+    check_file("--output", output)
     if generated is not None and real is not None and folder is None:
         if compare or codec or report is not None or chunk is not None:
             raise ValueError("`--compare`, `--codec`, `--report` and `--chunk` must not be given with `--generated`.")
@@ -140,12 +141,15 @@ def evaluate(
         if chunk is not None or output is not None:
             raise ValueError("`--chunk` and `--output` must not be given with a comparison, whose files are --report.")
         names, target = [*(compare or [model]), *(others or [])], report or Path("outputs/report")
-        compare_subjects(names, codec or [], folder, chosen, options, target, num_examples, device, dtype, as_json)
+        argument = "--compare" if compare else "--model"
+        compare_subjects(
+            names, codec or [], folder, chosen, options, target, num_examples, device, dtype, as_json, argument
+        )
         return
     if others:
         raise ValueError(f"Only one FOLDER must be given without `--compare`, got {' and '.join([folder, *others])}.")
     torch_device, torch_dtype = place(device, dtype)
-    vae, about = open_autoencoder(model, torch_device, torch_dtype)
+    vae, about = open_for("--model", model, torch_device, torch_dtype)
     if chunk is None:
         reconstructor = AutoencoderReconstructor(vae, model, about)
     else:
@@ -172,3 +176,4 @@ def evaluate(
         say(str(output))
     if as_json:
         print_json(evaluation.rounded().to_json())
+    check_scored([evaluation])

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .. import bundled
-from ..checks import parse_video_size
+from ..checks import parse_dtype, parse_video_size
 from .choices import DTYPE_NAMES, SCHEDULERS, complete
 from .common import (
     Codec,
@@ -32,8 +32,9 @@ def generate(
     output: Annotated[
         str,
         typer.Option(
-            help="Video or animation to write, several in a grid (.mp4, .mkv, .mov, .webm, .gif, .webp, f_%04d.png); "
-            "a name without an extension, or with a slash at the end, is a folder with one file for each."
+            help="Video or animation to write, several in a grid (.mp4, .mkv, .mov, .webm, .gif, .webp, f_%04d.png), "
+            "or a picture with --num-frames 1 (.png, .jpg); a name without an extension, or with a slash at the end, "
+            "is a folder with one file for each."
         ),
     ] = "outputs/generated.mp4",
     model: Annotated[
@@ -83,7 +84,10 @@ def generate(
             autocompletion=complete(*SCHEDULERS),
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first video; every further video takes the next number.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Seed of the first video; every further video takes the next number."),
+    ] = 0,
     fps: Annotated[float, typer.Option(help="Frame rate of the files in frames per second.")] = 8,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Videos to generate at once; the result does not depend on it.")
@@ -263,6 +267,7 @@ def encode_dataset(
     from ..launching import is_first_process, leaving_job
 
     size = parse_video_size("--clip-size", clip_size)
+    parse_dtype("--save-dtype", save_dtype, latent_cache.SHARD_DTYPES)
     vae = load_model(model, device, dtype)
     with (
         leaving_job(),

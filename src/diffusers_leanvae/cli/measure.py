@@ -8,7 +8,7 @@ from .. import bundled
 from ..benchmark.names import LEANVAE, PEERS, VARIANTS
 from ..checks import check_choice, one_line, parse_video_size
 from .choices import DTYPE_NAMES, complete
-from .common import Device, Json, Output, load_model, place, print_json, render_table
+from .common import Device, Json, Output, check_file, load_model, place, print_json, render_table
 
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def bench(
         return subjects.Subject(_make_model(record["model"], device, record["dtype"], is_peer), record["variant"])
 
     # Whatever can be refused is refused here, before anything is measured.
+    check_file("--output", output)
     sizes = [parse_video_size("--size", text) for text in size or ["17x256x256"]]
     dtypes = [str(place(device, name)[1]).removeprefix("torch.") for name in dtype or ["auto"]]
     for name in variant or ():

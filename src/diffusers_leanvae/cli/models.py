@@ -1,8 +1,8 @@
 """Files of models: `convert`, `info`, `models`."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,8 @@ import typer
 from .. import bundled
 from ..atomic import replace_folder
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
-from ..description import describe, describe_model
+from ..conversion.headers import CONFIG_NAME
+from ..description import describe, describe_model, list_files, read_json
 from .choices import DTYPE_NAMES, complete
 from .common import DTYPES_TEXT, Json, print_json, render_table
 
@@ -59,6 +60,13 @@ def convert(
         int | None,
         typer.Option(min=1, help="Attention heads of a Latte checkpoint whose size is none of S, B, L and XL."),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the file, or the whole model folder, if it exists. Without it one that exists is an error.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert original LeanVAE, WF-VAE, IV-VAE and Latte checkpoints to model folders of diffusers, and back."""
@@ -70,6 +78,8 @@ def convert(
     if to_original:
         if target.suffix not in CHECKPOINT_SUFFIXES:
             raise ValueError(f"OUT must end in {', '.join(CHECKPOINT_SUFFIXES)}, got {str(target)!r}.")
+        if target.is_dir():
+            raise ValueError(f"OUT must be a file with `--to-original`, got {str(target)!r}, which is a folder.")
         given = {
             "pixel-factor": pixel_factor,
             "latents-like": latents_like,
@@ -77,6 +87,8 @@ def convert(
         }
         for option in [option for option, value in given.items() if value is not None]:
             raise ValueError(f"`--{option}` must not be given with `--to-original`.")
+        _check_output(target, overwrite)
+        _check_not_read(target, (source,))
         with _naming_source(source):
             model = loading.load_model(source, torch_dtype)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +98,12 @@ def convert(
             raise ValueError(f"OUT must be a folder without `--to-original`, got {str(target)!r}.")
         if target.exists() and not target.is_dir():
             raise ValueError(f"OUT must be a folder, got {str(target)!r}, which is a file.")
+        _check_output(target, overwrite)
         statistics = {} if latents_like is None else statistics_of("--latents-like", latents_like)
         with _naming_source(source):
             file = resolve_checkpoint(source)
             model_class = loading.class_of_checkpoint(file)
+        _check_not_read(target, [file] if latents_like is None else [file, latents_like])
         options = {"pixel_factor": pixel_factor, "num_attention_heads": num_attention_heads}
         options = {name: value for name, value in options.items() if value is not None}
         for name in options.keys() - set(model_class.conversion.OPTIONS):
@@ -98,13 +112,45 @@ def convert(
         if statistics and model_class not in loading.AUTOENCODERS:
             raise ValueError(f"`--latents-like` must not be given for a checkpoint of {model_class.conversion.NAME}.")
         model = model_class.from_single_file(file, torch_dtype=torch_dtype, **options, **statistics)
-        with nullcontext(target) if target.exists() else replace_folder(target) as folder:
+        with replace_folder(target) as folder:
             model.save_pretrained(folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if as_json:
         print_json({"output": target, "class": type(model).__name__, "num_parameters": num_parameters})
     else:
         typer.echo(f"{target}  {num_parameters / 1e6:.2f} M parameters")
+
+
+def _check_output(target: Path, overwrite: bool) -> None:
+    """Refuse to replace anything without `--overwrite`, and with it any folder but that of a model."""
+    here = Path.cwd()
+    if not target.exists():
+        return
+    if target.resolve() in (here, *here.parents):
+        raise ValueError(f"OUT must not be the current folder, which would be replaced, got {str(target)!r}.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.is_dir() and not _holds_model(target):
+        raise ValueError(f"OUT must be new, empty or a model folder, got {str(target)!r}.")
+    if not overwrite:
+        raise ValueError(f"OUT must not exist without `--overwrite`, got {str(target)!r}.")
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return "_class_name" in read_json(folder / CONFIG_NAME)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_not_read(target: Path, sources: Iterable[str | Path]) -> None:
+    """Refuse to replace a file that is read: one of the sources, or one in a source that is a folder."""
+    files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
+    for source in sources if files else ():
+        reading = [Path(source)] if Path(source).is_file() else list_files(source).values()
+        for file in files:
+            if any(file.samefile(path) for path in reading):
+                raise ValueError(f"OUT must not replace a file that is read, got {str(target)!r} for {str(file)!r}.")
 
 
 @contextmanager
@@ -130,7 +176,14 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Print what a file or model is, as JSON."""
-    described = describe(path) or _describe_loaded(path)
+    try:
+        described = describe(path) or _describe_loaded(path)
+    except ValueError as error:
+        from ..video_io.containers import VideoError
+
+        if isinstance(error, VideoError):  # which names the video
+            raise
+        raise ValueError(f"PATH {path!r} cannot be described: {one_line(error)}") from None
     if as_json:
         print_json(described)
     else:
@@ -141,10 +194,7 @@ def _describe_loaded(source: str) -> dict[str, Any]:
     """Describe a model by loading it: one that is on the Hub, or in a pickle."""
     from ..loading import load_model
 
-    try:
-        model = load_model(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"PATH {source!r} cannot be described: {one_line(error)}") from None
+    model = load_model(source)
     weights = [(str(weight.dtype).removeprefix("torch."), weight.numel()) for weight in model.parameters()]
     return describe_model(type(model).__name__, weights, model.config)
 

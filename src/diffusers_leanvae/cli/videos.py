@@ -206,7 +206,7 @@ def decode(
     """Decode latents to videos or images of the original size, length, frame rate and sound."""
     from ..inference.files import decode_video, default_suffix
     from ..inference.latents_file import LatentsInfo, open_latents
-    from ..video_io.inputs import list_files, local_file
+    from ..video_io.inputs import is_remote, list_files, local_file
 
     def is_latents(path: Path) -> bool:
         return path.suffix == ".safetensors"
@@ -224,6 +224,9 @@ def decode(
     jobs = find_jobs(source, target, naming, overwrite=overwrite, as_json=as_json, also_read=also_read)
     if audio_from is not None and jobs.is_folder:
         raise ValueError("`--audio-from` must not be given with a folder as IN.")
+    if audio_from is not None and audio_from != STANDARD and not is_remote(audio_from):
+        if not Path(audio_from).exists() or Path(audio_from).is_dir():
+            raise ValueError(f"`--audio-from` must be a file that exists, got {audio_from!r}.")
     options = writer_options(jobs, codec, crf, pix_fmt, file_format)
     limit = memory_limit(max_memory)
     loaded: dict[tuple[str, str | None], tuple[Any, str]] = {}

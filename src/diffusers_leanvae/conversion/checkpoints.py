@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..atomic import replace_file
-from ..checks import CHECKPOINT_SUFFIXES
+from ..checks import CHECKPOINT_SUFFIXES, reason_of
 from ..hub_errors import hub_reason
 from .headers import CONFIG_NAME, WEIGHTS_NAME, TensorInfo, read_header
 
@@ -215,7 +215,12 @@ def _read_pickle(path: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
             f"`path` must be a pickle of tensors and plain values, got {str(path)!r}: {pickle_reason(error)}."
         ) from None
     except Exception as error:  # on bytes that are no checkpoint torch's unpickler fails with whatever comes first
-        raise ValueError(f"`path` must be a PyTorch checkpoint, got {str(path)!r}: {error}.") from None
+        reason = "it is no readable PyTorch file"
+        if isinstance(error, PermissionError | MemoryError | RuntimeError):
+            reason = reason_of(error)
+        elif not path.stat().st_size:
+            reason = "it is empty"
+        raise ValueError(f"`path` must be a PyTorch checkpoint, got {str(path)!r}: {reason}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"`path` must hold a dictionary, got {str(path)!r} with a {type(checkpoint).__name__}.")
     parameters = _as_mapping(checkpoint.get("hyper_parameters"))

@@ -76,8 +76,11 @@ def read_header(path: str | Path) -> Header:
     """
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise ValueError("it is shorter than a header" if size else "it is empty")
             length = int.from_bytes(file.read(8), "little")
-            if length > min(os.fstat(file.fileno()).st_size, _MAX_BYTES):
+            if length > min(size, _MAX_BYTES):
                 raise ValueError("the header is longer than the file, or than headers may be")
             entries = json.loads(file.read(length))
         metadata = entries.pop("__metadata__", {})

@@ -243,7 +243,10 @@ def config_from_original(args: dict[str, Any], state_dict: dict[str, torch.Tenso
     if len(args.get("shift") or []) == len(args.get("scale") or []) == channels:
         means, factors = args["shift"], args["scale"]
     if means is not None and factors is not None:
-        config |= {"latents_mean": list(means), "latents_std": [1 / factor for factor in factors]}
+        try:
+            config |= {"latents_mean": list(means), "latents_std": [1 / factor for factor in factors]}
+        except (TypeError, ZeroDivisionError):
+            raise ValueError(f"`scale` of the checkpoint must hold numbers other than 0, got {factors}.") from None
     return config
 
 

@@ -1,7 +1,9 @@
 """Finite lists of numbered clips, cut from any source, as `encode_dataset` encodes them."""
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -16,12 +18,14 @@ from .metadata import LABEL_KEYS, list_captions, number_labels
 from .named import NAMED_DATASETS, NamedDataset, Sampling, open_named_dataset
 from .scenes import MovingScenes
 from .shapes import MovingShapes
-from .sources import FileSource, open_source
+from .sources import open_source
 from .streams import BlockReader, is_stream, open_stream
 
 
 Flip = Literal["auto", "none", "random", "both"]
 _DRAWN: dict[str, type[MovingShapes] | type[MovingScenes]] = {"shapes": MovingShapes, "scenes": MovingScenes}
+# Of the names, labels and captions of the videos. There are none of what is drawn, nor of a stream, which has no list.
+CHECKSUMS = ("clip_names_sha256", "clip_labels_sha256", "clip_captions_sha256")
 _BLOCK_SIZE = 64  # examples of a stream that are on disk at once
 
 
@@ -83,6 +87,7 @@ class ClipList(Protocol):
 
     class_names: tuple[str, ...] | None
     has_captions: bool | None  # whether any clip has one; `None` where only reading tells
+    checksums: dict[str, str]  # see `CHECKSUMS`
 
     def __len__(self) -> int: ...
 
@@ -165,6 +170,7 @@ class _MapClips(Dataset[SourceClip | None]):
         self.num_clips, self.class_names = num_clips, class_names
         self.has_captions: bool | None = has_captions
         self.num_workers = num_workers
+        self.checksums: dict[str, str] = {}
 
     def __len__(self) -> int:
         return self.num_clips
@@ -179,6 +185,11 @@ class _MapClips(Dataset[SourceClip | None]):
         yield from DataLoader(
             self, sampler=numbers, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is
         )
+
+
+def _checksums(*columns: Iterable[Any]) -> dict[str, str]:
+    texts = (json.dumps(list(column)).encode() for column in columns)
+    return {key: hashlib.sha256(text).hexdigest() for key, text in zip(CHECKSUMS, texts, strict=True)}
 
 
 def _as_it_is(clip: Any) -> Any:
@@ -204,6 +215,9 @@ class _NamedClips(_MapClips):
         num_clips = min(len(clips), num_clips or len(clips))
         super().__init__(num_clips, clips.class_names, any(map(clips.captions, range(num_clips))), num_workers)
         self.clips = clips
+        videos = clips.videos[: -(-num_clips // clips.num_draws)]
+        labels = [*(video.class_label for video in videos), clips.class_names]
+        self.checksums = _checksums((video.name for video in videos), labels, (video.captions for video in videos))
 
     def __getitem__(self, number: int) -> SourceClip | None:
         clip = self.clips.clip_or_none(number)
@@ -225,6 +239,8 @@ class _FileClips(_MapClips):
         num_clips = min(total, selection.num_clips or total)
         num_videos = -(-num_clips // selection.num_crops)
         super().__init__(num_clips, class_names, any(self.captions[:num_videos]), num_workers)
+        labels = [*self.labels[:num_videos], class_names]
+        self.checksums = _checksums(self.names[:num_videos], labels, self.captions[:num_videos])
         options = _clip_options(selection)
         self.videos = VideoSet(source, options.sizes, options)
         self.num_crops, self.seed = selection.num_crops, selection.seed
@@ -252,6 +268,7 @@ class _StreamClips:
     def __init__(self, selection: ClipSelection) -> None:
         if selection.num_clips is None:
             raise ValueError("`num_clips` must be given for a stream, got None.")
+        self.checksums: dict[str, str] = {}
         self.num_clips, self.num_crops, self.seed = selection.num_clips, selection.num_crops, selection.seed
         self.caption_column = selection.caption_column
         self.options = _clip_options(selection)
@@ -275,7 +292,7 @@ class _StreamClips:
             block, place = divmod(number // self.num_crops, _BLOCK_SIZE)
             if videos is None or block != opened:
                 opened = block
-                videos = VideoSet(FileSource(self.reader.fetch(block)), self.options.sizes, self.options)
+                videos = VideoSet(self.reader.open(block), self.options.sizes, self.options)
                 self.reader.forget_before(block)
                 rows = [videos.source.metadata(place) for place in range(len(videos))]
                 captions = list_captions(rows, self.caption_column)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ class VideoSet:
                     self.cache[number] = frames
                     self.shapes[number] = (len(frames), *shape[1:])  # headers can be wrong
                 except Exception as error:
-                    self.skip(number, error)
+                    self.skip(video, error)
         return capacity
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
@@ -120,11 +121,11 @@ class VideoSet:
             return height, width
         return short_side_size(height, width, short_side)
 
-    def skip(self, number: int, error: Exception) -> None:
+    def skip(self, video: "OpenVideo", error: Exception) -> None:
         if isinstance(error, ConnectionError):  # which says nothing of the video
             raise error
-        self.shapes[number] = None
-        warnings.warn(f"Skipping a video: {error}", stacklevel=4)
+        self.shapes[video.number] = None
+        warnings.warn(f"Skipping a video: {video.reason(error)}", stacklevel=4)
 
 
 class OpenVideo:
@@ -133,6 +134,7 @@ class OpenVideo:
     def __init__(self, videos: VideoSet, number: int, resources: ExitStack) -> None:
         self.videos, self.number = videos, number
         self._resources = resources
+        self._path: Path | None = None  # maybe of a temporary copy
 
     @property
     def shape(self) -> Size | None:
@@ -148,7 +150,7 @@ class OpenVideo:
                     )
             except Exception as error:
                 # Whatever a foreign file does to the reader must not end a run of days.
-                videos.skip(number, error)
+                videos.skip(self, error)
         return videos.shapes[number]
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -199,16 +201,20 @@ class OpenVideo:
             raise
         except Exception as error:
             # Other parts of the video may be sound: marking it would make clips depend on what was drawn before.
-            warnings.warn(f"Skipping a part of a video: {error}", stacklevel=2)
+            warnings.warn(f"Skipping a part of a video: {self.reason(error)}", stacklevel=2)
             return None
         window = frames[::stride, top : top + window_height, left : left + window_width]
         clip = resize_frames(window, *rescale(size, factor)[1:])
         return (clip.flip(2) if mirrored else clip).permute(3, 0, 1, 2)
 
+    def reason(self, error: Exception) -> str:
+        """Return the text of an error, in which the video has the name that its source gives it."""
+        return str(error).replace(str(self._path), self.videos.source.name(self.number)) if self._path else str(error)
+
     @cached_property
     def _reader(self) -> VideoReader:
-        path = self._resources.enter_context(self.videos.source.open(self.number))
-        return self._resources.enter_context(VideoReader(path))
+        self._path = self._resources.enter_context(self.videos.source.open(self.number))
+        return self._resources.enter_context(VideoReader(self._path))
 
 
 class VideoOrder:

@@ -8,7 +8,7 @@ number of processes makes the same files, and two runs of the same settings diff
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,16 +24,18 @@ from ..launching import start_accelerator
 from ..models.video_autoencoder import VideoAutoencoder
 from ..stages import ahead
 from ..video_io.pixels import as_sample
-from .clip_lists import ClipList, ClipSelection, Flip, SourceClip, open_clip_list
+from .clip_lists import CHECKSUMS, ClipList, ClipSelection, Flip, SourceClip, open_clip_list
 from .latent_shards import CACHE_VERSION, SHARD_SUFFIXES, FileFormat, LatentFolder, open_shard, serialize_shard
 from .named import Sampling
 from .ray_cache import encode_with_ray
-from .storage import AnyPath, begin_settings, fetched, open_path, write_json, write_whole
+from .storage import AnyPath, begin_settings, fetched, list_names, open_path, write_json, write_whole
 from .streams import is_stream
 from .text_cache import begin_texts, checksum_of_weights, encode_captions, open_text_encoder
+from .text_shards import TEXT_SETTINGS
 
 
 Engine = Literal["processes", "ray"]
+SHARD_DTYPES = ("float32", "float16")
 _Encoded = tuple[torch.Tensor, list[dict[str, Any]]]  # latents of a batch, and what is known of each
 
 
@@ -57,7 +59,7 @@ class ShardOptions:
         for name, value in (("shard_size", self.shard_size), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        parse_dtype("dtype", self.dtype, ("float32", "float16"))
+        parse_dtype("dtype", self.dtype, SHARD_DTYPES)
         check_choice("file_format", self.file_format, SHARD_SUFFIXES)
 
     @property
@@ -138,7 +140,8 @@ def encode_dataset(
         The finished folder, the same in every process.
 
     Raises:
-        ValueError: If an argument is not legal, `output` was begun with other settings, or no clip could be used.
+        ValueError: If an argument is not legal, `output` was begun with other settings or of other clips, or no clip
+            could be used.
         ImportError: If accelerate, or Ray where it is asked for, is not installed.
     """
     selection = ClipSelection(
@@ -158,7 +161,7 @@ def encode_dataset(
     check_choice("engine", engine, get_args(Engine))
     if num_encoders is not None and (engine != "ray" or num_encoders < 1):
         raise ValueError(f"`num_encoders` must be at least 1, and None without Ray, got {num_encoders}.")
-    folder = open_path(output)
+    folder = _open_folder(output)
     encoder, text_settings = None, None
     if text_encoder is not None:
         encoder, text_settings = open_text_encoder(text_encoder, text_max_length, text_dtype)
@@ -178,6 +181,7 @@ def encode_dataset(
         **asdict(options),
         "dtype": str(options.torch_dtype).removeprefix("torch."),
         "num_source_clips": len(clips),
+        **clips.checksums,
         "vae": _describe(vae),
     }
     # A process may have to wait for the slowest one's last shard.
@@ -186,7 +190,7 @@ def encode_dataset(
         raise ValueError(f"`engine` must be 'processes' in a job of {accelerator.num_processes} processes, got 'ray'.")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder, settings, text_settings)
+        _begin(folder, settings, text_settings, partial(_discard, folder))
     accelerator.wait_for_everyone()
     _begin(folder, settings, text_settings)
     device = accelerator.device if accelerator.num_processes > 1 else vae.device
@@ -214,15 +218,16 @@ def encode_dataset(
         for number, batches in encoded:
             latents = torch.cat([torch.empty(0, *shape, dtype=options.torch_dtype), *(batch for batch, _ in batches)])
             rows = [row for _, described in batches for row in described]
+            _begin(folder, settings)  # another run may have replaced them while there was no latent yet
             write_whole(paths[number], serialize_shard(latents, rows, f"{number:05d}", options.file_format))
             count(len(_clips_of(number, clips, options)), total)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not (folder / "index.json").exists():
         _finish(folder, paths, clips, shape, is_doubled=selection.flip == "both")
     accelerator.wait_for_everyone()
-    if encoder is not None:
+    if encoder is not None and text_settings is not None:
         encoder.model.to(device)
-        encode_captions(LatentFolder(output), encoder, accelerator, text_progress)
+        encode_captions(LatentFolder(output), encoder, text_settings, accelerator, text_progress)
     return LatentFolder(output)
 
 
@@ -277,7 +282,9 @@ def _encode(vae: VideoAutoencoder, batch: list[SourceClip], *, is_doubled: bool,
         rows = [entry for row in rows for entry in (row, row | {"name": f"{row['name']}#mirrored"})]
     latents = torch.stack(encoded, 1).flatten(0, 1).to("cpu", options.torch_dtype)
     if not latents.isfinite().all():
-        raise ValueError(f"`dtype` must hold the latents, got {options.dtype}, in which some are not finite.")
+        raise ValueError(
+            f"`dtype` (`--save-dtype`) must hold the latents, got {options.dtype}, in which some are not finite."
+        )
     return latents, rows
 
 
@@ -305,9 +312,32 @@ def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
     }
 
 
-def _begin(folder: AnyPath, settings: dict[str, Any], text_settings: dict[str, Any] | None) -> None:
-    """Write the settings of a new cache, or refuse settings other than those it was begun with."""
-    difference = begin_settings(folder / "settings.json", settings)
+def _open_folder(output: str | Path) -> AnyPath:
+    folder = open_path(output)
+    if isinstance(folder, Path):
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        if not place.is_dir():
+            raise ValueError(
+                f"`output` must be a folder, or a new one, got {str(output)!r}, where {str(place)!r} is a file."
+            )
+    return folder
+
+
+def _begin(
+    folder: AnyPath,
+    settings: dict[str, Any],
+    text_settings: dict[str, Any] | None = None,
+    discard: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write the settings of a new cache, or refuse settings other than those it was begun with.
+
+    Args:
+        folder: The cache.
+        settings: The settings.
+        text_settings: Of the text encoder, if there is one.
+        discard: Of [`begin_settings`].
+    """
+    difference = begin_settings(folder / "settings.json", settings, recent=CHECKSUMS, discard=discard)
     if difference is not None:
         raise ValueError(
             f"`output` must be a new folder, or one begun with the same settings, got {str(folder)!r}, where "
@@ -315,6 +345,20 @@ def _begin(folder: AnyPath, settings: dict[str, Any], text_settings: dict[str, A
         )
     if text_settings is not None:
         begin_texts(folder, text_settings)
+
+
+def _discard(folder: AnyPath) -> bool:
+    """Remove the files of a cache if it holds no latent, and tell whether so it was."""
+    names = list_names(folder)
+    shards = [name for name in names if name.startswith("latents-") and name.endswith(tuple(SHARD_SUFFIXES.values()))]
+    for name in shards:
+        with fetched(folder / name) as local, suppress(ValueError):
+            if not open_shard(local).rows:
+                continue
+        return False
+    for name in (*shards, *{TEXT_SETTINGS, "settings.json"}.intersection(names)):
+        (folder / name).unlink()
+    return True
 
 
 def _finish(
@@ -337,6 +381,10 @@ def _finish(
     found = latents()
     first = next(found, None)
     if first is None:
+        _discard(folder)
+        if isinstance(folder, Path):
+            with suppress(OSError):  # where there is something else
+                folder.rmdir()
         raise ValueError(f"`source` must hold at least one usable clip, got none of {len(clips)}.")
     mean, std = measure_statistics(itertools.chain((first,), found), shape[0])
     statistics = {"mean": mean, "std": std, "num_items": sum(counts)}

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from .storage import fetched, local_copy, open_path
+from ..checks import reason_of
+from .storage import as_json, fetched, load_json, local_copy, open_path
 from .text_shards import NULL_TEXT, TEXT_INDEX, TEXT_SETTINGS, TextShard, list_texts, text_shard_name
 
 
@@ -60,23 +61,29 @@ class LatentFolder(Dataset[LatentItem]):
     def __init__(self, path: str | Path) -> None:
         self.path = open_path(path)
         try:
-            names = ("settings", "index", "statistics")
-            texts = [(self.path / f"{name}.json").read_text(encoding="utf-8") for name in names]
-            self.settings, self.index, self.statistics = map(json.loads, texts)
-        except (OSError, json.JSONDecodeError) as error:
+            files = [load_json(self.path / f"{name}.json") for name in ("settings", "index", "statistics")]
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"`path` must be a finished folder of `leanvae encode-dataset`, got {str(path)!r}: {error}."
+                f"`path` must be a finished folder of `leanvae encode-dataset`, got {str(path)!r}: {reason_of(error)}."
             ) from error
-        if self.settings["version"] != CACHE_VERSION:
+        self.settings, self.index, self.statistics = files
+        version = self.settings.get("version")
+        if version != CACHE_VERSION:
             raise ValueError(
-                f"`path` must hold latents of version {CACHE_VERSION}, got version {self.settings['version']} in "
-                f"{str(path)!r}: encode the data set again."
+                f"`path` must hold latents of version {CACHE_VERSION}, got version {version} in {str(path)!r}: encode "
+                "the data set again."
             )
-        names = self.index["class_names"]
+        try:
+            names, counts = self.index["class_names"], [shard["num_items"] for shard in self.index["shards"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"`path` must hold a sound index, got {str(self.path / 'index.json')!r}, which is damaged ({error!r})."
+            ) from error
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
-        self._ends = np.cumsum([shard["num_items"] for shard in self.index["shards"]])
+        self._ends = np.cumsum(counts)
         self._shards: dict[int, Shard] = {}
         self._texts: dict[int, tuple[TextShard, dict[str, int]]] = {}
+        texts = map(as_json, files)
         self._key = hashlib.sha256("".join([str(self.path), *texts]).encode()).hexdigest()[:32]  # of local copies
         self._open_texts()
 
@@ -123,9 +130,8 @@ class LatentFolder(Dataset[LatentItem]):
         self.null_text: TextEmbeddings | None = None
         if not (self.path / TEXT_INDEX).exists():
             return
-        text = (self.path / TEXT_SETTINGS).read_text(encoding="utf-8")
-        self.text_settings = json.loads(text)
-        self._text_key = hashlib.sha256((self._key + text).encode()).hexdigest()[:32]
+        self.text_settings = load_json(self.path / TEXT_SETTINGS)
+        self._text_key = hashlib.sha256((self._key + as_json(self.text_settings)).encode()).hexdigest()[:32]
         with fetched(self.path / NULL_TEXT) as local:
             self.null_text = self._pad(TextShard(local).read(0))
 
@@ -197,7 +203,7 @@ def open_shard(path: Path) -> Shard:
     """
     try:
         return _TarShard(path) if path.suffix == ".tar" else _SafetensorsShard(path)
-    except (OSError, SafetensorError, tarfile.TarError) as error:
+    except (OSError, SafetensorError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`path` must hold sound shards, got {str(path)!r}: {error}.") from error
 
 

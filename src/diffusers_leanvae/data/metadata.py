@@ -15,6 +15,7 @@ from ..checks import reason_of
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` looks for them
 CAPTION_KEYS = ("caption", "text", "txt", "captions")  # columns that may hold captions
 LABEL_KEYS = ("class_label", "label", "cls")  # columns that may hold the class
+_LARGEST_LABEL = 2**63 - 1  # what a tensor holds
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -55,16 +56,22 @@ def read_metadata(path: Path, origin: Any = None) -> list[dict[str, Any]]:
         origin: Where a copy came from, for messages.
 
     Raises:
-        ValueError: If it cannot be read, or a row has no `file_name`; the message names the row.
+        ValueError: If it cannot be read, or a row has no `file_name`, or one that is no name; the message names the
+            row.
         ImportError: If it is a Parquet file and pyarrow is not installed.
     """
     rows, shown_path = [], str(origin or path)
     read = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}[path.suffix]
     for place, row in read(path, shown_path):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            shown = f"the columns {', '.join(map(str, row))}" if isinstance(row, dict) else repr(row)
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name:
+            wanted, shown = "in every row", repr(row)
+            if isinstance(row, dict) and "file_name" in row:
+                wanted, shown = "in every row, a text that is not empty", repr(name)
+            elif isinstance(row, dict):
+                shown = f"the columns {', '.join(map(str, row))}"
             raise ValueError(
-                f"`{path.name}` must give a `file_name` in every row, got {shown} in {place} of {shown_path!r}."
+                f"`{path.name}` must give a `file_name` {wanted}, got {shown} in {place} of {shown_path!r}."
             )
         rows.append(row)
     return rows
@@ -149,18 +156,21 @@ def number_labels(rows: Sequence[dict[str, Any]]) -> tuple[list[int | None], tup
     a missing one as NaN: so pandas writes a column of integers with gaps.
 
     Raises:
-        ValueError: If some labels are numbers and some are names, or a number is negative.
+        ValueError: If some labels are numbers and some are names, or a number is negative or too large for a tensor.
     """
     found = [next((row[key] for key in LABEL_KEYS if row.get(key) is not None), None) for row in rows]
     found = [None if isinstance(label, float) and math.isnan(label) else label for label in found]
     found = [int(label) if isinstance(label, float) and label.is_integer() else label for label in found]
-    labels = [int(str(label)) if re.fullmatch(r"\s*\d+\s*", str(label)) else label for label in found]
+    # Python refuses to make a number of more than 4,300 digits.
+    labels = [int(str(label)) if re.fullmatch(r"\s*\d{1,4000}\s*", str(label)) else label for label in found]
     names = sorted({label for label in labels if isinstance(label, str)})
-    if not names and all(label is None or isinstance(label, int) and label >= 0 for label in labels):
+    numbers = [label for label in labels if label is not None and not isinstance(label, str)]
+    wrong = [label for label in numbers if not isinstance(label, int) or not 0 <= label <= _LARGEST_LABEL]
+    if wrong or (names and numbers):
+        shown = wrong[:1] or [names[0], numbers[0]]
+        raise ValueError(f"Labels must be all numbers from 0 to {_LARGEST_LABEL} or all names, got {shown}.")
+    if not names:
         return [None if label is None else int(label) for label in labels], None
-    for label in labels:
-        if label is not None and not isinstance(label, str):
-            raise ValueError(f"Labels must be all numbers from 0 or all names, got {names[:1] + [label]}.")
     return [None if label is None else names.index(str(label)) for label in labels], tuple(names)
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..video_io import list_videos
+from ..video_io import VideoError, list_videos
 from ..video_io.inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence
 from .metadata import (
     METADATA_NAMES,
@@ -126,7 +126,7 @@ class RemoteSource:
 
     @contextmanager
     def open(self, number: int) -> Iterator[Path]:
-        with fetched(self.folder / self.rows[number]["file_name"]) as path:
+        with fetched(self.folder / self.rows[number]["file_name"]) as path, _naming(path, self.name(number)):
             yield path
 
 
@@ -205,7 +205,8 @@ class TarSource:
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
             path = Path(folder, f"video.{extension.rpartition('.')[2]}")
             path.write_bytes(self._read(number, extension))
-            yield path
+            with _naming(path, self.name(number)):
+                yield path
 
     def _read(self, number: int, extension: str) -> bytes:
         example = self.examples[number]
@@ -213,6 +214,15 @@ class TarSource:
         with open(self.shards[example.shard], "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+
+@contextmanager
+def _naming(path: Path, name: str) -> Iterator[None]:
+    """Let errors call a temporary copy by the name of what it is a copy of."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(str(error).replace(str(path), name)) from error
 
 
 def open_source(train: str | Path) -> VideoSource:

@@ -5,7 +5,7 @@ A file appears whole in both, or not at all.
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,7 @@ from huggingface_hub import cached_assets_path
 
 from ..atomic import replace_file
 from ..checks import reason_of
+from ..description import read_json
 
 
 # Stores in which an upload is an object when it is complete, and nothing before.
@@ -106,6 +107,11 @@ class RemotePath:
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
+    def unlink(self) -> None:
+        """Remove a file."""
+        with _as_os_error(self):
+            self.file_system.rm_file(self.path)
+
     def replace(self, content: bytes) -> None:
         """Write a file that appears when it is whole."""
         with _as_os_error(self):
@@ -159,26 +165,61 @@ def write_whole(path: AnyPath, content: bytes) -> None:
 
 def write_json(path: AnyPath, value: Any) -> None:
     """Write a value as JSON, as [`write_whole`] writes files."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, as_json(value).encode())
 
 
-def begin_settings(path: AnyPath, settings: dict[str, Any], ignored: Collection[str] = ()) -> str | None:
+def as_json(value: Any) -> str:
+    """Return the content of a file that [`write_json`] writes."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def list_names(folder: AnyPath) -> list[str]:
+    """Return the names of the files in a folder, in order."""
+    return folder.list_files() if isinstance(folder, RemotePath) else sorted(path.name for path in folder.iterdir())
+
+
+def load_json(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If there is none in the file, which the message names.
+    """
+    return read_json(path)  # pyright: ignore[reportArgumentType]  # a `RemotePath` has all it needs of a `Path`
+
+
+def begin_settings(
+    path: AnyPath,
+    settings: dict[str, Any],
+    ignored: Collection[str] = (),
+    recent: Collection[str] = (),
+    discard: Callable[[], bool] = lambda: False,
+) -> str | None:
     """Write the settings of new files, or compare them with those that the files were begun with.
 
     Args:
         path: The file of the settings.
         settings: The settings, as far as JSON goes.
         ignored: Keys that may differ.
+        recent: Keys that files of earlier versions lack, and which then may be anything.
+        discard: Called where something differs: removes the files if there is nothing in them yet, and tells whether
+            so it was. Then they are new.
 
     Returns:
         What differs first, for an error: "`seed` was 3 and is now 4"; `None` if nothing does.
+
+    Raises:
+        ValueError: If there is no JSON object in the file.
     """
     if not path.exists():
         write_json(path, settings)
-    begun, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    begun, new = load_json(path), json.loads(json.dumps(settings))
     for key in {**begun, **new}:
-        if key not in ignored and begun.get(key) != new.get(key):
-            return f"`{key}` was {begun.get(key)!r} and is now {new.get(key)!r}"
+        if key in ignored or begun.get(key) == new.get(key) or (key in recent and key not in begun):
+            continue
+        if discard():
+            write_json(path, settings)
+            return None
+        return f"`{key}` was {begun.get(key)!r} and is now {new.get(key)!r}"
     return None
 
 

@@ -156,9 +156,9 @@ class VideoStream(ClipDataset):
 
     def _block_orders(self, block: int) -> tuple[VideoOrder, VideoOrder | None]:
         if block not in self._orders:
-            folder = self.reader.fetch(block)
+            source = self.reader.open(block)
             sizes = wanted_sizes(self.options, self.schedule, self.mixes_frames)
-            videos = VideoSet(FileSource(folder), sizes, self.options)
+            videos = VideoSet(source, sizes, self.options)
             seed = [self.seed, 0, self.share.rank, block]
             local_batch_size = self.schedule.batch_size // self.share.world_size
             order = VideoOrder(videos, self.options.sizes, local_batch_size, seed)
@@ -198,6 +198,25 @@ class _StreamBatches(StepBatches):
                 yield indices
 
 
+class _BlockSource(FileSource):
+    """The examples of a block. Since the files are copies, their names are tar file and key, or number in the stream.
+
+    Args:
+        folder: The block.
+        first: The number of its first example.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        super().__init__(folder)
+        self.first = first
+
+    def name(self, number: int) -> str:
+        row = self.metadata(number)
+        if "__url__" in row and "__key__" in row:  # as `datasets` has it
+            return f"{row['__url__']}/{row['__key__']}"
+        return f"example {self.first + number} of the stream"
+
+
 class BlockReader:
     """Writer of a stream to disk, block after block, each a folder of videos with a `metadata.jsonl`.
 
@@ -235,6 +254,10 @@ class BlockReader:
             if not folder.is_dir():
                 self._read(block).rename(folder)
             return folder
+
+    def open(self, block: int) -> VideoSource:
+        """Return the examples of a block, as [`fetch`] gets them."""
+        return _BlockSource(self.fetch(block), block * self.block_size)
 
     def _read(self, block: int) -> Path:
         if self.examples is None or self.next_block > block:

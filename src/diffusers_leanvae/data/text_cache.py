@@ -17,7 +17,7 @@ from torch import nn
 from ..checks import parse_dtype, reason_of
 from ..text_encoders import TextEncoder, load_text_encoder
 from .latent_shards import LatentFolder, open_shard
-from .storage import AnyPath, begin_settings, fetched, write_json, write_whole
+from .storage import AnyPath, begin_settings, fetched, list_names, write_json, write_whole
 from .text_shards import (
     NULL_TEXT,
     TEXT_INDEX,
@@ -99,8 +99,20 @@ def _describe(encoder: TextEncoder, dtype: str | None = None) -> dict[str, Any]:
 
 
 def begin_texts(folder: AnyPath, settings: dict[str, Any]) -> None:
-    """Write the settings of new embeddings into a folder, or refuse others than those they were begun with."""
-    difference = begin_settings(folder / TEXT_SETTINGS, settings, ["source"])  # the same encoder may lie elsewhere
+    """Write the settings of new embeddings into a folder, or refuse others than those they were begun with.
+
+    Settings that nothing was encoded with yet are replaced.
+    """
+    _check_settings(folder, settings, lambda: not any(map(_is_of_texts, list_names(folder))))
+
+
+def _is_of_texts(name: str) -> bool:
+    return name.startswith("texts-") or name in (NULL_TEXT, TEXT_INDEX)
+
+
+def _check_settings(folder: AnyPath, settings: dict[str, Any], discard: Callable[[], bool] = lambda: False) -> None:
+    # The same encoder may lie elsewhere.
+    difference = begin_settings(folder / TEXT_SETTINGS, settings, ["source"], discard=discard)
     if difference is not None:
         raise ValueError(
             f"`text_encoder` must be the one that the embeddings in {str(folder)!r} were begun with, got another: "
@@ -111,6 +123,7 @@ def begin_texts(folder: AnyPath, settings: dict[str, Any]) -> None:
 def encode_captions(
     latents: LatentFolder,
     encoder: TextEncoder,
+    settings: dict[str, Any],
     accelerator: "Accelerator",
     progress: Callable[[int, int], Any] | None = None,
 ) -> None:
@@ -119,11 +132,12 @@ def encode_captions(
     Args:
         latents: The folder, where `begin_texts` was called.
         encoder: The text encoder, on its device.
+        settings: Of the text encoder, as `begin_texts` got them.
         accelerator: The processes.
         progress: Called with the number of clips of each finished shard, and of all that this process does.
 
     Raises:
-        ValueError: If no item has a caption.
+        ValueError: If no item has a caption, or another run has begun embeddings of another text encoder meanwhile.
     """
     if latents.index.get("num_captions") == 0:
         raise ValueError(f"`text_encoder` must be None where no clip has a caption, as in {str(latents.path)!r}.")
@@ -135,7 +149,9 @@ def encode_captions(
         if not path.exists():
             with fetched(folder / shard["file_name"]) as local:
                 texts = list_texts(open_shard(local).rows)
-            write_whole(path, serialize_texts(_encode(encoder, texts), encoder.width, encoder.model.dtype))
+            content = serialize_texts(_encode(encoder, texts), encoder.width, encoder.model.dtype)
+            _check_settings(folder, settings)
+            write_whole(path, content)
         if progress is not None:
             progress(shard["num_items"], total)
     if accelerator.is_main_process and not (folder / NULL_TEXT).exists():

@@ -9,7 +9,7 @@ import diffusers
 import torch
 
 from ..bundled import MODELS, PIPELINES
-from ..checks import reason_of, sha256
+from ..checks import one_line, reason_of, sha256
 from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
 from ..description import INDEX_NAME
 from ..loading import load_autoencoder, resolve_bundled
@@ -70,6 +70,16 @@ def open_autoencoder(
     }
     # Diffusers' own `to` warns of layers that want float32; who names a dtype here wants that one.
     return OpenedAutoencoder(torch.nn.Module.to(vae.eval(), device, dtype), about)
+
+
+def open_for(
+    argument: str, source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> OpenedAutoencoder:
+    """Open an autoencoder as [`open_autoencoder`] does, with errors that name the argument that `source` is from."""
+    try:
+        return open_autoencoder(source, device, dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {source!r} cannot be loaded: {one_line(error)}") from None
 
 
 def find_class(name: str) -> Any | None:

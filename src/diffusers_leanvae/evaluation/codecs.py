@@ -88,6 +88,16 @@ class CodecReconstructor:
         """A codec has no weights."""
         return ""
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse clips of a size that the encoder does not take.
+
+        Raises:
+            ValueError: If it does not; it is asked with one frame.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            frame = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+            self._write(Path(folder, "frame.mkv"), frame, self._encoder.num_qualities - 1)
+
     def reconstruct(self, clip: torch.Tensor) -> Reconstruction:
         """Encode and decode; see [`reconstructors.Reconstructor.reconstruct`]. Pixels are rounded to 8 bits first."""
         pixels = sample_to_pixels(clip).permute(1, 2, 3, 0).cpu()

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from ..launching import is_first_process
+from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import sample_to_pixels, unit_to_pixels
-from .autoencoders import open_autoencoder
+from .autoencoders import open_autoencoder, open_for
 from .clips import list_clips, read_clip, whole_groups
 from .codecs import CodecReconstructor
 from .measures import MetricOptions
@@ -58,6 +59,7 @@ def compare(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[str], None] | None = None,
+    argument: str = "models",
 ) -> Comparison:
     """Measure several autoencoders, and codecs at the rates of their latents.
 
@@ -76,15 +78,16 @@ def compare(
         device: Where autoencoders and metrics are computed.
         dtype: Dtype of the autoencoders.
         progress: Called with a line per subject and clip.
+        argument: Where the caller takes `models` from, for messages.
 
     Raises:
-        ValueError: If a model cannot be opened, a name comes twice, or there is no clip.
+        ValueError: If a name comes twice, a model cannot be opened or a subject does not take clips of this size, of
+            which all are looked at before anything is measured; or if there is no clip.
     """
     names = list(models.values() if isinstance(models, Mapping) else models)
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"`models` must be names that differ, at least one, got {', '.join(names) or 'none'}.")
-    for codec in codecs:
-        CodecReconstructor(codec, 1.0)  # refused before anything is measured
+        raise ValueError(f"`{argument}` must be names that differ, at least one, got {', '.join(names) or 'none'}.")
+    _check_subjects(models, codecs, protocol, dtype, argument)
     pictures, is_first = _Pictures(source, protocol, num_examples), is_first_process()
 
     def judge(subject: Reconstructor) -> Evaluation:
@@ -115,6 +118,33 @@ def compare(
     anchors = [CodecReconstructor(codec, rate) for rate in rates for codec in codecs]
     evaluations += [judge(anchor) for anchor in {anchor.name: anchor for anchor in anchors}.values()]
     return Comparison(evaluations, pictures.examples(list(evaluations[0].clips)) if is_first else [])
+
+
+def _check_subjects(
+    models: Sequence[str] | Mapping[str, str],
+    codecs: Sequence[str],
+    protocol: Protocol,
+    dtype: torch.dtype,
+    argument: str,
+) -> None:
+    """Refuse what could not be measured; models are opened one after another, and not kept."""
+    side = protocol.resolution
+    for codec in codecs:
+        reconstructor = CodecReconstructor(codec, 1.0)
+        try:
+            reconstructor.check_size(side, side)
+        except ValueError as error:
+            raise ValueError(f"`codec` {codec!r} does not take these clips: {error}") from None
+    for place in models:
+        vae = open_for(argument, place, dtype=dtype).vae
+        if isinstance(vae, VideoAutoencoder):
+            shape = (1, vae.in_channels, protocol.num_frames or 1, side, side)
+            try:
+                vae.check_sample(torch.empty(shape, dtype=vae.dtype, device="meta"), "clip")
+            except ValueError as error:
+                raise ValueError(f"`{argument}` {place!r} does not take these clips: {error}") from None
+        del vae
+        gc.collect()
 
 
 class _Pictures:

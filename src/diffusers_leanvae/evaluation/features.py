@@ -69,7 +69,8 @@ class I3DFeatures:
 
     def __init__(self, path: str | Path | None, device: torch.device | str = "cpu") -> None:
         if path is None or not Path(path).expanduser().is_file():
-            raise ValueError(f"FVD has no I3D: `i3d` must be the torchscript file {I3D_SOURCE}, got {str(path)!r}.")
+            came = "none" if path is None else repr(str(path))
+            raise ValueError(f"FVD has no I3D: `i3d` must be the torchscript file {I3D_SOURCE}, got {came}.")
         try:
             self.network = torch.jit.load(str(Path(path).expanduser()), map_location=device).eval()
         except (RuntimeError, ValueError) as error:

@@ -55,7 +55,7 @@ class Journal:
     """Finished clips of one evaluation; each process writes a file of its own and reads all.
 
     Args:
-        folder: Where; made if it is not there.
+        folder: Where; made with the first result.
         setting: All that results depend on beyond the clips; results of another setting are not taken.
         rank: This process.
     """
@@ -63,7 +63,6 @@ class Journal:
     def __init__(self, folder: str | Path, setting: dict[str, Any], rank: int = 0) -> None:
         self.folder, self.path = Path(folder), Path(folder, f"clips-{rank}.jsonl")
         self.key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, ClipResult]:
         """Return the results of all processes so far, by name. A line that was cut off is left out."""
@@ -81,6 +80,7 @@ class Journal:
     def add(self, result: ClipResult) -> None:
         """Append a result."""
         line = json.dumps({"key": self.key, "result": asdict(result)}).encode()
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, 2)

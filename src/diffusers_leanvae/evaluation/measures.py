@@ -41,7 +41,9 @@ KINDS = {
 }
 _LPIPS_FRAMES = 4  # at a time: features of VGG16 take 100 MB for a frame of 256x256
 _LARGEST = 100.0  # of equal frames, as for PSNR: XPSNR is infinite, and VMAF has no more
-_SMALLEST_FILTERED = 16  # sides of frames
+_SMALLEST_FILTERED = 18  # sides of frames; with one of 16, VMAF's process is killed
+# XPSNR's blocks have sides of 4 * round(32 * sqrt(pixels / (3840 * 2160))); at 0, FFmpeg divides by it and is killed.
+_XPSNR_PIXELS = 3840 * 2160 // 64**2
 _PLACE = "frames over RGB with pixels in [0, 1], mean over frames and then over clips"
 
 
@@ -322,15 +324,24 @@ class FilterMeasure(Measure):
         name: Of the figure.
         metric: The figure.
         open_stream: Opens the filter for frames of a height and width.
+        num_pixels: Pixels that frames must have at least.
     """
 
-    def __init__(self, name: str, metric: Metric, open_stream: Callable[[int, int], VmafStream | XpsnrStream]) -> None:
-        self.metrics, self.open_stream = {name: metric}, open_stream
+    def __init__(
+        self,
+        name: str,
+        metric: Metric,
+        open_stream: Callable[[int, int], VmafStream | XpsnrStream],
+        num_pixels: int = _SMALLEST_FILTERED**2,
+    ) -> None:
+        self.metrics, self.open_stream, self.num_pixels = {name: metric}, open_stream, num_pixels
         self.stream: VmafStream | XpsnrStream | None = None
 
     def start(self, height: int, width: int) -> None:
         if min(height, width) < _SMALLEST_FILTERED or height % 2 or width % 2:
             raise ValueError(f"needs frames with even sides of at least {_SMALLEST_FILTERED}, got {height}x{width}")
+        if height * width < self.num_pixels:
+            raise ValueError(f"needs frames of at least {self.num_pixels} pixels, got {height}x{width}")
         self.stream = self.open_stream(height, width)
 
     def update(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
@@ -434,7 +445,7 @@ def _make(kind: str, options: MetricOptions, device: torch.device | str) -> Meas
     if kind == "xpsnr":
         definition = "XPSNR of the luma of 8-bit 4:2:0 BT.709 frames, mean over frames and clips; at most 100."
         metric = Metric("XPSNR", definition, "dB", digits=2)
-        return FilterMeasure("xpsnr_y_frame_mean", metric, XpsnrStream)
+        return FilterMeasure("xpsnr_y_frame_mean", metric, XpsnrStream, _XPSNR_PIXELS)
     if kind == "flicker":
         definition = (
             "Mean absolute difference between the changes from frame to frame of reconstruction and original, in "

@@ -33,7 +33,7 @@ class Protocol:
         resampling: `"bicubic"`: the short side is resized to `resolution` with antialiasing, in floating point, then
             the centre is cut out. `"lanczos"`: the largest square in the centre is cut out and resized in 8 bits by
             Pillow, as StyleGAN-V does.
-        jpeg_quality: Quality of JPEG that frames go through, as in StyleGAN-V's data sets; `None` for none.
+        jpeg_quality: Quality, 1 to 100, of JPEG that frames go through, as in StyleGAN-V's data sets; `None` for none.
         num_feature_frames: First frames of a clip that features (FVD) see.
         metrics: Kinds of metrics, in order.
         seed: Of the random starts.
@@ -60,9 +60,9 @@ class Protocol:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         for name, smallest in (("resolution", 8), ("stride", 1), ("num_feature_frames", 1), ("seed", 0)):
             self._check_number(name, smallest)
-        for name in ("num_frames", "min_frames", "max_clips", "jpeg_quality"):
+        for name, largest in (("num_frames", None), ("min_frames", None), ("max_clips", None), ("jpeg_quality", 100)):
             if getattr(self, name) is not None:
-                self._check_number(name, 1)
+                self._check_number(name, 1, largest)
         for name, legal in (("layout", LAYOUTS), ("start", STARTS), ("resampling", RESAMPLINGS)):
             check_choice(name, getattr(self, name), legal)
         for kind in self.metrics:
@@ -70,10 +70,12 @@ class Protocol:
         if self.num_frames is None and (self.start != "first" or self.stride != 1):
             raise ValueError("`num_frames` must be a number where `start` is 'random' or `stride` is not 1, got null.")
 
-    def _check_number(self, name: str, smallest: int) -> None:
+    def _check_number(self, name: str, smallest: int, largest: int | None = None) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise ValueError(f"`{name}` must be a whole number of at least {smallest}, got {value!r}.")
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not is_number or value < smallest or (largest is not None and value > largest):
+            legal = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+            raise ValueError(f"`{name}` must be a whole number {legal}, got {value!r}.")
 
     @property
     def span(self) -> int:

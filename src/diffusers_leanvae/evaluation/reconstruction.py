@@ -94,14 +94,14 @@ def evaluate_reconstruction(
         The evaluation. Nothing is rounded.
 
     Raises:
-        ValueError: If there is no clip, or none that can be read.
+        ValueError: If there is no clip, or none that can be read, or every metric lacks its weights or programs.
     """
     ratio, cell = _ratio(reconstructor), reconstructor.about.get("spatial_compression_ratio") or 8
     if isinstance(reconstructor, StreamingReconstructor) and (protocol.num_frames or 1) % ratio != 1 % ratio:
         raise ValueError(f"`num_frames` must be {ratio} * n + 1 for clips in pieces, got {protocol.num_frames}.")
     share = _share()
     measures = make_measures(protocol.metrics, options, device, ratio, cell)
-    _check_feature_frames(measures, protocol)
+    _check_measures(measures, protocol)
     names = [*measures.metrics, *(features.name for features in measures.features.values())]
     judged = {"name": reconstructor.name, "about": reconstructor.about}
     setting = {"judged": judged, "source": str(source), "protocol": protocol.to_json(), "metrics": names}
@@ -348,13 +348,17 @@ def _gather(items: list[Any], share: Share) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def _check_feature_frames(measures: Measures, protocol: Protocol) -> None:
+def _check_measures(measures: Measures, protocol: Protocol) -> None:
+    """Leave out features that do not get the frames that they take; at least one metric must be left."""
     for kind, network in list(measures.features.items()):
         try:
             protocol.check_features(network)
         except ValueError as error:
             measures.missing[kind] = str(error)
             del measures.features[kind]
+    if protocol.metrics and not (measures.clips or measures.features):
+        reasons = " ".join(measures.missing.values())
+        raise ValueError(f"`metrics` must have one that can be computed, got {', '.join(protocol.metrics)}: {reasons}")
 
 
 def _merge(measures: Measures, results: Sequence[ClipResult]) -> dict[str, Any]:

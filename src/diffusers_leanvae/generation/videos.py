@@ -13,8 +13,9 @@ from ..checks import check_choice
 from ..loading import load_diffusion_pipeline
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoWriter, read_video
-from ..video_io.formats import check_output, is_sequence
+from ..video_io.formats import check_output
 from ..video_io.pixels import pixels_to_unit, unit_to_pixels, video_grid
+from ..video_io.writer import MIN_RATE
 from .pipeline import LatentVideoPipeline
 from .schedulers import SCHEDULERS, make_scheduler, respaced_timesteps
 
@@ -79,8 +80,9 @@ def generate_videos(
 
     Args:
         model: A bundled pipeline, a folder or a Hub id: see [`load_pipeline`].
-        output: A video file, an animation or numbered pictures (`f_%04d.png`), in which several videos form a grid;
-            or, by a name without an extension or with a slash at its end, a folder with one file for each.
+        output: A video file, an animation or numbered pictures (`f_%04d.png`), or of `num_frames=1` a picture, in
+            which several videos form a grid; or, by a name without an extension or with a slash at its end, a folder
+            with one file for each.
         labels: Classes by name or id, used in turn; random ones if `None`.
         prompts: Texts, used in turn, for a text-to-video pipeline.
         image: Image file with the first frame of the videos.
@@ -92,7 +94,7 @@ def generate_videos(
         device: Device to compute on.
         dtype: Dtype of the weights and of the computation.
         max_memory: Bytes that decoding may use in addition to the weights; the autoencoder chooses its tiles by it.
-        fps: Frames per second of the files.
+        fps: Frames per second of the files, as of `VideoWriter`.
         codec: Codec of the files, by default that of their container; see `VideoWriter`.
         crf: Constant rate factor of the files; lower is better.
         pixel_format: Pixel format of the files, by default that of the codec.
@@ -108,11 +110,13 @@ def generate_videos(
         ValueError: If an argument is not legal or does not fit the pipeline.
     """
     writer_options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pixel_format, "overwrite": overwrite}
-    folder = _find_folder(output)
+    if not MIN_RATE <= fps < 100000:
+        raise ValueError(f"`fps` must be at least 0.00001 and less than 100000, got {fps}.")
+    folder, num_frames = _find_folder(output), options.get("num_frames")
     if folder is None:
-        _check_files([Path(output)], writer_options)
+        _check_files([Path(output)], num_frames, writer_options)
     else:  # which files there will be, only the pipeline knows
-        _check_files([folder / "000.mp4"], writer_options | {"overwrite": True})
+        _check_files([folder / "000.mp4"], num_frames, writer_options | {"overwrite": True})
     pipeline = load_pipeline(model, device, dtype)
     if max_memory is not None:
         if not isinstance(pipeline.vae, VideoAutoencoder):
@@ -129,7 +133,9 @@ def generate_videos(
         options["image"] = pixels_to_unit(read_video(image, num_frames=1)[0]).permute(0, 3, 1, 2)
     argument, conditions = _conditions(pipeline, labels, prompts, num_videos, seed)
     paths = [Path(output)] if folder is None else [folder / name for name in _file_names(conditions)]
-    _check_files(paths, writer_options)
+    if num_frames is None:
+        num_frames = pipeline.layout.num_sample_frames(pipeline._num_trained_latent_frames())
+    _check_files(paths, num_frames, writer_options)
 
     batches = []
     for start in range(0, len(conditions), batch_size):
@@ -155,10 +161,16 @@ def _find_folder(output: str | Path) -> Path | None:
     return path if is_folder else None
 
 
-def _check_files(paths: list[Path], writer_options: dict[str, Any]) -> None:
-    """Refuse outputs that could not be written, without touching anything."""
+def _check_files(paths: list[Path], num_frames: int | None, writer_options: dict[str, Any]) -> None:
+    """Refuse outputs that could not be written, without touching anything; `num_frames` is `None` if not known yet."""
     for path in paths:
-        check_output(path, num_images=None if is_sequence(path) else 2, makes_folders=True, **writer_options)
+        output = check_output(path, makes_folders=True, **writer_options)
+        if output.kind == "image" and num_frames not in (None, 1):
+            raise ValueError(
+                f"Cannot write {str(path)!r}: an image file holds one frame, and there would be {num_frames}; "
+                f"`num_frames=1` (`--num-frames 1`) makes one, and a pattern such as '{path.stem}_%04d{path.suffix}' "
+                "writes one file for each."
+            )
 
 
 def _file_names(conditions: list[Any]) -> list[str]:

@@ -457,7 +457,7 @@ def _keep_sound(clip: _Source, target: Path, end: Fraction) -> Path | None:
 def _sound_of(source: str | Path, info: LatentsInfo, audio_from: str | Path | None) -> Iterator[dict[str, Any]]:
     """Give the options by which `VideoWriter` finds the sound for latents."""
     if audio_from is not None:
-        with local_file(audio_from) as path:
+        with local_file(audio_from) as path, _naming_sound(path, repr(str(audio_from))):
             if info.fingerprint:
                 is_source = fingerprint(path) == info.fingerprint
             else:  # of an earlier version
@@ -467,9 +467,20 @@ def _sound_of(source: str | Path, info: LatentsInfo, audio_from: str | Path | No
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
             path = Path(folder, "sound.mkv")
             copy_sound(source, path)
-            yield _sound_options(path, Fraction(0))
+            with _naming_sound(path, f"the sound in {str(source)!r}"):
+                yield _sound_options(path, Fraction(0))
     else:
         yield {}
+
+
+@contextmanager
+def _naming_sound(path: Path, name: str) -> Iterator[None]:
+    """Let errors call a file with sound, maybe a temporary copy, by the name of where it comes from."""
+    try:
+        yield
+    except VideoError as error:
+        text = str(error).replace(f"{str(path)!r} as a video or image", name).replace(repr(str(path)), name)
+        raise VideoError(text) from error
 
 
 # --- Frames through streams ------------------------------------------------------------------------------------------

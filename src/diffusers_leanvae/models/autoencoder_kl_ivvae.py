@@ -470,7 +470,7 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
                 f"`base_channels` must make even widths of all levels but the first (upsampling halves them), got "
                 f"{base_channels}."
             )
-        check_statistics(latent_channels, latents_mean, latents_std)
+        check_statistics(latent_channels, latents_mean, latents_std, scaling_factor)
         self.encoder = IVVAEEncoder(latent_channels, dims, num_layers, design)
         self.decoder = IVVAEDecoder(latent_channels, dims, num_layers, design)
         self._name_layers(GroupCausalConv3d, CausalConv3d)

@@ -42,7 +42,7 @@ from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import VideoAutoencoder
-from .video_config import check_statistics
+from .video_config import check_factor, check_statistics
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -346,7 +346,8 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
                 f"`patch_size` must be three positive integers (time, height, width) with height = width, got "
                 f"{patch_size}."
             )
-        check_statistics(latent_channels, latents_mean, latents_std)
+        check_factor("pixel_factor", pixel_factor)
+        check_statistics(latent_channels, latents_mean, latents_std, scaling_factor)
 
         geometry = LeanVAEPatchGeometry(in_channels, (patch_size[0], *patch_size[1:]), patch_embedding_type)
         dim = low_freq_dim + high_freq_dim

@@ -486,7 +486,7 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         check_choice("temporal_interpolation", temporal_interpolation, ("linear", "nearest"))
         check_choice("temporal_compression_ratio", temporal_compression_ratio, (4, 8))
         check_choice("num_wavelet_levels", num_wavelet_levels, (3, 2, 1))
-        check_statistics(latent_channels, latents_mean, latents_std)
+        check_statistics(latent_channels, latents_mean, latents_std, scaling_factor)
         layers = Layers(norm_type, dropout, temporal_interpolation)
         wavelets = (Wavelet(True), Wavelet(temporal_compression_ratio == 8), Wavelet(True))  # from the pixels down
         self.encoder = WFVAEEncoder(

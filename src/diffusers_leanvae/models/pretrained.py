@@ -31,7 +31,7 @@ from ..conversion.checkpoints import (
     read_tensors,
     resolve_checkpoint,
 )
-from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
+from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, read_header
 from ..hub import pushing
 from ..hub_errors import hub_reason
 
@@ -109,15 +109,17 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         """Load a config as diffusers does, and check that it describes a model of this class.
 
         Raises:
-            ValueError: If it is of another class or of an original model; if no such model can be built, or only one
-                of far more parameters than there are weights next to the config, or bytes of memory.
+            ValueError: If it is no JSON object, of another class or of an original model; if no such model can be
+                built, or only one of far more parameters than there are weights next to the config, or bytes of
+                memory, or one of other keys than those weights.
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.pop("auto_map", None)  # which is for `AutoModel`
         source = str(pretrained_model_name_or_path)
+        check_is_object(config, source, kwargs.get("subfolder"))
+        config.pop("auto_map", None)  # which is for `AutoModel`
         _check_class(cls, config, source)
-        _check_size(cls, config, source, kwargs.get("subfolder"))
+        _check_weights(cls, config, source, kwargs.get("subfolder"))
         return loaded
 
 
@@ -296,6 +298,13 @@ def _read_original(
         raise
 
 
+def check_is_object(config: Any, source: str, subfolder: str | None = None, name: str = CONFIG_NAME) -> None:
+    """Refuse a config that is some other JSON than an object."""
+    if not isinstance(config, Mapping):
+        place = "/".join(filter(None, (source, subfolder)))
+        raise ValueError(f"`{name}` of {place!r} must hold a JSON object, got a {type(config).__name__}.")
+
+
 def _check_class(model_class: type[PretrainedModel], config: Mapping[str, Any], source: str) -> None:
     name, found = model_class.__name__, config.get("_class_name")
     if model_class.is_original_config(config):
@@ -311,7 +320,7 @@ def _check_class(model_class: type[PretrainedModel], config: Mapping[str, Any], 
         )
 
 
-def _check_size(
+def _check_weights(
     model_class: type[PretrainedModel], config: Mapping[str, Any], source: str, subfolder: str | None
 ) -> None:
     try:
@@ -321,6 +330,7 @@ def _check_size(
         raise ValueError(f"`config.json` of {source!r} must describe an `{model_class.__name__}`: {reason}.") from None
     count = sum(parameter.numel() for parameter in model.parameters())
     folder = Path(source, subfolder or "")
+    _check_keys(model, config, folder)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
     if num_bytes and count > 2 * num_bytes:  # half a byte for each: nobody stores less
         have = f"{num_bytes} bytes of weights next to it"
@@ -331,6 +341,23 @@ def _check_size(
     raise ValueError(
         f"`config.json` of {source!r} must describe the model that is stored, got {count} parameters for {have}."
     )
+
+
+def _check_keys(model: PretrainedModel, config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse weights of other keys, such as original ones, in whose place diffusers would take random ones or none."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file() or "quantization_config" in config:  # quantised weights have other keys
+        return
+    try:
+        found = read_header(path).tensors.keys()
+    except ValueError:  # damaged weights are told when they are read
+        return
+    expected = model.state_dict().keys()
+    if (missing := sorted(expected - found)) and found - expected:  # a subclass may have more, an old file too
+        raise ValueError(
+            f"`{WEIGHTS_NAME}` of {str(folder)!r} must hold the weights that its config describes, got a file without "
+            f"{len(missing)} of them, for instance {missing[0]!r}."
+        )
 
 
 def _machine_memory() -> int:

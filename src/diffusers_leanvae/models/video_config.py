@@ -7,10 +7,24 @@ from typing import Any, Self
 from diffusers.configuration_utils import FrozenDict
 
 
-def check_statistics(latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None) -> None:
-    for name, statistics in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-        if statistics is not None and len(statistics) != latent_channels:
+def check_factor(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+
+
+def check_statistics(
+    latent_channels: int, latents_mean: list[float] | None, latents_std: list[float] | None, scaling_factor: float
+) -> None:
+    check_factor("scaling_factor", scaling_factor)
+    for name, statistics, limit in (("latents_mean", latents_mean, -math.inf), ("latents_std", latents_std, 0)):
+        if statistics is None:
+            continue
+        if len(statistics) != latent_channels:
             raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
+        for value in statistics:
+            if not isinstance(value, int | float) or not limit < value < math.inf:
+                numbers = "finite numbers" if limit else "finite numbers above 0"
+                raise ValueError(f"`{name}` must hold {numbers}, got {value!r}.")
     if (latents_mean is None) != (latents_std is None):
         missing = "latents_mean" if latents_mean is None else "latents_std"
         raise ValueError(f"`latents_mean` and `latents_std` must be given together, got no `{missing}`.")
