@@ -524,6 +524,8 @@ def test_on_the_command_line(cache: LatentFolder, vae, tmp_path: Path):
     assert result.exit_code == 1 and "`--clip-size` must be FRAMESxHEIGHTxWIDTH" in result.stderr
     result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "out"), "--save-dtype", "bf16"])
     assert result.exit_code == 1 and "error: `--save-dtype` must be one of 'float32' (fp32)" in result.stderr
+    result = CliRunner().invoke(app, ["encode-dataset", "shapes", str(tmp_path / "out"), "--seed", "-1"])
+    assert result.exit_code == 2 and "--seed" in result.stderr
     (tmp_path / "file").touch()
     arguments[2] = tmp_path / "file"
     result = CliRunner().invoke(app, list(map(str, arguments)))

@@ -118,6 +118,17 @@ def test_a_single_latent_is_written_and_comes_back(vae, tmp_path: Path):
     assert Image.open(tmp_path / "out.png").size == (8, 8)
 
 
+def test_latents_that_are_not_finite_are_refused_and_leave_nothing(vae, tmp_path: Path):
+    with LatentsWriter(tmp_path / "z.safetensors") as writer:
+        latents = torch.zeros(1, vae.latent_channels, 9, 1, 1)
+        latents[:, :, 7] = torch.nan
+        writer.write(latents)
+        writer.close(LatentsInfo("m", "25", 33, 8, 8, "in.mp4", False))
+    with pytest.raises(ValueError, match="^`source` must hold finite latents, got infinite ones or NaN in .*z.safet"):
+        decode_video(vae, tmp_path / "z.safetensors", tmp_path / "out.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("metadata", "times", "reason"),
     [

@@ -191,7 +191,7 @@ def encode_dataset(
     num_clips: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of clips (required for streams); without it all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for choosing the crops.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for choosing the crops.")] = 0,
     caption_column: Annotated[
         str | None,
         typer.Option(

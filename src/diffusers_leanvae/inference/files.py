@@ -595,7 +595,10 @@ def _decode_frames(source: str | Path, decoder: StreamingDecoder, height: int, w
     for begin in range(0, num_latent_frames, decoder.step):
         # Opened again for every step: what was read of a mapped file stays in memory until it is closed.
         with open_latents(source) as (latents, _):
-            chunk = latents[:, :, begin : begin + decoder.step].to(decoder.vae.device, decoder.vae.dtype)
+            chunk = latents[:, :, begin : begin + decoder.step]
+            if not chunk.isfinite().all():
+                raise ValueError(f"`source` must hold finite latents, got infinite ones or NaN in {str(source)!r}.")
+            chunk = chunk.to(decoder.vae.device, decoder.vae.dtype)
         yield from _unit_frames(decoder.push(chunk), height, width)
     yield from _unit_frames(decoder.flush(), height, width)
 
