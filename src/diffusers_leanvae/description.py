@@ -329,6 +329,33 @@ def _weight_files(folder: Path) -> list[Path]:
     return next(iter(variants.values()), [])
 
 
+def check_replaceable(name: str, folder: Path) -> None:
+    """Refuse to replace the current folder or one above it, and any but an empty one or one of a saved model.
+
+    Args:
+        name: Where the folder was given, for the message.
+        folder: What is to be replaced; need not exist.
+    """
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{name} must not be the current folder, which would be replaced, got {str(folder)!r}.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got {str(folder)!r}, which is a file.")
+    if folder.exists() and any(folder.iterdir()) and not _has_model(folder):
+        raise ValueError(f"{name} must be new, empty or a model folder, got {str(folder)!r}.")
+
+
+def _has_model(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in (ADAPTER_NAME, "adapter_config.json")):
+        return True
+    for name in (CONFIG_NAME, INDEX_NAME):
+        try:
+            if "_class_name" in read_json(folder / name):
+                return True
+        except (OSError, ValueError):
+            pass
+    return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

@@ -55,6 +55,11 @@ def test_cards_carry_what_the_hub_reads(tmp_path: Path):
     result.write_text(json.dumps(RESULT | {"weights_sha256": weights}))
     picture = tmp_path / "sample.PNG"
     options = hub.CardOptions("apache-2.0", "someone/base", ("someone/clips",), (result,), picture)
+    for name, wrong in (("license", "foo bar"), ("base_model", "???"), ("datasets", ("not valid id",))):
+        with pytest.raises(ValueError, match=f"^`{name}` must be "):
+            hub.CardOptions(**{name: wrong})
+    with pytest.raises(ValueError, match=r"^`picture` must be one of .png, .*, got '.env'\.$"):
+        hub.CardOptions(picture=Path(".env"))
     with pytest.raises(ValueError, match="`picture` must be an image file, got .*sample.PNG', which is no file"):
         hub.render_hub_card(tmp_path, "someone/vae", options)
     picture.write_bytes(b"picture")

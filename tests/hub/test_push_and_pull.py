@@ -47,6 +47,23 @@ def test_a_folder_is_pushed_and_pulled(server: LocalHub, tmp_path: Path, monkeyp
     code, output = leanvae("pull", "someone/wf")
     assert code == 1 and "FOLDER must not exist without `--overwrite`, got 'wf'" in output
     assert leanvae("pull", "someone/wf", "--overwrite")[0] == 0
+    # What is no model is not replaced, and least of all the folder that one is in.
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    refused = {"work": "FOLDER must be new, empty or a model folder", "shot.png": "FOLDER must be a folder"}
+    for name, message in refused.items():
+        code, output = leanvae("pull", "someone/wf", name, "--overwrite")
+        assert code == 1 and message in output, output
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "work" / "deep")
+        for name in (".", "..", tmp_path / "work"):
+            code, output = leanvae("pull", "someone/wf", name, "--overwrite")
+            assert code == 1 and "FOLDER must not be the current folder, which would be replaced" in output
+            with pytest.raises(ValueError, match="^`folder` must not be the current folder"):
+                hub.pull("someone/wf", Path(name))
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert leanvae("pull", "someone/wf", "empty", "--overwrite")[0] == 0
 
     # A README stays, but for what is asked for.
     (tmp_path / "model" / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Mine\n")

@@ -224,7 +224,11 @@ def test_an_error_of_any_stage_is_that_of_stages_in_turn_and_leaves_nothing(vae,
             VideoError,
             "yuv420p needs even sizes",
         ),
-        "caller": (lambda path: reconstruct_video(vae, source, path, progress=stop, **options), KeyboardInterrupt, "^$"),
+        "caller": (
+            lambda path: reconstruct_video(vae, source, path, progress=stop, **options),
+            KeyboardInterrupt,
+            "^$",
+        ),
     }
     for stage, (call, kind, expected) in cases.items():
         said = []

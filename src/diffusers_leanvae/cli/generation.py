@@ -112,6 +112,8 @@ def generate(
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
     if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
         raise ValueError(f"`--guidance-scale` must be a finite number from 0 on, got {guidance_scale}.")
+    if not output:  # which as a path is the current folder
+        raise ValueError("`--output` must not be empty, got ''.")
     from ..generation import generate_videos
 
     hide_bars_of_diffusers()

@@ -75,6 +75,9 @@ def find_jobs(
     Raises:
         ValueError: If there is nothing to read, or something that is read would be written over.
     """
+    for name, text in (("IN", source), ("OUT", target)):
+        if not text:  # which as a path is the current folder
+            raise ValueError(f"{name} must not be empty, got ''.")
     if as_json and target == STANDARD:
         raise ValueError(f"`--json` must not be given with standard output as OUT, got {target!r}.")
     place = _place(source)

@@ -11,8 +11,7 @@ import typer
 from .. import bundled
 from ..atomic import replace_folder
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
-from ..conversion.headers import CONFIG_NAME
-from ..description import describe, describe_model, list_files, read_json
+from ..description import check_replaceable, describe, describe_model, list_files
 from .choices import DTYPE_NAMES, complete
 from .common import DTYPES_TEXT, Json, print_json, render_table
 
@@ -123,24 +122,13 @@ def convert(
 
 def _check_output(target: Path, overwrite: bool) -> None:
     """Refuse to replace anything without `--overwrite`, and with it any folder but that of a model."""
-    here = Path.cwd()
     if not target.exists():
         return
-    if target.resolve() in (here, *here.parents):
-        raise ValueError(f"OUT must not be the current folder, which would be replaced, got {str(target)!r}.")
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.is_dir() and not _holds_model(target):
-        raise ValueError(f"OUT must be new, empty or a model folder, got {str(target)!r}.")
-    if not overwrite:
+    if target.is_dir():
+        check_replaceable("OUT", target)
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if not (overwrite or is_empty):
         raise ValueError(f"OUT must not exist without `--overwrite`, got {str(target)!r}.")
-
-
-def _holds_model(folder: Path) -> bool:
-    try:
-        return "_class_name" in read_json(folder / CONFIG_NAME)
-    except (OSError, ValueError):
-        return False
 
 
 def _check_not_read(target: Path, sources: Iterable[str | Path]) -> None:

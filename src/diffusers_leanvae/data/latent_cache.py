@@ -313,6 +313,8 @@ def _describe(vae: VideoAutoencoder) -> dict[str, Any]:
 
 
 def _open_folder(output: str | Path) -> AnyPath:
+    if not str(output):  # which as a path is the current folder
+        raise ValueError("`output` must not be empty, got ''.")
     folder = open_path(output)
     if isinstance(folder, Path):
         place = next(place for place in (folder, *folder.parents) if place.exists())

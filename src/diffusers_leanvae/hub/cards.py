@@ -1,12 +1,15 @@
 """The card of a model, pipeline or adapter: metadata that the Hub reads, and how to load what it describes."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..checks import reason_of, sha256
 from ..conversion.headers import WEIGHTS_NAME
@@ -15,6 +18,7 @@ from ..registration import MODELS, PIPELINES
 
 
 CARD_NAME = "README.md"
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".avif")  # what a card can show
 CARD = """\
 # {title}
 
@@ -90,6 +94,18 @@ class CardOptions:
     datasets: tuple[str, ...] = ()
     results: tuple[Path, ...] = ()
     picture: Path | None = None
+
+    def __post_init__(self) -> None:
+        for repo_id in (*filter(None, [self.base_model]), *self.datasets):
+            try:
+                validate_repo_id(repo_id)
+            except HFValidationError as error:
+                name = "base_model" if repo_id == self.base_model else "datasets"
+                raise ValueError(f"`{name}` must be repositories, got {repo_id!r}: {reason_of(error)}.") from None
+        if self.license is not None and not re.fullmatch(r"[\w.+-]+", self.license):
+            raise ValueError(f"`license` must be an identifier such as 'apache-2.0', got {self.license!r}.")
+        if self.picture is not None and self.picture.suffix.lower() not in PICTURES:
+            raise ValueError(f"`picture` must be one of {', '.join(PICTURES)}, got {str(self.picture)!r}.")
 
     @property
     def picture_name(self) -> str:

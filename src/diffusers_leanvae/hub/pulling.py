@@ -11,6 +11,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from ..atomic import replace_folder
 from ..checks import sha256
+from ..description import check_replaceable
 from ..hub_errors import hub_reason
 from .pushing import check_repo_id
 
@@ -38,15 +39,17 @@ def pull(
 
     Args:
         repo_id: `user/name`.
-        folder: Folder to make; an existing one is replaced.
+        folder: Folder to make; an empty one, or one with a saved model, pipeline or adapter, is replaced.
         revision: Branch, tag or commit; the main branch by default.
         variant: Weights of this variant instead of the plain ones, where there are any.
         token: Token of the Hub, the stored one by default.
 
     Raises:
-        ValueError: If it cannot be had, a file is damaged or its name leads out of the folder; in one sentence.
+        ValueError: If it cannot be had, a file is damaged or its name leads out of the folder, or if the folder is the
+            current one or has anything else; in one sentence.
     """
     check_repo_id("repo_id", repo_id)
+    check_replaceable("`folder`", Path(folder))
     name = None
     try:
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
