@@ -8,6 +8,7 @@ from diffusers import LatteTransformer3DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 
+from diffusers_leanvae.generation.arguments import check_tensor
 from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
@@ -187,7 +188,10 @@ class LeanVAELatteTextToVideoPipeline(LatentVideoPipeline):
             ("prompt", prompt_embeds, prompt_attention_mask),
             ("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
         ):
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != width):
+            for kind, tensor in (("embeds", embeds), ("attention_mask", mask)):
+                if tensor is not None:
+                    check_tensor(f"{name}_{kind}", tensor)
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != width or 0 in embeds.shape):
                 raise ValueError(
                     f"`{name}_embeds` must have shape (batch_size, length, {width}), got {tuple(embeds.shape)}."
                 )

@@ -143,6 +143,9 @@ def test_lengths_are_those_that_tokenizer_and_model_take(t5: Path, tmp_path: Pat
             load_text_encoder(tmp_path, max_length=length)
         with pytest.raises(ValueError, match=f"`name` must be 1 to the tokenizer's 24, got {length}"):
             check_length("name", length, encoder.tokenizer)
+    for length in (1.5, "x", True):
+        with pytest.raises(ValueError, match=f"`name` must be an integer, got {length!r}"):
+            check_length("name", length, encoder.tokenizer)  # type: ignore
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

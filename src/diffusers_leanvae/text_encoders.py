@@ -6,6 +6,7 @@ cache of embeddings and in the pipeline.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +61,12 @@ def check_length(name: str, length: int | None, tokenizer: Any) -> int:
     """Return a number of tokens that a tokenizer can give; by default 120, or as many as it takes.
 
     Raises:
-        ValueError: If it is more than that, or none.
+        ValueError: If it is more than that, or none, or no integer.
     """
     if length is None:
         return min(MAX_SEQUENCE_LENGTH, tokenizer.model_max_length)
+    if isinstance(length, bool) or not isinstance(length, Integral):
+        raise ValueError(f"`{name}` must be an integer, got {length!r}.")
     if not 1 <= length <= tokenizer.model_max_length:
         raise ValueError(f"`{name}` must be 1 to the tokenizer's {tokenizer.model_max_length}, got {length}.")
     return length

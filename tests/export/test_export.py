@@ -406,6 +406,20 @@ def test_a_program_of_torch_export_is_the_model(tmp_path):
     program = torch.export.load(tmp_path / "out" / "decoder.pt2", extra_files=told).module()
     assert json.loads(told["leanvae.json"]) == json.loads(manifest)
     assert_decodes(program, vae, [(1, 4, 2, 3), (3, 6, 1, 1)])
+    assert json.loads(manifest)["graphs"]["decoder"]["min_latent_side"] == 1
+
+
+@torch.no_grad()
+def test_a_program_of_an_encoder_says_the_least_side(tmp_path):
+    vae = make_tiny("leanvae", **SMALLEST)
+    (path,) = export_model(vae, tmp_path / "out", "torch-export", parts=("encoder",))
+    side = json.loads((tmp_path / "out" / files.MANIFEST).read_text())["graphs"]["encoder"]["min_latent_side"]
+    program = torch.export.load(path).module()
+    video = videos(vae, 1, 5, side, side)
+    torch.testing.assert_close(program(video)[0], vae.encode(video).latent_dist.mean, rtol=0, atol=ATOL)
+    for sides in [(side - 1, side), (side, side - 1)]:
+        with pytest.raises(AssertionError, match="Guard failed"):
+            program(videos(vae, 1, 5, *sides))
 
 
 @pytest.mark.slow

@@ -41,6 +41,10 @@ class TestRespacing:
         with pytest.raises(ValueError, match=rf"`num_steps` must be between 1 and 1000, got {num_steps}\."):
             respaced_timesteps(num_steps)
 
+    def test_no_integer(self):
+        with pytest.raises(ValueError, match=r"`num_steps` must be an integer, got 1\.5\."):
+            respaced_timesteps(1.5)  # type: ignore
+
 
 class TestSchedulers:
     @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
@@ -142,4 +146,9 @@ class TestGuidance:
         with pytest.raises(
             ValueError, match=rf"`num_guided_channels` must be between 1 and 16, got {num_guided_channels}\."
         ):
+            guide_noise(*outputs, 7.0, 16, num_guided_channels)
+
+    @pytest.mark.parametrize("num_guided_channels", [1.5, True, "4"])
+    def test_no_integers(self, outputs: tuple[torch.Tensor, torch.Tensor], num_guided_channels: Any):
+        with pytest.raises(ValueError, match=f"`num_guided_channels` must be an integer, got {num_guided_channels!r}"):
             guide_noise(*outputs, 7.0, 16, num_guided_channels)

@@ -27,3 +27,17 @@ def test_edges_are_mirrored_and_the_last_frame_repeated():
 def test_illegal_input_is_named():
     with pytest.raises(ValueError, match="must have shape"):
         pad_sample(torch.rand(3, 8, 8))
+
+
+@pytest.mark.parametrize("ratios", [(0, 8), (4, 0), (-4, 8), (4, -8), (4.0, 8), (4, None)])
+def test_illegal_ratios_are_named(ratios):
+    with pytest.raises(ValueError, match=r"^`(temporal|spatial)_ratio` must be a positive whole number, got "):
+        pad_sample(torch.rand(1, 3, 5, 8, 8), *ratios)
+
+
+def test_what_cannot_be_cropped_is_named():
+    with pytest.raises(ValueError, match=r"^`sample` must have shape .* got \(3, 5, 8, 8\)\.$"):
+        crop_sample(torch.rand(3, 5, 8, 8), Padding(5, 8, 8))
+    with pytest.raises(ValueError, match=r"^`padding` must be a `Padding`, got \(5, 8, 8\)\.$"):
+        crop_sample(torch.rand(1, 3, 5, 8, 8), (5, 8, 8))
+    assert crop_sample(torch.rand(1, 3, 2, 8, 8), Padding(5, 7, 8)).shape == (1, 3, 2, 7, 8)  # a piece of a stream

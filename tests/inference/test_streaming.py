@@ -203,12 +203,27 @@ def test_state_is_saved_and_restored(vae, tmp_path, tiled):
     vae.disable_tiling()
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("family, config", [("leanvae", {"num_fusion_layers": 1}), ("wfvae", {}), ("ivvae", {})])
+@torch.no_grad()
+def test_a_state_of_other_layers_is_refused(vae, family, config, tiled):
+    stream = StreamingDecoder(vae, 1, TemporalCache(layout=(16, 24, 5) if tiled else None))
+    stream.push(vae.encode(video(5)).latent_dist.mode())
+    other = StreamingDecoder(make_tiny(family, torch.float64, **config), 1)
+    with pytest.raises(
+        ValueError, match="^`state_dict` must be the state of a StreamingDecoder of such a model, got "
+    ):
+        other.load_state_dict(stream.state_dict())
+
+
 @torch.no_grad()
 def test_misuse_is_named(vae):
     with pytest.raises(ValueError, match="positive multiple of 4, got 6"):
         StreamingEncoder(vae, num_frames_per_step=6)
-    with pytest.raises(ValueError, match="must be positive, got 0"):
-        StreamingDecoder(vae, num_latent_frames_per_step=0)
+    for step in (0, -1, None, "4", 4.0, 1.5):
+        for stream_class in (StreamingEncoder, StreamingDecoder):
+            with pytest.raises(ValueError, match=f"frames_per_step` must be a positive whole number, got {step!r}"):
+                stream_class(vae, step)
     stream = StreamingEncoder(vae)
     stream.push(video(2))
     kept = r"stream's \(B, C, H, W\), dtype and device \(\(1, 3, 24, 40\), torch.float64, 'cpu'\), got"

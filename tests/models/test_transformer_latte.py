@@ -367,6 +367,22 @@ class TestTraining:
         other.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=None)
         assert_close(other(**inputs).sample, adapted, 0)
 
+    @torch.no_grad()
+    def test_adapters_must_be_merged_before_saving(self, tmp_path: Path):
+        peft = pytest.importorskip("peft")
+        model, inputs = make_transformer(), make_inputs(2, 4, 5, 8, 8)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        adapted = model(**inputs).sample
+        message = r"^`save_pretrained` must be called on a model without adapters, got .*_blocks\.0\.attn\.to_q': call"
+        for call in (lambda: None, model.fuse_lora):
+            call()
+            with pytest.raises(ValueError, match=message):
+                model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+        model.unload_lora()
+        model.save_pretrained(tmp_path)
+        assert_close(LeanVAELatteTransformer3DModel.from_pretrained(tmp_path)(**inputs).sample, adapted, 1e-5)
+
 
 class TestDiffusers:
     @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])

@@ -1,6 +1,7 @@
 """The class-conditional and unconditional pipeline: labels, schedulers, known frames, long videos, errors."""
 
 import json
+import re
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,24 @@ def test_lists_of_steps(class_case):
         set_timesteps(flow, 50, device, timesteps=[1.0], sigmas=[1.0])
     with pytest.raises(ValueError, match="`timesteps` must be None for a DDIMScheduler"):
         set_timesteps(diffusers.DDIMScheduler(), 50, device, timesteps=steps)
+    kinds: Any = (tuple, np.array, torch.tensor)
+    for kind in kinds:
+        assert set_timesteps(make_scheduler("ddpm"), 50, device, timesteps=kind([999, 0])).tolist() == [999, 0]
+    assert set_timesteps(flow, 50, device, timesteps=[1000.0, 250.5, 0]).tolist() == [1000.0, 250.5, 0]
+
+
+@pytest.mark.parametrize("steps", [[], [-1], [2000, 1], [500, 999], [999, 999], [float("nan")], ["1"], [True], 5, "5"])
+@pytest.mark.parametrize("scheduler, last", [("ddpm", 999), ("ddim", 999), ("dpm++", 999), ("flow", 1000)])
+def test_lists_of_steps_that_cannot_be_sampled_by(scheduler: str, last: int, steps: Any, class_case):
+    message = rf"`timesteps` must be a list of at least one number from 0 to {last}, each less than .*, got "
+    with pytest.raises(ValueError, match=message + re.escape(repr(steps))):
+        class_case.run(class_case.pipeline(scheduler), timesteps=steps)
+
+
+@pytest.mark.parametrize("sigmas", [[], [-0.5], [0.5, 1.0], [float("inf")]])
+def test_noise_levels_that_cannot_be_sampled_by(sigmas: list[float], class_case):
+    with pytest.raises(ValueError, match="`sigmas` must be a list of at least one number from 0 on, each less than"):
+        class_case.run(class_case.pipeline("flow"), timesteps=None, sigmas=sigmas)
 
 
 # --- Known frames ----------------------------------------------------------------------------------------------------
@@ -466,11 +485,34 @@ def test_callback_objects(class_case):
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a positive integer, got 0"),
         ({"num_videos_per_prompt": 0}, "`num_videos_per_prompt` must be a positive integer, got 0"),
         ({"num_guided_channels": 5}, "`num_guided_channels` must be 1 to 4, got 5"),
+        ({"num_guided_channels": 1.5}, "`num_guided_channels` must be an integer, got 1.5"),
+        ({"num_guided_channels": True}, "`num_guided_channels` must be an integer, got True"),
+        ({"num_videos_per_prompt": True}, "`num_videos_per_prompt` must be a positive integer, got True"),
+        ({"num_frames": True}, r"`num_frames` must be 4 \* n \+ 1 \(1, 5, ...\), got True"),
+        ({"num_overlap_latent_frames": None}, "`num_overlap_latent_frames` must be an integer, got None"),
+        ({"num_overlap_latent_frames": 1.5}, "`num_overlap_latent_frames` must be an integer, got 1.5"),
+        ({"guidance_scale": "3"}, "`guidance_scale` must be a finite number from 0 on, got '3'"),
+        ({"guidance_scale": None}, "`guidance_scale` must be a finite number from 0 on, got None"),
+        ({"strength": "0.5"}, "`strength` must be a number more than 0 and at most 1, got '0.5'"),
+        ({"strength": None}, "`strength` must be a number more than 0 and at most 1, got None"),
+        ({"generator": 5}, "`generator` must be a torch.Generator or a list of them, got 5"),
+        ({"generator": [5]}, r"`generator` must be a torch.Generator or a list of them, got \[5\]"),
+        ({"latents": np.zeros((1, 4, 3, 4, 4))}, "`latents` must be a tensor, got a value of type ndarray"),
+        ({"latents": torch.full((1, 4, 3, 4, 4), torch.nan)}, "`latents` must be finite, got NaN or infinite values"),
+        ({"image": torch.full((1, 3, 32, 32), torch.nan)}, "`image` must be finite, got NaN or infinite values"),
+        ({"video": np.full((9, 32, 32, 3), np.nan)}, "`video` must be finite, got NaN or infinite values"),
+        ({"image": []}, "`image` must be one, or one for each of 1 videos, got none"),
+        ({"video": []}, "`video` must be one, or one for each of 1 videos, got none"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names, among .*, got 'latents'"),
+        ({"callback_on_step_end_tensor_inputs": None}, "must be a list of names, among .*, got None"),
         ({"output_type": "mp4"}, "`output_type` must be one of 'pil', 'np', 'pt', 'latent', got 'mp4'"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"`latents` must have shape \(1, 4, 3, 4, 4\), got"),
         ({"generator": [torch.Generator()] * 2}, "`generator` must be one generator or 1, .* got 2"),
         ({"video": torch.rand(5, 3, 32, 32)}, "`video` must have 9 frames of 3 channels, got 5 of 3"),
-        ({"video": torch.rand(9, 3, 32, 32), "strength": 0.0}, "`strength` must be more than 0 and at most 1"),
+        (
+            {"video": torch.rand(9, 3, 32, 32), "strength": 0.0},
+            "`strength` must be a number more than 0 and",
+        ),
         ({"video": torch.rand(9, 3, 32, 32), "strength": 0.01}, "`strength` must leave at least one of"),
         ({"image": torch.rand(2, 3, 32, 32)}, "`image` must be one, or one for each of 1 videos, got 2"),
         ({"image": torch.rand(1, 3, 32, 32) * 255}, r"`image` must be in \[0, 1\]"),

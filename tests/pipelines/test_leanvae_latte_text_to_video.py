@@ -99,6 +99,26 @@ EMBEDS = torch.zeros(1, 5, 16)
             "`negative_prompt_embeds` must be given, or `guidance_scale` be at most 1, for 20 tokens of .* at most 16",
         ),
         ({"max_sequence_length": 17}, "`max_sequence_length` must be 1 to the tokenizer's 16, got 17"),
+        ({"max_sequence_length": 1.5}, "`max_sequence_length` must be an integer, got 1.5"),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS.tolist()},
+            "`prompt_embeds` must be a tensor, got .* list",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS.numpy()},
+            "`prompt_embeds` must be a tensor, got .* ndarray",
+        ),
+        ({"prompt": None, "prompt_embeds": EMBEDS[:0]}, r"`prompt_embeds` must have .*, got \(0, 5, 16\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[:, :0]}, r"`prompt_embeds` must have .*, got \(1, 0, 16\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS / 0}, "`prompt_embeds` must be finite, got NaN or infinite"),
+        (
+            {"negative_prompt": None, "negative_prompt_embeds": EMBEDS / 0},
+            "`negative_prompt_embeds` must be finite, got NaN or infinite",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS, "prompt_attention_mask": [[1] * 5]},
+            "`prompt_attention_mask` must be a tensor, got a value of type list",
+        ),
         ({"num_frames": 5}, "`num_frames` must be 9, more, or 1 for this transformer, .* got 5"),
         ({"callback_on_step_end_tensor_inputs": ["class_labels"]}, "must be among latents, prompt_embeds"),
     ],

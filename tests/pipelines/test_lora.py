@@ -117,6 +117,8 @@ def test_the_file_is_one_of_diffusers(case, folder: Path):
         pipeline.load_lora_weights(folder / "bare")
     with pytest.raises(ValueError, match="`adapter_name` must be one of x, got 'default'"):
         save_lora(transformer, folder)
+    with pytest.raises(ValueError, match="`folder` must be a folder or not exist, got the file '.*safetensors'"):
+        save_lora(transformer, folder / FILE, "x")
 
 
 def test_components_keep_their_class(text_case):

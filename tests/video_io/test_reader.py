@@ -24,6 +24,7 @@ from diffusers_leanvae.video_io import (
     read_video,
     write_video,
 )
+from diffusers_leanvae.video_io.inputs import list_frames
 from diffusers_leanvae.video_io.pixels import resize_frames
 
 
@@ -231,6 +232,30 @@ class TestProbe:
         path = encode(tmp_path / f"a{suffix}", moving_picture(30), codec, rate=Fraction(24000, 1001))
         assert probe_video(path).fps == Fraction(24000, 1001)
         assert not probe_video(path).has_audio
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"path": ""}, "`source` must be a path that is not empty .*, got ''"),
+            ({"path": "\0"}, "`source` must be a path .* no null character, got '.x00'"),
+            ({"path": ["000001.png", ""]}, "`source` must be a path that is not empty .*, got ''"),
+            ({"path": None}, "`source` must be a path or a list of paths, got None"),
+            ({"path": 5}, "`source` must be a path or a list of paths, got 5"),
+            ({"background": None}, "`background` must be three integers from 0 to 255, got None"),
+            ({"start": 1.5}, "`start` must be an integer, got 1.5"),
+            ({"start": "1"}, "`start` must be an integer, got '1'"),
+            ({"num_frames": 1.5}, "`num_frames` must be an integer, got 1.5"),
+        ],
+    )
+    def test_what_names_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict, message: str):
+        monkeypatch.chdir(tmp_path)
+        write_video(".", moving_picture(3), 25)
+        assert len(read_video(".")[0]) == 3
+        with pytest.raises(VideoError, match=message):
+            read_video(**{"path": "."} | arguments)
+        for function in (list_videos, list_frames):
+            with pytest.raises(VideoError, match="`folder` must be a path that is not empty .*, got ''"):
+                function("")
 
     @pytest.mark.parametrize("num_frames", [1, 3])
     def test_very_short(self, tmp_path: Path, num_frames: int):

@@ -182,3 +182,19 @@ def test_constant_rate_of_a_file(tmp_path: Path):
     assert len(list(at_constant_rate(frames, 10, lambda: None))) == 20
     with pytest.raises(ValueError, match="`fps` must be more than 0, got 0"):
         list(at_constant_rate(frames, 0))
+
+
+@pytest.mark.parametrize(
+    ("times", "arguments", "message"),
+    [
+        ([0, 1], {"fps": float("nan")}, "`fps` must be more than 0, got nan"),
+        ([0, 1], {"fps": "10"}, "`fps` must be more than 0, got '10'"),
+        ([0, 2, 1], {"fps": 10}, "`frames` must come with ascending times in seconds, got 1 after 2"),
+        ([float("nan")], {"fps": 10}, "`frames` must come with ascending times in seconds, got nan after 0"),
+        ([0, 1], {"fps": 10, "last_duration": float("nan")}, "`last_duration` must be a number of seconds, got nan"),
+    ],
+)
+def test_constant_rate_of_what_has_none(times: list[Any], arguments: dict[str, Any], message: str):
+    frames: Any = list(enumerate(times))
+    with pytest.raises(ValueError, match=message):
+        list(at_constant_rate(frames, **arguments))

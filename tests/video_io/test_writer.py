@@ -3,8 +3,10 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -174,6 +176,73 @@ class TestWriter:
         with pytest.raises(VideoError, match="one frame"):
             write_video(tmp_path / "a.png", moving_picture(2), 1)
         assert list(tmp_path.iterdir()) == []
+
+    def test_an_empty_name_is_not_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("000001.png", "000005.png"):
+            Path(name).write_bytes(b"older")
+        with pytest.raises(VideoError, match="`path` must be a path that is not empty .*, got ''"):
+            write_video("", moving_picture(2), 25)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+            "000001.png": b"older",
+            "000005.png": b"older",
+        }
+        write_video(".", moving_picture(2), 25)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["000001.png", "000002.png"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"path": "a\0.mp4"}, "`path` must be a path .* no null character, got 'a.x00.mp4'"),
+            ({"path": None}, "`path` must be a path .*, got None"),
+            ({"fps": "10"}, "`fps` must be at least 0.00001 and less than 100000, got '10'"),
+            ({"fps": None}, "`fps` must be .*, got None"),
+            ({"fps": float("nan")}, "`fps` must be .*, got nan"),
+            ({"crf": "3"}, "`crf` must be 0 to 51 for libx264, got '3'"),
+            ({"crf": float("nan")}, "`crf` must be 0 to 51 for libx264, got nan"),
+            ({"pixel_aspect_ratio": "4:3"}, "`pixel_aspect_ratio` must be a number of more than 0, got '4:3'"),
+            ({"pixel_aspect_ratio": float("inf")}, "`pixel_aspect_ratio` must be .*, got inf"),
+            ({"audio_start": float("nan")}, "`audio_start` must be a number of 0 or more, got nan"),
+            ({"audio_start": "1"}, "`audio_start` must be a number of 0 or more, got '1'"),
+            ({"audio_start": 1}, "`audio_start` must be 0 without `audio_from`, got 1"),
+        ],
+    )
+    def test_what_no_writer_takes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict, message: str
+    ):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(VideoError, match=message):
+            VideoWriter(**{"path": "a.mp4", "fps": 25} | arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"frames": None}, "`frames` must be a tensor or an array, got NoneType"),
+            ({"frames": [[0]]}, "`frames` must be a tensor or an array, got list"),
+            ({"frames": torch.zeros(3, 48, 64, 3, dtype=torch.bfloat16)}, r"`frames` must be uint8 in \[0, 255\]"),
+            ({"times": [0, 1, float("nan")]}, "`times` must be numbers of seconds, got nan"),
+            ({"times": "abc"}, "`times` must be numbers of seconds, got 'a'"),
+            ({"times": 5}, "`times` must be one for each of 3 frames, got 1"),
+            ({"times": [0, 1, 2], "end": float("nan")}, "`end` must be a number of seconds or None, got nan"),
+            ({"times": [0, 1, 2], "end": "3"}, "`end` must be a number of seconds or None, got '3'"),
+            ({"times": [0, 1, 2], "end": -1}, "`end` must be more than the time of the last frame, 2 s, got -1 s"),
+            ({"times": [0, 1, 2], "end": 2}, "`end` must be more than the time of the last frame, 2 s, got 2 s"),
+            ({"end": 5}, "`end` must be None where no `times` are given, got 5 s"),
+        ],
+    )
+    def test_what_no_frames_are(self, tmp_path: Path, arguments: dict, message: str):
+        with pytest.raises(VideoError, match=message), VideoWriter(tmp_path / "a.mp4", 10) as writer:
+            writer.write(**{"frames": moving_picture(3)} | arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple])
+    def test_times_may_be_a_tensor(self, tmp_path: Path, kind: Callable[[list[float]], Any]):
+        with VideoWriter(tmp_path / "a.mp4", 10) as writer:
+            writer.write(moving_picture(3), kind([0, 0.5, 2]), 3)
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert [frame.time for frame in container.decode(video=0)] == pytest.approx([0, 0.5, 2], abs=1e-4)
+            assert container.duration == 3_000_000
 
 
 class TestEveryKind:

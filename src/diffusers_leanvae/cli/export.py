@@ -56,7 +56,7 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Export encoder and decoder to ONNX, for clips of any size, or torch.export or AOTInductor, for all but tiny ones."""
+    """Export encoder and decoder to ONNX, torch.export or AOTInductor, for clips of 16 pixels per side or more."""
     check_choice("--to", to, EXPORT_FORMATS)
     check_choice("--part", part, EXPORT_PARTS)
     check_choice("--weights", weights, EXPORT_WEIGHTS)

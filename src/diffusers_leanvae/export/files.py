@@ -34,6 +34,8 @@ MAX_BYTES_INSIDE = 3 * 2**29
 # would be taken for fixed sizes. For the same reason the groups are at least so many in a program of `torch.export`.
 EXAMPLE = {"batch": 2, "groups": 5, "latent_height": 3, "latent_width": 4}
 MIN_GROUPS = 4
+# Programs of encoders refuse clips that are one latent pixel high or wide, by a guard that tracing adds.
+MIN_ENCODER_SIDE = 2
 # What is compiled is compared at other sizes. One video is what PyTorch 2.13 gets wrong of WF-VAE's decoder.
 COMPARED = {"batch": 1, "groups": MIN_GROUPS, "latent_height": 2, "latent_width": 3}
 
@@ -223,7 +225,8 @@ def _entry(graph: Graph, to: Format, takes_images: bool) -> dict[str, Any]:
     ports = {"inputs": graph.inputs, "outputs": graph.outputs}
     least = MIN_GROUPS if to != "onnx" else int(graph.role != "whole" or not takes_images)
     named = {key: [{"name": port.name, "shape": port.labels} for port in value] for key, value in ports.items()}
-    return {"part": graph.part, "role": graph.role, "min_groups": least, **named}
+    side = MIN_ENCODER_SIDE if to != "onnx" and graph.part == "encoder" else 1
+    return {"part": graph.part, "role": graph.role, "min_groups": least, "min_latent_side": side, **named}
 
 
 def _describe(vae: VideoAutoencoder, to: Format, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

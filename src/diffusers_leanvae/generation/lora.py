@@ -47,13 +47,15 @@ def save_lora(transformer: Any, folder: str | Path, adapter_name: str = "default
         adapter_name: Which of its adapters.
 
     Raises:
-        ValueError: If it has no such adapter.
+        ValueError: If it has no such adapter, or `folder` is a file: diffusers would save nothing.
     """
     from peft import get_peft_model_state_dict
 
     adapters = getattr(transformer, "peft_config", {})
     if adapter_name not in adapters:
         raise ValueError(f"`adapter_name` must be one of {', '.join(adapters) or 'none'}, got {adapter_name!r}.")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"`folder` must be a folder or not exist, got the file {str(folder)!r}.")
     layers: Any = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
     LoraLoaderMixin.save_lora_weights(
         folder,

@@ -5,9 +5,8 @@ Latents are `(batch_size, latent_channels, num_latent_frames, latent_height, lat
 `latents.py`), and stay in float32 between the steps, whatever dtype the networks have.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from ..loading import resolve_pipeline
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
 from ..registration import SHIM
+from .arguments import check_integer, check_tensor, is_integer, is_number
 from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
 from .schedulers import (
@@ -185,24 +185,26 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             ValueError: With the argument, what is legal, and what came.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be a finite number from 0 on, got {guidance_scale}.")
+        if not is_number(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"`guidance_scale` must be a finite number from 0 on, got {guidance_scale!r}.")
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),
         ):
-            if not isinstance(count, int) or count < 1:
+            if not is_integer(count) or count < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
         channels = self.transformer.config.in_channels
-        if num_guided_channels is not None and not 1 <= num_guided_channels <= channels:
-            raise ValueError(f"`num_guided_channels` must be 1 to {channels}, got {num_guided_channels}.")
+        if num_guided_channels is not None:
+            check_integer("num_guided_channels", num_guided_channels)
+            if not 1 <= num_guided_channels <= channels:
+                raise ValueError(f"`num_guided_channels` must be 1 to {channels}, got {num_guided_channels}.")
         latent_channels = self.layout.latent_channels
         if channels != latent_channels:
             raise ValueError(
                 f"`transformer` must have the {latent_channels} channels of the latents of `vae`, got {channels}."
             )
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be more than 0 and at most 1, got {strength}.")
+        if not is_number(strength) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be a number more than 0 and at most 1, got {strength!r}.")
         if takes_variance(self.scheduler) and self.transformer.out_channels != 2 * channels:
             raise ValueError(
                 f"`scheduler` must have a fixed `variance_type` for a transformer that predicts no variance, got "
@@ -232,13 +234,14 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             ("num_frames", num_frames, layout.num_frames_step),
             ("num_frames_per_window", window, layout.ratio_t),
         ):
-            if not isinstance(count, int) or count < 1 or count % ratio != 1 % ratio:
+            if not is_integer(count) or count < 1 or count % ratio != 1 % ratio:
                 raise ValueError(f"`{name}` must be {ratio} * n + 1 (1, {ratio + 1}, ...), got {count!r}.")
         step = layout.ratio_s * self.transformer.config.patch_size
         for name, size in (("height", height), ("width", width)):
-            if not isinstance(size, int) or size < step or size % step:
+            if not is_integer(size) or size < step or size % step:
                 raise ValueError(f"`{name}` must be a positive multiple of {step}, got {size!r}.")
         num_latent_frames, window = layout.num_latent_frames(num_frames), layout.num_latent_frames(window)
+        check_integer("num_overlap_latent_frames", num_overlap_latent_frames)
         if num_latent_frames > window and not 1 <= num_overlap_latent_frames < window:
             raise ValueError(
                 f"`num_overlap_latent_frames` must be 1 to {window - 1} for windows of {window} latent frames, got "
@@ -262,11 +265,14 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Draw Gaussian noise of the latents' size in float32, or check the given `latents`.
 
         Raises:
-            ValueError: If the number of generators or the shape of `latents` is not legal.
+            ValueError: If `generator`, or the shape or values of `latents`, are not legal.
         """
         layout, channels = self.layout, self.transformer.config.in_channels
         size = (frames.height // layout.ratio_s, frames.width // layout.ratio_s)
         shape = (batch_size, channels, layout.num_latent_frames(frames.num_frames), *size)
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` must be one generator or {batch_size}, one for each video, got {len(generator)}."
@@ -274,6 +280,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        check_tensor("latents", latents)
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(self._execution_device, dtype)
@@ -297,6 +304,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"`{name}` must have {num_frames} frames of {in_channels} channels, got {video.shape[2]} of "
                 f"{video.shape[1]}."
             )
+        check_tensor(name, video)
         if video.min() < -1 or video.max() > 1:
             raise ValueError(
                 f"`{name}` must be in [0, 1] as a tensor or array, got values outside (uint8 must be divided by 255)."
@@ -336,13 +344,21 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """
         if image is not None and video is not None:
             raise ValueError("`image` and `video` must not be given together, got both.")
+        for name, given in (("image", image), ("video", video)):
+            if isinstance(given, Collection) and getattr(given, "ndim", 1) > 0 and len(given) == 0:
+                raise ValueError(f"`{name}` must be one, or one for each of {batch_size} videos, got none.")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             callback_inputs = callback.tensor_inputs
+        if isinstance(callback_inputs, str) or not isinstance(callback_inputs, Collection):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names, among "
+                f"{', '.join(self._callback_tensor_inputs)}, got {callback_inputs!r}."
+            )
         unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {', '.join(self._callback_tensor_inputs)}, got "
-                f"{', '.join(sorted(unknown))}."
+                f"{', '.join(sorted(map(str, unknown)))}."
             )
         noise = self.prepare_latents(batch_size, frames, generator, latents)
         size, known, clean = (frames.height, frames.width), None, None

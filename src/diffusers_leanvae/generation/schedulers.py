@@ -5,10 +5,14 @@ and a variance between its bounds, and never clips. Which of diffusers' schedule
 see [`make_scheduler`].
 """
 
+import math
+import reprlib
 from collections.abc import Sequence
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.schedulers import (
     DDPMParallelScheduler,
@@ -18,6 +22,7 @@ from diffusers.schedulers import (
 )
 
 from ..checks import check_choice
+from .arguments import check_integer, is_number
 
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -68,6 +73,7 @@ def respaced_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIME
         num_steps: 1 to `num_train_timesteps`.
         num_train_timesteps: Steps of training.
     """
+    check_integer("num_steps", num_steps)
     if not 1 <= num_steps <= num_train_timesteps:
         raise ValueError(f"`num_steps` must be between 1 and {num_train_timesteps}, got {num_steps}.")
     stride = (num_train_timesteps - 1) / max(num_steps - 1, 1)
@@ -101,6 +107,7 @@ def guide_noise(
     """
     if num_guided_channels is None:
         num_guided_channels = latent_channels
+    check_integer("num_guided_channels", num_guided_channels)
     if not 1 <= num_guided_channels <= latent_channels:
         raise ValueError(f"`num_guided_channels` must be between 1 and {latent_channels}, got {num_guided_channels}.")
     noise_cond, rest = conditional.tensor_split((num_guided_channels,), dim=1)
@@ -118,7 +125,7 @@ def set_timesteps(
     """Set a scheduler's steps by their number, or by a list of timesteps or of sigmas; return its timesteps.
 
     Raises:
-        ValueError: If both lists are given, or one that the scheduler does not take.
+        ValueError: If both lists are given, or one that the scheduler does not take or that cannot be sampled by.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("`timesteps` and `sigmas` must not be given together, got both.")
@@ -127,10 +134,32 @@ def set_timesteps(
             continue
         if name not in signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"`{name}` must be None for a {type(scheduler).__name__}, which takes none, got a list.")
-        scheduler.set_timesteps(**{name: list(steps)}, device=device)
+        scheduler.set_timesteps(**{name: _step_list(name, steps, scheduler)}, device=device)
         return scheduler.timesteps
     scheduler.set_timesteps(num_inference_steps, device=device)
     return scheduler.timesteps
+
+
+def _step_list(name: str, steps: Any, scheduler: Scheduler) -> list[float]:
+    """Return a list of timesteps or sigmas, which must be descending and within the scheduler's range."""
+    last = math.inf
+    if name == "timesteps":
+        last = scheduler.config.get("num_train_timesteps", math.inf)
+        if hasattr(scheduler, "alphas_cumprod"):  # a table, not the interpolation of flow matching
+            last -= 1
+    values = steps.tolist() if isinstance(steps, (torch.Tensor, np.ndarray)) else steps
+    is_list = isinstance(values, Sequence) and len(values) > 0
+    if (
+        not is_list
+        or not all(is_number(value) and 0 <= value <= last for value in values)
+        or any(following >= value for value, following in pairwise(values))
+    ):
+        span = f"from 0 to {last}" if last < math.inf else "from 0 on"
+        raise ValueError(
+            f"`{name}` must be a list of at least one number {span}, each less than the one before, got "
+            f"{reprlib.repr(values)}."
+        )
+    return list(values)
 
 
 def choose_timesteps(scheduler: Scheduler, steps: dict[str, Any], strength: float | None) -> torch.Tensor:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..models.tiling import check_positive
+
 
 class Padding(NamedTuple):
     """The true size of a padded video; what `crop_sample` needs."""
@@ -40,6 +42,8 @@ def pad_sample(sample: torch.Tensor, temporal_ratio: int = 4, spatial_ratio: int
     Returns:
         The padded videos, and the `Padding` that [`crop_sample`] undoes.
     """
+    check_positive("temporal_ratio", temporal_ratio)
+    check_positive("spatial_ratio", spatial_ratio)
     if sample.ndim != 5 or min(sample.shape[2:]) < 1:
         raise ValueError(
             f"`sample` must have shape (batch_size, channels, num_frames, height, width), got {tuple(sample.shape)}."
@@ -53,5 +57,17 @@ def pad_sample(sample: torch.Tensor, temporal_ratio: int = 4, spatial_ratio: int
 
 
 def crop_sample(sample: torch.Tensor, padding: Padding) -> torch.Tensor:
-    """Cut reconstructed videos back to what they were before [`pad_sample`]."""
+    """Cut reconstructed videos back to what they were before [`pad_sample`].
+
+    Args:
+        sample: `(batch_size, channels, num_frames, height, width)`; a side that is shorter already, as of a piece of a
+            stream, stays as it is.
+        padding: What [`pad_sample`] returned with the padded videos.
+    """
+    if not isinstance(padding, Padding):
+        raise ValueError(f"`padding` must be a `Padding`, got {padding!r}.")
+    if sample.ndim != 5:
+        raise ValueError(
+            f"`sample` must have shape (batch_size, channels, num_frames, height, width), got {tuple(sample.shape)}."
+        )
     return sample[:, :, : padding.num_frames, : padding.height, : padding.width]

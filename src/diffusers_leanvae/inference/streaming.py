@@ -7,6 +7,7 @@ whole video up to float rounding (`tests/inference/test_streaming.py`: 1e-10 in 
 import torch
 
 from ..models.temporal_cache import TemporalCache
+from ..models.tiling import check_positive
 from ..models.video_autoencoder import VideoAutoencoder
 
 
@@ -108,10 +109,16 @@ class _Stream:
             raise ValueError(f"`state_dict` must be the state of a {name}, got keys {sorted(state_dict)}.")
         if bool(state_dict.get("is_encoder", self.is_encoder)) != self.is_encoder:
             raise ValueError(f"`state_dict` must be the state of a {name}, got that of the other direction.")
+        cached = {key.removeprefix("cache/"): value for key, value in state_dict.items() if key.startswith("cache/")}
+        layers = {getattr(module, "name", None) for module in self.vae.modules()} | {"layout", "num_latent_frames"}
+        unknown = sorted({key.rpartition("/")[2] for key in cached} - layers)
+        if unknown:
+            raise ValueError(
+                f"`state_dict` must be the state of a {name} of such a model, got that of one with other layers, for "
+                f"instance {unknown[0]!r}."
+            )
         self.reset()
-        self.cache.load_state_dict(
-            {key.removeprefix("cache/"): value for key, value in state_dict.items() if key.startswith("cache/")}
-        )
+        self.cache.load_state_dict(cached)
         self.num_pushed = int(state_dict["num_pushed"])
         if "pending" in state_dict:
             pending, size = state_dict["pending"], self.step + (self.cache.num_latent_frames == 0)
@@ -148,7 +155,8 @@ class StreamingEncoder(_Stream):
         cache: TemporalCache | None = None,
     ):
         ratio = vae.temporal_compression_ratio
-        if num_frames_per_step < ratio or num_frames_per_step % ratio:
+        check_positive("num_frames_per_step", num_frames_per_step)
+        if num_frames_per_step % ratio:
             raise ValueError(
                 f"`num_frames_per_step` must be a positive multiple of {ratio}, got {num_frames_per_step}."
             )
@@ -198,8 +206,7 @@ class StreamingDecoder(_Stream):
     is_encoder = False
 
     def __init__(self, vae: VideoAutoencoder, num_latent_frames_per_step: int = 4, cache: TemporalCache | None = None):
-        if num_latent_frames_per_step < 1:
-            raise ValueError(f"`num_latent_frames_per_step` must be positive, got {num_latent_frames_per_step}.")
+        check_positive("num_latent_frames_per_step", num_latent_frames_per_step)
         self.is_delayed = vae.num_delayed_frames > 0
         super().__init__(vae, num_latent_frames_per_step, TemporalCache() if cache is None else cache)
 

@@ -65,7 +65,7 @@ class GroupCausalConv3d(nn.Conv3d):
         last = torch.cat((before, groups[:, :, :-1, -1]), dim=2).unsqueeze(3)  # of the group before each
         windows = torch.cat((last, groups, torch.zeros_like(last)), dim=3).transpose(1, 2).flatten(0, 1)
         windows = convolve(windows, self.weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
-        return windows.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+        return windows.unflatten(0, groups.shape[:3:2]).transpose(1, 2).flatten(2, 3)
 
 
 class CausalConv3d(nn.Conv3d):

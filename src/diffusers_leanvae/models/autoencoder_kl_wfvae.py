@@ -94,7 +94,7 @@ class FrameGroupNorm(nn.GroupNorm):
     """GroupNorm of every frame by itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, x.shape[:3:2]).transpose(1, 2)
 
 
 class Layers(NamedTuple):

@@ -4,6 +4,7 @@ diffusers builds the class that it is asked for from any config, with defaults f
 that the file does not have at random values. [`PretrainedModel`] checks the config before that.
 """
 
+import functools
 import inspect
 import json
 import os
@@ -99,6 +100,18 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             if sentence is None:
                 raise
             raise OSError(sentence) from error
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look into its signature
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        # peft wraps each layer that it adapts, and so renames its weights: what is saved could not be loaded.
+        adapted = [name for name, module in self.named_modules() if hasattr(module, "base_layer")]
+        if adapted:
+            raise ValueError(
+                "`save_pretrained` must be called on a model without adapters, got one with adapters in "
+                f"{len(adapted)} layers, for instance {adapted[0]!r}: call its `fuse_lora()` and `unload_lora()` "
+                "before, or save the adapter alone with `save_lora`."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
         """Push the model to the Hub with a card: [`hub.push_to_hub`], where the arguments are described."""

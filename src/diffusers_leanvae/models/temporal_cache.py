@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tiling import Tile
+from .tiling import Tile, check_layout
 
 
 class _Slot:
@@ -181,6 +181,8 @@ class TemporalCache:
     def __init__(self, directory: str | Path | None = None, layout: tuple[int, int, int] | None = None) -> None:
         if directory is not None and not Path(directory).is_dir():
             raise ValueError(f"`directory` must be an existing folder, got {str(directory)!r}.")
+        if layout is not None:
+            check_layout("layout", layout)
         self.directory = None if directory is None else Path(directory)
         self._given_layout = self.layout = layout
         self._parking: _ParkingFile | None = None

@@ -20,7 +20,7 @@ from torch import nn
 from .memory_planning import MemoryModel, MemoryPlan, free_memory
 from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 from .temporal_cache import Chunk, TemporalCache, chunks
-from .tiling import Canvas, Tile, TileSizes, grid, time_chunks
+from .tiling import Canvas, Tile, TileSizes, check_layout, check_positive, grid, time_chunks
 from .traced_memory import TracedMemory
 from .video_config import VideoAutoencoderConfig
 
@@ -173,26 +173,29 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
     def check_sample(self, x: torch.Tensor, name: str, is_first: bool = True) -> None:
         """Raise a `ValueError` unless `x` are frames that [`encode`] takes, the first of a video or later ones."""
-        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"`{name}` must have shape (batch_size, {self.in_channels}, num_frames, height, width) or "
                 f"(batch_size, {self.in_channels}, height, width), got {tuple(x.shape)}."
             )
-        if is_first and x.shape[2] % ratio_t != 1:
+        self._check_size(x.shape[2], x.shape[3], x.shape[4], is_first)
+        self._check_dtype(x, name)
+
+    def _check_size(self, num_frames: int, height: int, width: int, is_first: bool = True) -> None:
+        ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        if is_first and num_frames % ratio_t != 1:
             raise ValueError(
-                f"`num_frames` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, {2 * ratio_t + 1}, ...), got {x.shape[2]}."
+                f"`num_frames` must be {ratio_t} * n + 1 (1, {ratio_t + 1}, {2 * ratio_t + 1}, ...), got {num_frames}."
             )
-        if not is_first and (x.shape[2] == 0 or x.shape[2] % ratio_t):
+        if not is_first and (num_frames == 0 or num_frames % ratio_t):
             raise ValueError(
                 f"`num_frames` must be {ratio_t} * n ({ratio_t}, {2 * ratio_t}, ...) in a later chunk of a stream, "
-                f"got {x.shape[2]}."
+                f"got {num_frames}."
             )
-        if x.shape[3] == 0 or x.shape[4] == 0 or x.shape[3] % ratio_s or x.shape[4] % ratio_s:
+        if height == 0 or width == 0 or height % ratio_s or width % ratio_s:
             raise ValueError(
-                f"`height` and `width` must be positive multiples of {ratio_s}, got {x.shape[3]} and {x.shape[4]}."
+                f"`height` and `width` must be positive multiples of {ratio_s}, got {height} and {width}."
             )
-        self._check_dtype(x, name)
 
     def check_latents(self, z: torch.Tensor, name: str, can_be_empty: bool = False) -> None:
         """Raise a `ValueError` unless `z` are latents that [`decode`] takes."""
@@ -210,15 +213,21 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
 
-    def _check_tile(self, height: Any, width: Any, num_frames: int) -> None:
+    def _check_tile(
+        self,
+        height: Any,
+        width: Any,
+        num_frames: Any,
+        names: tuple[str, str, str] = ("tile_sample_min_height", "tile_sample_min_width", "num_frames_per_chunk"),
+    ) -> None:
         ratio_t, ratio_s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        for name, size in (("tile_sample_min_height", height), ("tile_sample_min_width", width)):
+        for name, size in zip(names, (height, width), strict=False):
             if not isinstance(size, int) or size < ratio_s or size % ratio_s:
                 raise ValueError(f"`{name}` must be a positive multiple of {ratio_s}, got {size!r}.")
         if not isinstance(num_frames, int) or num_frames <= ratio_t or num_frames % ratio_t != 1:
             raise ValueError(
-                f"`num_frames_per_chunk` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, "
-                f"...), got {num_frames!r}."
+                f"`{names[2]}` must be {ratio_t} * n + 1 with n >= 1 ({ratio_t + 1}, {2 * ratio_t + 1}, ...), got "
+                f"{num_frames!r}."
             )
 
     def check_can_stream(self, name: str) -> None:
@@ -374,8 +383,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             raise ValueError("`budget` and 'auto' must come without tile sizes, got both.")
         if num_frames_per_chunk is not None and tile_sample_min_num_frames is not None:
             raise ValueError("`tile_sample_min_num_frames` must come without `num_frames_per_chunk`, got both.")
-        if budget is not None and not (isinstance(budget, int) and budget > 0):
-            raise ValueError(f"`budget` must be a positive number of bytes, got {budget!r}.")
+        _check_budget(budget)
         strides = {
             "tile_sample_stride_height": tile_sample_stride_height,
             "tile_sample_stride_width": tile_sample_stride_width,
@@ -408,6 +416,8 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         if cache is not None:
             self.check_can_stream("cache")
             layout = cache.layout
+            if layout is not None:
+                self._check_tile(*layout, names=("layout[0]", "layout[1]", "layout[2]"))
         if layout is None and self.use_tiling and (cache is None or cache.num_latent_frames == 0):
             layout = (self.tile_sample_min_height, self.tile_sample_min_width, self.num_frames_per_chunk)
             if self.tiling_budget is not None:
@@ -418,7 +428,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
                     latent_height * ratio_s,
                     latent_width * ratio_s,
                     budget=None if self.tiling_budget == "auto" else self.tiling_budget,
-                    batch_size=batch_size,
+                    batch_size=max(batch_size, 1),
                 )
                 layout = plan[:3]
             if cache is not None:
@@ -526,7 +536,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         """Choose tiles and chunks that fit into a budget with the least work, and predict their peak memory.
 
         Args:
-            num_frames: Frames of the video.
+            num_frames: Frames of the video, `temporal_compression_ratio * n + 1`.
             height: Height in pixels, a multiple of the spatial ratio.
             width: Width in pixels, a multiple of the spatial ratio.
             dtype: Dtype of the computation, the model's by default.
@@ -535,14 +545,22 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             tile: Height, width and frames of a tile: predict for these instead of choosing.
 
         Raises:
-            ValueError: If nothing fits.
+            ValueError: If nothing fits, or an argument is not legal.
         """
-        shape = (batch_size, num_frames, height, width)
-        item_bytes = (dtype or self.dtype).itemsize
         self.check_can_stream("plan")
+        shape = (batch_size, num_frames, height, width)
+        for name, size in zip(("batch_size", "num_frames", "height", "width"), shape, strict=True):
+            check_positive(name, size)
+        self._check_size(num_frames, height, width)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating-point dtype, got {dtype!r}.")
+        _check_budget(budget)
+        item_bytes = (dtype or self.dtype).itemsize
         model = self.memory_model()
         if tile is not None:
-            return model.plan(shape, tile[:2], tile[2], item_bytes)
+            check_layout("tile", tile)
+            self._check_tile(*tile, names=("tile[0]", "tile[1]", "tile[2]"))
+            return model.plan(shape, (tile[0], tile[1]), tile[2], item_bytes)
         return model.fit(shape, item_bytes, free_memory(self.device) if budget is None else budget)
 
     def memory_model(self) -> MemoryModel:
@@ -578,6 +596,11 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
 
     def unfuse(self) -> None:
         """Undo [`fuse`]: free the prepared weights, if there are any."""
+
+
+def _check_budget(budget: Any) -> None:
+    if budget is not None and not (isinstance(budget, int) and budget > 0):
+        raise ValueError(f"`budget` must be a positive number of bytes, got {budget!r}.")
 
 
 def _with_states(tiles: list[Tile], sizes: TileSizes, state: Any) -> Iterator[tuple[Tile, Any]]:

@@ -48,7 +48,7 @@ def convolve(
 
 def _is_slow(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether PyTorch would not give a convolution to oneDNN that oneDNN can compute, without gradients."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) > 1:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) != 1:
         return False
     is_small = x[0, :, :, :, 0].numel() <= _SMALL_INPUT and weight[0, 0].numel() > 1  # others are a matrix product
     is_float = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,9 +1,11 @@
 """Opening of media files, and the error that names them."""
 
 import gc
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +45,26 @@ def count_cores() -> int:
 
 class VideoError(ValueError):
     """A file cannot be read or written, or a range, size or option is not legal for it; the message says which."""
+
+
+def check_path(name: str, path: Any) -> None:
+    """Refuse what names no file; of an empty name `Path` would make the current folder.
+
+    Args:
+        name: The argument, for the message.
+        path: What came.
+
+    Raises:
+        VideoError: If it is no text or path, is empty, or holds a null character.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise VideoError(f"`{name}` must be a path that is not empty and has no null character, got {path!r}.")
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a number, and neither infinite nor NaN."""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 class Unsupported(Exception):

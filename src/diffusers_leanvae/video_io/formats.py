@@ -17,7 +17,7 @@ from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 
 from ..atomic import MAX_NAME_BYTES
-from .containers import PathLike, VideoError
+from .containers import PathLike, VideoError, check_path, is_finite
 from .inputs import is_pattern, numbered_files, numbered_name
 
 
@@ -271,8 +271,8 @@ def find_output(
         crf = None
     elif crf is None:
         crf = properties.crf
-    elif not 0 <= crf <= properties.max_crf:
-        raise VideoError(f"`crf` must be 0 to {properties.max_crf} for {codec}, got {crf}.")
+    elif not (is_finite(crf) and 0 <= crf <= properties.max_crf):
+        raise VideoError(f"`crf` must be 0 to {properties.max_crf} for {codec}, got {crf!r}.")
     if held.is_animation:
         _check_names(wished, pixel_format)
         pixel_format = None
@@ -293,6 +293,7 @@ def _check_names(codec: str | None, pixel_format: str | None) -> None:
 
 def _find_kind(path: PathLike, container: str | None) -> tuple[Kind, str]:
     """Return the kind of an output and its extension."""
+    check_path("path", path)
     name = os.fspath(path)
     suffix = Path(path).suffix.lower()
     if name == "-":

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from .._version import __version__
 from ..hub_errors import hub_reason
-from .containers import PathLike, VideoError
+from .containers import PathLike, VideoError, check_path
 
 
 # Names under which FFmpeg finds a moving picture. Left out is what may as well be something else (`.dat`, `.ogg`,
@@ -75,6 +75,7 @@ def list_files(folder: PathLike, is_wanted: Callable[[Path], bool]) -> list[Path
     Raises:
         VideoError: If `folder` is not a folder.
     """
+    check_path("folder", folder)
     root = Path(folder)
     if not root.is_dir():
         raise VideoError(f"`folder` must be an existing folder, got {str(folder)!r}.")
@@ -172,6 +173,7 @@ def list_frames(folder: PathLike) -> list[Path]:
     Raises:
         VideoError: If `folder` is not a folder.
     """
+    check_path("folder", folder)
     root = Path(folder)
     try:
         paths = [

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
@@ -37,7 +38,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .containers import PathLike, VideoError, find_video_stream, named_errors, open_input
+from .containers import PathLike, VideoError, check_path, find_video_stream, named_errors, open_input
 from .decoding import CutOff, Damaged, Decoding, Picture, Progressive, RgbConverter, display_matrix
 from .info import CLOCKWISE, VideoInfo, describe_images, describe_video, has_sample_table
 from .inputs import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_sequence, list_frames, list_videos, local_file
@@ -154,9 +155,16 @@ def iter_video(
 
 
 def _stop(start: int, num_frames: int | None) -> int | None:
+    _check_integers(start=start, num_frames=num_frames)
     if num_frames is not None and num_frames < 1:
         raise VideoError(f"`num_frames` must be 1 or more, or None, got {num_frames}.")
     return None if num_frames is None else start + num_frames
+
+
+def _check_integers(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Integral):
+            raise VideoError(f"`{name}` must be an integer, got {value!r}.")
 
 
 class VideoReader:
@@ -193,11 +201,16 @@ class VideoReader:
         square_pixels: bool = False,
         background: tuple[int, int, int] = (255, 255, 255),
     ) -> None:
-        if len(background) != 3 or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
+        is_colour = isinstance(background, Sequence) and len(background) == 3
+        if not is_colour or not all(isinstance(level, int) and 0 <= level <= 255 for level in background):
             raise VideoError(f"`background` must be three integers from 0 to 255, got {background!r}.")
         is_path = isinstance(source, str | os.PathLike)
+        if not is_path and not isinstance(source, Sequence):
+            raise VideoError(f"`source` must be a path or a list of paths, got {source!r}.")
         if not is_path and not source:
             raise VideoError("`source` must name at least one picture, got an empty list.")
+        for path in [source] if is_path else source:
+            check_path("source", path)
         self._name = os.fspath(source if is_path else source[0])
         self._background = background
         self._files = ExitStack()  # a temporary copy of what is no file
@@ -301,6 +314,7 @@ class VideoReader:
         packed: bool = False,
     ) -> Iterator[TimedFrames]:
         """Stream frames as `frames` does, with their times; see `timing.Clock` for what is made of time stamps."""
+        _check_integers(start=start, stop=stop, chunk_size=chunk_size)
         if start < 0:
             raise VideoError(f"`start` must be 0 or more, got {start}.")
         if stop is not None and stop <= start:

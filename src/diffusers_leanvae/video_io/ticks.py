@@ -33,7 +33,7 @@ class Ticks:
         self.end_tick = 0
         self._fps, self._mode, self._min_ticks = fps, mode, min_ticks
         self._count = 0
-        self._last_time = Fraction(0)
+        self._last_time = self._last_given = Fraction(0)  # the latter before it is made regular
         self._is_regular = True  # so far
         self._held: tuple[int, VideoFrame] | None = None  # with its tick
 
@@ -68,6 +68,7 @@ class Ticks:
         elif time < 0 or (self._count and time <= self._last_time):
             raise VideoError(f"`times` must ascend from 0, got {float(time):g} s.")
         # Containers with a tick of 1 ms round the times of a constant rate, which is that rate again here.
+        self._last_given = time
         regular = self._count / self._fps
         self._is_regular = self._is_regular and abs(time - regular) <= _MAX_ROUNDING
         time = regular if self._is_regular else time
@@ -95,8 +96,15 @@ class Ticks:
 
     def end_at(self, end: Fraction) -> Fraction:
         """Return when the last frame ends that is to end at `end`, in seconds: after it has begun."""
-        if self._mode not in ("variable", "repeated"):
-            return max(end, self.ended)
+        if self._mode == "images":
+            return self.ended
+        if self._mode == "constant":
+            raise VideoError(f"`end` must be None where no `times` are given, got {float(end):g} s.")
+        if end <= self._last_given:
+            raise VideoError(
+                f"`end` must be more than the time of the last frame, {float(self._last_given):g} s, "
+                f"got {float(end):g} s."
+            )
         regular = self._count / self._fps
         if self._is_regular and abs(end - regular) <= _MAX_ROUNDING:
             return regular

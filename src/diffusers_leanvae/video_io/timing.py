@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from av.video.stream import VideoStream
 
+from .containers import is_finite
+
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
     import torch
@@ -161,14 +163,16 @@ def at_constant_rate(
         give the last of them.
 
     Raises:
-        ValueError: If `fps` is not positive.
+        ValueError: If `fps` is not positive, a time or `last_duration` is no number, or times run backwards.
     """
-    if fps <= 0:
-        raise ValueError(f"`fps` must be more than 0, got {fps}.")
+    if not (is_finite(fps) and fps > 0):
+        raise ValueError(f"`fps` must be more than 0, got {fps!r}.")
     held: torch.Tensor | None = None
     time = step = Fraction(0)
     first = place = 0  # of the first frame, and of the next one, to come out
     for frame, start in frames:
+        if not is_finite(start) or (held is not None and start < time):
+            raise ValueError(f"`frames` must come with ascending times in seconds, got {start} after {time}.")
         begin = _nearest(start * fps)
         if held is None:
             first = place = begin
@@ -183,6 +187,8 @@ def at_constant_rate(
     duration = last_duration() if callable(last_duration) else last_duration
     if duration is None:
         duration = step or 1 / Fraction(fps)
+    elif not is_finite(duration):
+        raise ValueError(f"`last_duration` must be a number of seconds, got {duration!r}.")
     end = _nearest((time + duration) * fps)
     for _ in range(place, end if place > first else max(end, place + 1)):  # of a short clip one frame stays
         yield held

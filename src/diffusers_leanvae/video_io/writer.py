@@ -3,7 +3,7 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
-from .containers import PathLike, VideoError, named_write_errors
+from .containers import PathLike, VideoError, is_finite, named_write_errors
 from .decoding import planes_of
 from .formats import CODECS, ON_GPU, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
@@ -78,7 +78,8 @@ class VideoWriter:
             by packet, and re-encoded only where the container cannot hold its codec. One warning says what was
             re-encoded and what was left out. It keeps its place in time relative to that file's first frame. It is
             cut at the end of the written video, unless the last frame of the source was reached: then nothing is cut.
-        audio_start: Seconds from the first frame of `audio_from` to the first frame written. Sound before it is cut.
+        audio_start: Seconds from the first frame of `audio_from` to the first frame written; 0 without that file.
+            Sound before it is cut.
         overwrite: Whether existing files may be replaced.
         container: For `"-"`, `"mkv"` (default), `"webm"` or `"y4m"`.
 
@@ -110,11 +111,13 @@ class VideoWriter:
             raise VideoError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
         rate = _rate_of(fps)
         if rate is None:
-            raise VideoError(f"`fps` must be at least 0.00001 and less than 100000, got {fps}.")
-        if not pixel_aspect_ratio > 0:
-            raise VideoError(f"`pixel_aspect_ratio` must be more than 0, got {pixel_aspect_ratio}.")
-        if audio_start < 0:
-            raise VideoError(f"`audio_start` must be 0 or more, got {audio_start}.")
+            raise VideoError(f"`fps` must be at least 0.00001 and less than 100000, got {fps!r}.")
+        if not (is_finite(pixel_aspect_ratio) and pixel_aspect_ratio > 0):
+            raise VideoError(f"`pixel_aspect_ratio` must be a number of more than 0, got {pixel_aspect_ratio!r}.")
+        if not (is_finite(audio_start) and audio_start >= 0):
+            raise VideoError(f"`audio_start` must be a number of 0 or more, got {audio_start!r}.")
+        if audio_start and audio_from is None:
+            raise VideoError(f"`audio_start` must be 0 without `audio_from`, got {audio_start!r}.")
         self._fps = rate
         self._preset, self._aspect = preset, Fraction(pixel_aspect_ratio)
         self._is_image = self._output.kind in ("image", "sequence")
@@ -152,8 +155,8 @@ class VideoWriter:
     def write(
         self,
         frames: torch.Tensor | np.ndarray,
-        times: Sequence[Fraction] | None = None,
-        end: Fraction | None = None,
+        times: Sequence[Fraction | float] | torch.Tensor | np.ndarray | None = None,
+        end: Fraction | float | None = None,
     ) -> None:
         """Append frames.
 
@@ -163,8 +166,8 @@ class VideoWriter:
             times: Seconds from the start of the written video to each frame, ascending, for a variable rate; all
                 calls give them, or none. Without them the frames follow each other at the rate `fps`. Images of a
                 sequence have no times. `.y4m` has no variable rate, so there frames are repeated and left out.
-            end: Seconds from the start to the end of the last of these frames; by default that one lasts `1 / fps`,
-                and without times not less.
+            end: Seconds from the start to the end of the last of these frames, after its time; by default that one
+                lasts `1 / fps`. Without times only animations and `.y4m` take it; images have no end.
 
         Raises:
             VideoError: If dtype, shape, size or times are not that, or the frames cannot be encoded or stored. The
@@ -173,23 +176,28 @@ class VideoWriter:
         """
         if self._closed:
             raise VideoError(f"Cannot write to {str(self.path)!r}: the writer is closed.")
-        array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
         try:
-            if array.dtype != np.uint8:
-                raise VideoError(f"`frames` must be uint8 in [0, 255], got {array.dtype}.")
+            if not isinstance(frames, torch.Tensor | np.ndarray):
+                raise VideoError(f"`frames` must be a tensor or an array, got {type(frames).__name__}.")
+            if frames.dtype not in (torch.uint8, np.uint8):
+                raise VideoError(f"`frames` must be uint8 in [0, 255], got {frames.dtype}.")
+            array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
             if array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
                 raise VideoError(f"`frames` must have shape (n, height, width, 3), got {tuple(array.shape)}.")
             if self._encoder is not None and array.shape[1:3] != self._size:
                 raise VideoError(f"`frames` must be {self._size} (height, width) as before, got {array.shape[1:3]}.")
             if self._output.kind == "image" and self.num_frames + len(array) > 1:
                 raise VideoError(f"Cannot write {str(self.path)!r}: an image file holds one frame, got more.")
-            if times is not None and len(times) != len(array):
-                raise VideoError(f"`times` must be one for each of {len(array)} frames, got {len(times)}.")
+            if end is not None and not is_finite(end):
+                raise VideoError(f"`end` must be a number of seconds or None, got {end!r}.")
+            shown = _times_of(times)
+            if shown is not None and len(shown) != len(array):
+                raise VideoError(f"`times` must be one for each of {len(array)} frames, got {len(shown)}.")
             with self._named_errors():
                 if self._encoder is None and len(array):
-                    self._open(array, is_variable=times is not None)
+                    self._open(array, is_variable=shown is not None)
                 for index, image in enumerate(array):
-                    self._write_one(image, None if times is None else times[index])
+                    self._write_one(image, None if shown is None else shown[index])
             if end is not None and self._timing is not None:
                 self._ended = self._timing.end_at(Fraction(end))
         except BaseException:
@@ -494,6 +502,18 @@ class VideoWriter:
                 file.unlink(missing_ok=True)
 
 
+def _times_of(times: Any) -> list[Fraction] | None:
+    """Return times of frames as exact numbers."""
+    if times is None:
+        return None
+    listed = times.tolist() if isinstance(times, torch.Tensor | np.ndarray) else times
+    listed = list(listed) if isinstance(listed, Iterable) else [listed]
+    for time in listed:
+        if not is_finite(time):
+            raise VideoError(f"`times` must be numbers of seconds, got {time!r}.")
+    return [Fraction(time) for time in listed]
+
+
 def _to_frame(image: np.ndarray, is_planar: bool) -> VideoFrame:
     """Copy RGB, uint8 `(height, width, 3)`, of any strides into a frame: `gbrp` if planar, else `rgb24`."""
     if not is_planar:
@@ -560,7 +580,7 @@ def _thread_ids() -> set[int]:
 
 def _rate_of(fps: Fraction | float) -> Fraction | None:
     """Return a legal frame rate as a fraction that formats hold, `None` for others."""
-    if not MIN_RATE <= fps < 100000:
+    if not is_finite(fps) or not MIN_RATE <= fps < 100000:
         return None
     if not isinstance(fps, float):
         return Fraction(fps)
