@@ -4,7 +4,6 @@ diffusers builds the class that it is asked for from any config, with defaults f
 that the file does not have at random values. [`PretrainedModel`] checks the config before that.
 """
 
-import functools
 import inspect
 import json
 import os
@@ -101,8 +100,12 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 raise
             raise OSError(sentence) from error
 
-    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look into its signature
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save the model as diffusers does.
+
+        Raises:
+            ValueError: If it has adapters.
+        """
         # peft wraps each layer that it adapts, and so renames its weights: what is saved could not be loaded.
         adapted = [name for name, module in self.named_modules() if hasattr(module, "base_layer")]
         if adapted:
@@ -112,6 +115,9 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 "before, or save the adapter alone with `save_lora`."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    # Pipelines look into it for the arguments that they may hand on.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
         """Push the model to the Hub with a card: [`hub.push_to_hub`], where the arguments are described."""
