@@ -8,7 +8,6 @@ from diffusers import LatteTransformer3DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers import SchedulerMixin
 
-from diffusers_leanvae.generation.arguments import check_tensor
 from diffusers_leanvae.generation.autoencoders import Autoencoder
 from diffusers_leanvae.generation.pipeline import (
     Callback,
@@ -17,6 +16,7 @@ from diffusers_leanvae.generation.pipeline import (
     LatentVideoPipeline,
     LatentVideoPipelineOutput,
     VideoInput,
+    check_tensor,
 )
 from diffusers_leanvae.generation.windows import Frames
 from diffusers_leanvae.text_encoders import TextEmbeddings, check_length, encode_tokens, text_arguments, tokenize

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,26 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         commit(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(name: str, folder: Path, kind: str, is_former: Callable[[Path], bool]) -> None:
+    """Refuse to replace the current folder or one above it, and any but an empty one or one of the same kind.
+
+    Args:
+        name: Where the folder was given, for the message.
+        folder: What is to be replaced; need not exist.
+        kind: What may be replaced, such as `"model folder"`.
+        is_former: Tells whether a folder is one.
+
+    Raises:
+        ValueError: If it may not be replaced.
+    """
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{name} must not be the current folder, which would be replaced, got {str(folder)!r}.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got {str(folder)!r}, which is a file.")
+    if folder.exists() and any(folder.iterdir()) and not is_former(folder):
+        raise ValueError(f"{name} must be new, empty or a {kind}, got {str(folder)!r}.")
 
 
 def commit(partial: Path, path: Path) -> None:

@@ -1,9 +1,12 @@
 """Small checks and tables that every part of the package needs; imports nothing heavy."""
 
 import hashlib
+import math
 import os
 import textwrap
 from collections.abc import Iterable
+from numbers import Integral, Rational, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -31,6 +34,58 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """Compute the checksum of a file, which says to which weights a number belongs."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_integer(value: Any) -> bool:
+    """Tell whether a value is an integer, also one of NumPy; `True` and `False` are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number, also one of NumPy; `True` and `False` are none."""
+    # A fraction can be larger than what `isfinite` takes.
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and (isinstance(value, Rational) or math.isfinite(value))
+    )
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Refuse what is no integer; `name` is that of the argument.
+
+    Raises:
+        ValueError: "`name` must be an integer, got 1.5."
+    """
+    if not is_integer(value):
+        raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no positive integer; `name` is that of the argument.
+
+    Raises:
+        ValueError: "`name` must be a positive integer, got 0."
+    """
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def check_place(name: str, path: Path, folder: Path) -> None:
+    """Refuse a folder that could not be made or written to, before any work is done.
+
+    Args:
+        name: Where `path` was given, for the message.
+        path: What came.
+        folder: What is to be written to: `path`, or the folder that it is in.
+
+    Raises:
+        ValueError: If it, or the nearest one above it that exists, is a file or cannot be written to.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        reason = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"{name} must lead to a folder to write to, got {str(path)!r}: {str(place)!r} {reason}.")
 
 
 def check_choice(name: str, value: Any, legal: Iterable[Any], context: str = "") -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from . import bundled
+from .atomic import check_replaceable
 from .checks import CHECKPOINT_SUFFIXES
 from .conversion.headers import CONFIG_NAME, WEIGHTS_NAME, Header, TensorInfo, json_object, read_header
 
@@ -329,19 +330,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return next(iter(variants.values()), [])
 
 
-def check_replaceable(name: str, folder: Path) -> None:
-    """Refuse to replace the current folder or one above it, and any but an empty one or one of a saved model.
-
-    Args:
-        name: Where the folder was given, for the message.
-        folder: What is to be replaced; need not exist.
-    """
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise ValueError(f"{name} must not be the current folder, which would be replaced, got {str(folder)!r}.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name} must be a folder, got {str(folder)!r}, which is a file.")
-    if folder.exists() and any(folder.iterdir()) and not _has_model(folder):
-        raise ValueError(f"{name} must be new, empty or a model folder, got {str(folder)!r}.")
+def check_model_folder(name: str, folder: Path) -> None:
+    """Refuse to replace any folder but that of a saved model, pipeline or adapter; as of `check_replaceable`."""
+    check_replaceable(name, folder, "model folder", _has_model)
 
 
 def _has_model(folder: Path) -> bool:

@@ -6,7 +6,6 @@ cache of embeddings and in the pipeline.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
-from .checks import reason_of
+from .checks import check_integer, reason_of
 
 
 logger = logging.get_logger(__name__)
@@ -65,8 +64,7 @@ def check_length(name: str, length: int | None, tokenizer: Any) -> int:
     """
     if length is None:
         return min(MAX_SEQUENCE_LENGTH, tokenizer.model_max_length)
-    if isinstance(length, bool) or not isinstance(length, Integral):
-        raise ValueError(f"`{name}` must be an integer, got {length!r}.")
+    check_integer(name, length)
     if not 1 <= length <= tokenizer.model_max_length:
         raise ValueError(f"`{name}` must be 1 to the tokenizer's {tokenizer.model_max_length}, got {length}.")
     return length

@@ -508,7 +508,9 @@ def test_bad_arguments_are_named(vae, videos: Path, tmp_path: Path):
     assert not (tmp_path / "empty").exists()
     (tmp_path / "file").write_bytes(b"something")
     for output in (tmp_path / "file", tmp_path / "file" / "sub" / "folder"):
-        with pytest.raises(ValueError, match=f"^`output` must be a folder.*got '{output}', where '.*/file' is a file"):
+        with pytest.raises(
+            ValueError, match=f"^`output` must lead to a folder .* got '{output}': '.*/file' is a file"
+        ):
             encode_dataset(vae, "shapes", output, num_clips=2, **SIZE)
     assert (tmp_path / "file").read_bytes() == b"something"
 
@@ -529,4 +531,4 @@ def test_on_the_command_line(cache: LatentFolder, vae, tmp_path: Path):
     (tmp_path / "file").touch()
     arguments[2] = tmp_path / "file"
     result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 1 and "error: `output` must be a folder" in result.stderr
+    assert result.exit_code == 1 and "error: `output` must lead to a folder to write to" in result.stderr

@@ -266,7 +266,7 @@ def test_the_command_refuses(arguments: list[str], message: str):
         (["nope"], [], "`--compare` 'nope' cannot be loaded: .* got 'nope', which does not exist"),
         (["AutoencoderKL:nope.json"], [], "`--compare` 'AutoencoderKL:nope.json' cannot be loaded: "),
         ([], ["--codec", "x265", "--size", "8"], "`codec` 'x265' does not take these clips: .* got 8 by 8"),
-        (["compact-16ch"], ["--num-frames", "8"], "`--compare` 'compact-4ch' does not take these .* got 8"),
+        (["compact-16ch"], ["--num-frames", "8"], "`--compare` 'compact-16ch' does not take these .* got 8"),
         ([], ["--size", "36"], "`--compare` 'compact-4ch' does not take these clips: `height` and `width` must be"),
     ],
 )

@@ -31,7 +31,7 @@ def test_illegal_input_is_named():
 
 @pytest.mark.parametrize("ratios", [(0, 8), (4, 0), (-4, 8), (4, -8), (4.0, 8), (4, None)])
 def test_illegal_ratios_are_named(ratios):
-    with pytest.raises(ValueError, match=r"^`(temporal|spatial)_ratio` must be a positive whole number, got "):
+    with pytest.raises(ValueError, match=r"^`(temporal|spatial)_ratio` must be a positive integer, got "):
         pad_sample(torch.rand(1, 3, 5, 8, 8), *ratios)
 
 

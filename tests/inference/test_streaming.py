@@ -222,7 +222,7 @@ def test_misuse_is_named(vae):
         StreamingEncoder(vae, num_frames_per_step=6)
     for step in (0, -1, None, "4", 4.0, 1.5):
         for stream_class in (StreamingEncoder, StreamingDecoder):
-            with pytest.raises(ValueError, match=f"frames_per_step` must be a positive whole number, got {step!r}"):
+            with pytest.raises(ValueError, match=f"frames_per_step` must be a positive integer, got {step!r}"):
                 stream_class(vae, step)
     stream = StreamingEncoder(vae)
     stream.push(video(2))

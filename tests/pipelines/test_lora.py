@@ -121,6 +121,19 @@ def test_the_file_is_one_of_diffusers(case, folder: Path):
         save_lora(transformer, folder / FILE, "x")
 
 
+def test_a_pipeline_with_an_adapter_is_not_saved_unloadable(case, folder: Path, tmp_path: Path):
+    pipeline = case.pipeline()
+    pipeline.load_lora_weights(folder)
+    with pytest.raises(
+        ValueError, match="^`save_pretrained` must be called on a model without adapters, got one with"
+    ):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(case, type(pipeline).from_pretrained(tmp_path / "saved")), run(case, pipeline))
+
+
 def test_components_keep_their_class(text_case):
     pipeline = text_case.pipeline()
     assert type(pipeline.transformer) is LatteTransformer3DModel

@@ -29,7 +29,7 @@ def test_shares_make_another_profile(other: float) -> None:
     assert sum(shares) == pytest.approx(1, abs=1e-12)
     torch.testing.assert_close(found.unfold(0, 10, 10).sum(1), wanted.unfold(0, 10, 10).sum(1), rtol=0, atol=1e-12)
     # After the first half, where one step of an interval counts much more than another, both are nearly the same.
-    assert (found - wanted)[200:].abs().max() < 0.2 * wanted.max()
+    assert (found - wanted)[200:].abs().max() < 0.16 * wanted.max()  # measured: 0.158
     if other == 6.94:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
 
@@ -40,7 +40,7 @@ def test_the_misfit_is_what_counts_for_other_steps(steps: list[int], other: floa
     shares = shares_of_averages(steps, 6.94, other)
     found = sum(share * profile(4000, step, 6.94) for share, step in zip(shares, steps, strict=True))
     expected = (found - profile(4000, 4000, other)).abs().sum().item() / 2
-    assert misfit(steps, 6.94, other) == pytest.approx(expected, abs=2e-3)
+    assert misfit(steps, 6.94, other) == pytest.approx(expected, abs=5e-6)  # measured: 2e-6
 
 
 def run(folder: Path, exponent: float | None = 6.94) -> tuple[WeightAverage, list[nn.Parameter], list[torch.Tensor]]:
@@ -71,8 +71,8 @@ def test_the_average_is_that_of_the_weights_on_the_way(tmp_path: Path, other: fl
     wanted = (profile(120, 120, other)[:, None] * torch.stack(seen)).sum(0)
     spread = torch.stack(seen)[-40:].std(0).mean()
     # By the profile that the intervals leave room for; the average of the training is several times farther away.
-    assert (ema.shadow_params[0] - wanted).abs().max() < 0.1 * spread
-    assert (before[0] - wanted).abs().max() > 0.3 * spread
+    assert (ema.shadow_params[0] - wanted).abs().max() < 0.03 * spread  # measured: 0.024
+    assert (before[0] - wanted).abs().max() > 0.5 * spread
     assert torch.equal(ema.shadow_params[1], before[1])  # frozen: what the others have learned from
 
 

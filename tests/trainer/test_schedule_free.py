@@ -47,7 +47,7 @@ def test_the_average_comes_nearer_than_adamw_at_the_same_rate() -> None:
             optimizer.step()
         found = optimizer.averages([parameter])[0] if isinstance(optimizer, ScheduleFreeAdamW) else parameter.data
         errors.append((found - 0.3).square().mean().sqrt().item())
-    assert errors[0] < 0.7 * errors[1], errors
+    assert errors[0] < 0.55 * errors[1], errors  # measured: 0.52
 
 
 def test_it_goes_on_from_its_state() -> None:

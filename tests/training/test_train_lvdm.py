@@ -411,7 +411,7 @@ def test_other_averages_are_exported(script: Script, tmp_path: Path):
         last = {key.removeprefix("transformer."): weight for key, weight in last.items()}
         assert changed(exported, last) and name in (run / "pipeline/README.md").read_text()
     ours, theirs = (sum((w[key] - last[key]).abs().sum() for key in w) for w in (exported, before))
-    assert 0 < ours < 0.7 * theirs
+    assert 0 < ours < 0.3 * theirs  # measured: 0.23
 
 
 def test_steps_that_are_not_finite_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

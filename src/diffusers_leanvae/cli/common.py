@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .. import bundled
-from ..checks import DTYPES, one_line, parse_dtype
+from ..checks import DTYPES, check_place, one_line, parse_dtype
 from .choices import DEVICES, DTYPE_NAMES, FILE_FORMATS, IMAGE_FORMATS, STREAM_FORMATS, VIDEO_CODECS, complete
 
 
@@ -262,19 +262,7 @@ def check_file(option: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"`{option}` must be a file, got {str(path)!r}, which is a folder.")
-    _check_room(option, path, path.parent)
-
-
-def check_folder(option: str, path: Path) -> None:
-    """Refuse a folder that could not be made or written to, before any work is done."""
-    _check_room(option, path, path)
-
-
-def _check_room(option: str, path: Path, folder: Path) -> None:
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        reason = "cannot be written to" if place.is_dir() else "is a file"
-        raise ValueError(f"`{option}` must lead to a folder to write to, got {str(path)!r}: {str(place)!r} {reason}.")
+    check_place(f"`{option}`", path, path.parent)
 
 
 def parse_rate(text: str | None) -> Fraction | None:

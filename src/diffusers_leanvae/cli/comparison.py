@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .common import check_folder, place, print_json, render_table
+from ..checks import check_place
+from .common import place, print_json, render_table
 
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def compare_subjects(
     from ..evaluation.report import write_report
     from ..launching import is_first_process, leaving_job
 
-    check_folder("--report", report)
+    check_place("`--report`", report, report)
     torch_device, torch_dtype = place(device, dtype)
     kept = report / ".progress"
     is_first = is_first_process()

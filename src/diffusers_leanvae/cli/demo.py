@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import bundled
-from .common import Device, Json, check_folder, hide_bars_of_diffusers, load_model, print_json
+from ..checks import check_place
+from .common import Device, Json, hide_bars_of_diffusers, load_model, print_json
 
 
 PROMPTS = [
@@ -27,7 +28,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Reconstruct the bundled clip, generate two videos from texts, and print where the results are; works offline."""
-    check_folder("--output", output)
+    check_place("`--output`", output, output)
     hide_bars_of_diffusers()
     vae = load_model(bundled.DEFAULT, device)
     output.mkdir(parents=True, exist_ok=True)

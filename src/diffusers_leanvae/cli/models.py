@@ -11,7 +11,7 @@ import typer
 from .. import bundled
 from ..atomic import replace_folder
 from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
-from ..description import check_replaceable, describe, describe_model, list_files
+from ..description import check_model_folder, describe, describe_model, list_files
 from .choices import DTYPE_NAMES, complete
 from .common import DTYPES_TEXT, Json, print_json, render_table
 
@@ -125,7 +125,7 @@ def _check_output(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if target.is_dir():
-        check_replaceable("OUT", target)
+        check_model_folder("OUT", target)
     is_empty = target.is_dir() and not any(target.iterdir())
     if not (overwrite or is_empty):
         raise ValueError(f"OUT must not exist without `--overwrite`, got {str(target)!r}.")

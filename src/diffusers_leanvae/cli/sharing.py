@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import bundled
-from ..description import check_replaceable
+from ..description import check_model_folder
 from .choices import complete
 from .common import Json, print_json
 
@@ -91,7 +91,7 @@ def pull(
     hub.check_repo_id("USER/NAME", repo_id)
     target = Path(repo_id.split("/")[1]) if folder is None else folder
     if target.exists():
-        check_replaceable("FOLDER", target)
+        check_model_folder("FOLDER", target)
         if not overwrite:
             raise ValueError(f"FOLDER must not exist without `--overwrite`, got {str(target)!r}.")
     hub.pull(repo_id, target, revision=revision, variant=variant)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..checks import check_choice, parse_dtype
+from ..checks import check_choice, check_place, parse_dtype
 from ..description import public_config
 from ..latents import encode_batch, measure_statistics
 from ..launching import start_accelerator
@@ -317,11 +317,7 @@ def _open_folder(output: str | Path) -> AnyPath:
         raise ValueError("`output` must not be empty, got ''.")
     folder = open_path(output)
     if isinstance(folder, Path):
-        place = next(place for place in (folder, *folder.parents) if place.exists())
-        if not place.is_dir():
-            raise ValueError(
-                f"`output` must be a folder, or a new one, got {str(output)!r}, where {str(place)!r} is a file."
-            )
+        check_place("`output`", folder, folder)
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from ..launching import is_first_process
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import sample_to_pixels, unit_to_pixels
-from .autoencoders import open_autoencoder, open_for
+from .autoencoders import OpenedAutoencoder, open_for
 from .clips import list_clips, read_clip, whole_groups
 from .codecs import CodecReconstructor
 from .measures import MetricOptions
@@ -87,7 +87,10 @@ def compare(
     names = list(models.values() if isinstance(models, Mapping) else models)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"`{argument}` must be names that differ, at least one, got {', '.join(names) or 'none'}.")
-    _check_subjects(models, codecs, protocol, dtype, argument)
+    _check_codecs(codecs, protocol)
+    for place in list(models)[1:]:  # the first is opened before anything is measured in any case
+        _open(argument, place, protocol, "cpu", dtype)
+        gc.collect()
     pictures, is_first = _Pictures(source, protocol, num_examples), is_first_process()
 
     def judge(subject: Reconstructor) -> Evaluation:
@@ -109,7 +112,7 @@ def compare(
 
     evaluations = []
     for place, name in zip(models, names, strict=True):
-        vae, about = open_autoencoder(place, device, dtype)
+        vae, about = _open(argument, place, protocol, device, dtype)
         evaluations.append(judge(AutoencoderReconstructor(vae, name, about)))
         del vae
         gc.collect()
@@ -120,31 +123,28 @@ def compare(
     return Comparison(evaluations, pictures.examples(list(evaluations[0].clips)) if is_first else [])
 
 
-def _check_subjects(
-    models: Sequence[str] | Mapping[str, str],
-    codecs: Sequence[str],
-    protocol: Protocol,
-    dtype: torch.dtype,
-    argument: str,
-) -> None:
-    """Refuse what could not be measured; models are opened one after another, and not kept."""
-    side = protocol.resolution
+def _check_codecs(codecs: Sequence[str], protocol: Protocol) -> None:
     for codec in codecs:
         reconstructor = CodecReconstructor(codec, 1.0)
         try:
-            reconstructor.check_size(side, side)
+            reconstructor.check_size(protocol.resolution, protocol.resolution)
         except ValueError as error:
             raise ValueError(f"`codec` {codec!r} does not take these clips: {error}") from None
-    for place in models:
-        vae = open_for(argument, place, dtype=dtype).vae
-        if isinstance(vae, VideoAutoencoder):
-            shape = (1, vae.in_channels, protocol.num_frames or 1, side, side)
-            try:
-                vae.check_sample(torch.empty(shape, dtype=vae.dtype, device="meta"), "clip")
-            except ValueError as error:
-                raise ValueError(f"`{argument}` {place!r} does not take these clips: {error}") from None
-        del vae
-        gc.collect()
+
+
+def _open(
+    argument: str, place: str, protocol: Protocol, device: torch.device | str, dtype: torch.dtype
+) -> OpenedAutoencoder:
+    """Open a model, which must take the clips of a protocol; `argument` is where it was named."""
+    opened = open_for(argument, place, device, dtype)
+    vae = opened.vae
+    if isinstance(vae, VideoAutoencoder):
+        shape = (1, vae.in_channels, protocol.num_frames or 1, protocol.resolution, protocol.resolution)
+        try:
+            vae.check_sample(torch.empty(shape, dtype=vae.dtype, device="meta"), "clip")
+        except ValueError as error:
+            raise ValueError(f"`{argument}` {place!r} does not take these clips: {error}") from None
+    return opened
 
 
 class _Pictures:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from .._version import __version__
-from ..atomic import replace_folder
+from ..atomic import check_replaceable, replace_folder
 from ..checks import check_choice
 from ..description import public_config
 from ..models.video_autoencoder import VideoAutoencoder
@@ -209,14 +209,8 @@ def check_folder(
         option: Where `overwrite` was given, for the message.
         mark: A file that a former export has.
     """
-    here = Path.cwd()
-    if folder.resolve() in (here, *here.parents):
-        raise ValueError(f"{name} must not be the current folder, which would be replaced, got {str(folder)!r}.")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / mark).is_file():
-        raise ValueError(f"{name} must be new, empty or a former export, got {str(folder)!r}.")
-    if not overwrite:
+    check_replaceable(name, folder, "former export", lambda former: (former / mark).is_file())
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{name} must be new or empty without {option}, got the export {str(folder)!r}.")
 
 

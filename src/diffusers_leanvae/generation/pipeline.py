@@ -22,16 +22,16 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_integer, check_positive, is_integer, is_number
 from ..hub import pushing
 from ..hub_errors import hub_reason
 from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..loading import resolve_pipeline
+from ..models.pretrained import check_no_adapters
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
 from ..registration import SHIM
-from .arguments import check_integer, check_tensor, is_integer, is_number
 from .autoencoders import Autoencoder, LatentLayout, decode
 from .lora import LoraLoaderMixin
 from .schedulers import (
@@ -67,6 +67,18 @@ class LatentVideoPipelineOutput(BaseOutput):
     """
 
     frames: list[list] | np.ndarray | torch.Tensor
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse the argument `name` where it is no tensor, or holds NaN or infinity, which would spread to all frames.
+
+    Raises:
+        ValueError: If it is not, or does.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got a value of type {type(value).__name__}.")
+    if not value.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, got NaN or infinite values.")
 
 
 class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
@@ -120,6 +132,17 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if isinstance(value, list) and len(value) == 2 and value[0] == SHIM:
                 entries[name] = value[1] if name == "_class_name" else ["diffusers_leanvae", value[1]]
         return entries
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save all components as diffusers does.
+
+        Raises:
+            ValueError: If one has adapters; nothing is written then.
+        """
+        for component in self.components.values():
+            if isinstance(component, torch.nn.Module):
+                check_no_adapters(component)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
         """Push the pipeline to the Hub with a card: [`hub.push_to_hub`], where the arguments are described."""
@@ -191,8 +214,7 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),
         ):
-            if not is_integer(count) or count < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
+            check_positive(name, count)
         channels = self.transformer.config.in_channels
         if num_guided_channels is not None:
             check_integer("num_guided_channels", num_guided_channels)

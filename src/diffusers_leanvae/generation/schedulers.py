@@ -21,8 +21,7 @@ from diffusers.schedulers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from ..checks import check_choice
-from .arguments import check_integer, is_number
+from ..checks import check_choice, check_integer, is_number
 
 
 NUM_TRAIN_TIMESTEPS = 1000

@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from ..atomic import replace_folder
 from ..checks import sha256
-from ..description import check_replaceable
+from ..description import check_model_folder
 from ..hub_errors import hub_reason
 from .pushing import check_repo_id
 
@@ -49,7 +49,7 @@ def pull(
             current one or has anything else; in one sentence.
     """
     check_repo_id("repo_id", repo_id)
-    check_replaceable("`folder`", Path(folder))
+    check_model_folder("`folder`", Path(folder))
     name = None
     try:
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)

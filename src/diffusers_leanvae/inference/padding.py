@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.tiling import check_positive
+from ..checks import check_positive
 
 
 class Padding(NamedTuple):

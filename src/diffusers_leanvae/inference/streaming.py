@@ -6,8 +6,8 @@ whole video up to float rounding (`tests/inference/test_streaming.py`: 1e-10 in 
 
 import torch
 
+from ..checks import check_positive
 from ..models.temporal_cache import TemporalCache
-from ..models.tiling import check_positive
 from ..models.video_autoencoder import VideoAutoencoder
 
 

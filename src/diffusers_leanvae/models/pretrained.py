@@ -106,14 +106,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If it has adapters.
         """
-        # peft wraps each layer that it adapts, and so renames its weights: what is saved could not be loaded.
-        adapted = [name for name, module in self.named_modules() if hasattr(module, "base_layer")]
-        if adapted:
-            raise ValueError(
-                "`save_pretrained` must be called on a model without adapters, got one with adapters in "
-                f"{len(adapted)} layers, for instance {adapted[0]!r}: call its `fuse_lora()` and `unload_lora()` "
-                "before, or save the adapter alone with `save_lora`."
-            )
+        check_no_adapters(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # Pipelines look into it for the arguments that they may hand on.
@@ -315,6 +308,17 @@ def _read_original(
                 f"{str(path)!r}."
             ) from error
         raise
+
+
+def check_no_adapters(model: torch.nn.Module) -> None:
+    """Refuse to save a model with adapters: peft renames the weights of their layers, so it could not be loaded."""
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            "`save_pretrained` must be called on a model without adapters, got one with adapters in "
+            f"{len(adapted)} layers, for instance {adapted[0]!r}: call its `fuse_lora()` and `unload_lora()` "
+            "before, or save the adapter alone with `save_lora`."
+        )
 
 
 def check_is_object(config: Any, source: str, subfolder: str | None = None, name: str = CONFIG_NAME) -> None:

@@ -1,27 +1,19 @@
 """Geometry of exact tiling: which tokens a tile computes, which of them it keeps, and how a video is cut in time."""
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise a `ValueError` unless `value` is a positive whole number; `name` is that of the argument."""
-    if not _is_positive(value):
-        raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+from ..checks import is_integer
 
 
 def check_layout(name: str, value: Any) -> None:
     """Raise a `ValueError` unless `value` may be the sizes of a tile; which of them a model takes, it knows itself."""
-    if not isinstance(value, (tuple, list)) or len(value) != 3 or not all(map(_is_positive, value)):
+    is_triple = isinstance(value, (tuple, list)) and len(value) == 3
+    if not is_triple or not all(is_integer(size) and size > 0 for size in value):
         raise ValueError(
-            f"`{name}` must be three positive whole numbers, height, width and frames of a tile, got {value!r}."
+            f"`{name}` must be three positive integers, height, width and frames of a tile, got {value!r}."
         )
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 class Span(NamedTuple):

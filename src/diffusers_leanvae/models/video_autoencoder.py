@@ -17,10 +17,11 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..checks import check_positive
 from .memory_planning import MemoryModel, MemoryPlan, free_memory
 from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 from .temporal_cache import Chunk, TemporalCache, chunks
-from .tiling import Canvas, Tile, TileSizes, check_layout, check_positive, grid, time_chunks
+from .tiling import Canvas, Tile, TileSizes, check_layout, grid, time_chunks
 from .traced_memory import TracedMemory
 from .video_config import VideoAutoencoderConfig
 

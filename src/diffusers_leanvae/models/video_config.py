@@ -6,9 +6,11 @@ from typing import Any, Self
 
 from diffusers.configuration_utils import FrozenDict
 
+from ..checks import is_number
+
 
 def check_factor(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or value <= 0:
         raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
 
 
@@ -22,7 +24,7 @@ def check_statistics(
         if len(statistics) != latent_channels:
             raise ValueError(f"`{name}` must have {latent_channels} entries, got {len(statistics)}.")
         for value in statistics:
-            if not isinstance(value, int | float) or not limit < value < math.inf:
+            if not is_number(value) or value <= limit:
                 numbers = "finite numbers" if limit else "finite numbers above 0"
                 raise ValueError(f"`{name}` must hold {numbers}, got {value!r}.")
     if (latents_mean is None) != (latents_std is None):

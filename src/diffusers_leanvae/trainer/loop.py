@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..atomic import replace_folder
+from ..checks import check_place
 from ..data.datasets import ClipDataset
 from ..data.latent_samples import LatentData
 from ..data.schedule import Share, StepBatches
@@ -100,8 +101,7 @@ class TrainingRun:
     ) -> None:
         self._started = time.monotonic()
         self.recipe, self.name, self.output = recipe, name, Path(recipe.output)
-        if not next(path for path in (self.output, *self.output.absolute().parents) if path.exists()).is_dir():
-            raise ValueError(f"`output` must be a folder, or one that can be made, got {recipe.output!r}.")
+        check_place("`output`", self.output, self.output)
         check_launcher(recipe, can_shard)
         torch.set_float32_matmul_precision("high")
         check_trackers(recipe.trackers)
@@ -143,9 +143,10 @@ class TrainingRun:
         done = 0 if self.checkpoint is None else step_of(self.checkpoint)
         found = [path for path in list_checkpoints(self._checkpoints) if step_of(path) <= done]
         check_exponents(found, recipe.ema_power)
-        coming = [step for step in range(done + 1, recipe.num_steps) if step % recipe.save_every == 0]
         steps = [step_of(path) for path in found]
         if done < recipe.num_steps:
+            every = recipe.save_every
+            coming = range((done // every + 1) * every, recipe.num_steps, every)
             steps = [*steps, *coming, recipe.num_steps][-recipe.keep_checkpoints :]
         check_steps(steps, recipe.ema_power, recipe.post_hoc_power)
 

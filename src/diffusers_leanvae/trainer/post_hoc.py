@@ -35,8 +35,7 @@ def average_post_hoc(
     Raises:
         ValueError: If the checkpoints do not hold averages by the power function of `ema`, up to its step.
     """
-    check_exponents(checkpoints, ema.exponent)
-    states = [_load_average(checkpoint) for checkpoint in checkpoints]
+    states = check_exponents(checkpoints, ema.exponent)
     steps = [state["optimization_step"] for state in states]
     if not steps or steps[-1] != ema.optimization_step:
         raise ValueError(f"The last checkpoint must be of step {ema.optimization_step}, got steps {steps}.")
@@ -51,14 +50,18 @@ def average_post_hoc(
     return misfit(steps, ema.exponent, exponent)
 
 
-def check_exponents(checkpoints: Sequence[Path], exponent: float | None) -> None:
-    """Refuse checkpoints whose averages are not by the power function of an exponent."""
-    found = {_load_average(checkpoint).get("exponent") for checkpoint in checkpoints}
+def check_exponents(checkpoints: Sequence[Path], exponent: float | None) -> list[dict[str, Any]]:
+    """Return the averages in checkpoints, mapped and not read; refuse those that are not of an exponent."""
+    states = [
+        torch.load(checkpoint / MARK, map_location="cpu", weights_only=True, mmap=True) for checkpoint in checkpoints
+    ]
+    found = {state.get("exponent") for state in states}
     if exponent is None or found - {exponent}:
         raise ValueError(
             f"`ema_power` must be that of all checkpoints for `post_hoc_power`, got {exponent} and "
             f"{', '.join(sorted(map(str, found)))} there."
         )
+    return states
 
 
 def check_steps(steps: Sequence[int], exponent: float, other: float) -> None:
@@ -118,7 +121,3 @@ def misfit(steps: Sequence[int], exponent: float, other: float) -> float:
         before = [(crossing**power - ratio**power) / mass for power, mass in zip(powers, masses, strict=True)]
         total += (stop / last) ** powers[1] * masses[1] * abs(before[0] - before[1])
     return total
-
-
-def _load_average(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint / MARK, map_location="cpu", weights_only=True, mmap=True)

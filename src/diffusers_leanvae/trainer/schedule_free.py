@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .whitened_muon import loss_of
+
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """Schedule-free AdamW (arXiv 2405.15682, Algorithm 1), with the memory of AdamW.
@@ -41,10 +43,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             group["num_steps"] += 1
             beta1, beta2 = group["betas"]

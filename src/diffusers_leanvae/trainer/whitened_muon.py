@@ -67,6 +67,14 @@ def inverse_square_root(covariance: torch.Tensor, damping: float) -> torch.Tenso
     return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step gives, with gradients, as PyTorch's optimizers take it; `None` without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class WhitenedMuon(torch.optim.Optimizer):
     """Muon (K. Jordan et al. 2024) on whitened inputs for the linear maps of a LeanVAE, AdamW for the rest.
 
@@ -193,10 +201,7 @@ class WhitenedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             move = self._move_by_adamw if group["kind"] == "adamw" else self._move_by_muon
             for parameter in group["params"]:

@@ -1,11 +1,9 @@
 """Opening of media files, and the error that names them."""
 
 import gc
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,11 +58,6 @@ def check_path(name: str, path: Any) -> None:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise VideoError(f"`{name}` must be a path that is not empty and has no null character, got {path!r}.")
-
-
-def is_finite(value: Any) -> bool:
-    """Tell whether a value is a number, and neither infinite nor NaN."""
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 class Unsupported(Exception):

@@ -17,7 +17,8 @@ from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 
 from ..atomic import MAX_NAME_BYTES
-from .containers import PathLike, VideoError, check_path, is_finite
+from ..checks import is_number
+from .containers import PathLike, VideoError, check_path
 from .inputs import is_pattern, numbered_files, numbered_name
 
 
@@ -271,7 +272,7 @@ def find_output(
         crf = None
     elif crf is None:
         crf = properties.crf
-    elif not (is_finite(crf) and 0 <= crf <= properties.max_crf):
+    elif not (is_number(crf) and 0 <= crf <= properties.max_crf):
         raise VideoError(f"`crf` must be 0 to {properties.max_crf} for {codec}, got {crf!r}.")
     if held.is_animation:
         _check_names(wished, pixel_format)

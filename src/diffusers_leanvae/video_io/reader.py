@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
@@ -38,6 +37,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from ..checks import is_integer
 from .containers import PathLike, VideoError, check_path, find_video_stream, named_errors, open_input
 from .decoding import CutOff, Damaged, Decoding, Picture, Progressive, RgbConverter, display_matrix
 from .info import CLOCKWISE, VideoInfo, describe_images, describe_video, has_sample_table
@@ -163,7 +163,7 @@ def _stop(start: int, num_frames: int | None) -> int | None:
 
 def _check_integers(**values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and not isinstance(value, Integral):
+        if value is not None and not is_integer(value):
             raise VideoError(f"`{name}` must be an integer, got {value!r}.")
 
 

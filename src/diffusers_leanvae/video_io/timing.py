@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from av.video.stream import VideoStream
 
-from .containers import is_finite
+from ..checks import is_number
 
 
 if TYPE_CHECKING:  # PyTorch takes a second to import, and a header can be read without it
@@ -165,13 +165,13 @@ def at_constant_rate(
     Raises:
         ValueError: If `fps` is not positive, a time or `last_duration` is no number, or times run backwards.
     """
-    if not (is_finite(fps) and fps > 0):
+    if not (is_number(fps) and fps > 0):
         raise ValueError(f"`fps` must be more than 0, got {fps!r}.")
     held: torch.Tensor | None = None
     time = step = Fraction(0)
     first = place = 0  # of the first frame, and of the next one, to come out
     for frame, start in frames:
-        if not is_finite(start) or (held is not None and start < time):
+        if not is_number(start) or (held is not None and start < time):
             raise ValueError(f"`frames` must come with ascending times in seconds, got {start} after {time}.")
         begin = _nearest(start * fps)
         if held is None:
@@ -187,7 +187,7 @@ def at_constant_rate(
     duration = last_duration() if callable(last_duration) else last_duration
     if duration is None:
         duration = step or 1 / Fraction(fps)
-    elif not is_finite(duration):
+    elif not is_number(duration):
         raise ValueError(f"`last_duration` must be a number of seconds, got {duration!r}.")
     end = _nearest((time + duration) * fps)
     for _ in range(place, end if place > first else max(end, place + 1)):  # of a short clip one frame stays

@@ -21,7 +21,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..atomic import commit, commit_files, partial_path, remove_stale_partials
-from .containers import PathLike, VideoError, is_finite, named_write_errors
+from ..checks import is_number
+from .containers import PathLike, VideoError, named_write_errors
 from .decoding import planes_of
 from .formats import CODECS, ON_GPU, PRESETS, check_output, is_rgb, is_subsampled
 from .matroska import ROOM, set_pixel_aspect_ratio
@@ -112,9 +113,9 @@ class VideoWriter:
         rate = _rate_of(fps)
         if rate is None:
             raise VideoError(f"`fps` must be at least 0.00001 and less than 100000, got {fps!r}.")
-        if not (is_finite(pixel_aspect_ratio) and pixel_aspect_ratio > 0):
+        if not (is_number(pixel_aspect_ratio) and pixel_aspect_ratio > 0):
             raise VideoError(f"`pixel_aspect_ratio` must be a number of more than 0, got {pixel_aspect_ratio!r}.")
-        if not (is_finite(audio_start) and audio_start >= 0):
+        if not (is_number(audio_start) and audio_start >= 0):
             raise VideoError(f"`audio_start` must be a number of 0 or more, got {audio_start!r}.")
         if audio_start and audio_from is None:
             raise VideoError(f"`audio_start` must be 0 without `audio_from`, got {audio_start!r}.")
@@ -188,7 +189,7 @@ class VideoWriter:
                 raise VideoError(f"`frames` must be {self._size} (height, width) as before, got {array.shape[1:3]}.")
             if self._output.kind == "image" and self.num_frames + len(array) > 1:
                 raise VideoError(f"Cannot write {str(self.path)!r}: an image file holds one frame, got more.")
-            if end is not None and not is_finite(end):
+            if end is not None and not is_number(end):
                 raise VideoError(f"`end` must be a number of seconds or None, got {end!r}.")
             shown = _times_of(times)
             if shown is not None and len(shown) != len(array):
@@ -509,7 +510,7 @@ def _times_of(times: Any) -> list[Fraction] | None:
     listed = times.tolist() if isinstance(times, torch.Tensor | np.ndarray) else times
     listed = list(listed) if isinstance(listed, Iterable) else [listed]
     for time in listed:
-        if not is_finite(time):
+        if not is_number(time):
             raise VideoError(f"`times` must be numbers of seconds, got {time!r}.")
     return [Fraction(time) for time in listed]
 
@@ -580,7 +581,7 @@ def _thread_ids() -> set[int]:
 
 def _rate_of(fps: Fraction | float) -> Fraction | None:
     """Return a legal frame rate as a fraction that formats hold, `None` for others."""
-    if not is_finite(fps) or not MIN_RATE <= fps < 100000:
+    if not is_number(fps) or not MIN_RATE <= fps < 100000:
         return None
     if not isinstance(fps, float):
         return Fraction(fps)
