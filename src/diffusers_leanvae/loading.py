@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import is_accelerate_available, is_transformers_available
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from . import bundled
@@ -325,6 +326,8 @@ def _find_config(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Read the config of a model in a folder or repository, or in its `component` if it is that of a pipeline.
 
+    Where the Hub cannot be reached, `hub` asks for files of its cache alone from then on.
+
     Returns:
         The sub-folder, and the config if there is one.
     """
@@ -339,6 +342,8 @@ def _find_config(
         except OSError as error:
             if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                 raise ValueError(f"`source` must have a `{CONFIG_NAME}` of valid JSON, got {place!r}.") from None
+            if isinstance(error.__context__, LocalEntryNotFoundError):
+                hub["local_files_only"] = True  # the Hub cannot be reached: half a minute of trying is enough
             continue
         check_is_object(config, place, folder)
         return folder, config

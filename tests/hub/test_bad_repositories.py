@@ -76,6 +76,16 @@ def test_what_is_not_there_is_said_in_a_sentence(
     fails(message, "someone/vae", *LOADERS, pull)
 
 
+def test_a_hub_that_cannot_be_reached_is_waited_for_once(server: LocalHub, monkeypatch: pytest.MonkeyPatch):
+    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"  # nobody listens there
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    with pytest.raises(ValueError, match="got 'someone/vae': the Hub cannot be reached, and it is not in its cache"):
+        load_autoencoder("someone/vae")
+    assert len(pauses) == 5  # of the client, for the first file that is asked for
+
+
 def test_what_is_damaged_is_said_in_a_sentence(
     server: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vae_files: dict[str, bytes], pull: Any
 ):

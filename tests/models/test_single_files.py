@@ -99,6 +99,9 @@ def test_arguments_of_diffusers(model: Any, saved: Path):
     for name, value in {"proxies": {"https": "x"}, "quantization_config": {}, "original_config": "x.yaml"}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be None for a model of this package, got "):
             load(saved / WEIGHTS_NAME, **{name: value})
+    for name, value in {"torch_dtype": "half", "dtype": torch.int8}.items():
+        with pytest.raises(ValueError, match=f"`torch_dtype` must be a floating-point .* got {value!r}"):
+            load(saved / WEIGHTS_NAME, **{name: value})
     with pytest.raises(ValueError, match="arguments, got colour"):
         load(saved / WEIGHTS_NAME, colour=1)
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .. import bundled
-from ..checks import check_choice
+from ..checks import check_choice, check_positive, is_integer
 from ..loading import load_diffusion_pipeline
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io import VideoWriter, read_video
@@ -112,6 +112,17 @@ def generate_videos(
     writer_options: dict[str, Any] = {"codec": codec, "crf": crf, "pixel_format": pixel_format, "overwrite": overwrite}
     if not MIN_RATE <= fps < 100000:
         raise ValueError(f"`fps` must be at least 0.00001 and less than 100000, got {fps}.")
+    if not is_integer(seed) or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}.")
+    for name, value in (
+        ("num_videos", 1 if num_videos is None else num_videos),
+        ("num_inference_steps", num_inference_steps),
+        ("batch_size", batch_size),
+    ):
+        check_positive(name, value)
+    for name, texts in (("labels", labels), ("prompts", prompts)):
+        if texts is not None and (isinstance(texts, str) or not texts):
+            raise ValueError(f"`{name}` must be a list of at least one text or None, got {texts!r}.")
     folder, num_frames = _find_folder(output), options.get("num_frames")
     if folder is None:
         _check_files([Path(output)], num_frames, writer_options)

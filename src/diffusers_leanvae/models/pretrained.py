@@ -210,6 +210,9 @@ def load_single_file(
         if options.get(name) is not None:
             hint = ", which `huggingface_hub` takes from HTTPS_PROXY" if name == "proxies" else ""
             raise ValueError(f"`{name}` must be None for a model of this package, got {options[name]!r}{hint}.")
+    dtype = torch_dtype if options.get("dtype") is None else options["dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`torch_dtype` must be a floating-point `torch.dtype` or None, got {dtype!r}.")
     hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
     subfolder, config = options.get("subfolder"), options.get("config")
     if subfolder is not None and config is None and not is_checkpoint_reference(str(reference)):
@@ -231,9 +234,8 @@ def load_single_file(
         found, state_dict = _read_original(model_class, path, read)
         found, wanted = found | given, f"be a complete {kind} checkpoint"
     model = _build(model_class, found | dict(values or {}))
-    torch_dtype = options.get("dtype") or torch_dtype
-    if torch_dtype is not None:
-        state_dict = {key: tensor.to(torch_dtype) for key, tensor in state_dict.items()}
+    if dtype is not None:
+        state_dict = {key: tensor.to(dtype) for key, tensor in state_dict.items()}
     if options.get("disable_mmap"):
         state_dict = {key: tensor.clone() for key, tensor in state_dict.items()}
     try:
