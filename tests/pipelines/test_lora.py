@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LatteTransformer3DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import seeded
 from white_adapter import train_white_adapter
 
@@ -119,6 +120,27 @@ def test_the_file_is_one_of_diffusers(case, folder: Path):
         save_lora(transformer, folder)
     with pytest.raises(ValueError, match="`folder` must be a folder or not exist, got the file '.*safetensors'"):
         save_lora(transformer, folder / FILE, "x")
+
+
+def test_what_is_no_adapter_of_the_transformer_is_refused(case, folder: Path):
+    pipeline, weights = case.pipeline(), load_file(folder / FILE)
+    key, weight = next((key, weight) for key, weight in weights.items() if ".lora_A." in key)
+    other = key.replace("blocks.0", "blocks.99")
+    wide = torch.cat([weight, weight], dim=1)
+    bad = [
+        (weights | {other: weight}, "must be one of this transformer, got '.*blocks.99.*' of a layer that it lacks"),
+        (weights | {key: wide}, rf"has weights of \(.*\), got \(2, {wide.shape[1]}\) for '{key}'"),
+        ({key: weight}, "must have two matrices for each layer, got one for "),
+        (weights | {key: weight * torch.nan}, f"must be finite, got others in '{key}'"),
+        (folder / "none", r"must be a folder, a file, a Hub id 'user/repo' or weights, got '.*none', which does not"),
+    ]
+    for source, message in bad:
+        with pytest.raises(ValueError, match=message):
+            pipeline.load_lora_weights(source)
+    for name in ("a.b", "", 3):
+        with pytest.raises(ValueError, match="`adapter_name` must be a name without dots or None, got "):
+            pipeline.load_lora_weights(folder, adapter_name=name)
+    assert not getattr(pipeline.transformer, "peft_config", None)
 
 
 def test_a_pipeline_with_an_adapter_is_not_saved_unloadable(case, folder: Path, tmp_path: Path):

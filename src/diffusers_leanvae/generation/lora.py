@@ -1,11 +1,16 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the transformers: load, weigh, fuse and save as diffusers does."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import LatteTransformer3DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+
+from ..conversion.checkpoints import is_hub_reference
 
 
 # The one video transformer of diffusers 0.42 without this base. A subclass of ours would be another class to saved
@@ -28,6 +33,12 @@ class LoraLoaderMixin(CogVideoXLoraLoaderMixin):
         Raises:
             ValueError: If there are none for a transformer: diffusers would go on without.
         """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, str | os.PathLike) and not (Path(source).exists() or is_hub_reference(str(source))):
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must be a folder, a file, a Hub id 'user/repo' or weights, "
+                f"got {str(source)!r}, which does not exist."
+            )
         result = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         weights = result[0] if isinstance(result, tuple) else result
         if not any(name.startswith(f"{cls.transformer_name}.") for name in weights):
@@ -36,6 +47,52 @@ class LoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 f"The weights of a LoRA must have names that begin with `{cls.transformer_name}.`, got {names}."
             )
         return result
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        transformer: Any,
+        adapter_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to a transformer; see `load_lora_weights` of diffusers for the arguments.
+
+        Raises:
+            ValueError: If it was made for another transformer: diffusers would load what fits, and warn. If its
+                weights are not finite, or `adapter_name` is no name.
+        """
+        if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
+            raise ValueError(f"`adapter_name` must be a name without dots or None, got {adapter_name!r}.")
+        _check_fits(state_dict, transformer, cls.transformer_name)
+        super().load_lora_into_transformer(state_dict, transformer, adapter_name, *args, **kwargs)
+
+
+def _check_fits(state_dict: Mapping[str, torch.Tensor], transformer: Any, component: str) -> None:
+    """Refuse an adapter whose layers are not those of a transformer."""
+    layers = dict(transformer.named_modules())
+    parts: dict[str, set[str]] = {}
+    for key, weight in state_dict.items():
+        name, _, part = key.removeprefix(f"{component}.").rpartition(".lora_")
+        layer = layers.get(name)
+        layer_weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if layer_weight is None:
+            raise ValueError(f"The adapter must be one of this transformer, got {key!r} of a layer that it lacks.")
+        if not weight.isfinite().all():
+            raise ValueError(f"The weights of the adapter must be finite, got others in {key!r}.")
+        shape = layer_weight.shape
+        for side, axis in (("A.", 1), ("B.", 0)):
+            if part.startswith(side) and weight.ndim > 1 and weight.shape[axis] != shape[axis]:
+                raise ValueError(
+                    f"The adapter must be one of this transformer, whose {name!r} has weights of {tuple(shape)}, got "
+                    f"{tuple(weight.shape)} for {key!r}."
+                )
+            if part.startswith(side):
+                parts.setdefault(name, set()).add(side)
+    for name, found in parts.items():
+        if len(found) < 2:
+            raise ValueError(f"The adapter must have two matrices for each layer, got one for {name!r}.")
 
 
 def save_lora(transformer: Any, folder: str | Path, adapter_name: str = "default") -> None:
