@@ -16,6 +16,7 @@ import pytest
 import torch
 from encoded_clips import count_opens, encode, moving_picture
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
@@ -119,14 +120,33 @@ def test_a_single_latent_is_written_and_comes_back(vae, tmp_path: Path):
 
 
 def test_latents_that_are_not_finite_are_refused_and_leave_nothing(vae, tmp_path: Path):
-    with LatentsWriter(tmp_path / "z.safetensors") as writer:
-        latents = torch.zeros(1, vae.latent_channels, 9, 1, 1)
-        latents[:, :, 7] = torch.nan
+    path, latents = tmp_path / "z.safetensors", torch.zeros(1, vae.latent_channels, 9, 1, 1)
+    with LatentsWriter(path) as writer:
         writer.write(latents)
         writer.close(LatentsInfo("m", "25", 33, 8, 8, "in.mp4", False))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["latents"][:, :, 7] = torch.nan
+    save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match="^`source` must hold finite latents, got infinite ones or NaN in .*z.safet"):
-        decode_video(vae, tmp_path / "z.safetensors", tmp_path / "out.mp4")
-    assert [path.name for path in tmp_path.iterdir()] == ["z.safetensors"]
+        decode_video(vae, path, tmp_path / "out.mp4")
+    with pytest.raises(VideoError, match="Latents must be finite"), LatentsWriter(tmp_path / "y.safetensors") as writer:
+        writer.write(latents / 0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_gives_no_numbers_writes_nothing(make_model, tmp_path: Path):
+    vae, source = make_model(), encode(tmp_path / "in.mp4", moving_picture(6))
+    for part, error in ((vae.decoder, "Frames must be numbers"), (vae.encoder, "Latents must be finite")):
+        with torch.no_grad():
+            next(iter(part.parameters())).fill_(torch.nan)
+        with pytest.raises(ValueError, match=error):
+            if part is vae.decoder:
+                reconstruct_video(vae, source, tmp_path / "out.mp4")
+            else:
+                encode_video(vae, source, tmp_path / "out.safetensors", model="")
+        assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize(

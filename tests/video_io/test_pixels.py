@@ -85,3 +85,10 @@ def test_grid_of_videos():
     assert torch.equal(video_grid(videos[:1]), videos[0])
     assert video_grid(videos[:1].expand(4, -1, -1, -1, -1)).shape == (2, 8, 12, 3)
     assert video_grid(videos[:2]).shape == (2, 4, 12, 3)
+
+
+def test_no_frames_of_nan():
+    frames = torch.zeros(1, 3, 2, 2)
+    frames[0, 2, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="Frames must be numbers, got NaN"):
+        unit_to_pixels(frames)

@@ -227,9 +227,15 @@ class LatentsWriter:
         self._spool_path.unlink(missing_ok=True)
 
     def write(self, latents: torch.Tensor | None) -> None:
-        """Append latents `(1, z, t, h, w)`; `None` is nothing to append."""
+        """Append latents `(1, z, t, h, w)`; `None` is nothing to append.
+
+        Raises:
+            VideoError: If they are not finite, or the disk is full.
+        """
         if latents is None:
             return
+        if not latents.isfinite().all():
+            raise VideoError("Latents must be finite, got others: the weights hold some, or their dtype overflows.")
         by_time = latents[0].transpose(0, 1).contiguous().cpu()  # (t, z, h, w)
         self._shape, self._dtype = tuple(by_time.shape[1:]), by_time.dtype
         self._num_latent_frames += by_time.shape[0]

@@ -32,7 +32,13 @@ def sample_to_unit(sample: torch.Tensor) -> torch.Tensor:
 
 
 def unit_to_pixels(unit: torch.Tensor) -> torch.Tensor:
-    """Round `[0, 1]` to uint8 pixels; values outside must be clipped before."""
+    """Round `[0, 1]` to uint8 pixels; values outside must be clipped before.
+
+    Raises:
+        ValueError: If there is a NaN, of which pixels would be black.
+    """
+    if unit.isnan().any():
+        raise ValueError("Frames must be numbers, got NaN: the weights hold some, or their dtype overflows.")
     return unit.float().mul(255).round_().byte()
 
 
