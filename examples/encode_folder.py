@@ -1,9 +1,10 @@
-"""Encode the first frames of all videos of a folder to latents: python examples/encode_folder.py MODEL FOLDER OUT
+"""Encode the first frames of videos: python examples/encode_folder.py MODEL FOLDER OUT [NUM_FRAMES [SIZE]]
 
-Writes one safetensors file per video, with posterior mean and log-variance, so that training can draw
-again each time.
+Writes one safetensors file per video of a folder, with posterior mean and log-variance of its latents, so that
+training can draw again each time.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from diffusers_leanvae.video_io import VideoError, list_videos
 def main(model: str, folder: str, out: str, num_frames: str = "17", size: str = "256") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderKLLeanVAE.from_pretrained(model, torch_dtype=torch.float32).to(device).eval()
-    for path in list_videos(folder):
+    videos = list_videos(folder)
+    if not videos:
+        sys.exit(f"FOLDER must hold videos or images, got {folder!r} without any.")
+    for path in videos:
         try:
             clip = read_center_clip(path, int(num_frames), int(size))  # (3, num_frames, size, size) in [-1, 1]
         except VideoError as error:
@@ -33,4 +37,8 @@ def main(model: str, folder: str, out: str, num_frames: str = "17", size: str = 
 
 
 if __name__ == "__main__":
+    if not 4 <= len(sys.argv) <= 6:
+        sys.exit(__doc__)
+    if not all(re.fullmatch("[1-9][0-9]*", number) for number in sys.argv[4:]):
+        sys.exit(f"NUM_FRAMES and SIZE must be positive integers, got {' '.join(sys.argv[4:])}.")
     main(*sys.argv[1:])

@@ -3,6 +3,7 @@
 Flow matching with one convolution in place of a transformer: it shows where the VAE stands in the loop.
 """
 
+import re
 import sys
 
 import torch
@@ -36,4 +37,8 @@ def main(model: str, folder: str, num_steps: str = "20") -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
+    if not all(re.fullmatch("[1-9][0-9]*", number) for number in sys.argv[3:]):
+        sys.exit(f"STEPS must be a positive integer, got {sys.argv[3]}.")
     main(*sys.argv[1:])

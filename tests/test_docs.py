@@ -81,3 +81,27 @@ def test_example_runs(name, tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert name != "reconstruct_video" or (tmp_path / "out.mp4").is_file()
     assert name != "encode_folder" or len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    "name, arguments, sentence",
+    [
+        *((name, [], f"python examples/{name}.py") for name in EXAMPLES),
+        (
+            "encode_folder",
+            ["vae", "clips", "out", "9", "x"],
+            "NUM_FRAMES and SIZE must be positive integers, got 9 x.",
+        ),
+        ("encode_folder", ["vae", "empty", "out"], "FOLDER must hold videos or images, got 'empty' without any."),
+        ("latent_diffusion_step", ["vae", "clips", "0"], "STEPS must be a positive integer, got 0."),
+        ("latent_diffusion_step", ["vae", "clips", "-1"], "STEPS must be a positive integer, got -1."),
+    ],
+)
+def test_example_says_what_it_takes(name, arguments, sentence, tmp_path, monkeypatch):
+    make_tiny("leanvae").save_pretrained(tmp_path / "vae")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert sentence in str(ended.value)

@@ -1,7 +1,9 @@
 """A Space of three tabs: reconstruct a clip, compare models, generate. README.md says how it gets to the Hub."""
 
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -19,7 +21,9 @@ show how it works, and say nothing about the quality of the released weights. Of
 256 pixels on the shorter side.
 """
 # Fixed names: Gradio copies what a tab returns before the next visitor's turn, and clears its copies after an hour.
-FOLDER = Path(tempfile.mkdtemp(prefix="leanvae-space-"))
+STORAGE = TemporaryDirectory(prefix="leanvae-space-")  # which goes at the end
+FOLDER = Path(STORAGE.name)
+LARGEST_SEED = 2**53 - 1  # integers beyond it are rounded by browsers
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -29,29 +33,39 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def show(name: str, clip: str | None, models: list[str], num_frames: float) -> tuple[str, str]:
-    if clip is None:
-        raise gr.Error("Choose a clip first.", print_exception=False)
-    path = FOLDER / name
+@contextmanager
+def explained(fields: dict[str, Any], file: Any) -> Iterator[None]:
+    """Tell the visitor in a sentence which field is empty, or what is wrong with a number or the file."""
+    for name, value in fields.items():
+        if value is None:
+            raise gr.Error(f"Choose a {name} first.", print_exception=False)
     try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error).replace(str(file), Path(file).name), print_exception=False) from None
+
+
+# Arguments are what the fields hold; an emptied one holds `None`.
+def show(name: str, clip: Any, models: list[Any], num_frames: Any) -> tuple[str, str]:
+    path = FOLDER / name
+    fields = {"clip": clip, "model": None if None in models else models, "number of frames": num_frames}
+    with explained(fields, clip):
         rows = tabs.compare(clip, models, int(num_frames), path)
-    except ValueError as error:  # a file that is no video, or damaged
-        sentence = str(error).replace(clip, Path(clip).name)
-        raise gr.Error(sentence, print_exception=False) from None
     return str(path), table(rows)
 
 
-def reconstruct(clip: str | None, model: str, num_frames: float) -> tuple[str, str]:
+def reconstruct(clip: Any, model: Any, num_frames: Any) -> tuple[str, str]:
     return show("reconstruction.mp4", clip, [model], num_frames)
 
 
-def compare(clip: str | None, first: str, second: str, num_frames: float) -> tuple[str, str]:
+def compare(clip: Any, first: Any, second: Any, num_frames: Any) -> tuple[str, str]:
     return show("comparison.mp4", clip, [first, second], num_frames)
 
 
-def generate(label: str, num_steps: float, seed: float) -> str:
+def generate(label: Any, num_steps: Any, seed: Any) -> str:
     path = FOLDER / "generated.mp4"
-    tabs.generate(label, int(num_steps), int(seed), path)
+    with explained({"class": label, "number of steps": num_steps, "seed": seed}, path):
+        tabs.generate(label, int(num_steps), int(seed), path)
     return str(path)
 
 
@@ -91,7 +105,7 @@ with gr.Blocks(title="LeanVAE", delete_cache=(3600, 3600)) as demo:
             with gr.Column():
                 label = gr.Dropdown(tabs.labels(), value="red circle left", label="Class")
                 num_steps = gr.Slider(5, 50, value=25, step=1, label="Steps")
-                seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                seed = gr.Number(0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed")
                 button = gr.Button("Generate", variant="primary")
             with gr.Column():
                 output = result("Four videos of this class")

@@ -21,6 +21,9 @@ from .vae import NUM_FRAMES_PER_STEP, LeanVAE
 
 
 CATEGORY = "leanvae"
+LATENTS = ["raw", "normalized"]
+KINDS = ["video", "images"]
+CONTAINERS = ["mp4", "mkv", "webm"]
 SIZE = "leanvae_size"  # key of the frames, height and width that latents came from
 STEPS = {
     "tile_size": (
@@ -61,7 +64,7 @@ class LeanVAELoader:
                 "model": (list(_models()), {"tooltip": "Bundled models, then folders and files in models/vae."}),
                 "dtype": (["auto", *DTYPES], {"tooltip": "What the network computes in; auto: as ComfyUI is set."}),
                 "latents": (
-                    ["raw", "normalized"],
+                    LATENTS,
                     {"tooltip": "raw for ComfyUI's diffusion models; normalized by the statistics of the model."},
                 ),
             },
@@ -75,6 +78,7 @@ class LeanVAELoader:
 
     def load(self, model: str, dtype: str = "auto", latents: str = "raw", source: str = "") -> tuple[LeanVAE]:
         models = _models()
+        check_choice("latents", latents, LATENTS)
         if not source:
             check_choice("model", model, models)
         if dtype == "auto":
@@ -95,7 +99,7 @@ class LeanVAEEncode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        kinds = (["video", "images"], {"tooltip": "Whether the frames are one video, or an image each."})
+        kinds = (KINDS, {"tooltip": "Whether the frames are one video, or an image each."})
         return {
             "required": {"pixels": ("IMAGE",), "vae": ("VAE",)},
             "optional": {"frames_are": kinds, **STEPS},
@@ -110,9 +114,12 @@ class LeanVAEEncode:
         frames_per_step: int = NUM_FRAMES_PER_STEP,
     ) -> tuple[dict[str, Any]]:
         _check(vae)
-        videos = pixels[:, None] if frames_are == "images" else pixels
+        check_choice("frames_are", frames_are, KINDS)
+        videos = vae.frames_as_videos(pixels)
+        if frames_are == "images":
+            videos = videos.flatten(0, 1)[:, None]
         samples = vae.encode_frames(videos, _tile(tile_size), frames_per_step)
-        return ({"samples": samples, SIZE: tuple(videos.shape[-4:-1])},)
+        return ({"samples": samples, SIZE: tuple(videos.shape[1:4])},)
 
 
 class LeanVAEDecode:
@@ -156,6 +163,8 @@ class LeanVAEEncodeVideo:
         self, video: Any, vae: LeanVAE, tile_size: int = 0, frames_per_step: int = NUM_FRAMES_PER_STEP
     ) -> tuple[dict[str, Any], float]:
         _check(vae)
+        if not hasattr(video, "get_components"):
+            raise ValueError(f"`video` must be a VIDEO, such as Load Video gives, got a {type(video).__name__}.")
         path = _file_of(video)
         is_edited = video.has_pending_frame_edits() or video.get_active_trim_window() != (0.0, 0.0)
         if path is None or is_edited:  # only ComfyUI knows the frames
@@ -198,7 +207,7 @@ class LeanVAEDecodeVideo:
                 "vae": ("VAE",),
                 "fps": fps,
                 "filename_prefix": ("STRING", {"default": "video/LeanVAE"}),
-                "container": (["mp4", "mkv", "webm"],),
+                "container": (CONTAINERS,),
             },
             "optional": {"sound": ("VIDEO", {"tooltip": "A video whose sound is kept, from its start."}), **STEPS},
         }
@@ -215,6 +224,7 @@ class LeanVAEDecodeVideo:
         frames_per_step: int = NUM_FRAMES_PER_STEP,
     ) -> dict[str, Any]:
         _check(vae)
+        check_choice("container", container, CONTAINERS)
         latents = vae.as_videos(samples["samples"])
         size = _size(samples, vae) or vae.sample_size(*latents.shape[2:])
         if len(latents) != 1:

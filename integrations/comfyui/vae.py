@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 
 from diffusers_leanvae import Padding, StreamingDecoder, StreamingEncoder, TemporalCache, crop_sample, pad_sample
+from diffusers_leanvae.checks import check_positive, is_integer
 from diffusers_leanvae.inference.padding import pad_frames
 from diffusers_leanvae.latents import denormalize_latents, normalize_latents
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
@@ -82,19 +83,33 @@ class LeanVAE:
         ratio = self.autoencoder.spatial_compression_ratio
         return self.autoencoder.num_sample_frames(num_latent_frames), height * ratio, width * ratio
 
+    def frames_as_videos(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return frames with an axis of videos, which those of one video may lack.
+
+        Raises:
+            ValueError: If they are no frames for this model.
+        """
+        num_channels = self.autoencoder.in_channels
+        # Integers are pixels of 0 to 255, where an IMAGE has 0 to 1.
+        if not (_is_batch(pixels) and pixels.is_floating_point() and pixels.shape[-1] >= num_channels):
+            raise ValueError(
+                f"`pixels` must be floating-point frames of shape (num_frames, height, width, {num_channels}), none "
+                f"of these 0, got {_describe(pixels)}."
+            )
+        return pixels[None] if pixels.ndim == 4 else pixels
+
     def as_videos(self, latents: torch.Tensor) -> torch.Tensor:
         """Return latents with an axis of time, which those of images may lack.
 
         Raises:
             ValueError: If they are not of this model.
         """
-        videos = latents.unsqueeze(2) if latents.ndim == 4 else latents
-        if videos.ndim != 5 or videos.shape[1] != self.latent_channels:
+        if not _is_batch(latents) or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"`samples` must have shape (batch_size, {self.latent_channels}, num_latent_frames, latent_height, "
-                f"latent_width) for this model, got {tuple(latents.shape)}."
+                f"latent_width) for this model, none of these 0, got {_describe(latents)}."
             )
-        return videos
+        return latents.unsqueeze(2) if latents.ndim == 4 else latents
 
     # ---- what ComfyUI's own nodes call ------------------------------------------------------------------------------
 
@@ -121,7 +136,8 @@ class LeanVAE:
             tile_t: Frames of a step.
             overlap_t: Likewise without effect.
         """
-        size = tuple(pixel_samples.shape[-4:-1])
+        pixel_samples = self.frames_as_videos(pixel_samples)
+        size = tuple(pixel_samples.shape[1:4])
         padded = self.sample_size(*self.latent_size(*size))
         if padded != size:
             logging.warning(
@@ -185,7 +201,7 @@ class LeanVAE:
         Returns:
             `(batch_size, channels, num_latent_frames, latent_height, latent_width)` in float32.
         """
-        videos = pixels[None] if pixels.ndim == 4 else pixels
+        videos = self.frames_as_videos(pixels)
         num_frames, height, width = videos.shape[1:4]
         # Images are videos of one frame, as many of which are computed together as frames of a video are.
         groups = videos.split(max(num_frames_per_step // num_frames, 1))
@@ -319,6 +335,10 @@ class LeanVAE:
     ) -> Result:
         """Run with a fresh stream, and once more in tiles where whole frames do not fit on the device."""
         vae, (num_frames, height, width) = self.autoencoder, size
+        check_positive("frames_per_step", num_frames_per_step)
+        for side in tile or ():
+            if not is_integer(side) or side < 1:
+                raise ValueError(f"`tile_size` must be a positive integer, or 0 for whole frames, got {side!r}.")
         if tile is not None and not vae.can_stream:
             raise ValueError(f"`tile_size` must be 0 for this model, whose norms see the whole video, got {tile[0]}.")
         ratio_t, ratio_s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
@@ -349,13 +369,8 @@ class LeanVAE:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=plan.num_bytes, force_full_load=True)
 
     def _to_sample(self, pixels: torch.Tensor) -> torch.Tensor:
-        num_channels = self.autoencoder.in_channels
-        if pixels.ndim != 5 or pixels.shape[-1] < num_channels or 0 in pixels.shape:
-            raise ValueError(
-                f"`pixels` must be frames of shape (num_frames, height, width, {num_channels}), got pieces of shape "
-                f"{tuple(pixels.shape)}."
-            )
-        sample = pixels[..., :num_channels].movedim(-1, 1).to(self.device, torch.float32)
+        videos = self.frames_as_videos(pixels)[..., : self.autoencoder.in_channels]
+        sample = videos.movedim(-1, 1).to(self.device, torch.float32)
         return (sample * 2 - 1).to(self.vae_dtype)
 
     def _keep_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -367,6 +382,18 @@ class LeanVAE:
         if self.is_normalized:
             latents = denormalize_latents(latents, self.autoencoder.config)
         return latents.to(self.vae_dtype)
+
+
+def _is_batch(value: Any) -> bool:
+    """Tell whether this is a tensor of four or five axes, none of them empty."""
+    return isinstance(value, torch.Tensor) and value.ndim in (4, 5) and value.numel() > 0
+
+
+def _describe(value: Any) -> str:
+    """Say what came where a tensor should."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
 def _cut(videos: Iterator[torch.Tensor], size: Padding) -> Iterator[torch.Tensor]:

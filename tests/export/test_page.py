@@ -64,6 +64,12 @@ def test_the_elements_that_scripts_look_for_are_there(folder):
     assert wanted <= there and len(wanted) > 10
 
 
+def test_every_picture_has_a_name_for_those_who_do_not_see_it(folder):
+    pictures = re.findall(r"<canvas [^>]*>", (folder / "index.html").read_text(encoding="utf-8"))
+    assert len(pictures) == 3
+    assert all('role="img"' in picture and re.search('aria-label="[^"]+"', picture) for picture in pictures)
+
+
 def test_a_page_is_replaced_on_request_only(folder, tmp_path):
     small_vae = make_tiny("leanvae")
     with pytest.raises(ValueError, match="`folder` must be new or empty without `overwrite`"):
@@ -235,6 +241,32 @@ def test_camera_and_errors(vae, site, tmp_path):
         tab.evaluate("document.getElementById('camera').click()")
         assert finish(tab) == ""
         assert text_of(tab, "status") == "5 frames of 128x96 on WebAssembly."
+
+
+@pytest.mark.slow
+def test_a_result_goes_with_its_clip(vae, site, clip, tmp_path):
+    """The next result takes its place, and so does an error; what played before plays no longer."""
+    (tmp_path / "words.mp4").write_text("no video")
+    count = """
+        window.timers = new Set();
+        const { setInterval: set, clearInterval: clear } = window;
+        window.setInterval = (...values) => { const id = set(...values); timers.add(id); return id; };
+        window.clearInterval = (id) => { timers.delete(id); clear(id); };
+    """
+    with serving(vae, page=site) as url, open_tab(tmp_path / "profile") as tab:
+        tab.open(url)
+        tab.wait_for("document.getElementById('status').textContent.startsWith('Ready')")
+        tab.evaluate(f"(() => {{ {count} }})()")
+        choose(tab, frames=5)
+        for _ in range(2):
+            tab.choose_file("#file", clip)
+            tab.wait_for("document.getElementById('file').disabled", 10)
+            assert finish(tab) == ""
+            assert tab.evaluate("[timers.size, document.getElementById('result').hidden]") == [1, False]
+        tab.choose_file("#file", tmp_path / "words.mp4")
+        tab.wait_for("document.getElementById('file').disabled || !document.getElementById('error').hidden", 10)
+        assert finish(tab) == "This browser cannot read that file as a video."
+        assert tab.evaluate("[timers.size, document.getElementById('result').hidden]") == [0, True]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +193,68 @@ def test_alpha_is_left_out_and_grey_refused(comfy: Comfy):
     vae, frames = comfy.pack.nodes.LeanVAE(make_tiny("leanvae")), make_frames()
     with_alpha = torch.cat((frames, frames[..., :1]), dim=-1)
     torch.testing.assert_close(vae.encode(with_alpha), vae.encode(frames), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"`pixels` must be frames of shape .* got pieces of shape \(1, 6, .*, 1\)"):
+    with pytest.raises(ValueError, match=r"`pixels` must be .*, got float32 of shape \(6, 37, 51, 1\)\.$"):
         vae.encode(frames[..., :1])
+
+
+@pytest.mark.parametrize("kind", ["video", "images", "tiles"])
+@pytest.mark.parametrize(
+    "pixels, found",
+    [
+        (torch.zeros(0, 16, 16, 3), r"float32 of shape \(0, 16, 16, 3\)"),
+        (torch.zeros(5, 0, 16, 3), r"float32 of shape \(5, 0, 16, 3\)"),
+        (torch.zeros(5, 16, 16), r"float32 of shape \(5, 16, 16\)"),  # a mask
+        (torch.zeros(16, 16, 3), r"float32 of shape \(16, 16, 3\)"),  # an image that is not in a batch
+        (torch.zeros(5, 16, 16, 3, dtype=torch.uint8), r"uint8 of shape \(5, 16, 16, 3\)"),
+        (None, "a NoneType"),
+    ],
+)
+def test_what_are_no_frames_is_refused(comfy: Comfy, pixels: Any, found: str, kind: str):
+    nodes = comfy.pack.nodes
+    vae = nodes.LeanVAE(make_tiny("leanvae"))
+    sentence = (
+        rf"^`pixels` must be floating-point frames of shape \(num_frames, height, width, 3\), .*, got {found}\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        vae.encode(pixels) if kind == "tiles" else nodes.LeanVAEEncode().encode(pixels, vae, kind)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 3, 3), (1, 4, 0, 3, 3), (1, 4, 2, 0, 3), (4, 3, 3)])
+def test_empty_latents_are_refused(comfy: Comfy, shape: tuple[int, ...]):
+    nodes = comfy.pack.nodes
+    vae, samples = nodes.LeanVAE(make_tiny("leanvae")), {"samples": torch.zeros(shape)}
+    to_file = {"fps": 8.0, "filename_prefix": "clip", "container": "mkv"}
+    for decode in (nodes.LeanVAEDecode().decode, partial(nodes.LeanVAEDecodeVideo().decode, **to_file)):
+        with pytest.raises(
+            ValueError, match=rf"^`samples` must have shape .* got float32 of shape {re.escape(str(shape))}"
+        ):
+            decode(samples, vae)
+
+
+def test_values_that_no_widget_has_are_refused(comfy: Comfy):
+    nodes = comfy.pack.nodes
+    vae, frames = nodes.LeanVAE(make_tiny("leanvae")), make_frames()
+    encode, decode = nodes.LeanVAEEncode().encode, nodes.LeanVAEDecode().decode
+    (latent,) = encode(frames, vae)
+    for number in (0, -4, 4.5):
+        for run in (partial(encode, frames), partial(decode, latent)):
+            with pytest.raises(ValueError, match=f"^`frames_per_step` must be a positive integer, got {number}"):
+                run(vae, frames_per_step=number)
+    with pytest.raises(ValueError, match=r"^`tile_size` must be a positive integer, or 0 for whole frames, got -16\."):
+        encode(frames, vae, tile_size=-16)
+    with pytest.raises(ValueError, match="^`frames_are` must be one of 'video', 'images', got 'frames'"):
+        encode(frames, vae, "frames")
+    with pytest.raises(ValueError, match="^`latents` must be one of 'raw', 'normalized', got 'scaled'"):
+        nodes.LeanVAELoader().load("compact-4ch", latents="scaled")
+    with pytest.raises(ValueError, match="^`container` must be one of 'mp4', 'mkv', 'webm', got 'gif'"):
+        nodes.LeanVAEDecodeVideo().decode(latent, vae, 8.0, "clip", "gif")
+    with pytest.raises(ValueError, match="^`video` must be a VIDEO, such as Load Video gives, got a NoneType"):
+        nodes.LeanVAEEncodeVideo().encode(None, vae)
 
 
 def test_latents_of_another_model_and_other_vaes_are_refused(comfy: Comfy):
     vae = comfy.pack.nodes.LeanVAE(make_tiny("leanvae"))
-    with pytest.raises(ValueError, match=r"`samples` must have shape \(batch_size, 4, .* got \(1, 16, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"`samples` must have shape \(batch_size, 4, .* of shape \(1, 16, 2, 3, 3\)"):
         vae.decode(make_latents(1, 16, 2, 3, 3))
     with pytest.raises(ValueError, match="`vae` must come from Load LeanVAE, got a object"):
         comfy.pack.nodes.LeanVAEDecode().decode({"samples": make_latents(1, 4, 2, 3, 3)}, object())

@@ -10,7 +10,7 @@ const LATENT_BITS = 8;
 
 const isPhone = matchMedia("(pointer: coarse)").matches;
 const find = (id) => document.getElementById(id);
-let model, worker, shown;
+let model, worker, shown, timer;
 
 // ---- The model ------------------------------------------------------------------------------------------------------
 
@@ -84,6 +84,8 @@ async function run(takeFrames) {
     const isShort = numFrames < wanted.numFrames ? `; the clip has no ${wanted.numFrames}` : "";
     say(`${numFrames} frames of ${width}x${height} on ${model.device === "webgpu" ? "WebGPU" : "WebAssembly"}${isShort}.`);
   } catch (error) {
+    setPlaying(false);
+    find("result").hidden = true; // it is of another clip
     say("");
     find("error").textContent = error.message;
     find("error").hidden = false;
@@ -176,8 +178,8 @@ function rangeOfChannels(latents, channels) {
 
 /** Start or stop to play; one timer at a time. */
 function setPlaying(isPlaying) {
-  clearInterval(shown.timer);
-  shown.timer = isPlaying ? setInterval(() => drawFrame((Number(find("time").value) + 1) % shown.frames.length), 1000 / shown.rate) : null;
+  clearInterval(timer);
+  timer = isPlaying ? setInterval(() => drawFrame((Number(find("time").value) + 1) % shown.frames.length), 1000 / shown.rate) : null;
   find("play").textContent = isPlaying ? "pause" : "play";
 }
 
@@ -226,7 +228,7 @@ async function start() {
   find("camera").addEventListener("click", () => run((wanted) => framesOfCamera(wanted, () => say("Look into the camera…"))));
   find("split").addEventListener("input", setSplit);
   find("time").addEventListener("input", () => { setPlaying(false); drawFrame(Number(find("time").value)); });
-  find("play").addEventListener("click", () => setPlaying(!shown.timer));
+  find("play").addEventListener("click", () => setPlaying(!timer));
   document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
   document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
   document.addEventListener("drop", (event) => {
