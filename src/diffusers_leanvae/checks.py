@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import tempfile
 import textwrap
 from collections.abc import Iterable
 from numbers import Integral, Rational, Real
@@ -83,8 +84,14 @@ def check_place(name: str, path: Path, folder: Path) -> None:
         ValueError: If it, or the nearest one above it that exists, is a file or cannot be written to.
     """
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        reason = "cannot be written to" if place.is_dir() else "is a file"
+    reason = None if place.is_dir() else "is a file"
+    if reason is None:
+        try:  # permissions do not tell all: root has them in /proc, too
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            reason = f"cannot be written to ({error.strerror})"
+    if reason is not None:
         raise ValueError(f"{name} must lead to a folder to write to, got {str(path)!r}: {str(place)!r} {reason}.")
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from diffusers_leanvae import bundled
+from diffusers_leanvae import AutoencoderKLLeanVAE, bundled
 from diffusers_leanvae.benchmark.linearity import linearity
 from diffusers_leanvae.benchmark.rounds import KEYS, MeasurementError, Record, run_rounds, summarize
 from diffusers_leanvae.benchmark.subjects import Subject, build_model
@@ -208,7 +208,10 @@ def test_command_prints_rows_as_a_table_or_as_json(make_model, tmp_path):
     for row in printed["rows"]:
         assert row["seconds"] > 0 and row["time_over_floor"] > 0 and row["repeats"] == 1
     result = CliRunner().invoke(app, [*arguments, "--size", "6x32x32"])
-    assert result.exit_code == 1 and "`num_frames` must be 4 * n + 1" in result.output
+    assert (
+        result.exit_code == 1
+        and "`--size` must be one that the model takes, got '6x32x32': num_frames must" in result.output
+    )
 
 
 @pytest.mark.parametrize("sibling", ["wfvae", "ivvae"])
@@ -292,7 +295,15 @@ def test_each_frame_of_the_tiny_autoencoder_follows_from_those_before_it():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--size", "5x32x32", "--size", "6x32x32"), "`num_frames` must be 4 * n + 1"),
+        (
+            ("--size", "5x32x32", "--size", "6x32x32"),
+            "`--size` must be one that the model takes, got '6x32x32': num_frames ",
+        ),
+        (("--size", "5x33x32"), "got '5x33x32': height and width must be positive multiples of 8, got 33 and 32."),
+        (
+            ("--variant", "graphs", "--device", "cpu"),
+            "`--variant` must be one of 'eager', 'fused', 'fused-torch', 'compiled' on cpu, got 'graphs'",
+        ),
         (("--size", "32x32"), "`--size` must be FRAMESxHEIGHTxWIDTH such as 17x256x256, got '32x32'"),
         (("--variant", "faster"), "`--variant` must be one of 'eager', 'fused'"),
         (("--peer", "AutoencoderKL"), "or a video autoencoder, got 'AutoencoderKL': it takes images"),
@@ -307,16 +318,34 @@ def test_command_refuses_before_it_measures(arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
 
 
-def test_command_loses_nothing_that_was_measured():
+def test_command_loses_nothing_that_was_measured(monkeypatch):
+    def fuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(AutoencoderKLLeanVAE, "fuse", fuse)
     arguments = ["--model", "LeanVAE-tiny", "--size", "5x32x32", "--repeats", "0", "--dtype", "fp32"]
-    result = CliRunner().invoke(app, ["bench", *arguments, "--variant", "eager", "--variant", "graphs", "--json"])
-    if torch.cuda.is_available():
-        pytest.skip("on a machine with a GPU graphs can be measured")
+    result = CliRunner().invoke(app, ["bench", *arguments, "--variant", "eager", "--variant", "fused", "--json"])
     assert result.exit_code == 1
-    assert "error: 2 of 4 rows could not be measured: `examples` must be tensors on a CUDA device" in result.stderr
+    assert result.stderr.endswith("\nerror: 2 of 4 rows could not be measured: RuntimeError: the device is gone\n")
     rows = json.loads(result.stdout)["rows"]
-    assert {row["variant"]: "seconds" in row for row in rows} == {"eager": True, "graphs": False}
+    assert {row["variant"]: "seconds" in row for row in rows} == {"eager": True, "fused": False}
     assert all(row["dtype"] == "float32" for row in rows)
+
+
+def test_command_measures_nothing_twice():
+    arguments = ["--model", "LeanVAE-tiny", "--repeats", "0", "--json"]
+    for option, values in {
+        "--size": ("5x32x32", "05x32x32"),
+        "--dtype": ("fp32", "float32"),
+        "--variant": ("eager", "eager"),
+        "--threads": ("1", "1"),
+        "--peer": ("TAEHV-16ch", "TAEHV-16ch"),
+    }.items():
+        arguments += [part for value in values for part in (option, value)]
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = [(row["model"], row["direction"]) for row in json.loads(result.stdout)["rows"]]
+    assert rows == [(name, way) for name in ("LeanVAE-tiny", "TAEHV-16ch") for way in ("encode", "decode")]
 
 
 def test_command_prints_its_figures_before_it_writes_them(tmp_path, monkeypatch):

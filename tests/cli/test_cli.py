@@ -1,5 +1,6 @@
 """The command line as a user meets it: right results, one clear sentence for bad input, never half a file."""
 
+import io
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from processes import run_python
 from safetensors.torch import load_file
 from tiny import make_tiny
 from typer.testing import CliRunner
@@ -119,7 +121,7 @@ def test_the_least_bound_on_memory_that_is_named_works(family, height, width, tm
         path = tmp_path / "z.safetensors" if command == "decode" else source
         arguments = (command, path, tmp_path / target, "--model", model, "--max-memory")
         code, _, err = leanvae(*arguments, "1MiB")
-        match = re.fullmatch(r"error: `max_memory` must be at least about (\d+) MiB for .*, got 1 MiB\.\n", err)
+        match = re.fullmatch(r"error: `--max-memory` must be at least about (\d+) MiB for .*, got 1 MiB\.\n", err)
         assert code == 1 and match is not None, err
         least = int(match[1])
         code, _, err = leanvae(*arguments, f"{least - 1}MiB")
@@ -355,8 +357,59 @@ def test_a_bad_file_of_a_folder_stops_no_other_whatever_its_error(tmp_path, caps
     with pytest.raises(ValueError, match="1 of 3 files failed: .*b"):
         process(jobs, False, work)
     output = capsys.readouterr()
-    assert output.out == "".join(f"{tmp_path / 'out' / name}  4x2  1 frames\n" for name in "ac")
+    assert output.out == "".join(f"{tmp_path / 'out' / name}  4x2  1 frame\n" for name in "ac")
     assert output.err.startswith("error: out of memory")
+
+
+def test_messages_name_what_the_user_gave(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").write_bytes(bytes(16 * 24 * 3) + b"x")
+    monkeypatch.chdir(tmp_path)
+    for options, expected in (
+        (
+            (),
+            "Standard input must hold whole frames of 24x16 RGB24, 1152 bytes each, got 1 bytes after 1 whole frames.",
+        ),
+        (("--num-frames-per-step", "3"), "`--num-frames-per-step` must be a positive multiple of 4, got 3."),
+    ):
+        with open("in") as source, open("out", "w") as target, pytest.raises(SystemExit):
+            monkeypatch.setattr("sys.stdin", source)
+            monkeypatch.setattr("sys.stdout", target)
+            app(["live", "--width", "24", "--height", "16", "--model", model, *options])
+        assert capsys.readouterr().err == f"error: {expected}\n"
+    for arguments, expected in (
+        (("eval", "nothing"), "FOLDER must be a folder of videos"),
+        (("encode-dataset", "nothing", "z", "--model", model), "SOURCE must be a folder of videos"),
+        (("push", "nothing", "user/name"), "FOLDER must be that of a saved model"),
+        (("export", "nothing", "new"), "MODEL 'nothing' cannot be loaded: it must be 'compact-16ch', "),
+        (("generate", "--model", "nothing"), "`--model` 'nothing' cannot be loaded: it must be a bundled pipeline"),
+    ):
+        code, _, err = leanvae(*arguments)
+        assert code == 1 and err.startswith(f"error: {expected}") and err.count("\n") == 1, err
+
+
+def test_progress_bars_of_loading_are_for_terminals(monkeypatch):
+    from transformers.utils import logging
+
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    code = "import sys; from diffusers_leanvae.cli.common import place; place('cpu', 'fp32'); "
+    code += "print('transformers' in sys.modules); from transformers.utils import logging; "
+    assert run_python(code + "print(logging.is_progress_bar_enabled())").split()[1] == "False"
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    place("cpu", "fp32")
+    assert not logging.is_progress_bar_enabled()
+
+
+def test_a_folder_here_gives_its_name(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "vae")
+    for number in (1, 2):
+        write_video(tmp_path / "vae" / f"{number}.png", torch.zeros(1, 16, 16, 3, dtype=torch.uint8), 1)
+    monkeypatch.chdir(tmp_path / "vae")
+    for target, expected in (("../a/", "a/vae.mp4"), (f"{tmp_path}/b/", "b/vae.mp4")):
+        code, _, err = leanvae("reconstruct", ".", target, "--frames", "--model", model)
+        assert code == 0 and (tmp_path / expected).is_file(), err
+    pytest.importorskip("onnxscript", reason="without it there is no page")
+    code, _, err = leanvae("page", ".", tmp_path / "page")
+    assert code == 0 and json.loads((tmp_path / "page" / "page.json").read_text())["model"] == "vae", err
 
 
 def test_live_chooses_the_step_of_its_model(tmp_path, monkeypatch, capsys):
@@ -418,7 +471,7 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("reconstruct", source, tmp_path / "o.mp4", "--model", tmp_path / "nothing"), "cannot be loaded"),
         (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--dtype", "int8"), "`--dtype` must be"),
         (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--device", "cuda:7"), "`--device` must be"),
-        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--size", "big"), "`size` must be"),
+        (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--size", "big"), "`--size` must be"),
         (("reconstruct", source, tmp_path / "o.mp4", "--model", model, "--start", 99), "in.mp4"),
         (("reconstruct", source, tmp_path / "o.xyz", "--model", model), ".mp4"),
         (("encode", source, tmp_path / "o.safetensors", "--model", model, "--max-memory", "much"), "2GiB or 800MiB"),
@@ -427,7 +480,7 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("decode", source, tmp_path / "o.mp4"), "must be a latents file"),
         (("reconstruct", source, "", "--model", model), "OUT must not be empty, got ''."),
         (("encode", "", tmp_path / "o.safetensors", "--model", model), "IN must not be empty, got ''."),
-        (("encode-dataset", tmp_path, "", "--model", model), "`output` must not be empty, got ''."),
+        (("encode-dataset", tmp_path, "", "--model", model), "OUT must not be empty, got ''."),
         (("generate", "--output", ""), "`--output` must not be empty, got ''."),
         (("convert", model, tmp_path / "o.onnx", "--to-original"), "must end in"),
         (("convert", source, tmp_path / "o"), f"IN '{source}' cannot be converted: "),
@@ -440,6 +493,17 @@ def test_bad_arguments_give_one_sentence(model, tmp_path):
         (("convert", model, tmp_path / "o", "--latents-like", "wan"), "`--latents-like` must be 'wan2.1', 'wan2.2'"),
         (("info", tmp_path / "nothing.mp4"), "nothing.mp4"),
         (("demo", "--output", source), f"`--output` must lead to a folder to write to, got '{source}'"),
+        (("demo", "--output", "/proc/x"), "`--output` must lead to a folder to write to, got '/proc/x'"),
+        (("bench", "--output", "/proc/x.json"), "`--output` must lead to a folder to write to, got '/proc/x.json'"),
+        (("page", model, "/proc/x"), "OUT must lead to a folder to write to, got '/proc/x'"),
+        (("export", model, "/proc/x"), "OUT must lead to a folder to write to, got '/proc/x'"),
+        (("convert", model, "/proc/x"), "OUT must lead to a folder to write to, got '/proc/x'"),
+        (("pull", "user/name", "/proc/x"), "FOLDER must lead to a folder to write to, got '/proc/x'"),
+        (("eval", tmp_path, "--report", "/proc/x"), "`--report` must lead to a folder to write to, got '/proc/x'"),
+        (
+            ("encode", source, "/proc/x.safetensors"),
+            "OUT must lead to a folder to write to, got '/proc/x.safetensors'",
+        ),
         (
             ("decode", source, tmp_path / "o.mp4", "--audio-from", "nope"),
             "`--audio-from` must be a file that exists, got 'nope'",
@@ -552,6 +616,26 @@ def test_demo(tmp_path):
     assert sorted(Path(path).name for path in told.values() if str(path).startswith(str(tmp_path))) == names
     info = probe_video(tmp_path / "generated.mp4")
     assert (info.width, info.height, info.num_frames) == (256, 128, 17)
+
+
+def test_demo_replaces_only_what_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stop = ("--device", "nowhere")  # which is looked at afterwards
+    for name in demo.FILES:
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        code, _, err = leanvae("demo", "--output", folder, *stop)
+        assert code == 1
+        assert err == f"error: Results in `--output` must not exist without `--overwrite`, got '{folder / name}'.\n"
+        assert "`--device` must be" in leanvae("demo", "--output", folder, *stop, "--overwrite")[2]
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        code, _, err = leanvae("demo", "--output", folder, *stop, "--overwrite")
+        assert err == f"error: Results in `--output` must be files, got '{folder / name}', which is a folder.\n"
+    demo.FOLDER.mkdir(parents=True)
+    (demo.FOLDER / "frames.png").write_text("of the last time")
+    assert "`--device` must be" in leanvae("demo", *stop)[2]
 
 
 def test_demo_without_transformers_and_accelerate(tmp_path, monkeypatch, capsys):

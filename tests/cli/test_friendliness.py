@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer.main
 from huggingface_hub import constants, snapshot_download
 from local_hub import LocalHub
 from tiny import make_tiny
@@ -23,6 +25,13 @@ from diffusers_leanvae.generation.schedulers import SCHEDULERS
 from diffusers_leanvae.loading import load_autoencoder
 from diffusers_leanvae.registration import MODELS
 from diffusers_leanvae.video_io import formats, write_video
+
+
+def leaves(name: str) -> list[tuple[str, Any]]:
+    """The command, or those in the group of this name."""
+    parsed: Any = typer.main.get_command(app)
+    inside = getattr(parsed.commands[name], "commands", None)
+    return [(name, parsed.commands[name])] if inside is None else [(f"{name} {key}", inside[key]) for key in inside]
 
 
 def invoke(*arguments: object, **options) -> tuple[int, str, str]:
@@ -63,6 +72,24 @@ def test_names_in_help_are_those_of_the_tables():
     assert {f".{name}" for name in (*choices.IMAGE_FORMATS, "webp")} == set(formats.IMAGES)
     streamable = {name for name, container in formats.CONTAINERS.items() if container.is_streamable}
     assert {f".{name}" for name in choices.STREAM_FORMATS} == streamable
+
+
+# --- Empty texts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, command", [leaf for name in COMMANDS for leaf in leaves(name)])
+def test_no_command_takes_an_empty_text(name, command):
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            given, shown = ["--", ""], next(p for p in command.params if p.param_type_name == "argument").metavar
+        elif getattr(parameter, "is_flag", False) or parameter.name in ("help", "prompt"):
+            continue
+        else:
+            given, shown = [parameter.opts[0], ""], f"`{parameter.opts[0]}`"
+        code, out, err = invoke(*name.split(), *given)
+        assert (code, out, err) == (1, "", f"error: {shown.strip('[]')} must not be empty, got ''.\n")
+    if name == "generate":  # a model of texts may be given none
+        assert "`--device` must be" in invoke("generate", "--prompt", "", "--device", "nowhere")[2]
 
 
 # --- Completion ------------------------------------------------------------------------------------------------------
@@ -225,6 +252,13 @@ def test_bundled_and_cached_models_are_listed_as_they_are_named(cache):
     lines = [line.split() for line in out.splitlines()]
     assert lines[0][:5] == ["name", "revision", "class", "channels", "compression"] and len(lines) == 1 + len(models)
     assert lines[-1][:5] == ["user/vae", "main", "AutoencoderKLLeanVAE", "4", "4x8x8"]
+
+
+def test_a_cache_that_is_a_file_is_named(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", __file__)
+    code, out, err = invoke("models")
+    assert (code, out) == (1, "")
+    assert err == f"error: The cache of the Hub, HF_HUB_CACHE, must be a folder, got the file '{__file__}'.\n"
 
 
 def test_an_empty_cache_is_named(tmp_path, monkeypatch):

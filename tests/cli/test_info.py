@@ -210,7 +210,14 @@ def test_a_data_set_of_latents(tmp_path):
 
 def test_what_is_none_of_these(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty" in error(tmp_path / "empty") and "nothing.mp4" in error(tmp_path / "nothing.mp4")
+    legal = "it must be a video, an image, latents, a model or pipeline, here or on the Hub, or one of compact-16ch, "
+    for name, reason in (
+        (tmp_path / "empty", "which holds none of these."),
+        (tmp_path / "nothing.mp4", "which does not exist."),
+        ("compact16ch", "which does not exist; perhaps 'compact-16ch' is meant."),
+    ):
+        said = error(name)
+        assert f"PATH '{name}' cannot be described: {legal}" in said and said.endswith(f"got '{name}', {reason}\n")
     (tmp_path / "short.safetensors").write_bytes(b"\xff" * 12)
     assert "must be a valid safetensors file" in error(tmp_path / "short.safetensors")
     (tmp_path / "damaged").mkdir()

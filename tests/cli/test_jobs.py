@@ -259,5 +259,5 @@ def test_latents_have_their_extension(tmp_path):
     with pytest.raises(ValueError, match="OUT must end in .safetensors, got '.*a.mp4'"):
         check_latents(find_jobs(str(tmp_path / "a.mov"), str(tmp_path / "a.mp4"), ENCODE))
     check_latents(find_jobs(str(tmp_path / "a.mov"), str(tmp_path / "new" / "deeper" / "a.safetensors"), ENCODE))
-    with pytest.raises(ValueError, match="OUT must be in a folder that can be written to"):
+    with pytest.raises(ValueError, match="OUT must lead to a folder to write to, got"):
         check_latents(find_jobs(str(tmp_path / "a.mov"), str(tmp_path / "a.mov" / "a.safetensors"), ENCODE))

@@ -100,6 +100,57 @@ def test_a_reader_that_has_seen_enough(model, tmp_path):
     assert process.wait() == 0 and b"error" not in said and b"Traceback" not in said, said
 
 
+def test_a_reader_of_lines_that_has_seen_enough_ends_a_batch_quietly(model, clip, tmp_path):
+    for name in "bcd":
+        shutil.copy(clip, tmp_path / f"{name}.mkv")
+    process = Piped(run_app, "reconstruct", tmp_path, tmp_path / "out", "--model", model, "--json")
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141 and said == b""
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.mp4"]  # whole, and nothing half-written
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["models"]])
+def test_a_full_standard_output_is_named(arguments, capsys, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.stdout", open("/dev/full", "w"))
+        app(arguments)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: Cannot write to standard output: [Errno 28] No space left on device\n"
+
+
+LIVE = ["live", "--width", "16", "--height", "16"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [LIVE, ["info", "-"], ["reconstruct", "-", "out.mp4"], ["decode", "IN", "o.mp4", "--audio-from", "-"]]
+)
+def test_standard_input_that_gives_nothing(arguments, clip, capsys, monkeypatch):
+    arguments = [str(clip) if argument == "IN" else argument for argument in arguments]
+    terminal, end = os.openpty()
+    with open(end) as stream:
+        for given, found in ((None, "a closed one"), (stream, "a terminal")):
+            monkeypatch.setattr("sys.stdin", given)
+            with pytest.raises(SystemExit) as ended:
+                app(arguments)
+            said = capsys.readouterr().err
+            assert ended.value.code == 1
+            assert said == f"error: Standard input must be a file or pipe, got {found}.\n"
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("arguments", [LIVE, ["reconstruct", "IN", "-"], ["decode", "IN", "-"]])
+def test_a_closed_standard_output(arguments, clip, capsys, monkeypatch):
+    with monkeypatch.context() as patch, open(clip) as source, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.stdin", source)
+        patch.setattr("sys.stdout", None)
+        app([str(clip) if argument == "IN" else argument for argument in arguments])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == "error: Standard output must be a file, a pipe or a terminal, got a closed one.\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_from_named_pipe_to_named_pipe(model, clip, tmp_path):
     received = []
@@ -221,9 +272,9 @@ def test_lossless_output(model, clip, tmp_path):
         (("--fps", "1/0"), "`--fps` must be a rate"),
         (("--fps", "fast"), "`--fps` must be a rate"),
         (("--background", "vermillionish"), "`--background` must be a colour such as white or #102030"),
-        (("--codec", "libvpx"), "`codec` must be one of libx264"),
-        (("--pix-fmt", "yuv"), "`pixel_format` must be one of yuv420p"),
-        (("--crf", "63"), "`crf` must be 0 to 51 for libx264, got 63"),
+        (("--codec", "libvpx"), "`--codec` must be one of libx264"),
+        (("--pix-fmt", "yuv"), "`--pix-fmt` must be one of yuv420p"),
+        (("--crf", "63"), "`--crf` must be 0 to 51 for libx264, got 63"),
         (("--frames",), "IN must be a folder with `--frames`"),
     ],
 )

@@ -200,7 +200,7 @@ def test_reconstruct_command(tmp_path: Path, family: str):
     result = CliRunner().invoke(app, options, catch_exceptions=False)
     assert result.exit_code == 0 and probe_video(bounded).num_frames == 7, result.output
     result = CliRunner().invoke(app, [*arguments, "--overwrite", "--fuse"])
-    assert result.exit_code == 1 and "`fuse` needs an `AutoencoderKLLeanVAE`" in result.output
+    assert result.exit_code == 1 and "`--fuse` needs an `AutoencoderKLLeanVAE`" in result.output
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_the_command_compares(models: list[str], clips: Path, tmp_path: Path):
         ([], "Either FOLDER, or both"),
         (["folder", "--compare", "a", "--output", "x.json"], "must not be given with a comparison"),
         (["folder", "--compare", "compact-4ch", "compact-4ch"], "`--compare` must be names that differ"),
-        (["folder", "--codec", "mpeg2"], "`codec` must be one of 'x264'"),
+        (["folder", "--codec", "mpeg2"], "`--codec` must be one of 'x264'"),
         (["--generated", "a", "--real", "b", "--chunk", "5"], "must not be given with `--generated`"),
         (["--generated", "a", "--real", "b", "--codec", "x264"], "must not be given with `--generated`"),
     ],
@@ -265,7 +265,7 @@ def test_the_command_refuses(arguments: list[str], message: str):
     [
         (["nope"], [], "`--compare` 'nope' cannot be loaded: .* got 'nope', which does not exist"),
         (["AutoencoderKL:nope.json"], [], "`--compare` 'AutoencoderKL:nope.json' cannot be loaded: "),
-        ([], ["--codec", "x265", "--size", "8"], "`codec` 'x265' does not take these clips: .* got 8 by 8"),
+        ([], ["--codec", "x265", "--size", "8"], "`--codec` 'x265' does not take these clips: .* got 8 by 8"),
         (["compact-16ch"], ["--num-frames", "8"], "`--compare` 'compact-16ch' does not take these .* got 8"),
         ([], ["--size", "36"], "`--compare` 'compact-4ch' does not take these clips: `height` and `width` must be"),
     ],
@@ -308,4 +308,4 @@ def test_two_folders(clips: Path, tmp_path: Path):
     assert values[0] == 0 and values[1] > 1e-6
     assert (written["num_generated"], written["num_real"], list(written["failed"])) == (2, 3, ["generated: bad.mp4"])
     run = CliRunner().invoke(app, ["eval", "--generated", str(clips), "--real", str(clips)])
-    assert run.exit_code == 1 and "FVD has no I3D: `i3d` must be the torchscript file" in run.stderr
+    assert run.exit_code == 1 and "FVD has no I3D: `--i3d` must be the torchscript file" in run.stderr

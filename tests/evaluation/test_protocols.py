@@ -166,7 +166,7 @@ class Means(torch.nn.Module):
 @pytest.mark.parametrize(
     "options, message, is_written",
     [
-        (["--metric", "rfvd_i3d"], "one that can be computed, got rfvd_i3d: FVD has no I3D: `i3d` must be", False),
+        (["--metric", "rfvd_i3d"], "one that can be computed, got rfvd_i3d: FVD has no I3D: `--i3d` must be", False),
         (["--metric", "xpsnr", "--metric", "ms_ssim"], "one that suits the clips, got xpsnr, ms_ssim.", True),
     ],
 )
@@ -199,5 +199,5 @@ def test_outputs_are_looked_at_before_anything_is_measured(tmp_path: Path):
 def test_a_run_that_fails_at_once_leaves_nothing(clips: Path, tmp_path: Path):
     options = ["--num-frames", "8", "--size", "32", "--output", str(tmp_path / "scores.json")]
     finished = CliRunner().invoke(app, ["eval", str(clips), *options])
-    assert finished.exit_code == 1 and "`num_frames` must be 4 * n + 1" in finished.stderr
+    assert finished.exit_code == 1 and "`--num-frames` must be 4 * n + 1" in finished.stderr
     assert list(tmp_path.iterdir()) == []

@@ -115,7 +115,7 @@ def test_files_that_exist_are_replaced_only_if_asked(model: str, tmp_path: Path)
         assert leanvae(target, *common)[0] == 0 and path.is_file()
         before = path.stat().st_mtime_ns
         code, _, err = leanvae(target, *common)
-        assert code == 1 and "exists and `overwrite` is false" in err and err.count("\n") == 1
+        assert code == 1 and "exists and `--overwrite` is false" in err and err.count("\n") == 1
         assert path.stat().st_mtime_ns == before
         assert leanvae(target, *common, "--overwrite")[0] == 0 and path.stat().st_mtime_ns > before
     assert leanvae(f"{tmp_path}/videos", *common[:-4], "--label", 2, "--steps", 2)[0] == 0  # another file there
@@ -126,12 +126,12 @@ def test_files_that_exist_are_replaced_only_if_asked(model: str, tmp_path: Path)
     [
         ("out.xyz", (), "the extension must be one of .mp4"),
         ("out.png", ("--num-frames", 5), "an image file holds one frame, and there would be 5; .*`--num-frames 1`"),
-        ("out.mp4", ("--fps", 0), "`fps` must be at least 0.00001 and less than 100000, got 0"),
-        ("out.mp4", ("--fps", "nan"), "`fps` must be at least 0.00001 and less than 100000, got nan"),
-        ("videos/", ("--fps", -8), "`fps` must be at least 0.00001 and less than 100000, got -8"),
-        ("out.webm", ("--codec", "libx264"), "`codec` must be one of libvpx-vp9, libsvtav1 for .webm, got 'libx264'"),
-        ("out.mp4", ("--crf", 60), "`crf` must be 0 to 51 for libx264, got 60"),
-        ("out.mp4", ("--pix-fmt", "rgb"), "`pixel_format` must be one of"),
+        ("out.mp4", ("--fps", 0), "`--fps` must be at least 0.00001 and less than 100000, got 0"),
+        ("out.mp4", ("--fps", "nan"), "`--fps` must be at least 0.00001 and less than 100000, got nan"),
+        ("videos/", ("--fps", -8), "`--fps` must be at least 0.00001 and less than 100000, got -8"),
+        ("out.webm", ("--codec", "libx264"), "`--codec` must be one of libvpx-vp9, libsvtav1 for .webm, got"),
+        ("out.mp4", ("--crf", 60), "`--crf` must be 0 to 51 for libx264, got 60"),
+        ("out.mp4", ("--pix-fmt", "rgb"), "`--pix-fmt` must be one of"),
         ("file/out.mp4", (), "the folder '.*file' is no folder"),
         ("file/", (), "the folder '.*file' is no folder"),
     ],
@@ -180,13 +180,13 @@ def test_text(text_model: str, tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--label", "dog"), "`class_labels` must be ids or known names"),
-        (("--prompt", "a dog"), "`prompt` must not be given to this pipeline, got one"),
-        (("--scheduler", "flow"), "`scheduler` must be one of 'ddpm', 'ddim', 'dpm++' for this model, got 'flow'"),
-        (("--num-frames", 8), "`num_frames` must be 4 * n + 1"),
+        (("--label", "dog"), "`--label` must be ids or known names"),
+        (("--prompt", "a dog"), "`--prompt` must not be given to this pipeline, got one"),
+        (("--scheduler", "flow"), "`--scheduler` must be one of 'ddpm', 'ddim', 'dpm++' for this model, got 'flow'"),
+        (("--num-frames", 8), "`--num-frames` must be 4 * n + 1"),
         (("--dtype", "int8"), "`--dtype` must be auto, float32 (fp32)"),
         (("--image", "nowhere.png"), "nowhere.png"),
-        (("--max-memory", "much"), "`max_memory` must be a size"),
+        (("--max-memory", "much"), "`--max-memory` must be a size"),
     ],
 )
 def test_errors(model: str, arguments: tuple, message: str, tmp_path: Path):
@@ -200,9 +200,9 @@ def test_errors_about_the_model(text_model: str, tmp_path: Path):
     code, _, err = leanvae(tmp_path / "out.mp4", "--model", tmp_path)
     assert code == 1 and "cannot be loaded" in err
     code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model)
-    assert code == 1 and "`prompt` must be given to this pipeline, got none" in err
+    assert code == 1 and "`--prompt` must be given to this pipeline, got none" in err
     code, _, err = leanvae(tmp_path / "out.mp4", "--model", text_model, "--label", 1, "--prompt", "a")
-    assert code == 1 and "`label` must not be given to a text-to-video pipeline, got 1" in err
+    assert code == 1 and "`--label` must not be given to a text-to-video pipeline, got 1" in err
     with pytest.raises(ValueError, match="`name` must be one of 'mini-shapes', 'mini-scenes', got 'maxi'"):
         bundled.pipeline_path("maxi")
 
@@ -213,7 +213,7 @@ def test_a_memory_limit_needs_a_model_whose_memory_is_known(class_case, tmp_path
     class_case.pipeline(vae=wan).save_pretrained(folder)
     code, stdout, err = leanvae(target, "--model", folder, "--steps", 1, "--max-memory", "1GiB")
     assert code == 1 and stdout == "" and not target.exists()
-    assert err == "error: `max_memory` needs an autoencoder of this package, got an `AutoencoderKLWan`.\n"
+    assert err == "error: `--max-memory` needs an autoencoder of this package, got an `AutoencoderKLWan`.\n"
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-3"])

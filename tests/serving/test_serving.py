@@ -592,8 +592,9 @@ def test_command_refuses_what_cannot_be_served(vae, url, monkeypatch, tmp_path: 
         "--host", "no.such.host.invalid"
     )
     assert "`--max-body` must be a size such as 2GiB" in refused("--max-body", "much")
-    for token in ("", "caffè", "new\nline", " x"):
-        assert "`token` must be ASCII characters that print" in refused(
+    assert "`--token` must not be empty, got ''." in refused("--token", "")
+    for token in ("caffè", "new\nline", " x"):
+        assert "`--token` must be ASCII characters that print" in refused(
             "--token", token, "--model", model, "--port", "0"
         )
     assert "`--model` 'nothing' cannot be loaded" in refused("--model", "nothing", "--port", "0")

@@ -11,7 +11,7 @@ import typer
 from .._version import __version__
 from ..checks import one_line
 from . import demo, evaluation, export, generation, measure, models, serving, sharing, training, videos
-from .common import in_one_sentence
+from .common import Command, in_one_sentence, in_own_words
 
 
 __all__ = ["app"]
@@ -48,12 +48,15 @@ for name, command in COMMANDS.items():
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=name)
     else:
-        app.command(name)(in_one_sentence(command))
+        app.command(name, cls=Command)(in_one_sentence(command))
 
 
 @app.callback(invoke_without_command=True)
+@in_one_sentence
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {one_line(message)}", err=True)  # type: ignore[arg-type, assignment]
+    warnings.showwarning = lambda message, *_: typer.echo(f"warning: {in_own_words(one_line(message))}", err=True)  # type: ignore[arg-type, assignment]
+    # diffusers hands this on to huggingface_hub whenever it reads a config of the Hub; nobody here can change that.
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished outputs are removed
     if version:

@@ -5,16 +5,22 @@ Every module of this folder imports only what is light; the rest is imported ins
 """
 
 import functools
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
+from typer.core import TyperCommand
+from typer.models import ArgumentInfo, OptionInfo
 
 from .. import bundled
 from ..checks import DTYPES, check_place, one_line, parse_dtype
@@ -26,6 +32,20 @@ if TYPE_CHECKING:
 
 DTYPES_TEXT = ", ".join(f"{long} ({short})" for long, short in DTYPES.items())
 TRACEBACK = "LEANVAE_TRACEBACK"  # set in the environment, it shows where an error comes from
+STANDARD = "-"  # standard input or output
+# Arguments of the library whose names in the messages of a command are others: those of its first parameter here.
+PARAMETERS = {
+    "class_labels": ("label",),
+    "container": ("file_format",),
+    "folder": ("folder",),
+    "labels": ("label",),
+    "num_inference_steps": ("steps",),
+    "pixel_format": ("pix_fmt",),
+    "prompts": ("prompt",),
+    "repo_id": ("repo_id",),
+    "train": ("source", "folder"),
+}
+_shown_names: ContextVar[Mapping[str, str]] = ContextVar("shown_names")  # of the command that runs
 Advance = Callable[[int, int | None], None]  # told how many units were just finished, and of how many, if known
 
 MODEL_TEXT = (
@@ -143,11 +163,35 @@ Json = Annotated[
 ]
 
 
+class Command(TyperCommand):
+    """A command that refuses empty texts, which as paths would be the current folder; only a prompt may be empty."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # as of completion
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            in_one_sentence(_check_not_empty)(self.params, given)
+        return super().parse_args(ctx, args)
+
+
+def _check_not_empty(parameters: Iterable[Any], given: Mapping[str, Any]) -> None:
+    for parameter in parameters:
+        value = given.get(parameter.name)
+        if parameter.name != "prompt" and "" in (value if isinstance(value, list | tuple) else [value]):
+            is_option = parameter.param_type_name == "option"
+            name = f"`{parameter.opts[0]}`" if is_option else parameter.metavar.strip("[]")
+            raise ValueError(f"{name} must not be empty, got ''.")
+
+
 def in_one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command so that each of its errors is one sentence on stderr, and exit code 1."""
+    """Wrap a command so that each of its errors is one sentence on stderr, and exit code 1.
+
+    If the reader of standard output has gone away there is nobody to tell: exit code 141, as of other programs.
+    """
+    names = _names_of(command)
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        before = _shown_names.set(names)
         try:
             command(*args, **kwargs)
         except typer.Exit:
@@ -156,17 +200,49 @@ def in_one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
+            stream = _failed_stream(error)
+            if stream and isinstance(error, BrokenPipeError):
+                raise typer.Exit(141) from None
             if os.environ.get(TRACEBACK):
                 raise
-            typer.echo(f"error: {sentence_of(error)}", err=True)
+            place = f"Cannot write to standard {stream}: " if stream else ""
+            typer.echo(f"error: {place}{sentence_of(error)}", err=True)
             raise typer.Exit(1) from None
+        finally:
+            _shown_names.reset(before)
 
     return run
 
 
+def _failed_stream(error: Exception) -> str | None:
+    """Name the standard stream that `typer.echo` could not write to, and discard what it still holds."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(error, OSError) and frame.f_code is typer.echo.__code__:
+            name, stream = ("error", sys.stderr) if frame.f_locals.get("err") else ("output", sys.stdout)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # else Python would try again when it ends, and complain
+            os.close(nowhere)
+            return name
+    return None
+
+
+def _names_of(command: Callable[..., None]) -> dict[str, str]:
+    """Map arguments of the library to what the user of a command calls them."""
+    options, arguments = {}, {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        for about in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(about, OptionInfo):
+                options[name] = f"`{next(iter(about.param_decls or ()), '--' + name.replace('_', '-'))}`"
+            elif isinstance(about, ArgumentInfo):
+                arguments[name] = str(about.metavar).strip("[]")
+    shown = options | arguments
+    others = {name: [shown[own] for own in places if own in shown] for name, places in PARAMETERS.items()}
+    return options | {name: found[0] for name, found in others.items() if found}
+
+
 def sentence_of(error: Exception) -> str:
     """Put an error into one sentence for the user."""
-    text = one_line(error)
+    text = in_own_words(one_line(error))
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or any(sign in text for sign in signs):
         return "out of memory; try smaller or fewer frames, `--dtype bfloat16`, or `--max-memory` where there is one."
@@ -175,10 +251,18 @@ def sentence_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (`{TRACEBACK}=1 leanvae ...` shows where it comes from)"
 
 
+def in_own_words(text: str) -> str:
+    """Replace the names of the library's arguments in a message by those that the command that runs gives to them."""
+    names = _shown_names.get({})
+    text = re.sub(r"(cannot be \w+: )`(?:source|reference|path)`", r"\1it", text)
+    return re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[0]), text)
+
+
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     """Turn the options `--device` and `--dtype` into a device of this machine and a dtype."""
     import torch
 
+    _hide_bars()
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found is not None and found.type in ("cuda", "xpu", "mps") else "cpu"
@@ -265,6 +349,30 @@ def check_file(option: str, path: Path | None) -> None:
     check_place(f"`{option}`", path, path.parent)
 
 
+def standard_input() -> BinaryIO:
+    """Return standard input, of bytes; refuse one that is closed, and a terminal, at which nobody types videos."""
+    if sys.stdin is None or sys.stdin.isatty():
+        found = "a closed one" if sys.stdin is None else "a terminal"
+        raise ValueError(f"Standard input must be a file or pipe, got {found}.")
+    return sys.stdin.buffer
+
+
+def check_standard_output() -> None:
+    """Refuse a closed standard output, whose place the next file that is opened would take."""
+    if sys.stdout is None:
+        raise ValueError("Standard output must be a file, a pipe or a terminal, got a closed one.")
+
+
+def shows_progress() -> bool:
+    """Tell whether standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def counted(number: int, noun: str) -> str:
+    """Put a number before a noun, which takes an s unless it is one."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
 def parse_rate(text: str | None) -> Fraction | None:
     """Turn the option `--fps` into frames per second."""
     if text is None:
@@ -309,7 +417,7 @@ def progress_bar(unit: str, description: str | None = None) -> Iterator[Advance]
     """
     from tqdm.auto import tqdm
 
-    with tqdm(desc=description, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(desc=description, unit=f" {unit}", disable=not shows_progress(), leave=False) as bar:
 
         def advance(count: int, total: int | None) -> None:
             bar.total = total
@@ -318,12 +426,19 @@ def progress_bar(unit: str, description: str | None = None) -> Iterator[Advance]
         yield advance
 
 
-def hide_bars_of_diffusers() -> None:
+def _hide_bars() -> None:
     """Switch the progress bars of loading off where they would not be seen as such."""
     from diffusers.utils import logging
+    from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    if shows_progress():
+        return
+    logging.disable_progress_bar()
+    disable_progress_bars()  # which transformers asks for when it is imported, and only then
+    if "transformers" in sys.modules:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
 
 
 def print_json(result: Any) -> None:

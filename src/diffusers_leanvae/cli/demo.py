@@ -10,7 +10,7 @@ import typer
 
 from .. import bundled
 from ..checks import check_place
-from .common import Device, Json, hide_bars_of_diffusers, load_model, print_json
+from .common import Device, Json, counted, load_model, print_json
 
 
 PROMPTS = [
@@ -19,17 +19,30 @@ PROMPTS = [
 ]
 LABELS = ["red circle left", "blue cross right"]
 NUM_STEPS = 25
+FOLDER = Path("outputs/demo")
+FILES = ("side_by_side.mp4", "frames.png", "latents.safetensors", "generated.mp4", "generated.png")
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = FOLDER,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames of the bundled clip to reconstruct.")] = 49,
     device: Device = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help=f"Replace results that exist; those in {FOLDER}, which is for the demo alone, are in any case.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Reconstruct the bundled clip, generate two videos from texts, and print where the results are; works offline."""
     check_place("`--output`", output, output)
-    hide_bars_of_diffusers()
+    for path in (output / name for name in FILES):
+        if path.is_dir():
+            raise ValueError(f"Results in `--output` must be files, got {str(path)!r}, which is a folder.")
+        if path.exists() and not (overwrite or output == FOLDER):
+            raise ValueError(f"Results in `--output` must not exist without `--overwrite`, got {str(path)!r}.")
     vae = load_model(bundled.DEFAULT, device)
     output.mkdir(parents=True, exist_ok=True)
     say = partial(typer.echo, err=as_json)
@@ -56,7 +69,7 @@ def reconstruct_clip(output: Path, vae: Any, num_frames: int, say: Callable[[str
     with open_latents(latents) as (values, _):
         num_latents = math.prod(values.get_shape())
     say(
-        f"{summary['num_frames']} frames, PSNR {summary['psnr_frame_mean_rgb']:.2f} dB, "
+        f"{counted(summary['num_frames'], 'frame')}, PSNR {summary['psnr_frame_mean_rgb']:.2f} dB, "
         f"SSIM {summary['ssim_frame_mean_rgb']:.4f}, {num_pixels / num_latents:.1f} times fewer numbers than pixels.\n"
         f"Original (left) and reconstruction (right): {video.resolve()}\n"
         f"Three frames of it:                         {picture.resolve()}\n"

@@ -1,12 +1,13 @@
 """Models for other programs: `export` and `page`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import bundled
-from ..checks import check_choice
+from ..checks import check_choice, check_place
 from .choices import EXPORT_FORMATS, EXPORT_PARTS, EXPORT_WEIGHTS, complete
 from .common import MODEL_TEXT, Device, Dtype, Json, load_model, print_json, progress_bar
 
@@ -64,6 +65,7 @@ def export(
         raise ValueError(f"`--opset` must not be given unless `--to` is onnx, got {opset} with {to}.")
     from ..export import PARTS, check_folder, export_model
 
+    check_place("OUT", target, target.parent)
     check_folder(target, overwrite, "OUT", "`--overwrite`")
     vae = load_model(model, device, dtype, argument="MODEL")
     with progress_bar("graph", "export") as advance:
@@ -100,6 +102,7 @@ def page(
     from ..export import check_folder, check_runtime, export_page
     from ..export.page import SETTINGS
 
+    check_place("OUT", target, target.parent)
     check_folder(target, overwrite, "OUT", "`--overwrite`", SETTINGS)
     if runtime is not None:
         check_runtime(runtime, "`--runtime`")
@@ -108,7 +111,7 @@ def page(
         files = export_page(
             vae,
             target,
-            Path(model).name,
+            os.path.basename(os.path.abspath(model)),  # `.` and `..` have names, too
             runtime=runtime,
             overwrite=overwrite,
             progress=lambda done, total: advance(min(done, 1), total),

@@ -1,7 +1,6 @@
 """Latent diffusion: `generate`, `encode-dataset`."""
 
 import math
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,12 +18,12 @@ from .common import (
     Json,
     Model,
     PixFmt,
-    hide_bars_of_diffusers,
     load_model,
     memory_limit,
     place,
     print_json,
     progress_bar,
+    shows_progress,
 )
 
 
@@ -112,11 +111,8 @@ def generate(
     """Generate videos of a class or from a text with a latent diffusion pipeline."""
     if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
         raise ValueError(f"`--guidance-scale` must be a finite number from 0 on, got {guidance_scale}.")
-    if not output:  # which as a path is the current folder
-        raise ValueError("`--output` must not be empty, got ''.")
     from ..generation import generate_videos
 
-    hide_bars_of_diffusers()
     limit = memory_limit(max_memory)
     torch_device, torch_dtype = place(device, dtype)
     name = model or bundled.default_pipeline(takes_text=bool(prompt))
@@ -139,7 +135,7 @@ def generate(
         crf=crf,
         pixel_format=pix_fmt,
         overwrite=overwrite,
-        show_progress=sys.stderr.isatty(),
+        show_progress=shows_progress(),
         num_frames=num_frames,
         height=height,
         width=width,

@@ -8,7 +8,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,10 +16,19 @@ from typing import Any, NamedTuple, Protocol
 import typer
 
 from ..atomic import MAX_NAME_BYTES, shorten_name
-from .common import Advance, print_json, progress_bar, sentence_of
+from ..checks import check_place
+from .common import (
+    STANDARD,
+    Advance,
+    check_standard_output,
+    counted,
+    print_json,
+    progress_bar,
+    sentence_of,
+    standard_input,
+)
 
 
-STANDARD = "-"  # standard input or output
 _NUMBER = re.compile(r"%(0?\d+)?d")  # in a name: the place of the number of a picture
 
 
@@ -59,7 +68,7 @@ def find_jobs(
     frames: bool = False,
     overwrite: bool = False,
     as_json: bool = False,
-    also_read: Iterable[str | Path] = (),
+    also_read: Sequence[str | Path] = (),
 ) -> Jobs:
     """Pair what is read with what is written.
 
@@ -75,9 +84,10 @@ def find_jobs(
     Raises:
         ValueError: If there is nothing to read, or something that is read would be written over.
     """
-    for name, text in (("IN", source), ("OUT", target)):
-        if not text:  # which as a path is the current folder
-            raise ValueError(f"{name} must not be empty, got ''.")
+    if STANDARD in (source, *also_read):
+        standard_input()
+    if target == STANDARD:
+        check_standard_output()
     if as_json and target == STANDARD:
         raise ValueError(f"`--json` must not be given with standard output as OUT, got {target!r}.")
     place = _place(source)
@@ -154,7 +164,7 @@ def process(jobs: Jobs, overwrite: bool, work: Work, as_json: bool = False) -> N
 
 
 def _describe(figures: dict[str, Any]) -> str:
-    text = f"{figures['width']}x{figures['height']}  {figures['num_frames']} frames"
+    text = f"{figures['width']}x{figures['height']}  {counted(figures['num_frames'], 'frame')}"
     if "psnr_frame_mean_rgb" in figures:  # which no frame has if the reader of a pipe went away at once
         text += f"  PSNR {figures['psnr_frame_mean_rgb']:.2f} dB  SSIM {figures['ssim_frame_mean_rgb']:.4f}"
     return text
@@ -178,9 +188,7 @@ def check_latents(jobs: Jobs) -> None:
     output = jobs.pairs[0][1]
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"OUT must end in .safetensors, got {str(output)!r}.")
-    folder = next(path for path in Path(output).absolute().parents if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"OUT must be in a folder that can be written to, got {str(output)!r}.")
+    check_place("OUT", Path(output), Path(output).parent)
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -297,7 +305,10 @@ def _single_target(place: Path | str, target: str, naming: Naming) -> Path | str
         raise ValueError(f"OUT must have a name of at most {MAX_NAME_BYTES} bytes, got {length}.")
     if not (output.is_dir() or target.endswith(("/", os.sep))):
         return output
-    name = Path("stdin" if place == STANDARD else str(place).split("?")[0].rstrip("/")).name
+    if isinstance(place, Path):
+        name = os.path.basename(os.path.abspath(place))  # `.` and `..` have names, too
+    else:
+        name = "stdin" if place == STANDARD else Path(place.split("?")[0].rstrip("/")).name
     if isinstance(place, Path) and (place.is_dir() or not place.exists()):  # pictures that are one video
         stem = name if place.is_dir() else _NUMBER.sub("", Path(name).stem).strip("-_. ") or "frames"
         return output / _fit(stem, naming.suffix(Path("video.mp4")))

@@ -33,6 +33,8 @@ def list_cached(folder: str | Path) -> Iterator[dict[str, Any]]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
+    if Path(folder).is_file():
+        raise ValueError(f"The cache of the Hub, HF_HUB_CACHE, must be a folder, got the file {str(folder)!r}.")
     try:
         cache = scan_cache_dir(folder)
     except CacheNotFound:

@@ -6,13 +6,13 @@ import typer
 
 from .. import bundled
 from ..benchmark.names import LEANVAE, PEERS, VARIANTS
-from ..checks import check_choice, one_line, parse_video_size
+from ..checks import check_choice, one_line, parse_video_size, reason_of
 from .choices import DTYPE_NAMES, complete
 from .common import Device, Json, Output, check_file, load_model, place, print_json, render_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ..benchmark.rounds import Record
     from ..benchmark.subjects import Subject
@@ -57,7 +57,8 @@ def bench(
         ),
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="Number of CPU threads; repeat it for several. Without it all.")
+        list[int] | None,
+        typer.Option(min=1, max=1024, help="Number of CPU threads; repeat it for several. Without it all."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Number of timed calls after the first.")] = 7,
     budget: Annotated[
@@ -86,31 +87,38 @@ def bench(
 
     # Whatever can be refused is refused here, before anything is measured.
     check_file("--output", output)
-    sizes = [parse_video_size("--size", text) for text in size or ["17x256x256"]]
-    dtypes = [str(place(device, name)[1]).removeprefix("torch.") for name in dtype or ["auto"]]
+    sizes = _once(parse_video_size("--size", text) for text in size or ["17x256x256"])
+    dtypes = _once(str(place(device, name)[1]).removeprefix("torch.") for name in dtype or ["auto"])
+    kind = place(device, "float32")[0].type
+    possible = [name for name in VARIANTS if name != "graphs" or kind == "cuda"]
     for name in variant or ():
-        check_choice("--variant", name, VARIANTS)
+        check_choice("--variant", name, possible, f"on {kind}")
     for name in set(peer or ()) - PEERS.keys():
         _make_model(name, device, dtypes[0], is_peer=True)
     vae = _make_model(model, device, dtypes[0], is_peer=False)
     legal = subjects.variants_of(vae)
-    variants = [name for name in variant or ["eager", "fused"] if name in legal]
-    left_out = [name for name in variant or ["eager", "fused"] if name not in legal]
+    wanted = _once(variant or ["eager", "fused"])
+    variants = [name for name in wanted if name in legal]
+    left_out = [name for name in wanted if name not in legal]
     if not variants:
         check_choice("--variant", left_out[0], legal, f"for an {type(vae).__name__}")
     if model not in PEERS:
         for shape in sizes:
-            count_work(vae, shape)
+            try:
+                count_work(vae, shape)
+            except ValueError as error:
+                given, reason = "x".join(map(str, shape)), reason_of(error).replace("`", "")
+                raise ValueError(f"`--size` must be one that the model takes, got {given!r}: {reason}.") from None
     if left_out:
         typer.echo(f"left out, because only LeanVAE has it: {', '.join(left_out)}", err=True)
     del vae
 
-    tasks = [(model, name) for name in variants] + [(name, "eager") for name in peer or []]
+    tasks = [(model, name) for name in variants] + [(name, "eager") for name in _once(peer or [])]
     records: list[Record] = [
         dict(zip(rounds.KEYS, (*task, number_type, num_threads, list(shape), direction), strict=True))
         for shape in sizes
         for number_type in dtypes
-        for num_threads in threads or [torch.get_num_threads()]
+        for num_threads in _once(threads or [torch.get_num_threads()])
         for task in tasks
         for direction in DIRECTIONS
     ]
@@ -128,6 +136,11 @@ def bench(
     notes = [row["note"] for row in rows if "note" in row]
     if notes:
         raise ValueError(f"{len(notes)} of {len(rows)} rows could not be measured: {one_line(notes[0])}")
+
+
+def _once(values: "Iterable[Any]") -> list[Any]:
+    """Leave out what comes again: it would be measured twice."""
+    return list(dict.fromkeys(values))
 
 
 def render_rows(rows: "Sequence[Record]") -> str:

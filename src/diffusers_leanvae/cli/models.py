@@ -1,5 +1,6 @@
 """Files of models: `convert`, `info`, `models`."""
 
+import difflib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ import typer
 
 from .. import bundled
 from ..atomic import replace_folder
-from ..checks import CHECKPOINT_SUFFIXES, one_line, parse_dtype
+from ..checks import CHECKPOINT_SUFFIXES, check_place, one_line, parse_dtype
 from ..description import check_model_folder, describe, describe_model, list_files
 from .choices import DTYPE_NAMES, complete
-from .common import DTYPES_TEXT, Json, print_json, render_table
+from .common import DTYPES_TEXT, STANDARD, Json, print_json, render_table, standard_input
 
 
 def convert(
@@ -122,6 +123,7 @@ def convert(
 
 def _check_output(target: Path, overwrite: bool) -> None:
     """Refuse to replace anything without `--overwrite`, and with it any folder but that of a model."""
+    check_place("OUT", target, target.parent)
     if not target.exists():
         return
     if target.is_dir():
@@ -164,8 +166,13 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Print what a file or model is, as JSON."""
+    if path == STANDARD:
+        standard_input()
     try:
-        described = describe(path) or _describe_loaded(path)
+        described = describe(path)
+        if described is None:
+            _check_there(path)
+            described = _describe_loaded(path)
     except ValueError as error:
         from ..video_io.containers import VideoError
 
@@ -176,6 +183,25 @@ def info(
         print_json(described)
     else:
         typer.echo(json.dumps(described, indent=2, default=str))
+
+
+def _check_there(source: str) -> None:
+    """Refuse what is neither here nor on the Hub, and folders without weights; `source` is no video and no latents."""
+    from ..conversion.checkpoints import is_hub_reference
+
+    place = Path(source)
+    if place.is_dir():
+        files = (*place.iterdir(), *place.glob("vae/*"))  # the autoencoder of a pipeline is looked for there
+        reason = None if any(file.suffix in CHECKPOINT_SUFFIXES for file in files) else "which holds none of these"
+    else:
+        reason = None if place.exists() or is_hub_reference(source) else "which does not exist"
+    if reason is not None:
+        names = (*bundled.MODELS, *bundled.PIPELINES)
+        near = "".join(f"; perhaps {name!r} is meant" for name in difflib.get_close_matches(source, names, 1, 0.75))
+        raise ValueError(
+            f"it must be a video, an image, latents, a model or pipeline, here or on the Hub, or one of "
+            f"{', '.join(names)}, got {source!r}, {reason}{near}."
+        )
 
 
 def _describe_loaded(source: str) -> dict[str, Any]:

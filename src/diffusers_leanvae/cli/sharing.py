@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import bundled
+from ..checks import check_place
 from ..description import check_model_folder
 from .choices import complete
 from .common import Json, print_json
@@ -90,6 +91,7 @@ def pull(
 
     hub.check_repo_id("USER/NAME", repo_id)
     target = Path(repo_id.split("/")[1]) if folder is None else folder
+    check_place("FOLDER", target, target.parent)
     if target.exists():
         check_model_folder("FOLDER", target)
         if not overwrite:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, in_one_sentence, print_json
+from .common import Command, Json, in_one_sentence, print_json
 
 
 SCRIPTS = {"vae": "train_vae", "lvdm": "train_lvdm"}
@@ -73,7 +73,7 @@ def _make_command(kind: str, purpose: str) -> Callable[..., None]:
 
 
 for kind, purpose in PURPOSES.items():
-    train.command(kind, no_args_is_help=True)(in_one_sentence(_make_command(kind, purpose)))
+    train.command(kind, cls=Command, no_args_is_help=True)(in_one_sentence(_make_command(kind, purpose)))
 
 
 def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None:
@@ -100,7 +100,7 @@ def run(kind: str, recipe: str | None, overrides: list[str], keys: bool) -> None
     typer.echo(list_keys(script.Recipe, loaded), nl=False)
 
 
-@train.command("recipes")
+@train.command("recipes", cls=Command)
 @in_one_sentence
 def recipes(as_json: Json = False) -> None:
     """List the recipes that are shipped, and what each is for."""

@@ -9,6 +9,7 @@ import typer
 from .. import bundled
 from ..checks import check_choice
 from .common import (
+    STANDARD,
     Advance,
     Background,
     Codec,
@@ -28,14 +29,17 @@ from .common import (
     Size,
     SquarePixels,
     Start,
+    check_standard_output,
+    counted,
     load_known_model,
     load_model,
     memory_limit,
     parse_color,
     parse_rate,
     say_demonstration,
+    standard_input,
 )
-from .jobs import STANDARD, Jobs, Naming, check_latents, check_outputs, find_jobs, process
+from .jobs import Jobs, Naming, check_latents, check_outputs, find_jobs, process
 
 
 if TYPE_CHECKING:
@@ -314,6 +318,8 @@ def live(
     fuse: Fuse = False,
 ) -> None:
     """Reconstruct raw RGB24 frames from standard input, and write them to standard output as they get ready."""
+    source = standard_input()
+    check_standard_output()
     from ..inference.live import reconstruct_stream
 
     vae = load_model(model, device, dtype, fuse)
@@ -321,11 +327,12 @@ def live(
     with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as target:
         count = reconstruct_stream(
             vae,
-            sys.stdin.buffer,
+            source,
             target,
             width,
             height,
             num_frames_per_step=num_frames_per_step,
             side_by_side=side_by_side,
+            source_name="Standard input",
         )
-    typer.echo(f"{count} frames", err=True)
+    typer.echo(counted(count, "frame"), err=True)

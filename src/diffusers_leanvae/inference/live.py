@@ -24,6 +24,7 @@ def reconstruct_stream(
     *,
     num_frames_per_step: int | None = None,
     side_by_side: bool = False,
+    source_name: str = "`source`",
 ) -> int:
     """Reconstruct raw RGB24 frames (`height * width * 3` bytes each, rows from the top) until `source` ends.
 
@@ -40,6 +41,7 @@ def reconstruct_stream(
         num_frames_per_step: Frames that pass the network at once, a multiple of the temporal ratio: fewer come out
             earlier, more are faster. `None` is as few as can be.
         side_by_side: Write frames of twice the width, the original to the left.
+        source_name: Where `source` was given, for the message.
 
     Returns:
         How many frames were written.
@@ -62,7 +64,7 @@ def reconstruct_stream(
         return num_written
     if frames.num_bytes_left:
         raise ValueError(
-            f"`source` must hold whole frames of {width}x{height} RGB24, {frames.num_bytes} bytes each, got "
+            f"{source_name} must hold whole frames of {width}x{height} RGB24, {frames.num_bytes} bytes each, got "
             f"{frames.num_bytes_left} bytes after {num_written} whole frames."
         )
     return num_written
