@@ -55,6 +55,7 @@ from diffusers_leanvae.losses.representation import RepresentationHead
 from diffusers_leanvae.models.transformer_latte import LeanVAELatteTransformer3DModel, latte_variant
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.text_encoders import TextEmbeddings, encode_tokens
+from diffusers_leanvae.trainer.checkpoints import writing
 from diffusers_leanvae.trainer.denoising_validation import denoise, measure_losses, sample_labels, write_samples
 from diffusers_leanvae.trainer.diffusion_data import DataRecipe, class_names, open_data
 from diffusers_leanvae.trainer.draws import StepDraws, draw_given_frames, draw_step, drop_labels
@@ -67,7 +68,15 @@ from diffusers_leanvae.trainer.finetuning import (
 )
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer, weights_to_average
 from diffusers_leanvae.trainer.model_card import write_pipeline_card
-from diffusers_leanvae.trainer.recipe import OptimizerRecipe, RunRecipe, check_counts, parse_recipe
+from diffusers_leanvae.trainer.recipe import (
+    OptimizerRecipe,
+    RunRecipe,
+    check_amounts,
+    check_counts,
+    check_positives,
+    check_shares,
+    parse_recipe,
+)
 from diffusers_leanvae.trainer.representation_features import (
     RepresentationRecipe,
     aim_at,
@@ -96,6 +105,9 @@ class ObjectiveRecipe:
     is_stratified: bool = False  # spread the timesteps of a step evenly
     min_snr_gamma: float | None = None  # of "epsilon"
 
+    def __post_init__(self) -> None:
+        check_positives(self, "shift", "min_snr_gamma", prefix="objective.")
+
 
 @dataclass
 class GivenFramesRecipe:
@@ -105,10 +117,8 @@ class GivenFramesRecipe:
     max_frames: int = 1  # latent frames, 1 to this number; windows of long videos overlap by 2
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"`given_frames.share` must be from 0 to 1, got {self.share}.")
-        if self.max_frames < 1:
-            raise ValueError(f"`given_frames.max_frames` must be at least 1, got {self.max_frames}.")
+        check_shares(self, "share", prefix="given_frames.")
+        check_counts(self, "max_frames", prefix="given_frames.")
 
 
 @dataclass
@@ -127,8 +137,7 @@ class ValidationRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self, "every", "num_items", "num_inference_steps", "fps", prefix="validation.")
-        if self.num_samples < 0:
-            raise ValueError(f"`validation.num_samples` must be at least 0, got {self.num_samples}.")
+        check_amounts(self, "num_samples", "guidance_scale", prefix="validation.")
         if not self.noise_levels or not all(0.0 <= level <= 1.0 for level in self.noise_levels):
             raise ValueError(
                 f"`validation.noise_levels` must hold at least one number, all from 0 to 1, got {self.noise_levels}."
@@ -169,9 +178,9 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_statistics_items")
-        if not 0.0 <= self.class_dropout <= 1.0:
-            raise ValueError(f"`class_dropout` must be from 0 to 1, got {self.class_dropout}.")
+        check_counts(self, "num_statistics_items", "num_classes")
+        check_amounts(self, "num_images", "clip_start_step")
+        check_shares(self, "class_dropout", "ema_min_decay")
         if self.objective.name == "flow" and self.objective.min_snr_gamma is not None:
             raise ValueError(
                 f"`objective.min_snr_gamma` must be null with `objective.name: flow`, got "
@@ -605,8 +614,9 @@ def main(arguments: list[str] | None = None) -> None:
         run_validation()
     ema.copy_to(averaged_parameters)
     if run.is_main:
+        run.check_finite(averaged, averaged_encoder)
         if recipe.tune == "lora":
-            with replace_folder(run.output / "adapter") as folder:
+            with writing(run.output / "adapter"), replace_folder(run.output / "adapter") as folder:
                 save_lora(averaged, folder)
             averaged.fuse_lora()
             averaged.unload_lora()

@@ -24,6 +24,7 @@ from the seed, the step and the clip's index, and nothing else is remembered out
 """
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,7 @@ from diffusers_leanvae.trainer.autoencoder_terms import (
     last_layers,
     weight_at_last_layers,
 )
+from diffusers_leanvae.trainer.checkpoints import writing
 from diffusers_leanvae.trainer.discriminators import (
     AdversarialRecipe,
     build_discriminator_optimizer,
@@ -66,7 +68,15 @@ from diffusers_leanvae.trainer.image_weights import initialize_from_image_vae, l
 from diffusers_leanvae.trainer.loop import TrainingRun, build_optimizer, weights_to_average
 from diffusers_leanvae.trainer.model_card import write_model_card
 from diffusers_leanvae.trainer.principal_components import initialize_from_principal_components
-from diffusers_leanvae.trainer.recipe import RunRecipe, check_clip_size, check_counts, fill_section, parse_recipe
+from diffusers_leanvae.trainer.recipe import (
+    RunRecipe,
+    check_amounts,
+    check_clip_size,
+    check_counts,
+    check_shares,
+    fill_section,
+    parse_recipe,
+)
 from diffusers_leanvae.trainer.sharding import WeightAverage
 from diffusers_leanvae.trainer.validation import (
     gather_failures,
@@ -80,6 +90,7 @@ from diffusers_leanvae.video_io.pixels import as_sample
 
 # Of the terms of the reconstruction, and of the decoding of a teacher's latents; each has a discriminator of its own.
 PREFIXES = ("", "align_")
+LARGEST_LOGVAR = 80  # on either side of 0: terms are divided by its exponential, in float32
 
 
 # --- Recipe: what the YAML file may hold -----------------------------------------------------------------------------
@@ -98,6 +109,14 @@ class DataRecipe(ClipOptions):
     shuffle_buffer: int = 256  # videos of a stream that are shuffled among each other
     num_workers: int = 0  # with everything in the cache, cutting clips costs less than handing them over
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_amounts(self, "max_zoom_out", "cache_gib", "num_workers", prefix="data.")
+        check_counts(self, "image_batch_factor", "shuffle_buffer", prefix="data.")
+        check_shares(self, "image_ratio", "procedural", prefix="data.")
+        if math.inf in self.rescale_factors:
+            raise ValueError(f"`data.rescale_factors` must be finite numbers, got {self.rescale_factors}.")
+
 
 @dataclass
 class TeacherRecipe:
@@ -114,6 +133,7 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         for source, size in self.clips.items():
             check_clip_size(f"teacher.clips.{source}", size)
+        check_amounts(self.weights, *asdict(self.weights), prefix="teacher.weights.")
 
 
 @dataclass
@@ -136,6 +156,7 @@ class ValidationRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self, "every", "num_frames", "size", prefix="validation.")
+        check_amounts(self, "num_videos", prefix="validation.")
 
 
 @dataclass(kw_only=True)
@@ -166,6 +187,7 @@ class Recipe(RunRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "num_init_clips", "num_statistics_clips")
+        check_amounts(self, "freeze_encoder_step")
         if self.tune != "full" and self.init in NEW_MODELS:
             raise ValueError(f"`tune` must be 'full' for the new model of `init: {self.init}`, got {self.tune!r}.")
         vae_class = type_of(self.init, self.model)
@@ -187,6 +209,11 @@ class Recipe(RunRecipe):
         """Return the objective of models of a class, and fill in the weights that the recipe does not give."""
         objective = fill_section(objective_of(vae_class), self.loss, prefix="loss.")
         self.loss = asdict(objective)  # type: ignore[call-overload]
+        check_amounts(objective, *(name for name in self.loss if name != "logvar"), prefix="loss.")
+        if abs(self.loss.get("logvar", 0.0)) > LARGEST_LOGVAR:
+            raise ValueError(
+                f"`loss.logvar` must be from -{LARGEST_LOGVAR} to {LARGEST_LOGVAR}, got {self.loss['logvar']}."
+            )
         return objective
 
 
@@ -574,9 +601,11 @@ def main(arguments: list[str] | None = None) -> None:
         run_validation()
     if run.is_main:
         ema.copy_to(averaged.parameters())
+        run.check_finite(averaged)
         if recipe.tune == "lora":
-            averaged.save_pretrained(run.output / "adapter")
-            (run.output / "adapter" / "README.md").unlink(missing_ok=True)  # peft writes an empty template
+            with writing(run.output / "adapter"):
+                averaged.save_pretrained(run.output / "adapter")
+                (run.output / "adapter" / "README.md").unlink(missing_ok=True)  # peft writes an empty template
             averaged = averaged.merge_and_unload()
         if teacher is None or teacher_clips:  # latents of other videos are not the teacher's
             videos = training_videos(dataset, recipe.num_statistics_clips, device)

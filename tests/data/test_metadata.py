@@ -174,6 +174,13 @@ def test_a_text_file_beside_a_video_is_its_caption(clips: Path, tmp_path: Path):
     assert [named.metadata(number)["captions"] for number in range(5)] == captions
     assert read_captions(tmp_path / "README.mp4") == ("of nothing",)
 
+    (tmp_path / "b.txt").write_bytes("ein Sörfer".encode("latin-1"))
+    message = r"^Captions .* must be UTF-8, got 'utf-8' codec can't decode byte 0xf6 .* in '.*b\.txt'\.$"
+    with pytest.raises(ValueError, match=message):
+        source.metadata(1)
+    with pytest.raises(ValueError, match=message):
+        open_named_dataset("videofolder", tmp_path, 5, 16, sample_stride=1)
+
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.mp4"}, {"file_name": "b.mp4", "caption": "listed"}])
     source = open_source(tmp_path)
     assert [find_captions(source.metadata(number)) for number in range(2)] == [(), ("listed",)]

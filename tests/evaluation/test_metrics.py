@@ -228,11 +228,11 @@ def test_errors_that_move_with_the_picture_are_no_warp_error():
     wide = F.interpolate(torch.rand(2, 3, 24, 24, generator=generator), (96, 96), mode="bicubic").clamp(0, 1)
     windows = [(slice(10 + 2 * t, 74 + 2 * t), slice(20 - 3 * t, 84 - 3 * t)) for t in range(4)]
     moving, error = (torch.stack([x[:, rows, columns] for rows, columns in windows]) for x in wide)
-    decoded = (moving + 0.2 * error).clamp(0, 1.2)
+    decoded = (moving + 0.2 * error).clamp(0, 1)
     sums, counts = warp_error(decoded, moving)
     assert (counts >= 8).all()  # blocks that came into view are not found again
     assert (sums / counts).max() < 0.05 * flicker(decoded, moving).mean()
-    still, _ = warp_error(moving + 0.2 * error[:1], moving)  # an error that stays where it is
+    still, _ = warp_error((moving + 0.2 * error[:1]).clamp(0, 1), moving)  # an error that stays where it is
     assert (still / counts).min() > 1
     with pytest.raises(ValueError, match="`frames` must have sides of at least 16"):
         warp_error(decoded[..., :8], moving[..., :8])
@@ -252,7 +252,7 @@ def lattice(cell: int, side: int) -> torch.Tensor:
 @pytest.mark.parametrize("cell", [8, 16])
 def test_a_grid_is_told_from_noise_by_its_variance(cell: int):
     generator = torch.Generator().manual_seed(0)
-    original = torch.rand(6, 3, 256, 256, generator=generator)
+    original = 0.1 + 0.6 * torch.rand(6, 3, 256, 256, generator=generator)
     noise = torch.randn(original.shape, generator=generator)
     assert frame_grid(original, original, cell).tolist() == [1.0] * 6
     assert frame_grid(original + 0.2, original, cell).sub(1).abs().max() < 1e-4  # rounding of float32
@@ -283,7 +283,7 @@ def test_straight_edges_and_other_periods_are_no_grid():
 def test_flat_patches_are_those_of_the_original():
     original = torch.rand(2, 3, 40, 70, generator=torch.Generator().manual_seed(0))
     assert len(flat_std(original, original)) == 0
-    original[0, :, 16:32, 32:48] = torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1)
+    original[0, :, 16:32, 32:48] = torch.tensor([0.9, 0.0, 0.5]).view(3, 1, 1)
     original[1, :, :16, 16:32] = 0.2
     original[1, :, ::2, 16:32] += 1 / 255
     original[1, :, 16:32, 16:32] = 0.2
@@ -450,3 +450,61 @@ def test_metrics_without_weights_are_named(monkeypatch, tmp_path: Path):
         assert re.search(pattern, measures.missing[kind])
     with pytest.raises(ValueError, match="`metrics` must be one of 'psnr'"):
         make_measures(["fvd"])
+
+
+# --- Illegal frames --------------------------------------------------------------------------------------------------
+
+METRICS = {
+    "psnr": frame_psnr,
+    "ssim": frame_ssim,
+    "ms_ssim": frame_ms_ssim,
+    "grid": lambda *pair: frame_grid(*pair, 8),
+    "flat": flat_std,
+    "flicker": flicker,
+    "warp": warp_error,
+    "ghost": ghost_sums,
+}
+metrics = pytest.mark.parametrize("name", METRICS)
+VALUES = r"`frames` must have values in \[0, 1\], got"
+
+
+@metrics
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x[:1], r"`reference` must have the shape \(1, 3, 192, 192\) of `frames`, got \(6, 3, 192, 192\)"),
+        (
+            lambda x: x[:, :1],
+            r"`reference` must have the shape \(6, 1, 192, 192\) of `frames`, got \(6, 3, 192, 192\)",
+        ),
+        (lambda x: x[0], r"`frames` must have shape \(num_frames, 3, height, width\), got \(3, 192, 192\)"),
+        (lambda x: x[..., :0], r"`frames` must have shape \(num_frames, 3, height, width\), got \(6, 3, 192, 0\)"),
+        (unit_to_pixels, "`frames` must be a floating-point tensor, got torch.uint8"),
+        (lambda x: x.numpy(), "`frames` must be a floating-point tensor, got ndarray"),
+        (lambda x: 255 * x, rf"{VALUES} 0 to 255"),
+        (lambda x: 2 * x - 1, rf"{VALUES} -1 to 1"),
+        (lambda x: x.where(x < 0.5, torch.inf), rf"{VALUES} 0 to inf"),
+    ],
+)
+def test_illegal_frames(clip: torch.Tensor, name: str, change, message: str):
+    clip = (clip - clip.min()) / (clip.max() - clip.min())
+    with pytest.raises(ValueError, match=f"^{message}\\.$"):
+        METRICS[name](change(clip), clip)
+
+
+@metrics
+def test_nan_is_not_hidden(clip: torch.Tensor, name: str):
+    broken = clip.clone()
+    broken[:, 0, :, 5] = torch.nan
+    if name in ("flat", "warp", "ghost"):
+        with pytest.raises(ValueError, match=rf"^{VALUES} NaN\.$"):
+            METRICS[name](broken, clip)
+    else:
+        assert METRICS[name](broken, clip).isnan().any()
+
+
+def test_frames_of_less_than_two_cells(clip: torch.Tensor):
+    with pytest.raises(ValueError, match=r"^`frames` must have sides of at least 16, got \(15, 192\)\.$"):
+        frame_grid(clip[:, :, :15], clip[:, :, :15], 8)
+    with pytest.raises(ValueError, match=r"^`cell` must be a positive integer, got 0\.$"):
+        frame_grid(clip, clip, 0)

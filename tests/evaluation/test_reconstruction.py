@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
+from safetensors.torch import save_file
 from tiny import make_tiny
 from typer.testing import CliRunner
 
 from diffusers_leanvae.cli import app
 from diffusers_leanvae.data import Share, read_center_clip
 from diffusers_leanvae.evaluation.journal import Journal
+from diffusers_leanvae.evaluation.measures import MetricOptions
 from diffusers_leanvae.evaluation.metrics import frame_psnr, frame_ssim
 from diffusers_leanvae.evaluation.protocols import Protocol
 from diffusers_leanvae.evaluation.reconstruction import evaluate_reconstruction, score_clip
 from diffusers_leanvae.evaluation.reconstructors import AutoencoderReconstructor, Reconstruction
 from diffusers_leanvae.evaluation.records import Evaluation
 from diffusers_leanvae.evaluation.streaming import StreamingReconstructor
+from diffusers_leanvae.losses.perceptual import LPIPS
 from diffusers_leanvae.trainer.validation import gather_failures, load_validation_clips, score_clips, summarize
 from diffusers_leanvae.video_io import read_video, write_video
 
@@ -246,6 +250,49 @@ def test_the_command_counts_bad_files(mixed: Path, tmp_path: Path):
         path.unlink()
     finished = CliRunner().invoke(app, ["eval", str(mixed), *options])
     assert finished.exit_code != 0
+
+
+@pytest.mark.parametrize("name", ["pixels", "latents"])
+def test_clips_of_which_nothing_finite_comes_back_are_left_out(name: str, make_model, clips: Path):
+    class Broken(AutoencoderReconstructor):
+        """Makes something infinite of the first clip."""
+
+        is_first = True
+
+        def reconstruct(self, clip: torch.Tensor) -> Reconstruction:
+            result = super().reconstruct(clip)
+            if self.is_first:
+                self.is_first, values = False, getattr(result, name)
+                assert values is not None
+                values[-1, -1, -1, -1] = math.nan if name == "pixels" else math.inf
+            return result
+
+    result = evaluate_reconstruction(Broken(make_model(), "tiny"), clips, TINY)
+    alone = evaluate_reconstruction(AutoencoderReconstructor(make_model(), "tiny"), clips, TINY)
+    assert result.failed == {"a.mp4": f"tiny made {name} of it that are not finite numbers."}
+    assert result.clips == {name: figures for name, figures in alone.clips.items() if name != "a.mp4"}
+
+
+def test_the_command_writes_nothing_of_a_model_of_nan(make_model, clips: Path, tmp_path: Path):
+    vae = make_model()
+    with torch.no_grad():
+        next(vae.decoder.parameters()).fill_(math.nan)
+    vae.save_pretrained(tmp_path / "broken")
+    options = ["--num-frames", "5", "--size", "32", "--output", str(tmp_path / "scores.json")]
+    finished = CliRunner().invoke(app, ["eval", str(clips), "--model", str(tmp_path / "broken"), *options])
+    assert finished.exit_code == 1 and finished.stderr.count("\n") == 1
+    assert re.search("got 3 that failed, the first of them: .*broken made pixels of it that are not", finished.stderr)
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_figures_that_are_not_finite_are_named_and_left_out(make_model, clips: Path, tmp_path: Path):
+    trunk = {key: x for key, x in LPIPS(trunk="alexnet").state_dict().items() if key.startswith("features.")}
+    save_file({key: x * math.nan for key, x in trunk.items()}, tmp_path / "alexnet.safetensors")
+    protocol = replace(TINY, metrics=("psnr", "lpips_alexnet"))
+    options = MetricOptions(alexnet=str(tmp_path / "alexnet.safetensors"))
+    result = evaluate_reconstruction(make_judged(make_model()), clips, protocol, options)
+    assert result.missing == {"lpips_alexnet": "3 of 3 clips: gave figures that are not finite."}
+    assert "psnr_frame_mean_rgb" in result.totals and not any("lpips" in name for name in result.metrics)
 
 
 def test_validation_goes_on_past_bad_files(make_model, mixed: Path):

@@ -1,6 +1,7 @@
 """An evaluation goes to JSON and back."""
 
 import json
+import math
 import random
 import subprocess
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_a_file_holds_rounded_figures_under_their_own_names(tmp_path: Path):
     assert written["latents"]["channel_mean"] == [0.123457] and written["timing"]["peak_memory_bytes"] == 7
     assert "command" in written["provenance"]
     assert read_evaluation(tmp_path / "a.json") == evaluation.rounded() != evaluation
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_file_holds_no_number_that_json_does_not_have(value: float, tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text("former")
+    with pytest.raises(ValueError, match="^`result` must hold finite numbers alone to go into '.*a.json': "):
+        results.write_result(path, {"rows": [{"psnr": value}]})
+    assert path.read_text() == "former" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_commit_is_that_of_this_package(tmp_path: Path, monkeypatch):

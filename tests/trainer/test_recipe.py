@@ -1,18 +1,23 @@
 """Recipes: what a YAML file and the command line may say, and what the error tells when they may not."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 import diffusers_leanvae.training.train_lvdm as train_lvdm
 import diffusers_leanvae.training.train_vae as train_vae
 import pytest
 import torch
 
+from diffusers_leanvae.losses.objectives import LeanVAEObjective
 from diffusers_leanvae.models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from diffusers_leanvae.trainer.finetuning import NEW_MODELS
 from diffusers_leanvae.trainer.recipe import OptimizerRecipe, load_recipe, parse_recipe, save_recipe
+from diffusers_leanvae.trainer.sharding import clip_gradients
 
 
 CONFIGS = sorted(Path(train_vae.__file__).resolve().parent.glob("configs/*.yaml"))
@@ -88,6 +93,9 @@ def test_the_resolved_copy_reads_back_equal(tmp_path: Path):
         ("section: {folder: a}", ["num_steps.x=1", "num_steps=3", "num_steps.y=1"], r"`num_steps\.y` reaches into"),
         ("section: {folder: a}", ["sizes=[1"], r"value of an override must be YAML"),
         ("- a\n- b", [], r"must be a mapping of keys to values, got list"),
+        ("section: {folder: a}\nnum_steps: 5\nnum_steps: 6", [], r"`num_steps` must be given once, .* in line 3"),
+        ("section:\n  folder: a\n  folder: b", [], r"`section\.folder` must be given once, got it again in line 3"),
+        ("section: {folder: a}", ["extra={x: {y: 1, y: 2}}"], r"`extra\.x\.y` must be given once, got it again"),
         ("a: [", [], r"must be a readable YAML recipe"),
     ],
 )
@@ -248,6 +256,14 @@ def test_counts_must_be_positive(name: str):
         recipe_with(**{name: 0})
 
 
+SCRIPTS = {"vae": (train_vae.Recipe, "smoke"), "lvdm": (train_lvdm.Recipe, "lvdm_smoke")}
+
+
+def load_smoke(script: str, *overrides: str) -> Any:
+    recipe_class, name = SCRIPTS[script]
+    return load_recipe(recipe_class, Path(train_vae.__file__).resolve().parent / f"configs/{name}.yaml", overrides)
+
+
 @pytest.mark.parametrize(
     ("script", "override", "message"),
     [
@@ -267,15 +283,70 @@ def test_counts_must_be_positive(name: str):
     ],
 )
 def test_numbers_of_sections_are_checked_at_the_start(script: str, override: str, message: str):
-    module, name = (train_vae, "smoke") if script == "vae" else (train_lvdm, "lvdm_smoke")
-    path = Path(module.__file__).resolve().parent / f"configs/{name}.yaml"
     with pytest.raises(ValueError, match=message):
-        load_recipe(module.Recipe, path, [override])
+        load_smoke(script, override)
+
+
+def numbers_of(section_class: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The names of all numbers of a recipe but those in lists, and whether they need not be whole."""
+    for name, kind in get_type_hints(section_class).items():
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        section = next(filter(is_dataclass, kinds), None)
+        if section is not None:
+            yield from numbers_of(section, f"{prefix}{name}.")
+        elif {int, float} & set(kinds):
+            yield f"{prefix}{name}", float in kinds
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "is_real"),
+    [
+        *((script, *number) for script, (recipe_class, _) in SCRIPTS.items() for number in numbers_of(recipe_class)),
+        *(("vae", f"loss.{name}", True) for name in asdict(LeanVAEObjective())),
+    ],
+)
+def test_no_number_is_negative_or_infinite(script: str, name: str, is_real: bool):
+    for value in ("-1", ".inf") if is_real and name != "optimizer.max_grad_norm" else ("-1",):
+        with pytest.raises(ValueError, match=rf"{name.split('.')[-1]}` must be [^\n]*, got {value.strip('.')}[^\n]*$"):
+            load_smoke(script, f"{name}={value}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.max_grad_norm=0"], "`optimizer.max_grad_norm` must be above 0, or .inf to clip nothing, got 0.0"),
+        (["optimizer.num_decay_steps=0"], "`optimizer.num_decay_steps` must be at least 1 or null, got 0"),
+        (["ema_decay=2"], "`ema_decay` must be from 0 to 1, got 2.0"),
+        (["max_skipped_steps=0"], "`max_skipped_steps` must be at least 1, got 0"),
+        (["max_minutes=-1"], "`max_minutes` must be a finite number of at least 0 or null, got -1.0"),
+        (["lora.rank=0"], "`lora.rank` must be at least 1, got 0"),
+        (["lora.alpha=0"], "`lora.alpha` must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_numbers_of_both_scripts_say_what_is_legal(script: str, overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_smoke(script, *overrides)
+
+
+def test_what_is_legal_at_the_edge():
+    recipe = load_smoke("vae", "optimizer.max_grad_norm=.inf", "optimizer.learning_rate=0", "max_minutes=0")
+    assert recipe.optimizer.max_grad_norm == math.inf
+    weights = [torch.nn.Parameter(torch.tensor([3.0, 4.0]))]
+    weights[0].grad = weights[0].detach() * 1e6
+    assert clip_gradients(weights, recipe.optimizer.max_grad_norm) == 5e6 and weights[0].grad[0] == 3e6
+    with torch.device("meta"):
+        assert load_smoke("vae", "model={type: wfvae}", "loss={logvar: -1}").loss["logvar"] == -1
+    for value in ("-81", ".inf"):
+        with pytest.raises(ValueError, match=f"`loss.logvar` must be from -80 to 80, got {value.strip('.')}"):
+            load_smoke("vae", "model={type: wfvae}", f"loss={{logvar: {value}}}")
+    with pytest.raises(ValueError, match=r"`data.rescale_factors` must be finite numbers, got \[1.0, inf\]"):
+        load_smoke("vae", "data.rescale_factors=[1, .inf]")
 
 
 def test_the_exponent_of_the_average_is_not_negative():
     for name in ("ema_power", "post_hoc_power"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a number of at least 0 or null, got -1"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a finite number of at least 0 or null, got -1"):
             recipe_with(**{name: -1.0})
         with pytest.raises(ValueError, match=f"`{name}` must be .* got inf"):
             recipe_with(**{name: math.inf})

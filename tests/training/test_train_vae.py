@@ -557,7 +557,7 @@ def test_out_of_time_saves_and_exports(script: Script, tmp_path: Path):
             ValueError,
             "at least 16 for .*low_pass`, got 8",
         ),
-        (("regularization.equivariance_probability=2",), ValueError, "must be between 0 and 1, got 2.0"),
+        (("regularization.equivariance_probability=2",), ValueError, "must be from 0 to 1, got 2.0"),
         (("data.clip_sizes=[[5,32,32],[5,32,30]]",), ValueError, r"`data.clip_sizes` must have 4 \* n \+ 1 .* 30\]"),
         (("data.clip_sizes=[[6,32,32]]",), ValueError, r"of multiples of 8 for this model, got \[6, 32, 32\]"),
         (("validation.folder=nowhere",), ValueError, "^`validation.folder` must be an existing folder or null, got"),

@@ -78,17 +78,33 @@ def read_metadata(path: Path, origin: Any = None) -> list[dict[str, Any]]:
 
 
 def read_captions(video: Path) -> tuple[str, ...]:
-    """Return the lines of `clip.txt` beside `clip.mp4`, each a caption; none where there is no such file."""
+    """Return the lines of `clip.txt` beside `clip.mp4`, each a caption; none where there is no such file.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
     try:
         text = video.with_suffix(".txt").read_bytes()
     except (OSError, ValueError):
         return ()
-    return split_captions(decode_text(text))
+    return split_captions(decode_text(text, video.with_suffix(".txt")))
 
 
-def decode_text(content: bytes) -> str:
-    """Decode the text of a person's file: UTF-8, with or without a byte order mark, without space around it."""
-    return content.decode("utf-8-sig", "replace").strip()
+def decode_text(content: bytes, origin: Any = None) -> str:
+    """Decode the text of a person's file: UTF-8, with or without a byte order mark, without space around it.
+
+    Args:
+        content: The file.
+        origin: Where it lies, for the message.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        place = "" if origin is None else f" in {str(origin)!r}"
+        raise ValueError(f"Captions and other texts beside videos must be UTF-8, got {error}{place}.") from error
 
 
 def find_captions(row: dict[str, Any], column: str | None = None) -> tuple[str, ...]:

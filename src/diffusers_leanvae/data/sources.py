@@ -134,7 +134,10 @@ def _describe_all(folder: RemotePath, files: Sequence[str]) -> list[dict[str, An
     """Describe the videos and images among the files of a folder, with their captions, which are read once for all."""
     texts = {name: f"{name.rpartition('.')[0]}.txt" for name in files if is_visual(name)}
     contents = folder.read_files(sorted(set(files).intersection(texts.values())))
-    return [_describe(name, split_captions(decode_text(contents.get(text, b"")))) for name, text in texts.items()]
+    return [
+        _describe(name, split_captions(decode_text(contents.get(text, b""), folder / text)))
+        for name, text in texts.items()
+    ]
 
 
 class _Example(NamedTuple):
@@ -183,14 +186,14 @@ class TarSource:
         return self.shards[self.examples[number][0]]
 
     def metadata(self, number: int) -> dict[str, Any]:
-        _, _, parts, video = self.examples[number]
+        _, key, parts, video = self.examples[number]
         row: dict[str, Any] = {}
         front = video.rpartition(".")[0]  # of "clip.v1.mp4", "clip.v1.txt" is the caption, or else "clip.txt"
         for kind in _SIDECARS:
             extension = next((name for name in (f"{front}.{kind}", kind) if name in parts), None)
             if extension is None:
                 continue
-            text = decode_text(self._read(number, extension))
+            text = decode_text(self._read(number, extension), f"{self.shard(number)}/{key}.{extension}")
             try:
                 value = json.loads(text) if kind == "json" else text
             except ValueError as error:

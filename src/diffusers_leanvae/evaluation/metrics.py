@@ -1,12 +1,48 @@
 """Image metrics per frame: PSNR, grid and flatness here, SSIM and MS-SSIM from torchmetrics."""
 
+import math
+
 import torch
+
+from ..checks import check_positive
 
 
 WINDOW_SIZE = 11
 MS_SSIM_SMALLEST = 161  # sides of frames: five scales, of which the last must be larger than 10 pixels
 PATCH_SIZE = 16  # of flat patches: whole cells of compression by 8 and by 16
+_ROUNDING = 1e-3  # by which values may be outside of [0, 1]: of float16, twice
 _FLAT_RANGE = 1.001 / 255  # one level, and the rounding of float32
+
+
+def check_frames(frames: torch.Tensor, reference: torch.Tensor, hides_nan: bool = False) -> None:
+    """Refuse what is no pair of videos `(num_frames, channels, height, width)` in `[0, 1]`, before it gives a figure.
+
+    Args:
+        frames: What is measured.
+        reference: What it is measured against.
+        hides_nan: Whether NaN would not show in the figure, and so is refused, too.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    for name, x in (("frames", frames), ("reference", reference)):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"`{name}` must be a floating-point tensor, got {kind}.")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"`{name}` must have shape (num_frames, 3, height, width), got {tuple(x.shape)}.")
+    if frames.shape != reference.shape:
+        raise ValueError(
+            f"`reference` must have the shape {tuple(frames.shape)} of `frames`, got {tuple(reference.shape)}."
+        )
+    if not len(frames):
+        return
+    extremes = torch.stack([x.float() for pair in (frames, reference) for x in pair.detach().aminmax()]).tolist()
+    for name, (low, high) in (("frames", extremes[:2]), ("reference", extremes[2:])):
+        is_nan = hides_nan and math.isnan(low)
+        if is_nan or low < -_ROUNDING or high > 1 + _ROUNDING:
+            found = "NaN" if is_nan else f"{low:.6g} to {high:.6g}"
+            raise ValueError(f"`{name}` must have values in [0, 1], got {found}.")
 
 
 def frame_psnr(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -17,8 +53,9 @@ def frame_psnr(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         reference: Same shape and range.
 
     Returns:
-        `(num_frames,)` in dB, at most 100 (equal frames).
+        `(num_frames,)` in dB, at most 100 (equal frames); NaN of frames that hold some.
     """
+    check_frames(frames, reference)
     error = (frames.float() - reference.float()).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
@@ -42,6 +79,7 @@ def frame_ssim_pair(frames: torch.Tensor, reference: torch.Tensor) -> tuple[torc
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    check_frames(frames, reference)
     shortest = min(frames.shape[2:])
     if shortest < WINDOW_SIZE:  # the window is padded by reflection, which needs more pixels than it adds
         sizes = frames.shape[2:]
@@ -67,6 +105,7 @@ def frame_ms_ssim(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+    check_frames(frames, reference)
     value = multiscale_structural_similarity_index_measure(
         frames.float(), reference.float(), data_range=1.0, reduction="none"
     )
@@ -95,6 +134,10 @@ def frame_grid(frames: torch.Tensor, reference: torch.Tensor, cell: int) -> torc
     Returns:
         `(num_frames,)`, the means over windows; 0 where neighbouring cells have opposite errors.
     """
+    check_frames(frames, reference)
+    check_positive("cell", cell)
+    if min(frames.shape[2:]) < 2 * cell:
+        raise ValueError(f"`frames` must have sides of at least {2 * cell}, got {tuple(frames.shape[2:])}.")
     height, width = (size // (2 * cell) * 2 * cell for size in frames.shape[2:])
     error = 255 * (frames[..., :height, :width].float() - reference[..., :height, :width].float())
     windows = error.unflatten(3, (-1, 2, cell)).unflatten(2, (-1, 2, cell))
@@ -120,6 +163,7 @@ def flat_std(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Returns:
         `(num_flat_patches,)` of all frames, the root mean square over the channels, in levels of 255.
     """
+    check_frames(frames, reference, hides_nan=True)
     height, width = (size // PATCH_SIZE * PATCH_SIZE for size in frames.shape[2:])
     frames, reference = (
         x[..., :height, :width].float().unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))

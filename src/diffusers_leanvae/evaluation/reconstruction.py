@@ -74,8 +74,9 @@ def evaluate_reconstruction(
 ) -> Evaluation:
     """Measure the reconstructions of the clips of a data set.
 
-    Files that cannot be read, or are too short, are passed over and named. Metrics whose weights cannot be had are
-    left out and named. In a job of several processes (`torch.distributed`), all call and all get the whole result.
+    Files that cannot be read, or are too short, are passed over and named, as are those of which the latents or the
+    reconstruction are not finite. Metrics whose weights cannot be had are left out and named. In a job of several
+    processes (`torch.distributed`), all call and all get the whole result.
 
     Args:
         reconstructor: What is judged. A [`StreamingReconstructor`] gets clips in pieces; of whole videos, others hold
@@ -127,7 +128,7 @@ def evaluate_reconstruction(
             continue
         try:
             result, whole = _measure_clip(reconstructor, index, clip, protocol, measures, device)
-        except _Unreadable as error:
+        except _Unusable as error:
             failed.append((index, clip.name, one_line(error)))
             line = f"{clip.name:<28} failed: {failed[-1][2]}"
         else:
@@ -178,8 +179,8 @@ def describe_failures(failed: Mapping[str, str]) -> str:
 # --- One clip --------------------------------------------------------------------------------------------------------
 
 
-class _Unreadable(Exception):
-    """A file that cannot be read, or is too short."""
+class _Unusable(Exception):
+    """A file that cannot be read, or is too short, or that the model gives nothing finite back for."""
 
 
 @torch.no_grad()
@@ -206,6 +207,9 @@ def _measure_clip(
             decode_seconds += piece.decode_seconds
             num_bits += piece.num_bits
             latents.update(piece.latents)
+            for kind, values in (("latents", piece.latents), ("pixels", piece.pixels)):
+                if values is not None and not values.isfinite().all():
+                    raise _Unusable(f"{reconstructor.name} made {kind} of it that are not finite numbers.")
             decoded, original = piece.pixels.to(device), piece.original.to(device)
             if not len(decoded):
                 continue
@@ -218,7 +222,10 @@ def _measure_clip(
             num_pixels += decoded[:, 0].numel()
         for kind, measure in active or []:
             try:
-                figures |= measure.finish()
+                found = measure.finish()
+                if not all(map(math.isfinite, found.values())):
+                    raise ValueError("gave figures that are not finite")
+                figures |= found
             except ValueError as error:
                 absent[kind] = reason_of(error)
         figures[BITS_PER_PIXEL] = num_bits / num_pixels
@@ -279,7 +286,7 @@ def _guarded(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         except StopIteration:
             return
         except Exception as error:  # whatever it is, the other clips are still to be measured
-            raise _Unreadable(str(error)) from error
+            raise _Unusable(str(error)) from error
         yield piece
 
 

@@ -62,8 +62,16 @@ def _processor() -> str:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write a result with its provenance as JSON; an older file is replaced."""
+    """Write a result with its provenance as JSON; an older file is replaced.
+
+    Raises:
+        ValueError: If it holds NaN or an infinite number, which JSON does not have.
+    """
     path = Path(path)
+    try:
+        text = json.dumps(result | {"provenance": provenance()}, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"`result` must hold finite numbers alone to go into {str(path)!r}: {error}.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as partial:
-        partial.write_text(json.dumps(result | {"provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(f"{text}\n", encoding="utf-8")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .metrics import check_frames
+
 
 BLOCK_SIZE, SEARCH_RANGE = 16, 7
 # Of a block that was found again: mean absolute difference, pixels in [0, 1]. Others are uncovered or too fast.
@@ -23,6 +25,7 @@ def flicker(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Returns:
         `(num_frames - 1,)` in levels of 255.
     """
+    check_frames(frames, reference)
     difference = frames.float() - reference.float()
     return 255 * difference.diff(dim=0).abs().mean(dim=(1, 2, 3))
 
@@ -42,6 +45,7 @@ def warp_error(frames: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Ten
         Sums over the blocks of the mean absolute difference in levels of 255, and numbers of blocks, each
         `(num_frames - 1,)`.
     """
+    check_frames(frames, reference, hides_nan=True)
     height, width = (size // BLOCK_SIZE * BLOCK_SIZE for size in frames.shape[2:])
     if not height or not width:
         raise ValueError(f"`frames` must have sides of at least {BLOCK_SIZE}, got {tuple(frames.shape[2:])}.")
@@ -62,7 +66,7 @@ def warp_error(frames: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Ten
     row = (torch.arange(height, device=grey.device)[:, None] + motion[..., 0]).clamp(0, height - 1)
     column = (torch.arange(width, device=grey.device) + motion[..., 1]).clamp(0, width - 1)
     difference = frames - reference
-    index = (row * width + column).flatten(1)[:, None].expand(-1, 3, -1)
+    index = (row * width + column).flatten(1)[:, None].expand(-1, frames.shape[1], -1)
     moved = difference[:-1].flatten(2).gather(2, index).unflatten(2, (height, width))
     change = F.avg_pool2d((difference[1:] - moved).abs().mean(dim=1), BLOCK_SIZE)
     counts = best <= MATCH_LIMIT
@@ -115,6 +119,7 @@ def ghost_sums(frames: torch.Tensor, reference: torch.Tensor) -> GhostSums | Non
     Returns:
         What the weights are computed from; `None` if fewer than 64 pixels jump.
     """
+    check_frames(frames, reference, hides_nan=True)
     jumps = reference.float().diff(dim=0).abs().amax(dim=1) > JUMP_LEVELS / 255
     chosen = jumps.any(dim=0)
     if chosen.sum() < JUMP_PIXELS:

@@ -13,6 +13,7 @@ from ..losses.objectives import Objective
 from ..losses.perceptual import LPIPS, ms_ssim, reference_frames
 from ..losses.regularizers import draw_mask_ratio, equivariance_transform, mask_latents
 from ..models.video_autoencoder import VideoAutoencoder
+from .recipe import check_amounts, check_shares
 
 
 @dataclass
@@ -27,10 +28,8 @@ class Regularization:
     low_pass: float = 0.0  # the aim of LC-VAE (2604.16479): low frequencies of latents hold those of the video
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.equivariance_probability <= 1.0:
-            raise ValueError(
-                f"`equivariance_probability` must be between 0 and 1, got {self.equivariance_probability}."
-            )
+        check_shares(self, "equivariance_probability", "equivariance_min_scale", prefix="regularization.")
+        check_amounts(self, "local_correlation", "low_pass", prefix="regularization.")
 
 
 class DecoderTask(NamedTuple):

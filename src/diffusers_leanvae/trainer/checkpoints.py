@@ -4,17 +4,21 @@ A checkpoint is written under another name and renamed, so that a folder named `
 resumes drops what came after its checkpoint: lines of the logs, and checkpoints of the run that it takes the place of.
 """
 
+import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from ..atomic import commit, replace_file
+from ..checks import reason_of
 from .sharding import WeightAverage
 
 
@@ -37,10 +41,35 @@ class Progress:
         vars(self).update(state)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence that `path` cannot be written: what libraries say of a full disk names no place.
+
+    Raises:
+        ValueError: In place of their errors.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = reason_of(getattr(error, "strerror", None) or error)
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason:
+                raise
+            # Where PyTorch notices that not all was written; it does not know why.
+            reason = f"the disk is full, or the file would be too large ({reason})"
+        raise ValueError(f"Cannot write {str(path)!r}: {reason}.") from error
+
+
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Add one record to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add one record to a file of JSON lines; for NaN and infinity, which JSON does not have, stands null."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -48,7 +77,7 @@ def forget_after(path: Path, step: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        with replace_file(path) as partial:
+        with writing(path), replace_file(path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
@@ -105,11 +134,12 @@ def save_checkpoint(
         ema: The averaged weights.
     """
     partial, final = folder / f"partial-{step:07d}", folder / f"step-{step:07d}"
-    accelerator.save_state(str(partial))
-    ema.save_shards(partial)
-    if data_state:
-        path = partial / f"data_{accelerator.process_index}.json"
-        path.write_text(json.dumps(data_state), encoding="utf-8")
+    with writing(final):
+        accelerator.save_state(str(partial))
+        ema.save_shards(partial)
+        if data_state:
+            path = partial / f"data_{accelerator.process_index}.json"
+            path.write_text(json.dumps(data_state), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         commit(partial, final)

@@ -9,7 +9,7 @@ from ..data.latent_shards import LatentFolder
 from ..data.named import open_named_dataset
 from ..data.scenes import MovingScenes
 from ..data.shapes import MovingShapes
-from .recipe import RunRecipe, check_clip_size, check_counts
+from .recipe import RunRecipe, check_amounts, check_clip_size, check_counts
 from .text_conditioning import TextRecipe
 
 
@@ -38,7 +38,9 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_clip_size("data.clip_size", self.clip_size)
-        check_counts(self, "num_clips", "num_draws", "num_captions", prefix="data.")
+        counts = ("stride", "short_side", "num_draws", "num_clips", "num_captions")
+        check_counts(self, *counts, prefix="data.")
+        check_amounts(self, "seed", "cache_gib", "num_workers", prefix="data.")
 
 
 def open_data(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from ..losses.adversarial import DiscriminatorTrainingModule, PatchDiscriminator2d, PatchDiscriminator3d
-from .recipe import check_betas, check_counts
+from .recipe import check_amounts, check_betas, check_counts, check_shares
 
 
 @dataclass
@@ -34,6 +34,9 @@ class AdversarialRecipe:
     def __post_init__(self) -> None:
         check_betas("adversarial.betas", self.betas)
         check_counts(self, "num_layers", "num_filters", prefix="adversarial.")
+        amounts = ("weight", "start_step", "lecam_weight", "learning_rate", "weight_decay")
+        check_amounts(self, *amounts, prefix="adversarial.")
+        check_shares(self, "dropout", "lecam_decay", prefix="adversarial.")
 
 
 def build_discriminators(recipe: AdversarialRecipe, in_channels: int, count: int) -> list[DiscriminatorTrainingModule]:

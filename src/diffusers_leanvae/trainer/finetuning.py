@@ -18,6 +18,7 @@ from ..models.autoencoder_kl_leanvae import AutoencoderKLLeanVAE
 from ..models.autoencoder_kl_wfvae import AutoencoderKLWFVAE
 from ..models.transformer_latte import latte_variant
 from ..models.video_autoencoder import VideoAutoencoder
+from .recipe import check_counts, check_positives
 
 
 # What `model.type` of a recipe may be.
@@ -123,6 +124,10 @@ class LoraRecipe:
     rank: int = 16
     alpha: float = 16.0  # the adapters' output is scaled by `alpha / rank`
     targets: list[str] = field(default_factory=lambda: ["up_proj", "down_proj"])  # ends of the layers' names
+
+    def __post_init__(self) -> None:
+        check_counts(self, "rank", prefix="lora.")
+        check_positives(self, "alpha", prefix="lora.")
 
 
 @dataclass

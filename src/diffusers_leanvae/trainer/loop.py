@@ -19,6 +19,7 @@ for step in run.steps():
     if run.is_due(recipe.save_every):
         run.save()
     ...                                              # validate, once the step is saved
+run.check_finite(averaged)
 with run.export("model") as folder:
     ...
 run.close()
@@ -59,6 +60,7 @@ from .checkpoints import (
     remove_leftovers,
     save_checkpoint,
     step_of,
+    writing,
 )
 from .model_card import describe_recipe
 from .post_hoc import average_post_hoc, check_exponents, check_steps
@@ -193,11 +195,12 @@ class TrainingRun:
             dataset.load_state_dict(load_data_state(self.checkpoint, self.share.rank))
             self.say(f"resumed from {self.checkpoint}")
         if self.is_main:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            if self.checkpoint is not None:
-                abandon_after(self._checkpoints, self.progress.step)
-            remove_leftovers(self._checkpoints)
-            save_recipe(self.recipe, self.output / "recipe.yaml")
+            with writing(self.output):
+                self._checkpoints.mkdir(parents=True, exist_ok=True)
+                if self.checkpoint is not None:
+                    abandon_after(self._checkpoints, self.progress.step)
+                remove_leftovers(self._checkpoints)
+                save_recipe(self.recipe, self.output / "recipe.yaml")
             for name in ("log.jsonl", "validation.jsonl"):
                 forget_after(self.output / name, self.progress.step if self.checkpoint is not None else -1)
         if self.recipe.trackers:
@@ -369,11 +372,26 @@ class TrainingRun:
         )
         return True
 
+    def check_finite(self, *models: torch.nn.Module | None) -> None:
+        """Refuse weights that cannot be exported as `save_dtype`, before anything is replaced; `None` is no model.
+
+        Raises:
+            RuntimeError: If some are not finite in it.
+        """
+        dtype = self.recipe.save_dtype
+        for model in models:
+            for name, tensor in () if model is None else model.state_dict().items():
+                if tensor.is_floating_point() and not tensor.to(getattr(torch, dtype)).isfinite().all():
+                    raise RuntimeError(
+                        f"Nothing was exported: the averaged weights must be finite in {dtype}, got others in "
+                        f"{name!r} after {self.progress.step} steps."
+                    )
+
     @contextlib.contextmanager
     def export(self, name: str) -> Iterator[Path]:
         """Fill the folder `name` of the output, which then goes to the Hub if asked for; in the main process."""
         target = self.output / name
-        with replace_folder(target) as folder:
+        with writing(target), replace_folder(target) as folder:
             yield folder
         self.say(f"saved {target}")
         if self.recipe.push_to_hub is not None:

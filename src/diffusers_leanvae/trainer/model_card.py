@@ -234,8 +234,8 @@ def _denoising_losses(validation: dict[str, Any] | None) -> str:
         "",
         "| noise level | loss |",
         "| --- | --- |",
-        *(f"| {level} | {loss:.4f} |" for level, loss in validation["levels"].items()),
-        f"| mean | {validation['loss']:.4f} |",
+        *(f"| {level} | {_rounded(loss, 4)} |" for level, loss in validation["levels"].items()),
+        f"| mean | {_rounded(validation['loss'], 4)} |",
     ]
     return "\n".join(rows)
 
@@ -251,12 +251,17 @@ def _figures(recipe: Any, validation: dict[str, Any] | None) -> str:
         "| video | PSNR (dB) | SSIM |",
         "| --- | --- | --- |",
         *(
-            f"| {name} | {psnr:.2f} | {validation['clips_ssim'][name]:.4f} |"
+            f"| {name} | {_rounded(psnr, 2)} | {_rounded(validation['clips_ssim'][name], 4)} |"
             for name, psnr in validation["clips"].items()
         ),
-        f"| mean | {validation['psnr_frame_mean_rgb']:.2f} | {validation['ssim_frame_mean_rgb']:.4f} |",
+        f"| mean | {_rounded(validation['psnr_frame_mean_rgb'], 2)} | "
+        f"{_rounded(validation['ssim_frame_mean_rgb'], 4)} |",
     ]
     return "\n".join(rows)
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def _losses(log: dict[str, Any] | None) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,10 +39,17 @@ class OptimizerRecipe:
     num_decay_steps: int | None = None  # the cosine ends here and its final rate stays; null: at the last step
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # above 0; .inf: gradients are never clipped
 
     def __post_init__(self) -> None:
+        amounts = ("learning_rate", "adamw_factor", "final_learning_rate", "num_warmup_steps", "weight_decay")
+        check_amounts(self, *amounts, prefix="optimizer.")
+        check_counts(self, "num_decay_steps", prefix="optimizer.")
         check_betas("optimizer.betas", self.betas)
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`optimizer.max_grad_norm` must be above 0, or .inf to clip nothing, got {self.max_grad_norm}."
+            )
         if self.name == "schedule_free":
             if self.schedule != "constant":
                 raise ValueError(
@@ -101,15 +108,11 @@ class RunRecipe:
 
     def __post_init__(self) -> None:
         names = ("batch_size", "num_accumulation_steps", "num_steps", "log_every", "save_every", "keep_checkpoints")
-        check_counts(self, *names)
+        check_counts(self, *names, "max_skipped_steps", "num_threads")
+        check_amounts(self, "max_minutes", "ema_power", "post_hoc_power")
+        check_shares(self, "ema_decay")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {self.seed}.")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"`num_threads` must be at least 1 or null, got {self.num_threads}.")
-        for name in ("ema_power", "post_hoc_power"):
-            power = getattr(self, name)
-            if power is not None and not 0 <= power < math.inf:
-                raise ValueError(f"`{name}` must be a number of at least 0 or null, got {power}.")
         if self.post_hoc_power is not None and self.ema_power is None:
             raise ValueError(f"`ema_power` must be given with `post_hoc_power: {self.post_hoc_power}`, got null.")
         if self.ema_power is not None and self.optimizer.name == "schedule_free":
@@ -124,9 +127,32 @@ class RunRecipe:
 
 def check_counts(section: Any, *names: str, prefix: str = "") -> None:
     """Refuse numbers below 1 of a section; `prefix` is what its keys are called with in errors."""
+    _check_numbers(section, names, prefix, "at least 1", lambda number: number >= 1)
+
+
+def check_amounts(section: Any, *names: str, prefix: str = "") -> None:
+    """Refuse numbers of a section that are negative or infinite, as [`check_counts`] does."""
+    _check_numbers(section, names, prefix, "a finite number of at least 0", lambda number: 0 <= number < math.inf)
+
+
+def check_positives(section: Any, *names: str, prefix: str = "") -> None:
+    """Refuse numbers of a section that are 0, negative or infinite, as [`check_counts`] does."""
+    _check_numbers(section, names, prefix, "a finite number above 0", lambda number: 0 < number < math.inf)
+
+
+def check_shares(section: Any, *names: str, prefix: str = "") -> None:
+    """Refuse numbers of a section that are not from 0 to 1, as [`check_counts`] does."""
+    _check_numbers(section, names, prefix, "from 0 to 1", lambda number: 0 <= number <= 1)
+
+
+def _check_numbers(
+    section: Any, names: Sequence[str], prefix: str, legal: str, is_legal: Callable[[float], bool]
+) -> None:
     for name in names:
-        if getattr(section, name) < 1:
-            raise ValueError(f"`{prefix}{name}` must be at least 1, got {getattr(section, name)}.")
+        number = getattr(section, name)
+        if number is not None and not is_legal(number):
+            has_null = type(None) in typing.get_args(typing.get_type_hints(type(section))[name])
+            raise ValueError(f"`{prefix}{name}` must be {legal}{' or null' if has_null else ''}, got {number}.")
 
 
 def check_betas(name: str, betas: Sequence[float]) -> None:
@@ -204,8 +230,8 @@ def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequenc
     """
     yaml = _import_yaml()
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = _read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"`path` must be a readable YAML recipe, got {str(path)!r}: {error}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -215,8 +241,8 @@ def load_recipe(recipe_class: type[Recipe], path: str | Path, overrides: Sequenc
         if not separator or not key.strip():
             raise ValueError(f"An override must read `key=value`, got {override!r}.")
         try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
+            value = _read_yaml(text, f"{key.strip()}.") if text else None
+        except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"The value of an override must be YAML, got {override!r}: {error}") from error
         _set(tree, key.strip(), value)
     return fill_section(recipe_class, tree, prefix="")
@@ -248,6 +274,26 @@ def dump_value(value: Any) -> str:
     """Write a value of a recipe as YAML on one line."""
     text = _import_yaml().safe_dump(_to_lists(value), default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("...\n").strip()
+
+
+def _read_yaml(text: str, prefix: str = "") -> Any:
+    """Read YAML; a key that a section has twice, of which PyYAML would silently take the last, is an error."""
+    yaml = _import_yaml()
+    waiting: list[tuple[str, Any]] = [(prefix, yaml.compose(text, Loader=yaml.SafeLoader))]
+    seen = set()  # an alias leads to the same node again
+    while waiting:
+        prefix, node = waiting.pop()
+        if not isinstance(node, yaml.MappingNode) or node in seen:
+            continue
+        seen.add(node)
+        names = set()
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in names:
+                raise ValueError(f"`{name}` must be given once, got it again in line {key.start_mark.line + 1}.")
+            names.add(name)
+            waiting.append((f"{name}.", value))
+    return yaml.safe_load(text)
 
 
 def _set(tree: dict[str, Any], dotted_key: str, value: Any) -> None:

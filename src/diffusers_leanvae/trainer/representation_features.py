@@ -9,6 +9,7 @@ from ..generation.pipeline import Transformer
 from ..losses.representation import AutoencoderFeatures, FeatureEncoder, ImageFeatures, RepresentationHead
 from ..models.video_autoencoder import VideoAutoencoder
 from ..video_io.pixels import as_sample
+from .recipe import check_amounts, check_counts
 
 
 @dataclass
@@ -21,7 +22,9 @@ class RepresentationRecipe:
     hidden_dim: int = 2048
 
     def __post_init__(self) -> None:
-        if self.weight and (self.after_block < 2 or self.after_block % 2):
+        check_amounts(self, "weight", prefix="representation.")
+        check_counts(self, "hidden_dim", prefix="representation.")
+        if self.after_block < 2 or self.after_block % 2:
             raise ValueError(f"`representation.after_block` must be a positive even number, got {self.after_block}.")
 
 

@@ -23,6 +23,7 @@ from ..text_encoders import (
     make_text_encoder,
     tokenize,
 )
+from .recipe import check_counts, check_shares
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,8 @@ class TextRecipe:
     caption_dropout: float = 0.1  # share of samples that get the empty text
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"`text.caption_dropout` must be from 0 to 1, got {self.caption_dropout}.")
+        check_shares(self, "caption_dropout", prefix="text.")
+        check_counts(self, "max_length", prefix="text.")
         if self.encoder == "new" and not self.train_text_encoder:
             raise ValueError("`text.train_text_encoder` must be true with `text.encoder: new`, got false.")
         if self.encoder != "new" and self.config:
