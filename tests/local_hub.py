@@ -127,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
                 if operation["key"] == "file":
                     value = operation["value"]
                     repositories[repo][value["path"]] = base64.b64decode(value["content"])
+                if operation["key"] == "deletedFile":
+                    del repositories[repo][operation["value"]["path"]]
             commit = self.server.commit_id(repo)
             url = f"{self.server.url}/{repo}/commit/{commit}"
             request = f"{self.server.url}/{repo}/discussions/1" if "create_pr=1" in self.path else None

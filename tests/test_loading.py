@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from local_hub import LocalHub
 from processes import run_python
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny, make_video
 
 from diffusers_leanvae import (
@@ -131,6 +133,23 @@ class TestAbsurdConfigs:
         with pytest.raises(ValueError, match="`config.json` of .* must describe an `AutoencoderKLLeanVAE`: "):
             AutoencoderKLLeanVAE.from_pretrained(tmp_path)
 
+    def test_a_class_that_is_no_name(self, folders: dict, tmp_path: Path):
+        shutil.copytree(folders[AutoencoderKLLeanVAE], tmp_path, dirs_exist_ok=True)
+        (tmp_path / "config.json").write_text('{"_class_name": ["A"]}')
+        for load in (AutoencoderKLLeanVAE.from_pretrained, load_autoencoder, describe):
+            with pytest.raises(ValueError, match=r"must (be a name,|hold a model of the class) .*\['A'\]") as error:
+                load(str(tmp_path))
+            assert is_one_sentence(error)
+
+    @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+    def test_an_index_that_is_none(self, folders: dict, tmp_path: Path, content: str):
+        shutil.copytree(folders[AutoencoderKLLeanVAE], tmp_path, dirs_exist_ok=True)
+        (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+        for load in (AutoencoderKLLeanVAE.from_pretrained, load_autoencoder, describe):
+            with pytest.raises((OSError, ValueError), match="index") as error:
+                load(str(tmp_path))
+            assert is_one_sentence(error)
+
     @pytest.mark.parametrize("content, kind", [("[]", "list"), ("3", "int"), ("null", "NoneType"), ("{", None)])
     def test_no_json_object(self, folders: dict, tmp_path: Path, content: str, kind: str | None):
         (tmp_path / "config.json").write_text(content)
@@ -180,11 +199,114 @@ except ValueError as error:
         save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
         assert_same(load_autoencoder(tmp_path), model)
 
+    @pytest.mark.parametrize("model_class", MODEL_CLASSES)
+    @pytest.mark.parametrize("kind", ["plain", "variant", "bin", "shards"])
+    @pytest.mark.parametrize("how", ["lost", "renamed"])
+    def test_a_missing_weight(self, models: dict, tmp_path: Path, model_class: Any, kind: str, how: str):
+        save: dict[str, Any] = {"plain": {}, "variant": {"variant": "fp16"}, "bin": {"safe_serialization": False}}
+        models[model_class].save_pretrained(tmp_path, **save.get(kind, {"max_shard_size": "40KB"}))
+        path = min(tmp_path.glob("diffusion*.bin" if kind == "bin" else "diffusion*.safetensors"))
+        weights = torch.load(path) if kind == "bin" else load_file(path)
+        lost = next(iter(weights))
+        tensor = weights.pop(lost)
+        weights |= {f"{lost}_of_old": tensor} if how == "renamed" else {}
+        if kind == "bin":
+            torch.save(weights, path)
+        else:
+            save_file(weights, path)
+        options = save["variant"] if kind == "variant" else {}
+        message = f"{path.name}.*` of .* must hold the weights that .*without 1 of them, for instance '{lost}'[.]$"
+        for more in ({}, {"low_cpu_mem_usage": False}, {"device_map": "cpu"}):
+            with pytest.raises(ValueError, match=message) as error:
+                model_class.from_pretrained(tmp_path, **options, **more)
+            assert is_one_sentence(error)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path, **options)
+
+    def test_layers_that_are_not_stored_or_would_be_dropped(self, folders: dict):
+        folder = folders[AutoencoderKLLeanVAE]
+        for num_layers, found in ((3, r"without \d+ of them"), (1, r"with \d+ others")):
+            with pytest.raises(
+                ValueError, match=f"got a file {found}, for instance '[^']*', '[^']*', '[^']*'[.]$"
+            ) as error:
+                AutoencoderKLLeanVAE.from_pretrained(folder, num_fusion_layers=num_layers)
+            assert is_one_sentence(error)
+        loaded, info = AutoencoderKLLeanVAE.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.config["num_fusion_layers"] == 2
+
+    def test_a_pipeline_with_a_missing_weight(self, pipeline_folder: Path, tmp_path: Path):
+        shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+        path = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        lost = weights.popitem()[0]
+        save_file(weights, path)
+        for load in (LeanVAELattePipeline.from_pretrained, load_diffusion_pipeline, load_autoencoder):
+            with pytest.raises(ValueError, match=f"without 1 of them, for instance '{lost}'"):
+                load(tmp_path / "pipeline")
+
     def test_halves_and_variants_are_no_mistake(self, tmp_path: Path):
         make_tiny("wfvae", torch.float16).save_pretrained(tmp_path, variant="fp16")
         loaded = load_autoencoder(tmp_path, variant="fp16")
         assert loaded.dtype is torch.float32  # as diffusers does without a dtype
         assert load_autoencoder(tmp_path, torch.float16, variant="fp16").dtype is torch.float16
+
+
+class TestSaving:
+    """What is saved is what is loaded, whatever was in the folder."""
+
+    @pytest.mark.parametrize("options", [{}, {"variant": "ema"}], ids=["plain", "variant"])
+    @pytest.mark.parametrize("later", [{}, {"max_shard_size": "40KB"}, {"safe_serialization": False}], ids=str)
+    @pytest.mark.parametrize("former", [{}, {"max_shard_size": "40KB"}, {"safe_serialization": False}], ids=str)
+    def test_over_a_former_model(self, tmp_path: Path, former: dict, later: dict, options: dict):
+        first, second, other = (make_tiny("leanvae", seed=seed) for seed in (1, 2, 3))
+        other.save_pretrained(tmp_path, variant="fp16")
+        (tmp_path / "notes.bin").write_text("mine")
+        first.save_pretrained(tmp_path, **former, **options)
+        second.save_pretrained(tmp_path, **later, **options)
+        assert_same(AutoencoderKLLeanVAE.from_pretrained(tmp_path, **options), second)
+        assert_same(AutoencoderKLLeanVAE.from_pretrained(tmp_path, variant="fp16"), other)
+        second.save_pretrained(tmp_path / "new", **later, **options)
+        other.save_pretrained(tmp_path / "new", variant="fp16")
+        names = {path.name for path in (tmp_path / "new").iterdir()}
+        if "safe_serialization" in former:  # stays, as diffusers would not load it in place of safetensors
+            names.add(f"diffusion_pytorch_model{'.ema' if options else ''}.bin")
+        assert {path.name for path in tmp_path.iterdir()} == names | {"notes.bin", "new"}
+
+    def test_not_into_a_file(self, models: dict, tmp_path: Path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ValueError, match="^`save_directory` must be a folder, got '.*file', which is a file[.]$"):
+            models[AutoencoderKLLeanVAE].save_pretrained(tmp_path / "file")
+
+    @pytest.mark.parametrize("how", ["group_disk", "sequential", "disk", "meta"])
+    def test_weights_that_are_not_in_memory(self, tmp_path: Path, how: str):
+        model = make_tiny("leanvae")
+        model.save_pretrained(tmp_path / "saved")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+        if how == "group_disk":
+            folder = str(tmp_path / "groups")
+            model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=folder)
+        elif how == "sequential":
+            accelerate.cpu_offload(model, torch.device("cpu"))
+        elif how == "disk":
+            accelerate.disk_offload(model, str(tmp_path / "weights"), torch.device("cpu"))
+        else:
+            model = model.to("meta")
+        with pytest.raises(
+            ValueError, match="^`save_pretrained` must be called on a model with its weights in"
+        ) as error:
+            model.save_pretrained(tmp_path / "saved")
+        assert is_one_sentence(error)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+        if how != "group_disk":  # whose weights say nothing of it
+            with pytest.raises(ValueError, match="^`state_dict` must hold weights in memory, got .* for instance "):
+                leanvae.write_original_checkpoint(tmp_path / "x.pt", dict(model.config), model.state_dict())
+            assert not (tmp_path / "x.pt").exists()
+
+    def test_groups_that_are_offloaded_to_memory(self, tmp_path: Path):
+        model, expected = make_tiny("leanvae"), make_tiny("leanvae")
+        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        model.save_pretrained(tmp_path)
+        assert_same(load_autoencoder(tmp_path), expected)
 
 
 class TestAutoencoders:
@@ -229,6 +351,13 @@ class TestAutoencoders:
         assert load_autoencoder(tmp_path / "bare.pt", pixel_factor=1.0).config["pixel_factor"] == 1.0
         with pytest.raises(ValueError, match="`kwargs` must be Hub or config arguments, got colour"):
             load_autoencoder(tmp_path / "bare.pt", colour=1)
+
+    @pytest.mark.parametrize("load", [AutoencoderKLLeanVAE.from_pretrained, load_autoencoder, load_diffusion_pipeline])
+    def test_an_empty_path_is_not_the_current_folder(self, folders: dict, load: Any, monkeypatch: Any):
+        monkeypatch.chdir(folders[AutoencoderKLLeanVAE])
+        with pytest.raises(ValueError, match="must be .*, got ''") as error:
+            load("")
+        assert is_one_sentence(error)
 
     @pytest.mark.parametrize("source", ["nowhere", "nowhere.ckpt", "./no/such/folder", "/no/such/folder", "a/b.ckpt"])
     def test_nothing_there(self, source: str):
@@ -288,7 +417,7 @@ print(name, commit)
             load_autoencoder(folders[LeanVAELatteTransformer3DModel])
         transformer = models[LeanVAELatteTransformer3DModel]
         latte.write_original_checkpoint(tmp_path / "latte.pt", dict(transformer.config), transformer.state_dict())
-        with pytest.raises(ValueError, match="must be an original checkpoint of LeanVAE, WF-VAE, IV-VAE, got "):
+        with pytest.raises(ValueError, match="^`source` must be an original checkpoint of LeanVAE, WF-VAE, IV-VAE, "):
             load_autoencoder(tmp_path / "latte.pt")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match="`reference` must name one checkpoint, got .*empty' with none"):

@@ -1,5 +1,6 @@
 """Small checks and tables that every part of the package needs; imports nothing heavy."""
 
+import difflib
 import hashlib
 import math
 import os
@@ -111,6 +112,12 @@ def check_choice(name: str, value: Any, legal: Iterable[Any], context: str = "")
     if value not in legal:
         context = f" {context}" if context else ""
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}{context}, got {value!r}.")
+
+
+def suggestion(value: Any, names: Iterable[str]) -> str:
+    """Name the one of `names` that was perhaps meant, for the end of a sentence; empty if none is near."""
+    near = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.75)
+    return f"; perhaps {near[0]!r} is meant" if near else ""
 
 
 def parse_dtype(name: str, value: str, legal: Iterable[str] = DTYPES) -> "torch.dtype":

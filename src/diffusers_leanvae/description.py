@@ -18,6 +18,12 @@ INDEX_NAME = "model_index.json"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "model.safetensors")  # of diffusers, of transformers
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` of diffusers looks for
 ADAPTER_VALUES = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}  # ours -> those of peft
+# A file of weights, or the index of such files: its name without variant and number, and its variant, which diffusers
+# puts in front of the number and transformers behind it.
+_WEIGHTS = re.compile(
+    r"(?P<plain>(.*/)?[^./]*?)(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
+    r"(?P<index>\.index(\.(?P<of_index>[^./]+))?\.json)?"
+)
 
 
 class Family(NamedTuple):
@@ -265,6 +271,8 @@ def _describe_model(folder: Path, class_name: str | None = None) -> dict[str, An
     """Describe a model in a folder; `class_name` is what its pipeline calls it, where its config does not say."""
     config = read_json(folder / CONFIG_NAME)
     class_name = config.get("_class_name", class_name)
+    if not isinstance(class_name, str | None):
+        raise ValueError(f"`_class_name` of {str(folder / CONFIG_NAME)!r} must be a name, got {class_name!r}.")
     files = _weight_files(folder)
     if class_name not in FAMILIES and len(files) == 1:  # perhaps an original that was saved by diffusers' means
         header = read_header(files[0])
@@ -313,12 +321,46 @@ def class_of_index(index: Mapping[str, Any]) -> Any:
     return name[1] if isinstance(name, list) and len(name) == 2 else name
 
 
+class WeightsName(NamedTuple):
+    """What the name of a file of weights, or of the index of such files, says.
+
+    Attributes:
+        plain: The name, with its folders, without variant, number and suffix.
+        variant: The variant, if it is of one.
+        is_index: Whether it is an index.
+    """
+
+    plain: str
+    variant: str | None
+    is_index: bool
+
+
+def parse_weights_name(name: str) -> WeightsName | None:
+    """Take the name of a file of weights apart; `None` for any other file."""
+    match = _WEIGHTS.fullmatch(name)
+    if match is None:
+        return None
+    return WeightsName(match["plain"], match["variant"] or match["of_index"], match["index"] is not None)
+
+
+def list_shards(index: Path) -> list[str]:
+    """List the files that an index of weights names.
+
+    Raises:
+        ValueError: If it is no such index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"`path` must be an index of weights with a `weight_map`, got {str(index)!r} without one.")
+    return sorted(set(weight_map.values()))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """Find the safetensors files of a model: one, or those that its index names."""
     for weights in WEIGHTS_NAMES:
         index = folder / f"{weights}.index.json"
         if index.is_file():
-            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            return [folder / name for name in list_shards(index)]
         if (folder / weights).is_file():
             return [folder / weights]
     # Of a variant, which stands between name and suffix; its shards differ from it in their numbers.

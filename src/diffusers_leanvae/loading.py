@@ -3,7 +3,6 @@
 The class of a model is found from its config or from the keys of its weights; models of other classes are refused.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from . import bundled
-from .checks import reason_of
+from .checks import reason_of, suggestion
 from .conversion.checkpoints import (
     CONFIG_NAME,
     HUB_ARGUMENTS,
@@ -130,12 +129,12 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         ValueError: If there is none.
     """
     options = {"dtype": dtype} | _memory_options() | options
-    is_here = str(source) in bundled.PIPELINES or Path(source).exists()
+    is_here = str(source) in bundled.PIPELINES or (bool(str(source)) and Path(source).exists())
     if not is_here and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
             f"`source` must be a bundled pipeline ({legal}), the folder of one, or a Hub id 'user/repo', got "
-            f"{str(source)!r}, which does not exist{_suggestion(source, bundled.PIPELINES)}."
+            f"{str(source)!r}, which does not exist{suggestion(source, bundled.PIPELINES)}."
         )
     try:
         place, options = resolve_pipeline(source, options)
@@ -184,10 +183,12 @@ def _class_of_pipeline(source: str, options: dict[str, Any]) -> Any:
     return getattr(import_module(PIPELINES[name]), name) if is_ours else DiffusionPipeline
 
 
-def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES) -> type[PretrainedModel]:
+def class_of_checkpoint(
+    path: str | Path, classes: ModelClasses = MODEL_CLASSES, name: str = "path"
+) -> type[PretrainedModel]:
     """Find the class for an original checkpoint by its keys, without reading its tensors.
 
-    Weights of `save_pretrained` are of the class that the config next to them says.
+    Weights of `save_pretrained` are of the class that the config next to them says; `name` is that of the argument.
 
     Raises:
         ValueError: If it is none of `classes`, or the file cannot be read.
@@ -200,7 +201,7 @@ def class_of_checkpoint(path: str | Path, classes: ModelClasses = MODEL_CLASSES)
         if (read_own_config(model_class, Path(path)) or {}).get("_class_name") == model_class.__name__:
             return model_class
     names = ", ".join(model_class.conversion.NAME for model_class in classes)
-    raise ValueError(f"`path` must be an original checkpoint of {names}, got {str(path)!r} without the keys of any.")
+    raise ValueError(f"`{name}` must be an original checkpoint of {names}, got {str(path)!r} without the keys of any.")
 
 
 def class_of_config(config: dict[str, Any], source: str | Path, classes: ModelClasses) -> type[PretrainedModel]:
@@ -231,18 +232,13 @@ def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> N
         legal_names: Names that stand for something else, for the message.
     """
     legal_names = tuple(legal_names)
-    if source not in legal_names and not Path(source).exists() and not is_hub_reference(str(source)):
+    is_here = bool(str(source)) and Path(source).exists()  # an empty path would be the current folder
+    if source not in legal_names and not is_here and not is_hub_reference(str(source)):
         raise ValueError(
             f"`{name}` must be {', '.join(map(repr, legal_names))}, a folder of `save_pretrained`, an original "
             f"checkpoint file, or one of the two on the Hub, got {str(source)!r}, which does not exist"
-            f"{_suggestion(source, legal_names)}."
+            f"{suggestion(source, legal_names)}."
         )
-
-
-def _suggestion(source: str | Path, names: Iterable[str]) -> str:
-    """Name the one of `names` that was perhaps meant."""
-    near = difflib.get_close_matches(str(source), list(names), n=1, cutoff=0.75)
-    return f"; perhaps {near[0]!r} is meant" if near else ""
 
 
 def resolve_bundled(source: str | Path) -> str | Path:
@@ -307,7 +303,7 @@ def _load(
             place = place if subfolder is None else f"{place}/{subfolder}"
         path = resolve_checkpoint(place, **hub)
         config_values = {name: value for name, value in options.items() if name not in HUB_ARGUMENTS}
-        return class_of_checkpoint(path, classes).from_single_file(path, torch_dtype=dtype, **config_values)
+        return class_of_checkpoint(path, classes, "source").from_single_file(path, torch_dtype=dtype, **config_values)
     except Exception as error:  # huggingface_hub lets errors of its HTTP client through
         reason = hub_reason(error, f"model {place!r}", hub.get("revision"))
         if reason is None and not isinstance(error, OSError):

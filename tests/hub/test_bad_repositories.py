@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from local_hub import LocalHub
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny
 
 import diffusers_leanvae
@@ -112,6 +113,43 @@ def test_what_is_damaged_is_said_in_a_sentence(
     fails("config.json", "someone/config", *loaders)
     for name in ("header", "part"):
         fails(f"got 'someone/{name}'.* its weights are damaged", f"someone/{name}", *loaders)
+
+
+def test_what_is_incomplete_is_said_in_a_sentence(
+    server: LocalHub, tmp_path: Path, vae_files: dict[str, bytes], pull: Any
+):
+    make_tiny("leanvae").save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    index, shard = f"{WEIGHTS}.index.json", next(name for name in files if "-00002-of-" in name)
+    tensors = load_file(tmp_path / "shards" / shard)
+    save_file({f"model.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "renamed")
+    renamed = (tmp_path / "renamed").read_bytes()
+    tensors = {key: tensor for key, tensor in load_file(tmp_path / "shards" / shard).items()}
+    tensors.pop(lost := min(tensors))
+    save_file(tensors, tmp_path / "less")
+    server.repositories = {
+        "someone/shard": {name: content for name, content in files.items() if name != shard},
+        "someone/renamed": files | {shard: renamed},
+        "someone/less": files | {shard: (tmp_path / "less").read_bytes()},
+        "someone/cut": files | {index: b"{"},
+        "someone/empty": files | {index: b"{}"},
+        "someone/list": files | {index: b"[]"},
+        "someone/class": vae_files | {"config.json": b'{"_class_name": ["a"]}'},
+    }
+    loaders = (AutoencoderKLLeanVAE.from_pretrained, load_autoencoder)
+    fails(
+        f"must have all files that its '{index}' names, got 'someone/shard' without 1 .*'{shard}'",
+        "someone/shard",
+        pull,
+    )
+    assert server.sent == [index] and not (tmp_path / "pulled").exists()
+    fails("got 'someone/shard': .*does not appear to have a file named", "someone/shard", *loaders)
+    fails(rf"shards` of 'someone/renamed' .* without {len(tensors) + 1} of them", "someone/renamed", *loaders)
+    fails(rf"shards` of 'someone/less' .* without 1 of them, for instance '{lost}'[.]", "someone/less", *loaders)
+    for name in ("cut", "empty", "list"):
+        fails(f"got 'someone/{name}': its index of shards is damaged", f"someone/{name}", *loaders)
+        fails(f"must have sound files, got 'someone/{name}' with a damaged '{index}'[.]$", f"someone/{name}", pull)
+    fails(r"must .*, got .*\['a'\]", "someone/class", *loaders)
 
 
 def test_nothing_of_a_repository_is_run_or_leaves_the_folder(

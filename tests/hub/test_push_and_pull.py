@@ -17,12 +17,16 @@ from diffusers_leanvae.cli import app
 from diffusers_leanvae.description import describe
 from diffusers_leanvae.generation.lora import save_lora
 from diffusers_leanvae.generation.schedulers import make_scheduler
-from diffusers_leanvae.loading import load_diffusion_pipeline
+from diffusers_leanvae.loading import load_autoencoder, load_diffusion_pipeline
 
 
 def leanvae(*arguments: Any) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return result.exit_code, result.output
+
+
+def assert_same(loaded: Any, model: Any) -> None:
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
 def test_a_folder_is_pushed_and_pulled(server: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +73,7 @@ def test_a_folder_is_pushed_and_pulled(server: LocalHub, tmp_path: Path, monkeyp
     (tmp_path / "model" / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Mine\n")
     options = ("--base-model", "someone/base", "--no-shim", "--message", "Again")
     code, output = leanvae("push", tmp_path / "model", "someone/wf", *options, "--picture", tmp_path / "shot.png")
-    assert code == 1 and "`picture` must be none for a folder with a README, got" in output
+    assert code == 1 and "picture` must be none for a folder with a README, got" in output
     server.repositories["someone/wf"] = {}
     assert leanvae("push", tmp_path / "model", "someone/wf", *options)[0] == 0
     assert set(server.repositories["someone/wf"]) == saved | {"README.md"} and server.messages[-1] == "Again"
@@ -92,6 +96,56 @@ def test_branches_variants_and_pull_requests(server: LocalHub, tmp_path: Path):
     model.push_to_hub("someone/more", subfolder="vae")
     assert {name.split("/")[0] for name in server.repositories["someone/more"]} == {"vae"}
     assert "vae/README.md" not in server.repositories["someone/more"]
+
+
+def test_former_weights_do_not_stay_in_force(server: LocalHub, tmp_path: Path):
+    first, second = make_tiny("leanvae", seed=1), make_tiny("leanvae", seed=2)
+    weights = "diffusion_pytorch_model"
+    kept = {f"{weights}.fp16.safetensors", f"vae/{weights}-00001-of-00002.safetensors", "other.safetensors"}
+    server.repositories["someone/vae"] = dict.fromkeys(kept | {f"{weights}.bin"}, b"mine")
+    first.push_to_hub("someone/vae", max_shard_size="40KB")
+    files = server.repositories["someone/vae"]
+    assert f"{weights}.safetensors.index.json" in files and f"{weights}.bin" not in files and kept < files.keys()
+    second.push_to_hub("someone/vae")
+    assert files.keys() == kept | {f"{weights}.safetensors", "config.json", "README.md", "modeling_leanvae.py"}
+    assert_same(AutoencoderKLLeanVAE.from_pretrained("someone/vae"), second)
+    first.push_to_hub("someone/vae", max_shard_size="40KB", variant="fp16")
+    assert f"{weights}.safetensors" in files and f"{weights}.fp16.safetensors" not in files
+    assert_same(AutoencoderKLLeanVAE.from_pretrained("someone/vae", variant="fp16"), first)
+    assert_same(AutoencoderKLLeanVAE.from_pretrained("someone/vae"), second)
+
+
+def test_illegal_arguments_of_a_push(server: LocalHub, tmp_path: Path):
+    model = make_tiny("leanvae")
+    model.save_pretrained(tmp_path / "model")
+    for name, values, legal in (
+        ("variant", ("a/b", "", 7), "a part of the name of a file"),
+        ("card", (7,), "the text of a README, `CardOptions` or None"),
+        ("subfolder", ("../x", "a/../b"), "a folder in the repository such as 'vae'"),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"^`{name}` must be {legal}.*, got {value!r}[.]$"):
+                model.push_to_hub("someone/vae", **{name: value})
+            if name != "variant":
+                with pytest.raises(ValueError, match=f"^`{name}` must be {legal}.*, got {value!r}[.]$"):
+                    hub.push_folder(tmp_path / "model", "someone/vae", **{name: value})
+    with pytest.raises(ValueError, match="^`options` must be of max_shard_size, safe_serialization, .*, got foo[.]$"):
+        model.push_to_hub("someone/vae", foo=7)
+    assert server.repositories == {}
+    for subfolder in ("", ".", "/"):
+        model.push_to_hub("someone/vae", subfolder=subfolder)
+        assert {"README.md", "config.json"} <= server.repositories.pop("someone/vae").keys()
+
+
+def test_what_was_pulled_is_found_without_a_connection(
+    server: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_tiny("leanvae")
+    model.push_to_hub("someone/vae", max_shard_size="40KB")
+    hub.pull("someone/vae", tmp_path / "vae")
+    assert_same(AutoencoderKLLeanVAE.from_pretrained(tmp_path / "vae"), model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(load_autoencoder("someone/vae"), model)
 
 
 @pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])

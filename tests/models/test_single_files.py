@@ -1,6 +1,7 @@
 """`from_single_file` takes the weights that `save_pretrained` writes, and the arguments that diffusers' takes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,28 @@ def test_arguments_of_diffusers(model: Any, saved: Path):
     for name, value in {"torch_dtype": "half", "dtype": torch.int8}.items():
         with pytest.raises(ValueError, match=f"`torch_dtype` must be a floating-point .* got {value!r}"):
             load(saved / WEIGHTS_NAME, **{name: value})
+    for device in ("nonsense", [1]):
+        with pytest.raises(ValueError, match=f"^`device` must be one of torch .*, got {re.escape(repr(device))}[.]$"):
+            load(saved / WEIGHTS_NAME, device=device)
+    if "latent_channels" in model.config:
+        with pytest.raises(ValueError, match="^`(config|latent_channels)` must .*"):
+            load(saved / WEIGHTS_NAME, latent_channels="x")
+    for reference in (None, 7):
+        with pytest.raises(
+            ValueError, match=f"^`pretrained_model_link_or_path` must be a path, .*, got {reference}[.]$"
+        ):
+            load(reference)
     with pytest.raises(ValueError, match="arguments, got colour"):
         load(saved / WEIGHTS_NAME, colour=1)
+
+
+def test_a_folder_of_shards(model: Any, tmp_path: Path):
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    num_shards = len(list(tmp_path.glob("*.safetensors")))
+    with pytest.raises(
+        ValueError, match=rf"must name one checkpoint, got .*00003-of-\d+.safetensors, {num_shards - 3} more[.]$"
+    ):
+        type(model).from_single_file(tmp_path)
 
 
 def test_a_config_replaces_what_an_original_checkpoint_tells(model: Any, tmp_path: Path):

@@ -1,6 +1,5 @@
 """Files of models: `convert`, `info`, `models`."""
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import typer
 
 from .. import bundled
 from ..atomic import replace_folder
-from ..checks import CHECKPOINT_SUFFIXES, check_place, one_line, parse_dtype
+from ..checks import CHECKPOINT_SUFFIXES, check_place, one_line, parse_dtype, suggestion
 from ..description import check_model_folder, describe, describe_model, list_files
 from .choices import DTYPE_NAMES, complete
 from .common import DTYPES_TEXT, STANDARD, Json, print_json, render_table, standard_input
@@ -197,10 +196,9 @@ def _check_there(source: str) -> None:
         reason = None if place.exists() or is_hub_reference(source) else "which does not exist"
     if reason is not None:
         names = (*bundled.MODELS, *bundled.PIPELINES)
-        near = "".join(f"; perhaps {name!r} is meant" for name in difflib.get_close_matches(source, names, 1, 0.75))
         raise ValueError(
             f"it must be a video, an image, latents, a model or pipeline, here or on the Hub, or one of "
-            f"{', '.join(names)}, got {source!r}, {reason}{near}."
+            f"{', '.join(names)}, got {source!r}, {reason}{suggestion(source, names)}."
         )
 
 

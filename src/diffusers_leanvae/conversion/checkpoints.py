@@ -110,7 +110,8 @@ def _choose_checkpoint(names: Iterable[str], folder: str) -> str:
     if WEIGHTS_NAME in found:
         return WEIGHTS_NAME
     if len(found) != 1:
-        raise ValueError(f"`reference` must name one checkpoint, got {folder!r} with {', '.join(found) or 'none'}.")
+        names = [*found[:3], *([f"{len(found) - 3} more"] if len(found) > 3 else ())]
+        raise ValueError(f"`reference` must name one checkpoint, got {folder!r} with {', '.join(names) or 'none'}.")
     return found[0]
 
 
@@ -377,6 +378,11 @@ def write_tensors(
     import torch
 
     path = Path(path)
+    if lost := [key for key, value in weights.items() if value.is_meta]:
+        raise ValueError(
+            f"`state_dict` must hold weights in memory, got {len(lost)} offloaded or on the meta device, for instance "
+            f"{lost[0]!r}."
+        )
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     with replace_file(path) as partial:
         if path.suffix == ".safetensors":

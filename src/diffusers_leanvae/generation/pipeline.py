@@ -28,7 +28,7 @@ from ..hub_errors import hub_reason
 from ..inference.streaming import StreamingDecoder
 from ..latents import denormalize_latents, normalize_latents
 from ..loading import resolve_pipeline
-from ..models.pretrained import check_no_adapters
+from ..models.pretrained import check_saveable
 from ..models.temporal_cache import TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
 from ..registration import SHIM
@@ -137,11 +137,11 @@ class LatentVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Save all components as diffusers does.
 
         Raises:
-            ValueError: If one has adapters; nothing is written then.
+            ValueError: If one has adapters, or weights that are not in memory; nothing is written then.
         """
         for component in self.components.values():
             if isinstance(component, torch.nn.Module):
-                check_no_adapters(component)
+                check_saveable(component)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:

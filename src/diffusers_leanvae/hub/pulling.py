@@ -1,7 +1,6 @@
 """Copy models from the Hub into folders, checked file by file."""
 
 import hashlib
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,17 +10,9 @@ from huggingface_hub.hf_api import RepoSibling
 
 from ..atomic import replace_folder
 from ..checks import sha256
-from ..description import check_model_folder
+from ..description import check_model_folder, list_shards, parse_weights_name
 from ..hub_errors import hub_reason
 from .pushing import check_repo_id
-
-
-# A file of weights, or the index of such files: its name without variant and number, and its variant, which diffusers
-# puts in front of the number and transformers behind it.
-WEIGHTS = re.compile(
-    r"(?P<plain>(.*/)?[^./]*?)(-\d+-of-\d+)?(\.(?P<variant>[^./]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
-    r"(\.index(\.(?P<of_index>[^./]+))?\.json)?"
-)
 
 
 def pull(
@@ -45,8 +36,8 @@ def pull(
         token: Token of the Hub, the stored one by default.
 
     Raises:
-        ValueError: If it cannot be had, a file is damaged or its name leads out of the folder, or if the folder is the
-            current one or has anything else; in one sentence.
+        ValueError: If it cannot be had, a file is damaged or missing or its name leads out of the folder, or if the
+            folder is the current one or has anything else; in one sentence.
     """
     check_repo_id("repo_id", repo_id)
     check_model_folder("`folder`", Path(folder))
@@ -56,12 +47,17 @@ def pull(
         files = {file.rfilename: file for file in info.siblings or ()}
         _check_inside(repo_id, files)
         with replace_folder(folder) as partial:
-            for name in _select_variant(repo_id, files, variant):
+            names = _select_variant(repo_id, files, variant)
+            for name in sorted(names, key=lambda name: not _is_index(name)):  # what these lack is known soonest
                 source = Path(hf_hub_download(repo_id, name, revision=info.sha, token=token))
                 _check_sound(source, repo_id, files[name])
+                if _is_index(name):
+                    _check_shards(source, repo_id, name, names)
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+            for name in names[:1]:  # by the name of the revision, whose commit the cache then knows without connection
+                hf_hub_download(repo_id, name, revision=revision, token=token)
     except Exception as error:  # huggingface_hub lets errors of its HTTP client through
         reason = hub_reason(error, f"model {repo_id!r}", revision, name)
         if reason is None:
@@ -82,8 +78,8 @@ def _select_variant(repo_id: str, names: Iterable[str], variant: str | None) -> 
     found: dict[str, tuple[str, str | None]] = {}
     variants: dict[str, set[str | None]] = {}
     for name in names:
-        match = WEIGHTS.fullmatch(name)
-        plain, of_name = (name, None) if match is None else (match["plain"], match["variant"] or match["of_index"])
+        parsed = parse_weights_name(name)
+        plain, of_name = (name, None) if parsed is None else (parsed.plain, parsed.variant)
         found[name] = plain, of_name
         variants.setdefault(plain, set()).add(of_name)
     if variant is not None and not any(variant in legal for legal in variants.values()):
@@ -95,6 +91,24 @@ def _select_variant(repo_id: str, names: Iterable[str], variant: str | None) -> 
         for name, (plain, of_name) in found.items()
         if of_name == wanted[plain] or wanted[plain] not in variants[plain]
     ]
+
+
+def _is_index(name: str) -> bool:
+    parsed = parse_weights_name(name)
+    return parsed is not None and parsed.is_index
+
+
+def _check_shards(index: Path, repo_id: str, name: str, names: Iterable[str]) -> None:
+    """Refuse a repository without a file that an index of weights in it, called `name`, tells to be next to it."""
+    try:
+        shards = [str(PurePosixPath(name).with_name(shard)) for shard in list_shards(index)]
+    except ValueError:
+        raise ValueError(f"`repo_id` must have sound files, got {repo_id!r} with a damaged {name!r}.") from None
+    if missing := sorted(set(shards) - set(names)):
+        raise ValueError(
+            f"`repo_id` must have all files that its {name!r} names, got {repo_id!r} without {len(missing)} of them, "
+            f"for instance {missing[0]!r}."
+        )
 
 
 def _check_sound(path: Path, repo_id: str, file: RepoSibling) -> None:

@@ -1,19 +1,23 @@
 """Push models, pipelines and adapters to the Hub, and find out before whether that will work."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checks import reason_of
-from ..description import list_files
+from ..description import list_files, parse_weights_name
 from ..hub_errors import hub_reason
 from .cards import CARD_NAME, CardOptions, describe_saved, render_hub_card, update_card
 from .shims import make_shims
+
+
+# Arguments of `save_pretrained` that `push_to_hub` hands on; diffusers takes any other and does nothing with it.
+SAVE_OPTIONS = ("max_shard_size", "safe_serialization", "is_main_process", "save_function")
 
 
 def push_to_hub(
@@ -33,6 +37,9 @@ def push_to_hub(
 ) -> str:
     """Push an autoencoder, a transformer or a whole pipeline to the Hub, with a card, as one commit.
 
+    Former weights of the same name and variant that would stay next to them, such as more shards, are deleted in that
+    commit: diffusers might load them instead.
+
     Args:
         model: A model or a pipeline.
         repo_id: `user/name`; created if it does not exist.
@@ -46,7 +53,8 @@ def push_to_hub(
         create_pr: Whether to open a pull request instead of writing to the branch.
         variant: Name of a variant of the weights, such as `"fp16"`.
         subfolder: Folder of the repository to push to; the card of the repository then stays as it is.
-        options: Further arguments of `save_pretrained`, such as `max_shard_size`.
+        options: Further arguments of `save_pretrained`: `max_shard_size`, `safe_serialization`, `is_main_process` and
+            `save_function`.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -54,6 +62,12 @@ def push_to_hub(
     Raises:
         ValueError: If an argument is not legal, or nothing could be pushed.
     """
+    for name in options.keys() - set(SAVE_OPTIONS):
+        raise ValueError(f"`options` must be of {', '.join(SAVE_OPTIONS)}, got {name}.")
+    if variant is not None and not (isinstance(variant, str) and variant and not set(variant) & set("/\\")):
+        raise ValueError(f"`variant` must be a part of the name of a file, such as 'fp16', got {variant!r}.")
+    _check_card(card)
+    subfolder = _check_subfolder(subfolder)
     if options.get("safe_serialization") is False:
         raise ValueError("`safe_serialization` must be True: weights are pushed as safetensors, got False.")
     if not create_pr:  # which needs no right to write; asked here, too, since saving may take long
@@ -102,6 +116,8 @@ def push_folder(
         ValueError: If there is nothing of these in the folder, an argument is not legal, or nothing could be pushed.
     """
     check_repo_id("repo_id", repo_id)
+    _check_card(card)
+    subfolder = _check_subfolder(subfolder)
     describe_saved(folder)
     if not create_pr:
         check_push(repo_id, token, "repo_id")
@@ -109,9 +125,22 @@ def push_folder(
     contents: dict[str, Path | bytes] = {**files, **(make_shims(files) if shim else {})}
     if subfolder is None:
         contents |= _make_card(folder, files.get(CARD_NAME), repo_id, card, shim)
-    start = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    start = "" if subfolder is None else f"{subfolder}/"
     contents = {start + name: content for name, content in contents.items()}
     return _upload(contents, repo_id, private, token, commit_message, revision, create_pr)
+
+
+def _check_card(card: Any) -> None:
+    if not isinstance(card, str | CardOptions | None):
+        raise ValueError(f"`card` must be the text of a README, `CardOptions` or None, got {card!r}.")
+
+
+def _check_subfolder(subfolder: str | None) -> str | None:
+    """Refuse what is no folder in a repository; `None` for its top."""
+    path = PurePosixPath("" if subfolder is None else str(subfolder).strip("/"))
+    if ".." in path.parts or "\\" in str(path):
+        raise ValueError(f"`subfolder` must be a folder in the repository such as 'vae', got {subfolder!r}.")
+    return str(path) if path.parts else None
 
 
 def _make_card(
@@ -144,9 +173,11 @@ def _upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        former = _list_former(contents, api.list_repo_files(repo_id, revision=revision))
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            [CommitOperationAdd(name, content) for name, content in contents.items()]
+            + [CommitOperationDelete(name) for name in former],
             commit_message=commit_message or "Upload with diffusers-leanvae",
             revision=revision,
             create_pr=create_pr,
@@ -157,6 +188,16 @@ def _upload(
             raise
         raise ValueError(f"`repo_id` must be one that can be pushed to, got {repo_id!r}: {reason}.") from error
     return str(commit.pr_url if create_pr else commit)
+
+
+def _list_former(contents: Collection[str], names: Iterable[str]) -> list[str]:
+    """List the weights in a repository that have the name and variant of pushed ones and would stay next to them."""
+    pushed = {parsed[:2] for name in contents if (parsed := parse_weights_name(name)) is not None}
+    return [
+        name
+        for name in names
+        if name not in contents and (parsed := parse_weights_name(name)) is not None and parsed[:2] in pushed
+    ]
 
 
 def check_push(repo_id: str, token: str | None = None, name: str = "push_to_hub") -> None:

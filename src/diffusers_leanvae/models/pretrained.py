@@ -8,7 +8,8 @@ import inspect
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from .. import bundled
@@ -31,7 +33,8 @@ from ..conversion.checkpoints import (
     read_tensors,
     resolve_checkpoint,
 )
-from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME, read_header
+from ..conversion.headers import CONFIG_NAME, WEIGHTS_NAME
+from ..description import list_shards, parse_weights_name
 from ..hub import pushing
 from ..hub_errors import hub_reason
 
@@ -87,11 +90,18 @@ class PretrainedModel(ModelMixin, ConfigMixin):
 
         Raises:
             OSError: If it is not there or cannot be read, in one sentence.
-            ValueError: If it is none of this class.
+            ValueError: If it is none of this class, or its weights are not all that its config describes.
         """
         source: Any = pretrained_model_name_or_path
+        if not isinstance(source, str | os.PathLike) or not str(source):
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a folder of `save_pretrained`, a Hub id 'user/repo', or the "
+                f"name of a bundled model, got {source!r}."
+            )
         if bundled.is_bundled(source, bundled.MODELS):
             source = bundled.model_path(str(source))
+        if constants.HF_HUB_OFFLINE:  # diffusers would ask the Hub for shards
+            kwargs.setdefault("local_files_only", True)
         try:
             return super().from_pretrained(source, **kwargs)
         except Exception as error:  # huggingface_hub lets errors of its HTTP client through
@@ -100,14 +110,33 @@ class PretrainedModel(ModelMixin, ConfigMixin):
                 raise
             raise OSError(sentence) from error
 
+    @classmethod
+    def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
+        # diffusers leaves weights that are not there as it finds them in memory, and drops the others with a warning.
+        given = inspect.signature(super()._load_pretrained_model).bind(*args, **kwargs).arguments
+        if given.get("hf_quantizer") is None:  # quantised weights have other keys
+            files = given["resolved_model_file"]
+            keys = given["loaded_keys"] if given["state_dict"] is not None else _read_shards(files)
+            if keys is not None:
+                name = Path(files[0]).name + (f" and {len(files) - 1} other shards" if len(files) > 1 else "")
+                _check_keys(given["model"], keys, name, str(given["pretrained_model_name_or_path"]))
+        return super()._load_pretrained_model(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save the model as diffusers does.
+        """Save the model as diffusers does, and remove former weights that would be loaded in place of its own.
 
         Raises:
-            ValueError: If it has adapters.
+            ValueError: If it has adapters, or weights that are not in memory, or the folder is a file; nothing is
+                written then.
         """
-        check_no_adapters(self)
+        check_saveable(self)
+        if os.path.isfile(save_directory):  # of which diffusers only makes a note in the log
+            raise ValueError(f"`save_directory` must be a folder, got {str(save_directory)!r}, which is a file.")
         super().save_pretrained(save_directory, *args, **kwargs)
+        given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+        if given.get("is_main_process", True) and not given.get("use_flashpack"):
+            suffix = ".safetensors" if given.get("safe_serialization", True) else ".bin"
+            _remove_former(Path(save_directory), suffix, given.get("variant"))
 
     # Pipelines look into it for the arguments that they may hand on.
     save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
@@ -123,7 +152,7 @@ class PretrainedModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If it is no JSON object, of another class or of an original model; if no such model can be
                 built, or only one of far more parameters than there are weights next to the config, or bytes of
-                memory, or one of other keys than those weights.
+                memory.
         """
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -141,7 +170,8 @@ def _unreadable(
     """Say in a sentence why there is no model at a source; `None` if the error is of another kind."""
     subfolder = kwargs.get("subfolder")
     reason = hub_reason(error, f"model {source!r}", kwargs.get("revision"))
-    if reason is None and not isinstance(error, OSError):
+    index_reason = _index_reason(error)
+    if reason is None and index_reason is None and not isinstance(error, OSError):
         return None
     found = _find_originals(source, subfolder, kwargs)
     name = model_class.__name__
@@ -152,8 +182,16 @@ def _unreadable(
             f"{', '.join(found)} and no `{CONFIG_NAME}`: for an original checkpoint call "
             f"`{name}.from_single_file({place!r})`."
         )
-    reason = reason or _weights_reason(error) or reason_of(str(error).split("\n")[0])
+    reason = reason or index_reason or _weights_reason(error) or reason_of(str(error).split("\n")[0])
     return f"`{name}.from_pretrained` must be given a model that can be read, got {source!r}: {reason}."
+
+
+def _index_reason(error: Exception) -> str | None:
+    """Say what is wrong with an index of shards, in which diffusers looks up what it needs without a check."""
+    calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
+    if "_get_checkpoint_shard_files" not in calls or isinstance(error, OSError):  # of a shard that is not there
+        return None
+    return f"its index of shards is damaged ({type(error).__name__}: {reason_of(error)})"
 
 
 def _weights_reason(error: BaseException) -> str | None:
@@ -205,6 +243,10 @@ def load_single_file(
     Raises:
         ValueError: If there is no such checkpoint, it is not complete, or an argument is not legal.
     """
+    if not isinstance(reference, str | os.PathLike):
+        raise ValueError(
+            f"`pretrained_model_link_or_path` must be a path, a file on the Hub or its URL, got {reference!r}."
+        )
     options = dict(options or {})
     for name in ("proxies", "original_config", "quantization_config", "device_map"):
         if options.get(name) is not None:
@@ -213,6 +255,12 @@ def load_single_file(
     dtype = torch_dtype if options.get("dtype") is None else options["dtype"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`torch_dtype` must be a floating-point `torch.dtype` or None, got {dtype!r}.")
+    try:
+        device = None if options.get("device") is None else torch.device(options["device"])
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"`device` must be one of torch such as 'cpu' or 'cuda:0', or None, got {options['device']!r}."
+        ) from None
     hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
     subfolder, config = options.get("subfolder"), options.get("config")
     if subfolder is not None and config is None and not is_checkpoint_reference(str(reference)):
@@ -233,7 +281,10 @@ def load_single_file(
     else:
         found, state_dict = _read_original(model_class, path, read)
         found, wanted = found | given, f"be a complete {kind} checkpoint"
-    model = _build(model_class, found | dict(values or {}))
+    try:
+        model = _build(model_class, found | dict(values or {}))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"`config` must describe an `{model_class.__name__}`: {reason_of(error)}.") from None
     if dtype is not None:
         state_dict = {key: tensor.to(dtype) for key, tensor in state_dict.items()}
     if options.get("disable_mmap"):
@@ -243,7 +294,7 @@ def load_single_file(
     except RuntimeError as error:
         reason = reason_of(error)
         raise ValueError(f"`pretrained_model_link_or_path` must {wanted}: {reason}.") from None
-    return model.eval() if options.get("device") is None else model.eval().to(options["device"])
+    return model.eval() if device is None else model.eval().to(device)
 
 
 def _build(model_class: type[PretrainedModel], config: Mapping[str, Any]) -> PretrainedModel:
@@ -312,8 +363,13 @@ def _read_original(
         raise
 
 
-def check_no_adapters(model: torch.nn.Module) -> None:
-    """Refuse to save a model with adapters: peft renames the weights of their layers, so it could not be loaded."""
+def check_saveable(model: torch.nn.Module) -> None:
+    """Refuse to save a model with adapters, or one whose weights offloading has left on a disk, or that has none.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    # peft renames the weights of layers with adapters, so that they could not be loaded.
     adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
     if adapted:
         raise ValueError(
@@ -321,6 +377,38 @@ def check_no_adapters(model: torch.nn.Module) -> None:
             f"{len(adapted)} layers, for instance {adapted[0]!r}: call its `fuse_lora()` and `unload_lora()` "
             "before, or save the adapter alone with `save_lora`."
         )
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+    is_on_disk = any(hook is not None and hook.group.offload_to_disk_path for hook in hooks)
+    # A model of transformers fetches what its map of devices has left elsewhere.
+    is_on_meta = isinstance(model, ModelMixin) and any(parameter.is_meta for parameter in model.parameters())
+    if is_on_disk or is_on_meta:
+        place = "offloaded to a disk" if is_on_disk else "offloaded by accelerate or on the meta device"
+        raise ValueError(
+            "`save_pretrained` must be called on a model with its weights in memory, got one with weights "
+            f"{place}: save it before, or load it again."
+        )
+
+
+def _remove_former(folder: Path, suffix: str, variant: str | None) -> None:
+    """Remove former weights of a variant that diffusers would load in place of those that were just saved to a folder.
+
+    It removes former shards, but neither their index nor, for a `.bin`, the safetensors that it prefers to one.
+    """
+    plain = Path(WEIGHTS_NAME).stem
+    dotted = "" if variant is None else f".{variant}"
+    index = folder / f"{plain}{suffix}.index{dotted}.json"
+    try:
+        shards = list_shards(index)
+    except (OSError, ValueError):  # none, or a former one
+        shards = []
+    is_sharded = bool(shards) and all((folder / name).is_file() for name in shards)
+    saved = {index.name, *shards} if is_sharded else {f"{plain}{dotted}{suffix}"}
+    for path in folder.iterdir():
+        parsed = parse_weights_name(path.name)
+        is_preferred = suffix == ".bin" or suffix in path.suffixes
+        if parsed is not None and parsed[:2] == (plain, variant) and is_preferred and path.name not in saved:
+            path.unlink()
 
 
 def check_is_object(config: Any, source: str, subfolder: str | None = None, name: str = CONFIG_NAME) -> None:
@@ -337,6 +425,8 @@ def _check_class(model_class: type[PretrainedModel], config: Mapping[str, Any], 
             f"`{name}.from_pretrained` must be given a folder of `save_pretrained`, got {source!r}, an original "
             f"{model_class.conversion.NAME} model: call `{name}.from_single_file({source!r})`."
         )
+    if not isinstance(found, str | None):
+        raise ValueError(f"`_class_name` of {source!r} must be a name, got {found!r}.")
     if found is not None and found not in {base.__name__ for base in model_class.__mro__}:
         raise ValueError(
             f"`{name}.from_pretrained` must be given an `{name}`, got {source!r}, an `{found}`: call "
@@ -350,12 +440,11 @@ def _check_weights(
 ) -> None:
     try:
         model = _build(model_class, config)  # in which nothing is allocated, whatever the widths are
-    except (RuntimeError, TypeError, OverflowError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = reason_of(error)
         raise ValueError(f"`config.json` of {source!r} must describe an `{model_class.__name__}`: {reason}.") from None
     count = sum(parameter.numel() for parameter in model.parameters())
     folder = Path(source, subfolder or "")
-    _check_keys(model, config, folder)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
     if num_bytes and count > 2 * num_bytes:  # half a byte for each: nobody stores less
         have = f"{num_bytes} bytes of weights next to it"
@@ -368,20 +457,29 @@ def _check_weights(
     )
 
 
-def _check_keys(model: PretrainedModel, config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse weights of other keys, such as original ones, in whose place diffusers would take random ones or none."""
-    path = folder / WEIGHTS_NAME
-    if not path.is_file() or "quantization_config" in config:  # quantised weights have other keys
-        return
+def _read_shards(files: Iterable[str]) -> set[str] | None:
+    """Read the keys in files of weights; `None` if one is damaged, which is told when the weights are read."""
     try:
-        found = read_header(path).tensors.keys()
-    except ValueError:  # damaged weights are told when they are read
-        return
+        return set().union(*map(read_keys, files))
+    except ValueError:
+        return None
+
+
+def _check_keys(model: PretrainedModel, keys: Collection[str], name: str, source: str) -> None:
+    """Refuse weights that are not all of a model, or that are more of it, such as layers that its config leaves out.
+
+    What is of no part of the model at all, such as what a subclass has added, is no mistake.
+    """
     expected = model.state_dict().keys()
-    if (missing := sorted(expected - found)) and found - expected:  # a subclass may have more, an old file too
+    missing = sorted(expected - set(keys))
+    parts = {key.split(".")[0] for key in expected}
+    unknown = sorted(key for key in keys if key not in expected and key.split(".")[0] in parts)
+    if missing or unknown:
+        some = missing or unknown
         raise ValueError(
-            f"`{WEIGHTS_NAME}` of {str(folder)!r} must hold the weights that its config describes, got a file without "
-            f"{len(missing)} of them, for instance {missing[0]!r}."
+            f"`{name}` of {source!r} must hold the weights that its config describes, got a file "
+            f"{'without' if missing else 'with'} {len(some)} {'of them' if missing else 'others'}, for instance "
+            f"{', '.join(map(repr, some[:3]))}."
         )
 
 
