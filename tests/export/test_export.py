@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import onnx
 import onnxruntime
@@ -113,6 +114,32 @@ class TestGraphs:
         pointers = {weight.data_ptr() for weight in vae.parameters()}
         assert {weight.data_ptr() for weight in graph.module.parameters()} == pointers
         assert [type(module) for module in vae.modules()] == kinds
+
+    @pytest.mark.parametrize("family", ["leanvae", "wfvae", "ivvae"])
+    def test_weights_that_are_not_there_are_refused(self, family):
+        cpu, moving = torch.device("cpu"), "must be exported before layers are offloaded or cast when called, got some"
+        for switch, message in (
+            (lambda vae: vae.enable_group_offload(cpu, offload_type="leaf_level"), moving),
+            (lambda vae: vae.enable_layerwise_casting(torch.bfloat16, torch.float32), moving),
+            (lambda vae: accelerate.cpu_offload(vae, cpu), moving),
+            (lambda vae: vae.to("meta"), "must have its weights in memory, got some on the meta device"),
+        ):
+            vae = make_tiny(family)
+            switch(vae)
+            with pytest.raises(ValueError, match=rf"^`vae` {message}"):
+                graphs_of(vae)
+
+    @pytest.mark.parametrize(
+        "vae, parts, message",
+        [
+            ("compact-16ch", PARTS, r"`vae` must be a model such as an `AutoencoderKLLeanVAE`, got 'compact-16ch'\."),
+            (None, (), r"`parts` must be 'encoder', 'decoder' or both, got \(\)\."),
+            (None, "encoder", r"`parts` must be one of 'encoder', 'decoder', got 'e'\."),
+        ],
+    )
+    def test_other_arguments(self, vae, parts, message):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            graphs_of(vae or make_tiny("leanvae"), parts)
 
     def test_a_model_that_sees_the_whole_video_is_no_stream(self):
         widths = ("base_channels", "encoder_flow_channels", "decoder_flow_channels")

@@ -1,5 +1,6 @@
 """Tiles spread over two processes give what one process gives, and each process computes only its share."""
 
+import re
 import traceback
 from functools import cache
 from typing import Any, NamedTuple
@@ -8,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
-from tiny import make_tiny, make_video
+from tiny import make_latents, make_tiny, make_video
 
-from diffusers_leanvae.inference.distributed import decode_distributed, encode_distributed
+from diffusers_leanvae.inference.distributed import _is_near, _sketch, decode_distributed, encode_distributed
 from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 
 
@@ -38,6 +39,43 @@ CASES = {
     "batch in slices of two tiles": Case((3, 3, 5, 16, 24), (16, 16, 5), (3, 3), slicing=True),
 }
 FIRST = "video, five tiles"
+
+
+def other_values(x: torch.Tensor, vae: VideoAutoencoder) -> torch.Tensor:
+    return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9))
+
+
+def other_slicing(x: torch.Tensor, vae: VideoAutoencoder) -> torch.Tensor:
+    vae.use_slicing = True
+    return x
+
+
+def without_tiling(x: torch.Tensor, vae: VideoAutoencoder) -> torch.Tensor:
+    vae.use_tiling = False
+    return x
+
+
+def other_dtype(x: torch.Tensor, vae: VideoAutoencoder) -> torch.Tensor:
+    vae.float()
+    return x.float()
+
+
+SAME = r"must be the same in every process, got"
+# What the process of rank 1 does otherwise, and what both then say; of `decode_distributed` with `z` for `x`.
+DIFFERENCES: dict[str, tuple[Any, str]] = {
+    "values": (other_values, rf"^`x` {SAME} other values in processes 0 and 1: broadcast "),
+    "order": (lambda x, vae: x.flip(0), rf"^`x` {SAME} other values in processes 0 and 1: broadcast "),
+    "mirrored": (lambda x, vae: x.flip(4), rf"^`x` {SAME} other values in processes 0 and 1: broadcast "),
+    "size": (lambda x, vae: x[:, :, :1], rf"^`x` {SAME} \(2, \d, \d, 2?4, \d+\) and \(2, \d, 1, 2?4, \d+\) in proc"),
+    "slicing": (other_slicing, rf"^`use_slicing` {SAME} False and True in processes 0 and 1\.$"),
+    "dtype": (other_dtype, rf"^`x` {SAME} torch.float64 and torch.float32 in processes 0 and 1\.$"),
+    "error": (lambda x, vae: x[:, :2], r"^`x` must have shape .*, in process 1 of the group\.$"),
+    "no tensor": (
+        lambda x, vae: None,
+        r"^`x` must be a `torch.Tensor`, got a `NoneType`, in process 1 of the group\.$",
+    ),
+    "no tiling": (without_tiling, r"^`vae` must have tiling enabled, .*, in process 1 of the group\.$"),
+}
 
 
 def make(family: str, dtype: torch.dtype = torch.float64) -> VideoAutoencoder:
@@ -87,10 +125,24 @@ def work_of(family: str, alone: Any) -> dict[str, Any]:
         results["group of one"] = run(make_input(FIRST), alone)
     except ValueError:
         results["group of one"] = traceback.format_exc()
+    results["differences"] = {name: messages_of(vae, change) for name, (change, _) in DIFFERENCES.items()}
     vae.float()
     with torch.autocast("cpu", torch.bfloat16):
         results["autocast"] = run(make_input(FIRST).float())
     return results
+
+
+def messages_of(vae: VideoAutoencoder, change: Any) -> list[str]:
+    """What `encode_distributed` and `decode_distributed` say where the process of rank 1 does something else."""
+    x = make_input(FIRST)
+    z, messages = make_latents(2, 4, 3, 4, 10, dtype=x.dtype), []
+    for function, source in ((encode_distributed, x), (decode_distributed, z)):
+        with pytest.raises(ValueError) as error:
+            function(vae, change(source, vae) if dist.get_rank() else source)
+        messages.append(str(error.value))
+        vae.double()
+        vae.use_slicing, vae.use_tiling = False, True
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +185,27 @@ def test_a_smaller_group(family: str, results):
     assert "`group` must contain the process that calls, got one without: rank 0" in outsider
     torch.testing.assert_close(member["sample"], expected(family, FIRST)[1], rtol=0, atol=1e-10)
     assert member["num_parts"] == {"encode": 10, "decode": 10}
+
+
+@families
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_processes_that_differ_say_so_alike(family: str, name: str, results):
+    expected = DIFFERENCES[name][1]
+    for result in results:
+        encoding, decoding = result[family]["differences"][name]
+        assert re.match(expected, encoding), encoding
+        assert re.match(expected.replace("`x`", "`z`"), decoding), decoding
+
+
+def test_inputs_may_differ_by_rounding():
+    x = torch.randn(1, 4, 9, 32, 48, generator=torch.Generator().manual_seed(0))
+    sketch, nan = _sketch(x), torch.full_like(x, torch.nan)
+    assert _is_near(sketch, _sketch(x.bfloat16())) and _is_near(_sketch(nan), _sketch(nan))
+    assert _is_near(_sketch(x * 0), _sketch(x * 0))
+    last = x.clone()
+    last[:, :, -1] = x[:, :, 0]
+    for other in (last, x.flip(2), x.flip(3), x.transpose(0, 1).reshape(x.shape) * 0.97, x * 0, nan):
+        assert not _is_near(sketch, _sketch(other))
 
 
 @families

@@ -14,9 +14,11 @@ from accelerate.utils import send_to_device
 from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 from tiny_autoencoders import CASES, assert_exact, make, make_latents, make_video
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_leanvae import StreamingDecoder, StreamingEncoder, TemporalCache
 from diffusers_leanvae.models.temporal_cache import WHOLE, Chunk, chunks
+from diffusers_leanvae.models.video_autoencoder import VideoAutoencoder
 from diffusers_leanvae.models.wavelets import haar_analysis_3d
 
 
@@ -571,7 +573,7 @@ def test_chunks_of_another_size(case: str):
         ("wf", {"latents_mean": [0.0]}, "`latents_mean` must have 4 entries, got 1"),
         ("iv", {"latents_std": [0.0]}, "`latents_std` must have 4 entries, got 1"),
         ("iv", {"latent_channels": 5}, "`latent_channels` must be a positive even number, got 5"),
-        ("iv_motion", {"latent_channels": 0}, "`latent_channels` must be a positive number, got 0"),
+        ("iv_motion", {"latent_channels": 0}, "`latent_channels` must be a positive integer, got 0"),
         ("iv", {"attention": "some"}, "`attention` must be one of 'all', 'mid', 'none', got 'some'"),
         ("iv", {"convolution": "both"}, "`convolution` must be one of 'group_causal', 'causal', got 'both'"),
         ("wf", {"num_wavelet_levels": 4}, "`num_wavelet_levels` must be one of 3, 2, 1, got 4"),
@@ -582,3 +584,38 @@ def test_chunks_of_another_size(case: str):
 def test_illegal_configs(case: str, config: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make(case, **config)
+
+
+@models
+def test_transforms_of_functions(case: str):
+    vae = make(case)
+    latents = torch.cat([make_latents(vae, 2, 2, 2), 2 * make_latents(vae, 2, 2, 2)])
+    tangent = latents.sin()
+    weights = {f"vae.{name}": weight.detach() for name, weight in vae.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(_Decoder(vae), weights, (z,)).square().mean()
+
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    z = latents.clone().requires_grad_()
+    loss(leaves, z).backward()
+    assert z.grad is not None and z.grad.std() > 1e-6
+    torch.testing.assert_close(torch.func.grad(loss, 1)(weights, latents), z.grad, rtol=1e-9, atol=1e-12)
+    for name, gradient in torch.func.grad(loss)(weights, latents).items():
+        expected = leaves[name].grad
+        if expected is not None:  # the encoder has none
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    one_by_one = torch.func.vmap(lambda z: vae.decode(z[None]).sample[0])(latents)
+    torch.testing.assert_close(one_by_one, vae.decode(latents).sample, rtol=0, atol=1e-10)
+    with sdpa_kernel(SDPBackend.MATH):  # attention of the siblings has no other with forward gradients
+        change = torch.func.jvp(lambda z: loss(weights, z), (latents,), (tangent,))[1]
+    torch.testing.assert_close(change, (z.grad * tangent).sum(), rtol=1e-9, atol=1e-12)
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, vae: VideoAutoencoder):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z).sample

@@ -18,7 +18,7 @@ from ..atomic import check_replaceable, replace_folder
 from ..checks import check_choice
 from ..description import public_config
 from ..models.video_autoencoder import VideoAutoencoder
-from .graphs import METADATA, PARTS, Graph, Part, Size, graphs_of, number_of
+from .graphs import METADATA, PARTS, Graph, Part, Size, check_exportable, graphs_of, number_of
 
 
 Format = Literal["onnx", "torch-export", "aoti"]
@@ -83,8 +83,7 @@ def export_model(
         check_choice("opset", opset, OPSETS)
         if to != "onnx":
             raise ValueError(f"`opset` must be None unless `to` is 'onnx', got {opset} for {to!r}.")
-    for part in parts:
-        check_choice("parts", part, PARTS)
+    check_exportable(vae, parts)
     if weights != "same" and (to != "onnx" or vae.dtype != torch.float32):
         raise ValueError(f"`weights` {weights!r} needs an ONNX file of a float32 model, got {to} of {vae.dtype}.")
     if to == "onnx" and (vae.dtype not in (torch.float32, torch.float16) or vae.device.type != "cpu"):

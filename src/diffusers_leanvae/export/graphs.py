@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from ..checks import check_choice
 from ..models.leanvae_blocks import NUM_TAIL_STEPS, CausalDepthwiseConv3d, no_tail
 from ..models.temporal_cache import WHOLE, Chunk, TemporalCache
 from ..models.video_autoencoder import VideoAutoencoder
@@ -78,6 +79,20 @@ class Graph(NamedTuple):
     outputs: tuple[Port, ...]
 
 
+def check_exportable(vae: VideoAutoencoder, parts: tuple[Part, ...]) -> None:
+    """Refuse what is no model with its weights in memory, and what are no parts of one; see [`graphs_of`]."""
+    if not isinstance(vae, VideoAutoencoder):
+        raise ValueError(f"`vae` must be a model such as an `AutoencoderKLLeanVAE`, got {vae!r}.")
+    if not parts:
+        raise ValueError(f"`parts` must be 'encoder', 'decoder' or both, got {parts!r}.")
+    for part in parts:
+        check_choice("parts", part, PARTS)
+    if vae.has_moving_weights():
+        raise ValueError("`vae` must be exported before layers are offloaded or cast when called, got some that are.")
+    if any(weight.device.type == "meta" for weight in vae.parameters()):
+        raise ValueError("`vae` must have its weights in memory, got some on the meta device.")
+
+
 def graphs_of(vae: VideoAutoencoder, parts: tuple[Part, ...] = PARTS, is_streaming: bool = False) -> list[Graph]:
     """Make the graphs of a model.
 
@@ -88,8 +103,10 @@ def graphs_of(vae: VideoAutoencoder, parts: tuple[Part, ...] = PARTS, is_streami
             where the decoder is late (`num_delayed_frames`).
 
     Raises:
-        ValueError: If the model cannot be computed in chunks.
+        ValueError: If the model cannot be computed in chunks, its weights are not all in memory, or an argument is not
+            legal.
     """
+    check_exportable(vae, parts)
     if is_streaming and not vae.can_stream:
         raise ValueError("`streaming` needs `norm_type` 'layer_norm', got a model whose norms see the whole video.")
     vae, graphs = _exportable(vae), []

@@ -10,8 +10,10 @@ latent size, are not divided: they follow or precede the tiles of every chunk in
     sample = decode_distributed(vae, latents).sample
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..checks import reason_of
 from ..models.temporal_cache import TemporalCache
 from ..models.tiling import Canvas, Tile
 from ..models.video_autoencoder import VideoAutoencoder
@@ -38,10 +41,9 @@ def encode_distributed(
         The posterior, `latent_dist`, the same in every process.
 
     Raises:
-        ValueError: If `x` is not legal, tiling is not enabled, or this process does not belong to a group.
+        ValueError: In every process, if `x` is not legal or tiling not enabled in one of them, or if they differ in
+            `x` or slicing; if this process does not belong to a group.
     """
-    x = x.unsqueeze(2) if x.ndim == 4 else x
-    vae.check_sample(x, "x")
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(_share(vae, x, False, group)))
 
 
@@ -59,13 +61,11 @@ def decode_distributed(
         `sample`, the same in every process.
 
     Raises:
-        ValueError: If `z` is not legal, tiling is not enabled, or this process does not belong to a group.
+        ValueError: In every process, if `z` is not legal or tiling not enabled in one of them, or if they differ in
+            `z` or slicing; if this process does not belong to a group.
     """
-    is_image = z.ndim == 4
-    z = z.unsqueeze(2) if is_image else z
-    vae.check_latents(z, "z")
     sample = _share(vae, z, True, group)
-    return DecoderOutput(sample=sample.squeeze(2) if is_image else sample)
+    return DecoderOutput(sample=sample.squeeze(2) if z.ndim == 4 else sample)
 
 
 class _SharedCanvas(Canvas):
@@ -104,15 +104,85 @@ class _SharedCanvas(Canvas):
         return self._whole
 
 
+class _Task(NamedTuple):
+    """What a process was called with, of which all must have the same, and the tiles that it would choose."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    use_slicing: bool
+    sketch: list[float]
+    layout: tuple[int, int, int] | None
+
+
+def _make_task(vae: VideoAutoencoder, source: torch.Tensor, decode: bool) -> _Task:
+    name = "z" if decode else "x"
+    vae.check_tensor(source, name)
+    source = source.unsqueeze(2) if source.ndim == 4 else source
+    (vae.check_latents if decode else vae.check_sample)(source, name)
+    if not vae.use_tiling:
+        raise ValueError("`vae` must have tiling enabled, or there is nothing to share: call `vae.enable_tiling()`.")
+    batch_size, _, length, height, width = source.shape
+    ratio = 1 if decode else vae.spatial_compression_ratio
+    num_latent_frames = length if decode else vae.num_latent_frames(length)
+    num_items = min(batch_size, 1) if vae.use_slicing else batch_size
+    cache = TemporalCache()
+    vae.tile_sizes(num_items, num_latent_frames, height // ratio, width // ratio, cache)
+    return _Task(tuple(source.shape), source.dtype, vae.use_slicing, _sketch(source), cache.layout)
+
+
+def _sketch(source: torch.Tensor) -> list[float]:
+    """Eight random projections of the sums of all rows and columns, and their length, to tell inputs apart by."""
+    sums = torch.cat([source.sum(dim=dim, dtype=torch.float32).flatten() for dim in (3, 4)]).cpu()
+    weights = torch.randn(8, len(sums), generator=torch.Generator().manual_seed(0))
+    return [*(weights @ sums).tolist(), sums.norm().item()]
+
+
+def _is_near(one: list[float], other: list[float]) -> bool:
+    """Tell whether inputs differ by rounding at most, as of kernels that each process chooses: by a hundredth."""
+    distance = math.dist(one[:-1], other[:-1]) / math.sqrt(len(one) - 1)
+    return distance <= 0.01 * max(one[-1], other[-1]) or str(one) == str(other)  # the latter of NaN
+
+
+def _agree(name: str, tasks: list[_Task | str]) -> _Task:
+    """The task of all processes, where there is one; of one that cannot do its own there is the error instead."""
+    first = tasks[0]
+    for rank, task in enumerate(tasks):
+        if isinstance(task, str):
+            everywhere = tasks.count(task) == len(tasks)
+            raise ValueError(task if everywhere else f"{reason_of(task)}, in process {rank} of the group.")
+    assert isinstance(first, _Task)
+    for rank, task in enumerate(tasks):
+        assert isinstance(task, _Task)
+        for argument, one, other in (
+            (name, first.shape, task.shape),
+            (name, first.dtype, task.dtype),
+            ("use_slicing", first.use_slicing, task.use_slicing),
+        ):
+            if one != other:
+                raise ValueError(
+                    f"`{argument}` must be the same in every process, got {one} and {other} in processes 0 and {rank}."
+                )
+        if not _is_near(first.sketch, task.sketch):
+            raise ValueError(
+                f"`{name}` must be the same in every process, got other values in processes 0 and {rank}: broadcast "
+                "it, or sample it with the same seed."
+            )
+    return first
+
+
 @apply_forward_hook  # an offloaded model comes to its device, as for `vae.encode`
 @torch.no_grad()  # no gradient would find its way back to the process that computed a tile
 def _share(
     vae: VideoAutoencoder, source: torch.Tensor, decode: bool, group: "dist.ProcessGroup | None"
 ) -> torch.Tensor:
     """The moments or pixels of `source`."""
-    if not vae.use_tiling:
-        raise ValueError("`vae` must have tiling enabled, or there is nothing to share: call `vae.enable_tiling()`.")
+    task: _Task | str
+    try:
+        task = _make_task(vae, source, decode)
+    except ValueError as error:  # the others must know, or they would wait for this process
+        task = str(error)
     if not dist.is_available() or not dist.is_initialized():
+        _agree("", [task])
         raise ValueError(
             "`group` must be a group of running processes, got none: call `torch.distributed.init_process_group()` "
             "in each, or `vae.encode` and `vae.decode` in a single one."
@@ -120,17 +190,19 @@ def _share(
     rank, num_processes = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"`group` must contain the process that calls, got one without: rank {dist.get_rank()}.")
+    tasks: list[Any] = [task] * num_processes
+    device = vae.device if isinstance(task, str) else source.device
+    for index in range(num_processes):
+        about = [task]
+        dist.broadcast_object_list(about, group=group, group_src=index, device=device)
+        tasks[index] = about[0]
+    # The tiles of one process for all: free memory, from which they may follow, can differ among processes.
+    layout = _agree("z" if decode else "x", tasks).layout
+    source = source.unsqueeze(2) if source.ndim == 4 else source
     items = list(source.split(1 if vae.use_slicing else len(source)))
-    ratio = 1 if decode else vae.spatial_compression_ratio
-    num_latent_frames = source.shape[2] if decode else vae.num_latent_frames(source.shape[2])
-    cache = TemporalCache()
-    vae.tile_sizes(len(items[0]), num_latent_frames, source.shape[3] // ratio, source.shape[4] // ratio, cache)
-    # Those of one process for all: free memory, from which sizes may follow, can differ among processes.
-    layouts = [cache.layout]
-    dist.broadcast_object_list(layouts, group=group, group_src=0, device=source.device)
 
     def compute(item: torch.Tensor, make_canvas: Callable[..., Canvas]) -> torch.Tensor:
-        cache = TemporalCache(layout=layouts[0])
+        cache = TemporalCache(layout=layout)
         cache.is_last = True  # a stream of one piece, which has these tiles
         return (vae.decode_sample if decode else vae.encode_moments)(item, True, cache, make_canvas)
 

@@ -36,6 +36,7 @@ class _Stream:
         self._num_pending = 0
 
     def push(self, piece: torch.Tensor) -> torch.Tensor | None:
+        self.vae.check_tensor(piece, "piece")
         if piece.ndim != 5:
             raise ValueError(
                 f"The pushed tensor must have 5 dimensions (B, C, T, H, W), got shape {tuple(piece.shape)}."

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, is_integer
 from ..conversion import ivvae
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder
-from .video_config import check_statistics
+from .video_config import check_sizes, check_statistics, check_switches
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 
 
@@ -458,14 +458,17 @@ class AutoencoderKLIVVAE(VideoAutoencoder):
         super().__init__()
         check_choice("convolution", convolution, ("group_causal", "causal"))
         check_choice("attention", attention, ("all", "mid", "none"))
+        check_sizes(latent_channels=latent_channels, base_channels=base_channels, num_layers=num_layers)
+        check_switches(use_keyframe_branch=use_keyframe_branch, use_pyramid=use_pyramid)
         design = Design(use_keyframe_branch, convolution == "group_causal", attention, use_pyramid, dropout)
-        if latent_channels < 1 or latent_channels % design.num_branches:
-            even = "even " if use_keyframe_branch else ""
-            raise ValueError(f"`latent_channels` must be a positive {even}number, got {latent_channels}.")
-        if len(channel_multipliers) != 4 or min(channel_multipliers) < 1:
+        if latent_channels % design.num_branches:
+            raise ValueError(f"`latent_channels` must be a positive even number, got {latent_channels}.")
+        if len(channel_multipliers) != 4 or not all(
+            is_integer(factor) and factor > 0 for factor in channel_multipliers
+        ):
             raise ValueError(f"`channel_multipliers` must be four positive integers, got {channel_multipliers}.")
         dims = [base_channels * multiplier for multiplier in channel_multipliers]
-        if base_channels < 1 or any(dim % 2 for dim in dims[1:]):
+        if any(dim % 2 for dim in dims[1:]):
             raise ValueError(
                 f"`base_channels` must make even widths of all levels but the first (upsampling halves them), got "
                 f"{base_channels}."

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, is_integer
 from ..conversion import leanvae
 from ..kernels import Kernels, slabs
 from ..kernels import get as get_kernels
@@ -42,7 +42,8 @@ from .leanvae_memory import LeanVAEMemory
 from .leanvae_patches import LeanVAEPatchGeometry, Subbands, merge_patches, patch_projection, split_patches, synthesize
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import VideoAutoencoder
-from .video_config import check_factor, check_statistics
+from .video_config import check_counts, check_factor, check_sizes, check_statistics, check_switches
+from .video_layers import is_autocast_on
 from .wavelets import haar_analysis_2d, haar_analysis_3d
 
 
@@ -341,7 +342,21 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         super().__init__()
         check_choice("patch_embedding_type", patch_embedding_type, ("separate", "joint", "no_wavelet"))
         check_choice("bottleneck_type", bottleneck_type, ("compressed_sensing", "linear"))
-        if len(patch_size) != 3 or min(patch_size) < 1 or patch_size[1] != patch_size[2]:
+        check_sizes(
+            in_channels=in_channels,
+            latent_channels=latent_channels,
+            low_freq_dim=low_freq_dim,
+            high_freq_dim=high_freq_dim,
+        )
+        check_counts(
+            num_branch_layers=num_branch_layers,
+            num_fusion_layers=num_fusion_layers,
+            num_ista_iterations=num_ista_iterations,
+            num_ista_layers=num_ista_layers,
+        )
+        check_switches(patch_norm=patch_norm)
+        is_patch = len(patch_size) == 3 and all(is_integer(size) and size > 0 for size in patch_size)
+        if not is_patch or patch_size[1] != patch_size[2]:
             raise ValueError(
                 f"`patch_size` must be three positive integers (time, height, width) with height = width, got "
                 f"{patch_size}."
@@ -434,10 +449,11 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
         The model and its state dict stay as they are; the prepared copies take as much memory as the weights. They
         serve `encode` and `decode` without gradients, whole, tiled or streamed. With gradients, autocast, hooks of
         layers or offloading the layers are used, and a warning says so; after weights were changed, cast or moved,
-        too, until the next call of `fuse`. On a GPU a change through `Tensor.data`, as diffusers' `EMAModel` and
-        merging of adapters make it, is not seen: call `fuse` afterwards. Copies and pickles are not fused. Sums are
-        taken in another order, so float32 results differ by rounding. Where a processor has no products of the model's
-        dtype (16 bits on older ones), they are taken of float32 copies, many times as fast and nearer to float64.
+        too, until the next call of `fuse`. After a change through `Tensor.data` call `fuse` yourself. On a CPU such a
+        change is seen if it is one of whole weights, as diffusers' `EMAModel` and merging of adapters make it: four
+        values of each are compared. On a GPU none is. Copies and pickles are not fused. Sums are taken in another
+        order, so float32 results differ by rounding. Where a processor has no products of the model's dtype (16 bits
+        on older ones), they are taken of float32 copies, many times as fast and nearer to float64.
 
         Args:
             kernels: `"torch"`: plain PyTorch, slab by slab of tokens. `"cpp"`: the same with C++ between the matrix
@@ -457,8 +473,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
                 f"`fuse` must be called on plain weights, got {', '.join(kinds)}; a quantized model is as fast as its "
                 "library makes it."
             )
-        layers = (layer for layer in self.modules() if layer is not self)
-        if any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in layers):
+        if self.has_moving_weights():
             raise ValueError(
                 "`fuse` must be called before layers are offloaded or cast when called, got some that are."
             )
@@ -504,7 +519,7 @@ class AutoencoderKLLeanVAE(VideoAutoencoder):
             reason = "layers have hooks, which would see nothing"
         elif not works_in_place(chunk):
             reason = "gradients are enabled, which `torch.no_grad()` changes"
-        elif torch.is_autocast_enabled(x.device.type):
+        elif is_autocast_on(x.device.type):
             reason = "autocast is on; cast the model instead"
         elif (weight.device, weight.dtype) != (x.device, x.dtype):  # hooks bring them when a layer is called
             reason = f"its weights are {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"

@@ -24,7 +24,7 @@ from ..conversion import wfvae
 from ..conversion.wfvae import HAAR_3D
 from .temporal_cache import WHOLE, Chunk
 from .video_autoencoder import Part, VideoAutoencoder
-from .video_config import check_statistics
+from .video_config import check_counts, check_sizes, check_statistics, check_switches
 from .video_layers import FrameConv2d, LayerChain, attend_within_frames, convolve
 from .wavelets import haar_analysis_2d, haar_analysis_3d, haar_synthesis_2d, haar_synthesis_3d
 
@@ -486,6 +486,15 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
         check_choice("temporal_interpolation", temporal_interpolation, ("linear", "nearest"))
         check_choice("temporal_compression_ratio", temporal_compression_ratio, (4, 8))
         check_choice("num_wavelet_levels", num_wavelet_levels, (3, 2, 1))
+        check_sizes(
+            latent_channels=latent_channels, base_channels=base_channels, num_decoder_layers=num_decoder_layers
+        )
+        check_counts(num_encoder_layers=num_encoder_layers, num_flow_layers=num_flow_layers)
+        check_flow = (
+            check_sizes if num_wavelet_levels > 1 else check_counts
+        )  # without a flow its width does not matter
+        check_flow(encoder_flow_channels=encoder_flow_channels, decoder_flow_channels=decoder_flow_channels)
+        check_switches(use_attention=use_attention)
         check_statistics(latent_channels, latents_mean, latents_std, scaling_factor)
         layers = Layers(norm_type, dropout, temporal_interpolation)
         wavelets = (Wavelet(True), Wavelet(temporal_compression_ratio == 8), Wavelet(True))  # from the pixels down

@@ -6,7 +6,9 @@ and `decode` 36 MiB. Without any of this they would take 137 and 157 MiB and be 
 to new tensors, 58 and 88 MiB. `fuse` takes 34 and 40 MiB, but does not serve autocast, hooks and offloading.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from .temporal_cache import WHOLE, Chunk
+from .video_layers import is_autocast_on
 
 
 def works_in_place(chunk: Chunk) -> bool:
@@ -155,7 +158,7 @@ class CausalDepthwiseConv3d(nn.Conv3d):
         if device_type == "cpu" and (dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")):
             # PyTorch has no fast 16-bit depthwise kernel on CPU: float32 is far faster, and more exact.
             hidden_states, weight, bias = hidden_states.float(), weight.float(), bias.float()
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext():
             if device_type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _TrainableDepthwiseConv.apply(hidden_states, weight, bias).to(dtype)  # type: ignore[union-attr]
             return _depthwise_conv(hidden_states, weight, bias).to(dtype)
@@ -175,10 +178,25 @@ class _TrainableDepthwiseConv(torch.autograd.Function):
     in time after the other: the 3D one has no vectorised gradient on CPU.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return _depthwise_conv(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, x_change: Any, weight_change: Any, bias_change: Any) -> torch.Tensor:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        changes = [] if x_change is None else [_depthwise_conv(x_change, weight, None)]
+        if weight_change is not None:
+            changes.append(_depthwise_conv(x, weight_change, None))
+        return functools.reduce(torch.add, changes if bias_change is None else [*changes, bias_change])
 
     @staticmethod
     @once_differentiable

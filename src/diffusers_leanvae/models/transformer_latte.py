@@ -31,10 +31,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, check_integer, is_integer
 from ..conversion import latte
 from ..conversion.latte import VARIANTS
 from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
+from .video_config import check_factor, check_sizes
 
 
 POSITION_MODES = ("stored", "interpolate", "extrapolate")
@@ -176,6 +177,16 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
+        check_sizes(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            sample_size=sample_size,
+            num_latent_frames=num_latent_frames,
+        )
+        check_integer("num_layers", num_layers)
+        check_factor("mlp_ratio", mlp_ratio)
         dim = num_attention_heads * attention_head_dim
         if dim % 4:
             raise ValueError(f"`num_attention_heads` * `attention_head_dim` must be a multiple of 4, got {dim}.")
@@ -185,8 +196,8 @@ class LeanVAELatteTransformer3DModel(PretrainedModel, PeftAdapterMixin, CacheMix
             raise ValueError(f"`sample_size` must be a multiple of `patch_size` ({patch_size}), got {sample_size}.")
         if out_channels not in (None, in_channels, 2 * in_channels):
             raise ValueError(f"`out_channels` must be {in_channels} or {2 * in_channels}, got {out_channels}.")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"`num_classes` must be positive or `None`, got {num_classes}.")
+        if num_classes is not None and not (is_integer(num_classes) and num_classes > 0):
+            raise ValueError(f"`num_classes` must be positive or `None`, got {num_classes!r}.")
         self.inner_dim = dim
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if out_channels is None else out_channels

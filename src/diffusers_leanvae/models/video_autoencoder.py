@@ -23,7 +23,8 @@ from .pretrained import FILE_ARGUMENTS, PretrainedModel, load_single_file
 from .temporal_cache import Chunk, TemporalCache, chunks
 from .tiling import Canvas, Tile, TileSizes, check_layout, grid, time_chunks
 from .traced_memory import TracedMemory
-from .video_config import VideoAutoencoderConfig
+from .video_config import STATISTICS, VideoAutoencoderConfig, check_statistics
+from .video_layers import is_autocast_on
 
 
 # Of a network: all of it, the layers that are local in space, or those that see whole frames.
@@ -114,6 +115,17 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         ratios = self.temporal_compression_ratio, self.spatial_compression_ratio
         return VideoAutoencoderConfig.of(self._internal_dict, self.latent_channels, *ratios)
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Change values of the config, as of diffusers: `register_to_config(scaling_factor=0.5)`.
+
+        Raises:
+            ValueError: If these are no statistics of the model's latents; a config with them could not be loaded.
+        """
+        if hasattr(self, "_internal_dict"):  # not the first call, before the constructor checks its arguments
+            values = {**self._internal_dict, **kwargs}
+            check_statistics(*(values[name] for name in STATISTICS))
+        super().register_to_config(**kwargs)
+
     @property
     def temperal_downsample(self) -> tuple[bool, ...]:
         """The ratios as diffusers' Wan pipelines read them: for each halving of the size, whether it halves time too.
@@ -172,6 +184,18 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         """Frames that `num_latent_frames` latent frames decode to."""
         return (num_latent_frames - 1) * self.temporal_compression_ratio + 1
 
+    def check_tensor(self, x: Any, name: str) -> None:
+        """Raise a `ValueError` unless `x` is a tensor on the model's device, or the model comes when it is called."""
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"`{name}` must be a `torch.Tensor`, got a `{type(x).__name__}`.")
+        if torch.compiler.is_compiling() or x.device == getattr(next(self.parameters(), None), "device", x.device):
+            return
+        devices = {str(parameter.device) for parameter in self.parameters()}
+        # Where a library has replaced what is called, or looks at it before, it may bring weights or input.
+        is_moved = any("forward" in vars(module) or module._forward_pre_hooks for module in self.modules())
+        if str(x.device) not in devices and not is_moved:
+            raise ValueError(f"`{name}` must be on the model's device {' or '.join(devices)}, got one on {x.device}.")
+
     def check_sample(self, x: torch.Tensor, name: str, is_first: bool = True) -> None:
         """Raise a `ValueError` unless `x` are frames that [`encode`] takes, the first of a video or later ones."""
         if x.ndim != 5 or x.shape[1] != self.in_channels:
@@ -211,7 +235,7 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
     def _check_dtype(self, x: torch.Tensor, name: str) -> None:
         if not x.is_floating_point():
             raise ValueError(f"`{name}` must be a floating-point tensor, got {x.dtype}.")
-        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.dtype and not is_autocast_on(x.device.type):
             raise ValueError(f"`{name}` must have the model's dtype {self.dtype}, got {x.dtype}.")
 
     def _check_tile(
@@ -257,8 +281,9 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             model's compression ratios here.
 
         Raises:
-            ValueError: If shape, size or dtype of `x` is not legal.
+            ValueError: If shape, size, dtype or device of `x` is not legal.
         """
+        self.check_tensor(x, "x")
         x = x.unsqueeze(2) if x.ndim == 4 else x
         is_first = cache is None or cache.num_latent_frames == 0
         self.check_sample(x, "x", is_first)
@@ -294,8 +319,9 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
             compression ratios here.
 
         Raises:
-            ValueError: If shape or dtype of `z` is not legal.
+            ValueError: If shape, dtype or device of `z` is not legal.
         """
+        self.check_tensor(z, "z")
         is_image = z.ndim == 4
         z = z.unsqueeze(2) if is_image else z
         is_end = cache is not None and cache.is_last and cache.num_latent_frames > 0
@@ -331,6 +357,11 @@ class VideoAutoencoder(PretrainedModel, AutoencoderMixin):
         reconstruction = self.decode(z, return_dict=False)[0]
         reconstruction = reconstruction.squeeze(2) if sample.ndim == 4 else reconstruction
         return DecoderOutput(sample=reconstruction) if return_dict else (reconstruction,)
+
+    def has_moving_weights(self) -> bool:
+        """Tell whether a library brings weights to their device or dtype only when a layer of the model is called."""
+        layers = (layer for layer in self.modules() if layer is not self)
+        return any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in layers)
 
     def _refuse_wrong_gradients(self, output: torch.Tensor) -> None:
         """Let the backward pass fail where it would go through the empty memory that offloaded weights leave."""

@@ -14,6 +14,11 @@ from .temporal_cache import WHOLE, Chunk
 _SMALL_INPUT = 20480
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Tell whether autocast is enabled for a type of devices; some, such as `"meta"`, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 class FrameConv2d(nn.Conv2d):
     """A 2D convolution of every frame."""
 
