@@ -490,9 +490,8 @@ class AutoencoderKLWFVAE(VideoAutoencoder):
             latent_channels=latent_channels, base_channels=base_channels, num_decoder_layers=num_decoder_layers
         )
         check_counts(num_encoder_layers=num_encoder_layers, num_flow_layers=num_flow_layers)
-        check_flow = (
-            check_sizes if num_wavelet_levels > 1 else check_counts
-        )  # without a flow its width does not matter
+        # Without a flow its width does not matter.
+        check_flow = check_sizes if num_wavelet_levels > 1 else check_counts
         check_flow(encoder_flow_channels=encoder_flow_channels, decoder_flow_channels=decoder_flow_channels)
         check_switches(use_attention=use_attention)
         check_statistics(latent_channels, latents_mean, latents_std, scaling_factor)
