@@ -387,6 +387,7 @@ TABLES = {
     "inference_floor": inference_floor,
     "inference_floor_amx": partial(inference_floor, name="bench_inference_amx"),
     "inference_floor_avx512": partial(inference_floor, name="bench_inference_avx512"),
+    "inference_floor_avx512_fast": partial(inference_floor, name="bench_inference_avx512_fast"),
     "gpu": gpu,
     "inference_linearity": inference_linearity,
     "memory_of_models": memory_of_models,
