@@ -24,6 +24,7 @@ from .conversion.checkpoints import (
     HUB_ARGUMENTS,
     has_anchor,
     is_checkpoint_reference,
+    is_here,
     is_hub_reference,
     read_keys,
     resolve_checkpoint,
@@ -129,8 +130,8 @@ def load_diffusion_pipeline(source: str | Path, dtype: torch.dtype | None = None
         ValueError: If there is none.
     """
     options = {"dtype": dtype} | _memory_options() | options
-    is_here = str(source) in bundled.PIPELINES or (bool(str(source)) and Path(source).exists())
-    if not is_here and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
+    is_there = str(source) in bundled.PIPELINES or is_here(source)
+    if not is_there and not (is_hub_reference(str(source)) and str(source).count("/") == 1):
         legal = ", ".join(map(repr, bundled.PIPELINES))
         raise ValueError(
             f"`source` must be a bundled pipeline ({legal}), the folder of one, or a Hub id 'user/repo', got "
@@ -232,8 +233,7 @@ def check_source(name: str, source: str | Path, legal_names: Iterable[str]) -> N
         legal_names: Names that stand for something else, for the message.
     """
     legal_names = tuple(legal_names)
-    is_here = bool(str(source)) and Path(source).exists()  # an empty path would be the current folder
-    if source not in legal_names and not is_here and not is_hub_reference(str(source)):
+    if source not in legal_names and not is_here(source) and not is_hub_reference(str(source)):
         raise ValueError(
             f"`{name}` must be {', '.join(map(repr, legal_names))}, a folder of `save_pretrained`, an original "
             f"checkpoint file, or one of the two on the Hub, got {str(source)!r}, which does not exist"
@@ -339,7 +339,7 @@ def _find_config(
             if isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError)):
                 raise ValueError(f"`source` must have a `{CONFIG_NAME}` of valid JSON, got {place!r}.") from None
             if isinstance(error.__context__, LocalEntryNotFoundError):
-                hub["local_files_only"] = True  # the Hub cannot be reached: half a minute of trying is enough
+                hub["local_files_only"] = True  # the Hub cannot be reached: to wait for it once is enough
             continue
         check_is_object(config, place, folder)
         return folder, config

@@ -13,7 +13,7 @@ from tiny import seeded
 from white_adapter import train_white_adapter
 
 from diffusers_leanvae.generation import load_pipeline
-from diffusers_leanvae.generation.lora import save_lora
+from diffusers_leanvae.generation.lora import _check_fits, save_lora
 
 
 peft = pytest.importorskip("peft", reason="adapters need peft (extra: lora)")
@@ -129,9 +129,10 @@ def test_what_is_no_adapter_of_the_transformer_is_refused(case, folder: Path):
     wide = torch.cat([weight, weight], dim=1)
     bad = [
         (weights | {other: weight}, "must be one of this transformer, got '.*blocks.99.*' of a layer that it lacks"),
-        (weights | {key: wide}, rf"has weights of \(.*\), got \(2, {wide.shape[1]}\) for '{key}'"),
+        (weights | {key: wide}, rf"has \d+ in_features, got weights of \(2, {wide.shape[1]}\) for '{key}'"),
         ({key: weight}, "must have two matrices for each layer, got one for "),
         (weights | {key: weight * torch.nan}, f"must be finite, got others in '{key}'"),
+        ("", r"must be a folder, a file, a Hub id 'user/repo' or weights, got '', which does not exist"),
         (folder / "none", r"must be a folder, a file, a Hub id 'user/repo' or weights, got '.*none', which does not"),
     ]
     for source, message in bad:
@@ -141,6 +142,21 @@ def test_what_is_no_adapter_of_the_transformer_is_refused(case, folder: Path):
         with pytest.raises(ValueError, match="`adapter_name` must be a name without dots or None, got "):
             pipeline.load_lora_weights(folder, adapter_name=name)
     assert not getattr(pipeline.transformer, "peft_config", None)
+
+
+def test_packed_weights_are_not_taken_for_those_of_another_transformer(case, folder: Path):
+    class Packed(torch.nn.Linear):
+        """A quantised layer: as wide as another, with its weights in one column."""
+
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__(layer.in_features, layer.out_features)
+            self.weight = torch.nn.Parameter(layer.weight.detach().reshape(-1, 1))
+
+    transformer = case.components()["transformer"]
+    for name, layer in list(transformer.named_modules()):
+        if name.endswith(("to_q", "to_v")):
+            transformer.set_submodule(name, Packed(layer))
+    _check_fits(load_file(folder / FILE), transformer, "transformer")
 
 
 def test_a_pipeline_with_an_adapter_is_not_saved_unloadable(case, folder: Path, tmp_path: Path):

@@ -259,7 +259,10 @@ def in_own_words(text: str) -> str:
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
-    """Turn the options `--device` and `--dtype` into a device of this machine and a dtype."""
+    """Turn the options `--device` and `--dtype` into a device of this machine and a dtype.
+
+    Every command that loads a model asks for them first, so bars of loading are switched off here, where they must be.
+    """
     import torch
 
     _hide_bars()

@@ -87,6 +87,11 @@ def is_checkpoint_reference(text: str) -> bool:
     return urlparse(text).path.endswith(CHECKPOINT_SUFFIXES) and not os.path.isdir(text)
 
 
+def is_here(source: str | os.PathLike[str]) -> bool:
+    """Tell whether a path exists; an empty one does not, though for the system it is the current folder."""
+    return bool(os.fspath(source)) and os.path.exists(source)
+
+
 def is_hub_reference(text: str) -> bool:
     """Tell whether a text that names nothing here may name something on the Hub: `user/repo[/path]`, or a URL."""
     url = urlparse(text)

@@ -10,7 +10,7 @@ from diffusers import LatteTransformer3DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
-from ..conversion.checkpoints import is_hub_reference
+from ..conversion.checkpoints import is_here, is_hub_reference
 
 
 # The one video transformer of diffusers 0.42 without this base. A subclass of ours would be another class to saved
@@ -34,7 +34,7 @@ class LoraLoaderMixin(CogVideoXLoraLoaderMixin):
             ValueError: If there are none for a transformer: diffusers would go on without.
         """
         source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, str | os.PathLike) and not (Path(source).exists() or is_hub_reference(str(source))):
+        if isinstance(source, str | os.PathLike) and not (is_here(source) or is_hub_reference(str(source))):
             raise ValueError(
                 "`pretrained_model_name_or_path_or_dict` must be a folder, a file, a Hub id 'user/repo' or weights, "
                 f"got {str(source)!r}, which does not exist."
@@ -76,20 +76,22 @@ def _check_fits(state_dict: Mapping[str, torch.Tensor], transformer: Any, compon
     for key, weight in state_dict.items():
         name, _, part = key.removeprefix(f"{component}.").rpartition(".lora_")
         layer = layers.get(name)
-        layer_weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        if layer_weight is None:
+        layer = getattr(layer, "base_layer", layer)
+        if not hasattr(layer, "weight"):
             raise ValueError(f"The adapter must be one of this transformer, got {key!r} of a layer that it lacks.")
         if not weight.isfinite().all():
             raise ValueError(f"The weights of the adapter must be finite, got others in {key!r}.")
-        shape = layer_weight.shape
-        for side, axis in (("A.", 1), ("B.", 0)):
-            if part.startswith(side) and weight.ndim > 1 and weight.shape[axis] != shape[axis]:
+        for side, axis, attribute in (("A.", 1, "in_features"), ("B.", 0, "out_features")):
+            if not part.startswith(side):
+                continue
+            parts.setdefault(name, set()).add(side)
+            # Not the shape of the layer's weight, which is another in quantised layers.
+            width = getattr(layer, attribute, None)
+            if weight.ndim > 1 and width is not None and weight.shape[axis] != width:
                 raise ValueError(
-                    f"The adapter must be one of this transformer, whose {name!r} has weights of {tuple(shape)}, got "
-                    f"{tuple(weight.shape)} for {key!r}."
+                    f"The adapter must be one of this transformer, whose {name!r} has {width} {attribute}, got "
+                    f"weights of {tuple(weight.shape)} for {key!r}."
                 )
-            if part.startswith(side):
-                parts.setdefault(name, set()).add(side)
     for name, found in parts.items():
         if len(found) < 2:
             raise ValueError(f"The adapter must have two matrices for each layer, got one for {name!r}.")

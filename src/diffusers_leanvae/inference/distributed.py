@@ -192,7 +192,7 @@ def _share(
         raise ValueError(f"`group` must contain the process that calls, got one without: rank {dist.get_rank()}.")
     tasks: list[Any] = [task] * num_processes
     device = vae.device if isinstance(task, str) else source.device
-    for index in range(num_processes):
+    for index in range(num_processes):  # by broadcasts, as gathering takes no device
         about = [task]
         dist.broadcast_object_list(about, group=group, group_src=index, device=device)
         tasks[index] = about[0]

@@ -110,8 +110,8 @@ class FusedLeanVAE:
     ):
         self.signature = signature(vae)
         # Views of some values of each weight, which see most of what is written through `Tensor.data`; comparing them
-        # would make a GPU wait, and sums of all values take 2 % of decoding 17x64x64 with compact-16ch. They hold the
-        # memory of the weights, so no others can come to lie there.
+        # would make a GPU wait, and to sum up all values would be felt with small videos. They hold the memory of the
+        # weights, so no others can come to lie there.
         self._samples = [_sample(p) for p in vae.parameters() if p.device.type == "cpu" and is_plain(p) and p.numel()]
         self._values = torch.cat(self._samples) if self._samples else None
         self.dtype = product_dtype(vae.dtype, vae.device)  # of products

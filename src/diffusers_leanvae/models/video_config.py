@@ -23,6 +23,7 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_switches(**switches: Any) -> None:
+    """Refuse what is neither true nor false."""
     for name, switch in switches.items():
         check_choice(name, switch, (True, False))
 
